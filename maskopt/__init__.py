@@ -1,0 +1,55 @@
+"""maskopt: which weights of a layer may go, so that its output on calibration data changes least?"""
+
+from typing import TYPE_CHECKING, Any
+
+from maskopt.errors import MaskoptError
+from maskopt.oracles import NM, PartitionMatroid, PerRow, Protected, Unstructured
+from maskopt.problems import LayerReconstruction, Saliency, load_instance, save_instance, synthetic
+from maskopt.solvers import (
+    RIA,
+    ContinuationFrankWolfe,
+    Magnitude,
+    OneSwap,
+    Result,
+    SparseFW,
+    Wanda,
+    solve,
+)
+
+if TYPE_CHECKING:
+    from maskopt.models import PruneReport, prune
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NM",
+    "RIA",
+    "ContinuationFrankWolfe",
+    "LayerReconstruction",
+    "Magnitude",
+    "MaskoptError",
+    "OneSwap",
+    "PartitionMatroid",
+    "PerRow",
+    "Protected",
+    "PruneReport",
+    "Result",
+    "Saliency",
+    "SparseFW",
+    "Unstructured",
+    "Wanda",
+    "load_instance",
+    "prune",
+    "save_instance",
+    "solve",
+    "synthetic",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers takes seconds to import; only those who prune models pay for it.
+    if name in ("prune", "PruneReport"):
+        from maskopt import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module 'maskopt' has no attribute {name!r}")

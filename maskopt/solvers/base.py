@@ -1,0 +1,324 @@
+"""What every solver is and returns, and the one function that runs it."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+from maskopt.oracles import PartitionMatroid
+from maskopt.problems import Point, Problem
+
+__all__ = ["Callback", "GapKind", "Outcome", "Result", "Solver", "State", "Status", "Stop", "Watch", "solve"]
+
+
+class Status(Enum):
+    """Why a solver stopped, each member with the sentence users read; later members are weaker claims."""
+
+    OPTIMAL = "The mask is proven optimal."
+    LOCAL_OPTIMUM = "No single swap of a kept against a pruned entry lowers the error."
+    COMPLETED = "All planned iterations were run; nothing is claimed about optimality."
+    GREEDY = "The mask is optimal for its scores; nothing is claimed about the error."
+    ITERATION_LIMIT = "The iteration limit was reached before the stopping test held."
+    TIME_LIMIT = "The time limit was reached; the mask is the best found until then."
+    STOPPED = "The callback asked to stop; the mask is the best found until then."
+
+
+class GapKind(Enum):
+    """What the reported gap certifies."""
+
+    PROVEN = "No feasible mask has an objective below the lower bound."
+    NONE = "No lower bound is known."
+
+
+class Stop(Enum):
+    """What a callback returns to end the solve; None continues."""
+
+    STOP = "stop"
+
+
+@dataclass(frozen=True)
+class State:
+    """What a callback sees; read only.
+
+    Attributes
+    ----------
+    solver : str
+        Name of the solver.
+    iteration, iterations : int
+        Work done and planned (an upper estimate for descent methods) in the current block of rows.
+    fraction : float
+        Share of the whole solve that is done, in [0, 1]; an estimate.
+    seconds : float
+        Since the start.
+    problem, masks
+        What is being solved (the current block of rows).
+    point : Point
+        The relaxed mask; `problem.value(point)` is its objective. It changes after the callback returns.
+    """
+
+    solver: str
+    iteration: int
+    iterations: int
+    fraction: float
+    seconds: float
+    problem: Problem
+    masks: PartitionMatroid
+    point: Point
+
+
+Callback = Callable[[State], Stop | None]
+
+
+class Watch:
+    """Clock, callback and counters of one solve, handed to the solver."""
+
+    def __init__(self, solver: str, callback: Callback | None, time_limit: float | None) -> None:
+        self.counters: Counter[str] = Counter()
+        self.ended: Status | None = None
+        self._solver, self._callback, self._limit = solver, callback, time_limit
+        self._began = time.perf_counter()
+        self._window = (0.0, 1.0)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    def block(self, start: float, end: float) -> None:
+        """Say which share of the whole solve the coming work is."""
+        self._window = (start, end)
+
+    def stops(self, problem: Problem, masks: PartitionMatroid, point: Point, iteration: int, iterations: int) -> bool:
+        """Report an iteration; True if the solver has to return what it has."""
+        if self.ended is None and self._limit is not None and self.seconds > self._limit:
+            self.ended = Status.TIME_LIMIT
+        if self.ended is None and self._callback is not None:
+            start, end = self._window
+            fraction = start + (end - start) * min(1.0, iteration / max(1, iterations))
+            state = State(self._solver, iteration, iterations, fraction, self.seconds, problem, masks, point)
+            if self._callback(state) is not None:
+                self.ended = Status.STOPPED
+        return self.ended is not None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a solver hands back for a block of rows."""
+
+    mask: Tensor
+    status: Status
+    iterations: int
+    lower_bound: Tensor | None = None
+
+
+class Solver(ABC):
+    """An algorithm with its settings; stateless, so one object serves many solves.
+
+    Class attributes
+    ----------------
+    requires : tuple of str
+        Verbs a problem must have beyond `Problem`'s.
+    row_wise : bool
+        Whether rows may be solved apart when the set allows it.
+    arrays : float
+        Working memory in arrays of shape (rows, d), from which `solve` sizes blocks of rows.
+    start : Solver or None
+        Makes the mask to start from where the caller gives none.
+    """
+
+    requires: ClassVar[tuple[str, ...]] = ()
+    row_wise: ClassVar[bool] = True
+    arrays: ClassVar[float] = 4.0
+    start: Solver | None = None
+
+    @abstractmethod
+    def run(self, problem: Problem, masks: PartitionMatroid, start: Tensor | None, watch: Watch) -> Outcome:
+        """Solve one block of rows from the feasible mask `start`."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A mask and what is known about it.
+
+    Attributes
+    ----------
+    mask : Tensor
+        Boolean, shape (rows, d); True is kept.
+    objective : Tensor
+        Error of each row, float64, evaluated from scratch on the final mask.
+    scale : Tensor
+        Error of pruning the whole row, float64: what relative errors divide by.
+    status : Status
+    gap_kind : GapKind
+    lower_bound : Tensor or None
+        Proven bound, float64: per row where rows are independent, else one entry for the whole matrix.
+    iterations : int
+    seconds : float
+    counters : dict of str to int
+        Matrix products, oracle calls, swaps.
+    solver : str
+        Name and settings.
+    """
+
+    mask: Tensor
+    objective: Tensor
+    scale: Tensor
+    status: Status
+    gap_kind: GapKind
+    lower_bound: Tensor | None
+    iterations: int
+    seconds: float
+    counters: dict[str, int] = field(default_factory=dict)
+    solver: str = ""
+
+    @property
+    def total(self) -> float:
+        """Error of the layer: the sum over its rows."""
+        return float(self.objective.sum())
+
+    @property
+    def relative_error(self) -> float:
+        """Error of the layer over that of pruning everything; 0 where both vanish."""
+        scale = float(self.scale.sum())
+        return self.total / scale if scale > 0 else 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of pruned entries."""
+        return 1.0 - float(self.mask.sum()) / self.mask.numel()
+
+    @property
+    def gap(self) -> float | None:
+        """Error minus lower bound, None where there is no bound."""
+        return None if self.lower_bound is None else self.total - float(self.lower_bound.sum())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain numbers and strings for JSON."""
+        return {
+            "relative_error": self.relative_error,
+            "objective": self.total,
+            "sparsity": self.sparsity,
+            "seconds": self.seconds,
+            "iterations": self.iterations,
+            "status": self.status.name,
+            "status_text": self.status.value,
+            "gap_kind": self.gap_kind.name,
+            "lower_bound": None if self.lower_bound is None else float(self.lower_bound.sum()),
+            "gap": self.gap,
+            "counters": dict(self.counters),
+            "solver": self.solver,
+        }
+
+
+def solve(
+    problem: Problem,
+    masks: PartitionMatroid,
+    solver: Solver | None = None,
+    *,
+    start: Tensor | Solver | None = None,
+    callback: Callback | None = None,
+    time_limit: float | None = None,
+    memory: int = 2**30,
+) -> Result:
+    """Choose a mask.
+
+    Parameters
+    ----------
+    problem : Problem
+        Usually a `LayerReconstruction`.
+    masks : PartitionMatroid
+        The feasible set: `PerRow(0.5)`, `NM(keep=2, group=4)`, `Unstructured(0.4)` ...
+    solver : Solver, optional
+        `ContinuationFrankWolfe()` by default.
+    start : Tensor or Solver, optional
+        A feasible boolean mask, or the solver that makes one, instead of the solver's own choice.
+    callback : callable, optional
+        Called with a `State` about once per iteration; returning `Stop.STOP` ends the solve early.
+    time_limit : float, optional
+        Seconds after which the best mask so far is returned, with status TIME_LIMIT.
+    memory : int
+        Bytes of working memory; where rows are independent they are solved in blocks that fit.
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    MaskoptError
+        If the set does not fit the weight, the start is infeasible, or problem and solver do not go together.
+    """
+    if solver is None:
+        from maskopt.solvers.continuation import ContinuationFrankWolfe
+
+        solver = ContinuationFrankWolfe()
+    missing = [verb for verb in solver.requires if not hasattr(problem, verb)]
+    if missing:
+        raise MaskoptError(
+            f"{type(problem).__name__} is not compatible with {type(solver).__name__}: it must implement "
+            f"{', '.join(solver.requires)}; missing: {', '.join(missing)}."
+        )
+    watch = Watch(type(solver).__name__, callback, time_limit)
+    masks.kept_per_group(problem.shape)  # raises here, before any work, where the set does not fit
+    first = _start_mask(problem, masks, solver.start if start is None else start)
+    apart = solver.row_wise and masks.separable
+    outcomes = []
+    for index in _blocks(problem, solver.arrays, memory) if apart else [slice(0, problem.shape[0])]:
+        watch.block(index.start / problem.shape[0], index.stop / problem.shape[0])
+        whole = index == slice(0, problem.shape[0])
+        outcomes.append(
+            solver.run(
+                problem if whole else problem.rows(index),
+                masks if whole else masks.rows(index, problem.shape),
+                None if first is None else first[index],
+                watch,
+            )
+        )
+    mask = torch.cat([outcome.mask for outcome in outcomes])
+    if not masks.contains(mask):
+        raise RuntimeError(f"{type(solver).__name__} returned a mask outside {masks}; this is a bug in the solver.")
+    bounds = [outcome.lower_bound for outcome in outcomes]
+    proven = all(bound is not None for bound in bounds)
+    weakest = max((outcome.status for outcome in outcomes), key=list(Status).index)
+    return Result(
+        mask=mask,
+        objective=problem.objective(mask),
+        scale=problem.scale(),
+        status=watch.ended or weakest,
+        gap_kind=GapKind.PROVEN if proven else GapKind.NONE,
+        lower_bound=torch.cat([bound for bound in bounds if bound is not None]) if proven else None,
+        iterations=max(outcome.iterations for outcome in outcomes),
+        seconds=watch.seconds,
+        counters=dict(watch.counters),
+        solver=repr(solver),
+    )
+
+
+def _start_mask(problem: Problem, masks: PartitionMatroid, start: Tensor | Solver | None) -> Tensor | None:
+    if start is None:
+        return None
+    if isinstance(start, Solver):
+        return solve(problem, masks, start).mask
+    if start.shape != problem.shape or not masks.contains(start.to(problem.device)):
+        raise MaskoptError(
+            f"The start must be a boolean mask of shape {tuple(problem.shape)} in {masks}; got a {start.dtype} tensor "
+            f"of shape {tuple(start.shape)}{'' if start.shape != problem.shape else ' that is not in the set'}."
+        )
+    return start.to(problem.device)
+
+
+def _blocks(problem: Problem, arrays: float, memory: int) -> Iterator[slice]:
+    rows, columns = problem.shape
+    per_row = arrays * columns * torch.finfo(problem.dtype).bits / 8
+    # Equal blocks: a last block of a few rows would waste the matrix products' efficiency.
+    number = -(-rows // max(1, int(memory / per_row)))
+    edges = [rows * i // number for i in range(number + 1)]
+    return (slice(a, b) for a, b in zip(edges, edges[1:], strict=False))

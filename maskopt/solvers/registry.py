@@ -1,0 +1,37 @@
+"""Solvers by the names people type."""
+
+from collections.abc import Callable
+
+from maskopt.errors import MaskoptError
+from maskopt.solvers.base import Solver
+from maskopt.solvers.continuation import ContinuationFrankWolfe
+from maskopt.solvers.one_swap import OneSwap
+from maskopt.solvers.scores import RIA, Magnitude, Wanda
+from maskopt.solvers.sparsefw import SparseFW
+
+__all__ = ["SOLVERS", "make_solver"]
+
+SOLVERS: dict[str, Callable[..., Solver]] = {
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "ria": RIA,
+    "sparsefw": SparseFW,
+    "one-swap": OneSwap,
+    "continuation": ContinuationFrankWolfe,
+}
+
+
+def make_solver(name: str, **settings: object) -> Solver:
+    """Return the solver of that name with its defaults changed by `settings`.
+
+    Raises
+    ------
+    MaskoptError
+        If there is no such solver or it has no such setting.
+    """
+    if name not in SOLVERS:
+        raise MaskoptError(f"There is no solver {name!r}; choose one of {', '.join(SOLVERS)}.")
+    try:
+        return SOLVERS[name](**settings)
+    except TypeError as error:
+        raise MaskoptError(f"The solver {name} does not take these settings: {error}.") from error

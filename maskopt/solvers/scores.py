@@ -1,0 +1,61 @@
+"""Greedy pruning by scores: one oracle call on a linear objective."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from maskopt.oracles import PartitionMatroid
+from maskopt.problems import LayerReconstruction, Problem, Saliency
+from maskopt.solvers.base import Outcome, Solver, Status, Watch
+
+__all__ = ["RIA", "Magnitude", "Wanda"]
+
+
+@dataclass(frozen=True)
+class _Score(Solver):
+    """Keep the entries of highest score; subclasses say which score."""
+
+    requires: ClassVar[tuple[str, ...]] = ("weight", "gram")
+    row_wise: ClassVar[bool] = False  # RIA divides by column sums, and one oracle call needs no blocks
+
+    def score(self, problem: LayerReconstruction) -> Tensor:
+        """Return the score of each entry, shape (rows, d)."""
+        raise NotImplementedError
+
+    def run(self, problem: Problem, masks: PartitionMatroid, start: Tensor | None, watch: Watch) -> Outcome:
+        assert isinstance(problem, LayerReconstruction)
+        watch.counters["lmo"] += 1
+        return Outcome(masks.lmo(-self.score(problem)), Status.GREEDY, 1)
+
+
+@dataclass(frozen=True)
+class Magnitude(_Score):
+    """Keep the largest |w|."""
+
+    def score(self, problem: LayerReconstruction) -> Tensor:
+        return Saliency.magnitude(problem.scaled_weight).scores
+
+
+@dataclass(frozen=True)
+class Wanda(_Score):
+    """Keep the largest |w_ij| ||x_j|| (Sun et al., arXiv 2306.11695)."""
+
+    def score(self, problem: LayerReconstruction) -> Tensor:
+        return Saliency.wanda(problem.scaled_weight, problem.scaled_gram).scores
+
+
+@dataclass(frozen=True)
+class RIA(_Score):
+    """Keep the largest relative importance times activation norm (Zhang et al., ICLR 2024).
+
+    Parameters
+    ----------
+    power : float
+        Exponent of the activation norm.
+    """
+
+    power: float = 0.5
+
+    def score(self, problem: LayerReconstruction) -> Tensor:
+        return Saliency.ria(problem.scaled_weight, problem.scaled_gram, self.power).scores

@@ -1,0 +1,218 @@
+"""Partition matroids of tiles: one class behind almost every useful set of masks."""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from scipy.optimize import LinearConstraint
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+from maskopt.oracles.select import smallest
+
+__all__ = ["NM", "PartitionMatroid", "PerRow", "Unstructured"]
+
+Tile = tuple[int | None, int | None]
+
+
+class PartitionMatroid:
+    """Masks whose tiles keep a fixed number of entries each.
+
+    The weight is cut into tiles of equal shape; every tile is a group and keeps exactly `keep` entries. Whole
+    matrix, per row, N:M, blocks and columns differ in the tile alone. Sets know no shape: every verb takes it from
+    its argument, so one object serves all layers of a model.
+
+    Parameters
+    ----------
+    keep : float, int or Tensor
+        A fraction in [0, 1] of each group (a float; rounded up, as the literature prunes floor(sparsity * d)), a
+        count per group (an int), or one count for each group (an integer tensor, in row-major order of tiles).
+    tile : (int or None, int or None)
+        Rows and columns of a tile; None stands for all of them.
+    name : str
+        What messages call the set.
+
+    Raises
+    ------
+    MaskoptError
+        If `keep` is neither a fraction in [0, 1] nor a count >= 0. The verbs raise it where a tile does not divide
+        the weight or a group is smaller than its count.
+    """
+
+    def __init__(self, keep: float | int | Tensor, tile: Tile, name: str = "PartitionMatroid") -> None:
+        if isinstance(keep, bool) or not isinstance(keep, (int, float, Tensor)):
+            raise MaskoptError(f"keep must be a fraction (float) or a count (int); got {keep!r}.")
+        if isinstance(keep, Tensor):
+            if keep.ndim != 1 or keep.is_floating_point() or keep.dtype == torch.bool:
+                raise MaskoptError(f"keep must be a vector of counts; got a {keep.dtype} tensor of shape {keep.shape}.")
+            if keep.numel() and int(keep.min()) < 0:
+                raise MaskoptError(f"keep must not be negative; group {int(keep.argmin())} has {int(keep.min())}.")
+        elif isinstance(keep, float) and not 0.0 <= keep <= 1.0:
+            raise MaskoptError(f"keep as a fraction must lie in [0, 1]; got {keep}.")
+        elif keep < 0:
+            raise MaskoptError(f"keep as a count must not be negative; got {keep}.")
+        if any(side is not None and side < 1 for side in tile):
+            raise MaskoptError(f"A tile needs at least one row and one column; got {tile}.")
+        self.keep = keep
+        self.tile = tile
+        self.name = name
+
+    def __repr__(self) -> str:
+        keep = f"{self.keep.numel()} counts" if isinstance(self.keep, Tensor) else self.keep
+        group = f", group={self.tile[1]}" if self.tile[0] == 1 and self.tile[1] is not None else ""
+        return f"{self.name}(keep={keep}{group})"
+
+    # Geometry
+
+    def tile_of(self, shape: tuple[int, int] | torch.Size) -> tuple[int, int]:
+        """Return the tile's rows and columns on a weight of this shape.
+
+        Raises
+        ------
+        MaskoptError
+            If tiles do not fit the weight without a rest.
+        """
+        rows, columns = shape
+        height, width = self.tile[0] or rows, self.tile[1] or columns
+        if columns % width:
+            raise MaskoptError(
+                f"{self} needs a number of input features divisible by {width}; this weight has {columns}."
+            )
+        if rows % height:
+            raise MaskoptError(f"{self} needs a number of rows divisible by {height}; this weight has {rows}.")
+        return height, width
+
+    def groups(self, matrix: Tensor) -> Tensor:
+        """Rearrange (rows, d) into (groups, entries), groups in row-major order of tiles."""
+        height, width = self.tile_of(matrix.shape)
+        rows, columns = matrix.shape
+        if height == 1 or width == columns:
+            return matrix.reshape(-1, height * width)
+        tiles = matrix.reshape(rows // height, height, columns // width, width)
+        return tiles.transpose(1, 2).reshape(-1, height * width)
+
+    def ungroup(self, groups: Tensor, shape: tuple[int, int] | torch.Size) -> Tensor:
+        """Undo `groups`."""
+        height, width = self.tile_of(shape)
+        rows, columns = shape
+        if height == 1 or width == columns:
+            return groups.reshape(rows, columns)
+        tiles = groups.reshape(rows // height, columns // width, height, width)
+        return tiles.transpose(1, 2).reshape(rows, columns)
+
+    def kept_per_group(self, shape: tuple[int, int] | torch.Size) -> Tensor:
+        """Return how many entries each group keeps, int64, shape (groups,)."""
+        return self._counts(shape, torch.device("cpu"))[1]
+
+    def _counts(self, shape: tuple[int, int] | torch.Size, device: torch.device) -> tuple[int | Tensor, Tensor]:
+        """Return the count per group: as an int where it is the same for all, and always as a vector."""
+        height, width = self.tile_of(shape)
+        size, number = height * width, shape[0] * shape[1] // (height * width)
+        if isinstance(self.keep, Tensor):
+            if len(self.keep) != number:
+                raise MaskoptError(f"{self} has counts for {len(self.keep)} groups; this weight has {number}.")
+            if int(self.keep.max()) > size:
+                raise MaskoptError(f"{self} wants {int(self.keep.max())} entries of a group that has {size}.")
+            counts = self.keep.to(device=device, dtype=torch.int64)
+            return counts, counts
+        # The tolerance undoes 1 - 0.7 = 0.30000000000000004 without ever changing an honest fraction.
+        keep = math.ceil(self.keep * size * (1 - 1e-12)) if isinstance(self.keep, float) else self.keep
+        if keep > size:
+            raise MaskoptError(f"{self} wants {keep} entries of a group that has {size}.")
+        return keep, torch.full((number,), keep, dtype=torch.int64, device=device)
+
+    @property
+    def separable(self) -> bool:
+        """Whether rows can be solved apart: no group spans two rows."""
+        return self.tile[0] == 1
+
+    def rows(self, index: slice, shape: tuple[int, int]) -> "PartitionMatroid":
+        """Return the set for a slice of the rows of a weight of this shape; only for separable sets."""
+        if not isinstance(self.keep, Tensor):
+            return self
+        per_row = len(self.keep) // shape[0]
+        return PartitionMatroid(self.keep.view(shape[0], per_row)[index].reshape(-1), self.tile, self.name)
+
+    # Verbs
+
+    def lmo(self, cost: Tensor) -> Tensor:
+        """Linear minimisation oracle: the mask of least total cost, ties to the lower index.
+
+        Parameters
+        ----------
+        cost : Tensor
+            Shape (rows, d).
+
+        Returns
+        -------
+        Tensor
+            Boolean, shape (rows, d).
+        """
+        if not cost.is_floating_point():
+            cost = cost.float()
+        keep, _ = self._counts(cost.shape, cost.device)
+        return self.ungroup(smallest(self.groups(cost), keep), cost.shape)
+
+    def round(self, x: Tensor) -> Tensor:
+        """Return the mask nearest to the relaxed mask `x`: the largest entries of each group."""
+        return self.lmo(-x.to(torch.promote_types(x.dtype, torch.float32)))
+
+    def contains(self, mask: Tensor) -> bool:
+        """Whether a boolean mask keeps exactly the right number in every group."""
+        _, keep = self._counts(mask.shape, mask.device)
+        return mask.dtype == torch.bool and bool((self.groups(mask).sum(1) == keep).all())
+
+    def center(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the relaxed mask that is uniform within each group, the mean of all masks."""
+        height, width = self.tile_of(shape)
+        _, keep = self._counts(shape, device)
+        share = (keep.double() / (height * width)).to(dtype).unsqueeze(1)
+        return self.ungroup(share.expand(-1, height * width), shape).clone()
+
+    def count(self, shape: tuple[int, int]) -> int:
+        """Return the number of masks for a weight of this shape, exactly."""
+        height, width = self.tile_of(shape)
+        return math.prod(math.comb(height * width, keep) for keep in self.kept_per_group(shape).tolist())
+
+    def enumerate(self, shape: tuple[int, int]) -> Iterator[Tensor]:
+        """Yield every mask, shape (rows, d), in lexicographic order of kept indices; for small shapes."""
+        height, width = self.tile_of(shape)
+        choices = [
+            list(itertools.combinations(range(height * width), keep)) for keep in self.kept_per_group(shape).tolist()
+        ]
+        for chosen in itertools.product(*choices):
+            groups = torch.zeros((len(chosen), height * width), dtype=torch.bool)
+            for group, kept in enumerate(chosen):
+                groups[group, list(kept)] = True
+            yield self.ungroup(groups, shape)
+
+    def milp_constraints(self, shape: tuple[int, int]) -> LinearConstraint:
+        """Return the set's exact twin for scipy's LP and MILP solvers: A x = keep on the flattened mask."""
+        entries = self.groups(torch.arange(shape[0] * shape[1]).view(shape)).numpy()
+        keep = self.kept_per_group(shape).numpy()
+        member = np.repeat(np.arange(len(entries)), entries.shape[1])
+        matrix = csr_array((np.ones(entries.size), (member, entries.ravel())), shape=(len(entries), entries.size))
+        return LinearConstraint(matrix, keep, keep)
+
+
+def Unstructured(keep: float | int) -> PartitionMatroid:  # noqa: N802 - named like the sets it stands for
+    """Masks that keep `keep` entries (a fraction or a count) of the whole matrix."""
+    return PartitionMatroid(keep, (None, None), "Unstructured")
+
+
+def PerRow(keep: float | int | Tensor) -> PartitionMatroid:  # noqa: N802
+    """Masks that keep `keep` entries (a fraction, a count, or a count for each row) of every row."""
+    return PartitionMatroid(keep, (1, None), "PerRow")
+
+
+def NM(*, keep: int, group: int) -> PartitionMatroid:  # noqa: N802
+    """Masks that keep `keep` of every `group` consecutive input features; 2:4 is NM(keep=2, group=4).
+
+    Keywords only, because libraries disagree about what "2" counts in "2:4".
+    """
+    if not 0 <= keep <= group:
+        raise MaskoptError(f"NM needs 0 <= keep <= group; got keep={keep}, group={group}.")
+    return PartitionMatroid(keep, (1, group), "NM")

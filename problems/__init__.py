@@ -1,0 +1,21 @@
+"""What is minimised: objectives over masks, seen through one narrow interface."""
+
+from maskopt.problems.base import Point, Problem
+from maskopt.problems.generators import FAMILIES, synthetic
+from maskopt.problems.instance import Instance, load_instance, save_instance
+from maskopt.problems.layer import LayerReconstruction
+from maskopt.problems.saliency import Saliency
+from maskopt.problems.shifted import Shifted
+
+__all__ = [
+    "FAMILIES",
+    "Instance",
+    "LayerReconstruction",
+    "Point",
+    "Problem",
+    "Saliency",
+    "Shifted",
+    "load_instance",
+    "save_instance",
+    "synthetic",
+]

@@ -1,0 +1,92 @@
+"""Seeded synthetic layers, easy and hard: what real Grams do to solvers, in any size."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+from maskopt.problems.instance import Instance
+
+__all__ = ["FAMILIES", "synthetic"]
+
+_Maker = Callable[[int, int, torch.Generator], Tensor]
+
+
+def _independent(d: int, tokens: int, random: torch.Generator) -> Tensor:
+    """Uncorrelated inputs: Wanda is nearly optimal."""
+    return torch.randn(tokens, d, generator=random, dtype=torch.float64)
+
+
+def _correlated(d: int, tokens: int, random: torch.Generator) -> Tensor:
+    """Power-law spectrum in a random basis and a common offset, as hidden states have."""
+    basis = torch.linalg.qr(_independent(d, d, random)).Q
+    spectrum = torch.arange(1, d + 1, dtype=torch.float64) ** -0.75
+    offset = torch.randn(d, generator=random, dtype=torch.float64)
+    return (_independent(d, tokens, random) * spectrum) @ basis * d**0.5 + 0.5 * offset
+
+
+def _outliers(d: int, tokens: int, random: torch.Generator) -> Tensor:
+    """Correlated inputs with one channel in fifty a hundred times as large."""
+    scale = torch.where(torch.rand(d, generator=random) < 0.02, 100.0, 1.0).double()
+    scale[int(torch.randint(d, (), generator=random))] = 100.0
+    return _correlated(d, tokens, random) * scale
+
+
+def _rank_deficient(d: int, tokens: int, random: torch.Generator) -> Tensor:
+    """Fewer directions than inputs: the Gram is singular."""
+    return _correlated(d, max(1, min(tokens, d // 3)), random)
+
+
+def _dead(d: int, tokens: int, random: torch.Generator) -> Tensor:
+    """A tenth of the channels always zero, another tenth exact copies of their neighbours."""
+    x = _correlated(d, tokens, random)
+    order = torch.randperm(d, generator=random)
+    tenth = max(1, d // 10)
+    x[:, order[:tenth]] = 0.0
+    copies = order[tenth : 2 * tenth]
+    x[:, copies] = x[:, (copies + 1) % d]
+    return x
+
+
+FAMILIES: dict[str, _Maker] = {
+    "independent": _independent,
+    "correlated": _correlated,
+    "outliers": _outliers,
+    "rank-deficient": _rank_deficient,
+    "dead": _dead,
+}
+
+
+def synthetic(
+    family: str = "correlated", rows: int = 64, d: int = 64, tokens: int | None = None, seed: int = 0
+) -> Instance:
+    """Return a synthetic layer; equal arguments give equal data.
+
+    Parameters
+    ----------
+    family : str
+        One of `FAMILIES`, from easy to hard: independent, correlated, outliers, rank-deficient, dead.
+    rows, d : int
+        Shape of the weight.
+    tokens : int, optional
+        Calibration tokens, 8 d by default.
+    seed : int
+        Seeds weights and inputs.
+
+    Raises
+    ------
+    MaskoptError
+        If the family is unknown or a size is not positive.
+    """
+    if family not in FAMILIES:
+        raise MaskoptError(f"There is no synthetic family {family!r}; choose one of {', '.join(FAMILIES)}.")
+    tokens = 8 * d if tokens is None else tokens
+    if min(rows, d, tokens) < 1:
+        raise MaskoptError(f"A synthetic layer needs positive sizes; got rows {rows}, d {d}, tokens {tokens}.")
+    random = torch.Generator().manual_seed(seed)
+    x = FAMILIES[family](d, tokens, random)
+    weight = torch.randn(rows, d, generator=random, dtype=torch.float64) / d**0.5
+    return Instance(
+        weight.float(), (x.T @ x).float(), {"tokens": str(len(x)), "origin": f"synthetic {family}, seed {seed}"}
+    )

@@ -1,0 +1,81 @@
+"""Single-layer instances on disk: safetensors with `weight`, `gram` and string metadata."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+from maskopt.files import atomic_path
+from maskopt.problems.layer import LayerReconstruction
+
+__all__ = ["Instance", "load_instance", "save_instance"]
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A layer to prune.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Shape (rows, d).
+    gram : Tensor
+        Shape (d, d), sum of x x^T over the calibration tokens.
+    metadata : mapping of str to str
+        `tokens` (count) and `origin` by convention.
+    """
+
+    weight: Tensor
+    gram: Tensor
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int | None:
+        """Calibration tokens, None where the file does not say."""
+        tokens = self.metadata.get("tokens", "")
+        return int(tokens) if tokens.isdigit() else None
+
+    def problem(self, device: str = "cpu") -> LayerReconstruction:
+        """Return the checked reconstruction problem on `device`."""
+        return LayerReconstruction(self.weight.to(device), self.gram.to(device), self.tokens)
+
+
+def load_instance(path: str | os.PathLike[str]) -> Instance:
+    """Read an instance file.
+
+    Raises
+    ------
+    MaskoptError
+        If the file is missing, no safetensors file, or lacks `weight` or `gram`.
+    """
+    if not Path(path).is_file():
+        raise MaskoptError(f"The instance {path} does not exist or is not a file.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            missing = {"weight", "gram"} - set(file.keys())
+            if missing:
+                raise MaskoptError(
+                    f"The instance {path} has no tensor named {' nor '.join(sorted(missing))}; it must hold "
+                    "`weight` (rows, d) and `gram` (d, d)."
+                )
+            return Instance(file.get_tensor("weight"), file.get_tensor("gram"), dict(file.metadata() or {}))
+    except SafetensorError as error:
+        raise MaskoptError(f"The instance {path} is not a readable safetensors file: {error}.") from error
+
+
+def save_instance(path: str | os.PathLike[str], instance: Instance) -> None:
+    """Write an instance file, whole or not at all.
+
+    Raises
+    ------
+    MaskoptError
+        If `path` exists or cannot be written.
+    """
+    tensors = {"weight": instance.weight.detach().cpu().contiguous(), "gram": instance.gram.detach().cpu().contiguous()}
+    with atomic_path(path) as aside:
+        save_file(tensors, aside, metadata=dict(instance.metadata))

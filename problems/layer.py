@@ -1,0 +1,213 @@
+"""The reconstruction error of one linear layer: the problem maskopt exists for."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+from maskopt.problems.base import Point, Problem, row_dot
+
+__all__ = ["LayerReconstruction"]
+
+_BLOCK = 1024  # columns converted to float64 at a time, so that no float64 copy of a large Gram exists
+
+
+class LayerReconstruction(Problem):
+    """Layer output error ||W X - (M * W) X||_F^2 as a function of the keep mask M, one term per row.
+
+    With p = 1 - m the pruned indicator, a row's error is (w*p)^T G (w*p) where G = X X^T.
+    The product (W * (1 - x)) G is carried along, so that a new point costs one matrix product and gradients
+    and exact line searches cost none; nothing of size rows x d x d exists.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Layer weight, shape (rows, d) = (out features, in features). Half precision is widened to float32.
+    gram : Tensor
+        Sum of x x^T over the calibration tokens, shape (d, d), symmetric positive semidefinite.
+    tokens : int, optional
+        How many tokens were summed; a record only.
+    check : bool
+        Validate the data; finding an indefinite Gram costs one Cholesky factorisation.
+
+    Raises
+    ------
+    MaskoptError
+        If shapes disagree, an entry is NaN or infinite, or `gram` is asymmetric or indefinite beyond rounding.
+    """
+
+    def __init__(self, weight: Tensor, gram: Tensor, tokens: int | None = None, *, check: bool = True) -> None:
+        if weight.ndim != 2 or gram.ndim != 2 or 0 in weight.shape:
+            raise MaskoptError(
+                f"A layer needs a non-empty weight (rows, d) and a Gram (d, d); got shapes {tuple(weight.shape)} "
+                f"and {tuple(gram.shape)}."
+            )
+        if gram.shape != (weight.shape[1], weight.shape[1]):
+            raise MaskoptError(
+                f"The weight has {weight.shape[1]} input features but the Gram has shape {tuple(gram.shape)}; "
+                f"it must be ({weight.shape[1]}, {weight.shape[1]})."
+            )
+        if not weight.is_floating_point() or not gram.is_floating_point():
+            raise MaskoptError(f"Weight and Gram must be floating point; got {weight.dtype} and {gram.dtype}.")
+        if weight.device != gram.device:
+            raise MaskoptError(f"Weight lies on {weight.device} and Gram on {gram.device}; put both on one device.")
+        dtype = torch.promote_types(torch.promote_types(weight.dtype, gram.dtype), torch.float32)
+        self.weight = weight.detach().to(dtype)
+        self.gram = gram.detach().to(dtype)
+        self.tokens = tokens
+        if check:
+            _check_finite("weight", self.weight)
+            _check_finite("Gram", self.gram)
+            _check_positive_semidefinite(self.gram)
+        # Powers of two change no digit; they keep squares and sums of extreme data inside the float range.
+        self._weight_unit = _power_of_two(self.weight.abs().max())
+        self._gram_unit = _power_of_two(self.gram.diagonal().max())
+        self._w = _divided(self.weight, self._weight_unit)
+        self._g = _divided(self.gram, self._gram_unit)
+        self._floor: list[float] = []  # filled on demand, shared by all row blocks
+
+    @property
+    def unit(self) -> float:
+        """Objectives are `unit` times what `value`, `gradient` and `curvature` say; a power of two, 1 for ordinary data."""
+        return self._weight_unit**2 * self._gram_unit
+
+    @property
+    def scaled_weight(self) -> Tensor:
+        """Weight in the units of `gradient`, shape (rows, d)."""
+        return self._w
+
+    @property
+    def scaled_gram(self) -> Tensor:
+        """Gram in the units of `gradient`, shape (d, d)."""
+        return self._g
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def at(self, x: Tensor) -> Point:
+        return Point(x, torch.addcmul(self._w, self._w, x, value=-1.0) @ self._g)
+
+    def value(self, point: Point) -> Tensor:
+        pruned = torch.addcmul(self._w, self._w, point.x, value=-1.0)
+        return pruned.mul_(point.carried).sum(1, dtype=torch.float64)
+
+    def gradient(self, point: Point) -> Tensor:
+        return (self._w * point.carried).mul_(-2.0)
+
+    def curvature(self, point: Point, target: Point) -> Tensor:
+        step = (target.x - point.x).mul_(self._w)
+        return row_dot(step, point.carried - target.carried)
+
+    def bilinear(self, origin: Point, direction: Point, ends: tuple[Point, ...]) -> tuple[Tensor, ...]:
+        along = (origin.carried - direction.carried).mul_(self._w)
+        return tuple(row_dot(along, end.x - origin.x) for end in ends)
+
+    def diagonal(self) -> Tensor:
+        return self._w.square() * self._g.diagonal()
+
+    def rows(self, index: slice) -> "LayerReconstruction":
+        part = object.__new__(LayerReconstruction)
+        part.weight, part.gram, part.tokens = self.weight[index], self.gram, self.tokens
+        part._weight_unit, part._gram_unit = self._weight_unit, self._gram_unit
+        part._w, part._g, part._floor = self._w[index], self._g, self._floor
+        return part
+
+    def double(self) -> "LayerReconstruction":
+        """Return the same problem in float64, for figures that have to be proven."""
+        wide = self.rows(slice(None))
+        wide.weight, wide.gram = self.weight.double(), self.gram.double()
+        wide._w, wide._g = self._w.double(), self._g.double()
+        return wide
+
+    def eigenvalue_floor(self) -> float:
+        """Return a number <= 0 that no eigenvalue of the scaled Gram lies below, proven by a Cholesky factorisation.
+
+        A Gram summed in float32 may be indefinite by rounding; bounds that rely on convexity subtract this.
+        """
+        if not self._floor:
+            gram = self._g.double()
+            gram = (gram + gram.T) / 2
+            size = float(torch.linalg.matrix_norm(gram))
+            # The factorisation of G + shift succeeding proves lambda_min >= -shift up to its backward error
+            # (Higham, Accuracy and Stability of Numerical Algorithms, Theorem 10.3: at most gamma_{d+1} tr G).
+            error = 1.01 * (len(gram) + 2) * 2.0**-53 * (float(gram.trace()) + len(gram) * 1e-4 * size)
+            for shift in (0.0, *(10.0**-digits * size for digits in range(13, 3, -1))):
+                trial = gram.clone()
+                trial.diagonal().add_(shift)
+                if int(torch.linalg.cholesky_ex(trial).info) == 0:
+                    self._floor.append(-(shift + error))
+                    break
+            else:
+                self._floor.append(min(0.0, float(torch.linalg.eigvalsh(gram)[0])) - error)
+        return self._floor[0]
+
+    def objective(self, mask: Tensor) -> Tensor:
+        return self._quadratic_form(self._w.double().masked_fill(mask, 0.0))
+
+    def scale(self) -> Tensor:
+        return self._quadratic_form(self._w.double())
+
+    def _quadratic_form(self, rows: Tensor) -> Tensor:
+        """Return z^T G z for each row z of a float64 tensor, without a float64 copy of the whole Gram."""
+        total = rows.new_zeros(rows.shape[0])
+        for start in range(0, rows.shape[1], _BLOCK):
+            block = slice(start, start + _BLOCK)
+            total += row_dot(rows @ self._g[:, block].double(), rows[:, block].contiguous())
+        # Rounding may leave a zero slightly negative; an error is a sum of squares.
+        return total.clamp_min_(0.0) * self.unit
+
+
+def _power_of_two(largest: Tensor) -> float:
+    """Return 1 for data of ordinary size, else the power of two that brings `largest` near one."""
+    size = float(largest)
+    if size == 0.0 or 2.0**-24 <= size <= 2.0**24:
+        return 1.0
+    return 2.0 ** round(math.log2(size))
+
+
+def _divided(matrix: Tensor, unit: float) -> Tensor:
+    # Through float64: the unit of subnormal float32 data is itself no float32 number.
+    return matrix if unit == 1.0 else (matrix.double() / unit).to(matrix.dtype)
+
+
+def _check_finite(name: str, matrix: Tensor) -> None:
+    if not bool(torch.isfinite(matrix).all()):
+        row, column = (~torch.isfinite(matrix)).nonzero()[0].tolist()
+        raise MaskoptError(f"The {name} must be finite, but entry ({row}, {column}) is {matrix[row, column].item()}.")
+
+
+def _check_positive_semidefinite(gram: Tensor) -> None:
+    size = float(gram.abs().max())
+    if size == 0.0:
+        return
+    # float32 sums of real activations are symmetric to about 1e-7 of their largest entry.
+    skew = float((gram - gram.T).abs().max()) / size
+    if skew > 1e-4:
+        raise MaskoptError(
+            f"The Gram must be symmetric, but it differs from its transpose by {skew:.1e} of its largest entry."
+        )
+    if float(gram.diagonal().min()) < -1e-5 * size:
+        worst = int(gram.diagonal().argmin())
+        raise MaskoptError(
+            f"The Gram must be positive semidefinite, but diagonal entry {worst} is {float(gram[worst, worst]):.3g}."
+        )
+    # float64 as far as memory allows; the shift is what float32 accumulation may have cost.
+    wide = (gram / size).to(torch.float64 if gram.shape[0] <= 4096 else gram.dtype)
+    shift = 1e-5 * float(torch.linalg.matrix_norm(wide)) * (1.0 if wide.dtype == torch.float64 else 10.0)
+    wide = (wide + wide.T).mul_(0.5)
+    wide.diagonal().add_(shift)
+    if int(torch.linalg.cholesky_ex(wide).info) != 0:
+        lowest = (
+            f", smallest eigenvalue {float(torch.linalg.eigvalsh(gram.double())[0]):.3g}" if len(gram) <= 4096 else ""
+        )
+        raise MaskoptError(f"The Gram must be positive semidefinite, but it is indefinite{lowest}; is it X X^T?")

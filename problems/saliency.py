@@ -1,0 +1,82 @@
+"""Linear scores: the criteria of greedy pruning, whose LMO value is the whole answer."""
+
+import torch
+from torch import Tensor
+
+from maskopt.problems.base import Point, Problem
+
+__all__ = ["Saliency"]
+
+
+class Saliency(Problem):
+    """Minimise the total score of the pruned entries.
+
+    Parameters
+    ----------
+    scores : Tensor
+        Importance of each entry, shape (rows, d); larger is kept first.
+    """
+
+    def __init__(self, scores: Tensor) -> None:
+        self.scores = scores
+
+    @classmethod
+    def magnitude(cls, weight: Tensor) -> "Saliency":
+        """Score |w|."""
+        return cls(weight.abs())
+
+    @classmethod
+    def wanda(cls, weight: Tensor, gram: Tensor) -> "Saliency":
+        """Score |w_ij| ||x_j||, the root of the error of pruning that entry alone (Wanda, arXiv 2306.11695)."""
+        return cls(weight.abs() * gram.diagonal().clamp_min(0).sqrt())
+
+    @classmethod
+    def ria(cls, weight: Tensor, gram: Tensor, power: float = 0.5) -> "Saliency":
+        """Relative importance and activations: (|w|/row sum + |w|/column sum) ||x_j||^power.
+
+        `power` is 0.5 in the paper's experiments and code (RIA, ICLR 2024). Rows or columns that are all
+        zero score zero.
+        """
+        size = weight.abs()
+        tiny = torch.finfo(size.dtype).tiny
+        relative = size / size.sum(1, keepdim=True).clamp_min(tiny) + size / size.sum(0).clamp_min(tiny)
+        return cls(relative * gram.diagonal().clamp_min(0).sqrt() ** power)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.scores.shape[0], self.scores.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scores.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.scores.device
+
+    def at(self, x: Tensor) -> Point:
+        return Point(x, x.new_zeros((x.shape[0], 1)))
+
+    def value(self, point: Point) -> Tensor:
+        return (self.scores * (1 - point.x)).sum(1, dtype=torch.float64)
+
+    def gradient(self, point: Point) -> Tensor:
+        return -self.scores
+
+    def curvature(self, point: Point, target: Point) -> Tensor:
+        return self.scores.new_zeros(self.shape[0])
+
+    def bilinear(self, origin: Point, direction: Point, ends: tuple[Point, ...]) -> tuple[Tensor, ...]:
+        return tuple(self.scores.new_zeros(self.shape[0]) for _ in ends)
+
+    def diagonal(self) -> Tensor:
+        return torch.zeros_like(self.scores)
+
+    def rows(self, index: slice) -> "Saliency":
+        return Saliency(self.scores[index])
+
+    def objective(self, mask: Tensor) -> Tensor:
+        return self.scores.double().masked_fill(mask, 0.0).sum(1)
+
+    def scale(self) -> Tensor:
+        return self.scores.sum(1, dtype=torch.float64)
