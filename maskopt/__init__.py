@@ -1,4 +1,4 @@
-"""maskopt: which weights of a layer may go, so that its output on calibration data changes least?"""
+"""Which weights of a layer may go, so that its output on calibration data changes least."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -144,15 +144,17 @@ class PartitionMatroid:
         Parameters
         ----------
         cost : Tensor
-            Shape (rows, d).
+            Shape (rows, d), no NaN.
 
         Returns
         -------
         Tensor
             Boolean, shape (rows, d).
         """
-        if not cost.is_floating_point():
-            cost = cost.float()
+        return self.vertex(cost if cost.is_floating_point() else cost.double()).bool()
+
+    def vertex(self, cost: Tensor) -> Tensor:
+        """Return `lmo` as an indicator of zeros and ones in the type of `cost`, as solvers need it."""
         keep, _ = self._counts(cost.shape, cost.device)
         return self.ungroup(smallest(self.groups(cost), keep), cost.shape)
 

@@ -40,8 +40,8 @@ class Protected(PartitionMatroid):
                 f"Group {int(excess.argmax())} protects {int(excess.max())} more entries than {base} keeps there."
             )
 
-    def lmo(self, cost: Tensor) -> Tensor:
-        return super().lmo(cost.masked_fill(self.protected, -float("inf")))
+    def vertex(self, cost: Tensor) -> Tensor:
+        return super().vertex(cost.masked_fill(self.protected, -float("inf")))
 
     def center(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
         protected = self.groups(self.protected).to(device)

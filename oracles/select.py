@@ -22,8 +22,9 @@ def smallest(cost: Tensor, keep: int | Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        Boolean, shape (groups, size), exactly `keep` True per row; among equal entries the lower index wins, on
-        every device.
+        Indicator (0 or 1) in the type of `cost`, shape (groups, size), exactly `keep` ones per row; among equal
+        entries the lower index wins, on every device. It is floating point because comparisons that write
+        floats are several times faster than those that write booleans, and solvers need floats.
     """
     size = cost.shape[1]
     if isinstance(keep, Tensor):
@@ -32,9 +33,9 @@ def smallest(cost: Tensor, keep: int | Tensor) -> Tensor:
             return _smallest_varying(cost, keep, low, high)
         keep = low
     if keep <= 0:
-        return torch.zeros_like(cost, dtype=torch.bool)
+        return torch.zeros_like(cost)
     if keep >= size:
-        return torch.ones_like(cost, dtype=torch.bool)
+        return torch.ones_like(cost)
     if size <= _RANKED:
         return _smallest_by_rank(cost, keep)
     return _up_to(cost, _kth_smallest(cost, keep), keep)
@@ -58,23 +59,25 @@ def _kth_smallest(cost: Tensor, k: int) -> Tensor:
 
 def _up_to(cost: Tensor, threshold: Tensor, keep: int | Tensor) -> Tensor:
     """Mark entries below the threshold and, in index order, as many equal to it as are missing."""
-    mask = cost <= threshold
-    surplus = mask.sum(1, keepdim=True) - keep
+    chosen = torch.le(cost, threshold, out=torch.empty_like(cost))
+    # Integers as floats: exact below 2^24 in float32, hence the wider sum.
+    surplus = chosen.sum(1, keepdim=True, dtype=torch.float64 if cost.shape[1] >= 2**24 else None) - keep
     if bool(surplus.any()):
         tied = cost == threshold
-        wanted = tied.sum(1, keepdim=True) - surplus
-        mask &= ~tied | (tied.cumsum(1) <= wanted)
-    return mask
+        wanted = tied.sum(1, keepdim=True) - surplus.long()
+        chosen[tied & (tied.cumsum(1) > wanted)] = 0.0
+    return chosen
 
 
 def _smallest_by_rank(cost: Tensor, keep: int) -> Tensor:
     # One contiguous vector per position: a comparison per pair instead of a sort per tiny row.
     columns = cost.T.contiguous()
     size = columns.shape[0]
-    rank = torch.zeros(columns.shape, dtype=torch.uint8, device=cost.device)
+    rank = torch.arange(size - 1, -1, -1, dtype=cost.dtype, device=cost.device).unsqueeze(1).repeat(1, len(cost))
+    first = torch.empty_like(columns[0])
     for i in range(size):
         for j in range(i + 1, size):
-            first = columns[i] <= columns[j]
+            torch.le(columns[i], columns[j], out=first)
             rank[j] += first
-            rank[i] += ~first
-    return (rank < keep).T.contiguous()
+            rank[i] -= first
+    return rank.lt_(keep).T.contiguous()

@@ -1,6 +1,6 @@
 """What is minimised: objectives over masks, seen through one narrow interface."""
 
-from maskopt.problems.base import Point, Problem
+from maskopt.problems.base import Move, Point, Problem
 from maskopt.problems.generators import FAMILIES, synthetic
 from maskopt.problems.instance import Instance, load_instance, save_instance
 from maskopt.problems.layer import LayerReconstruction
@@ -11,6 +11,7 @@ __all__ = [
     "FAMILIES",
     "Instance",
     "LayerReconstruction",
+    "Move",
     "Point",
     "Problem",
     "Saliency",

@@ -12,46 +12,61 @@ from torch import Tensor
 if TYPE_CHECKING:
     from maskopt.problems.shifted import Shifted
 
-__all__ = ["Point", "Problem", "row_dot"]
-
-
-def row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return the inner product of each row of `a` with the same row of `b`, shape (rows,)."""
-    # A batched (1, d) @ (d, 1) product: one pass over memory and no temporary of size rows x d.
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)
+__all__ = ["Move", "Point", "Problem"]
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A relaxed mask together with what the objective carries along for it.
+    """A relaxed mask and the gradient of the (unshifted) objective there.
+
+    For a quadratic objective the gradient is an *affine* function of x, so points mix and subtract without a new
+    evaluation; gradients of shifted objectives follow from it without one either.
 
     Parameters
     ----------
     x : Tensor
         Relaxed keep mask, shape (rows, d); 1 keeps, 0 prunes.
-    carried : Tensor
-        What the problem computed for `x`; an *affine* function of `x`, so points mix without a new evaluation.
-        Its shape is the problem's own.
+    gradient : Tensor
+        Shape (rows, d).
     """
 
     x: Tensor
-    carried: Tensor
+    gradient: Tensor
 
-    def mix(self, other: Point, share: Tensor) -> Point:
-        """Return (1 - share) * self + share * other; `share` has shape (rows, 1)."""
-        return Point(torch.lerp(self.x, other.x, share), torch.lerp(self.carried, other.carried, share))
+    def advance_(self, move: Move, share: Tensor) -> None:
+        """Add `share` (shape (rows, 1)) times `move` in place."""
+        self.x.addcmul_(move.x, share)
+        self.gradient.addcmul_(move.gradient, share)
 
-    def mix_(self, other: Point, share: Tensor) -> None:
-        """Move this point in place by `share`, shape (rows, 1), of the way to `other`."""
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The difference of two points: a direction and the change of the gradient along it (the Hessian times it)."""
+
+    x: Tensor
+    gradient: Tensor
+
+    @classmethod
+    def between_(cls, point: Point, target: Point) -> Move:
+        """Return target - point, taking over (and overwriting) the tensors of `target`."""
+        return cls(target.x.sub_(point.x), target.gradient.sub_(point.gradient))
+
+    def blend_(self, other: Move, share: Tensor) -> None:
+        """Become (1 - share) * self + share * other in place; `share` has shape (rows, 1)."""
         self.x.lerp_(other.x, share)
-        self.carried.lerp_(other.carried, share)
+        self.gradient.lerp_(other.gradient, share)
+
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply each row in place; `factor` has shape (rows, 1)."""
+        self.x.mul_(factor)
+        self.gradient.mul_(factor)
 
 
 class Problem(ABC):
     """A function of relaxed keep masks x in [0, 1]^(rows x d) that is a sum of independent functions of the rows.
 
-    A solver calls `at` once for every new x (the only expensive verb: one matrix product for a layer) and
-    everything else on the returned points.
+    A solver calls `at` once for every new x (the only expensive verb: one matrix product for a layer) and works with
+    the returned points and their differences.
     """
 
     @property
@@ -71,23 +86,19 @@ class Problem(ABC):
 
     @abstractmethod
     def at(self, x: Tensor) -> Point:
-        """Return the point of the relaxed mask `x`, shape (rows, d); the tensor is not copied."""
+        """Return the point of the relaxed mask `x`, shape (rows, d); `x` is not copied, the gradient is new."""
 
     @abstractmethod
     def value(self, point: Point) -> Tensor:
         """Return the objective of each row, float64, shape (rows,)."""
 
-    @abstractmethod
     def gradient(self, point: Point) -> Tensor:
-        """Return the derivative of each row's objective by x, a new tensor of shape (rows, d)."""
+        """Return the derivative by x, shape (rows, d); read only, it may be the point's own."""
+        return point.gradient
 
-    @abstractmethod
-    def curvature(self, point: Point, target: Point) -> Tensor:
-        """Return q, shape (rows,), with f(point + s (target - point)) = f(point) + s <gradient, target - point> + s^2 q."""
-
-    @abstractmethod
-    def bilinear(self, origin: Point, direction: Point, ends: tuple[Point, ...]) -> tuple[Tensor, ...]:
-        """Return B(direction - origin, end - origin) for each end, shape (rows,), where curvature is B(D, D)."""
+    def hessian(self, move: Move) -> Tensor:
+        """Return the second derivative times `move`, shape (rows, d); read only, it may be the move's own."""
+        return move.gradient
 
     @abstractmethod
     def diagonal(self) -> Tensor:
@@ -103,7 +114,7 @@ class Problem(ABC):
 
     @abstractmethod
     def scale(self) -> Tensor:
-        """Return what relative errors divide by, per row (the objective of pruning everything), float64, shape (rows,)."""
+        """Return each row's objective of pruning everything, which relative errors divide by; float64, shape (rows,)."""
 
     def shifted(self, diagonal: Tensor, amount: float = 1.0) -> Shifted:
         """Return this objective plus amount * sum_i diagonal_i (x_i - x_i^2), which no mask can see.

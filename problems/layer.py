@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.problems.base import Point, Problem, row_dot
+from maskopt.problems.base import Point, Problem
 
 __all__ = ["LayerReconstruction"]
 
@@ -16,9 +16,8 @@ _BLOCK = 1024  # columns converted to float64 at a time, so that no float64 copy
 class LayerReconstruction(Problem):
     """Layer output error ||W X - (M * W) X||_F^2 as a function of the keep mask M, one term per row.
 
-    With p = 1 - m the pruned indicator, a row's error is (w*p)^T G (w*p) where G = X X^T.
-    The product (W * (1 - x)) G is carried along, so that a new point costs one matrix product and gradients
-    and exact line searches cost none; nothing of size rows x d x d exists.
+    With p = 1 - m the pruned indicator, a row's error is (w*p)^T G (w*p) where G = X X^T. A new point costs one
+    matrix product; points and gradients are affine, so line searches cost none; nothing of size rows x d x d exists.
 
     Parameters
     ----------
@@ -69,7 +68,7 @@ class LayerReconstruction(Problem):
 
     @property
     def unit(self) -> float:
-        """Objectives are `unit` times what `value`, `gradient` and `curvature` say; a power of two, 1 for ordinary data."""
+        """Objectives are `unit` times what `value` and `gradient` say: a power of two, 1 for ordinary data."""
         return self._weight_unit**2 * self._gram_unit
 
     @property
@@ -95,22 +94,15 @@ class LayerReconstruction(Problem):
         return self.weight.device
 
     def at(self, x: Tensor) -> Point:
-        return Point(x, torch.addcmul(self._w, self._w, x, value=-1.0) @ self._g)
+        return Point(x, self.product(x).mul_(self._w).mul_(-2.0))
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return (W * (1 - x)) G in scaled units, shape (rows, d): the one expensive operation."""
+        return torch.addcmul(self._w, self._w, x, value=-1.0) @ self._g
 
     def value(self, point: Point) -> Tensor:
-        pruned = torch.addcmul(self._w, self._w, point.x, value=-1.0)
-        return pruned.mul_(point.carried).sum(1, dtype=torch.float64)
-
-    def gradient(self, point: Point) -> Tensor:
-        return (self._w * point.carried).mul_(-2.0)
-
-    def curvature(self, point: Point, target: Point) -> Tensor:
-        step = (target.x - point.x).mul_(self._w)
-        return row_dot(step, point.carried - target.carried)
-
-    def bilinear(self, origin: Point, direction: Point, ends: tuple[Point, ...]) -> tuple[Tensor, ...]:
-        along = (origin.carried - direction.carried).mul_(self._w)
-        return tuple(row_dot(along, end.x - origin.x) for end in ends)
+        # f = p^T Q p and gradient = -2 Q p with p = 1 - x.
+        return (point.gradient * (point.x - 1)).sum(1, dtype=torch.float64).mul_(0.5)
 
     def diagonal(self) -> Tensor:
         return self._w.square() * self._g.diagonal()
@@ -162,7 +154,7 @@ class LayerReconstruction(Problem):
         total = rows.new_zeros(rows.shape[0])
         for start in range(0, rows.shape[1], _BLOCK):
             block = slice(start, start + _BLOCK)
-            total += row_dot(rows @ self._g[:, block].double(), rows[:, block].contiguous())
+            total += torch.linalg.vecdot(rows @ self._g[:, block].double(), rows[:, block])
         # Rounding may leave a zero slightly negative; an error is a sum of squares.
         return total.clamp_min_(0.0) * self.unit
 

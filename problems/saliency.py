@@ -55,19 +55,10 @@ class Saliency(Problem):
         return self.scores.device
 
     def at(self, x: Tensor) -> Point:
-        return Point(x, x.new_zeros((x.shape[0], 1)))
+        return Point(x, -self.scores)
 
     def value(self, point: Point) -> Tensor:
         return (self.scores * (1 - point.x)).sum(1, dtype=torch.float64)
-
-    def gradient(self, point: Point) -> Tensor:
-        return -self.scores
-
-    def curvature(self, point: Point, target: Point) -> Tensor:
-        return self.scores.new_zeros(self.shape[0])
-
-    def bilinear(self, origin: Point, direction: Point, ends: tuple[Point, ...]) -> tuple[Tensor, ...]:
-        return tuple(self.scores.new_zeros(self.shape[0]) for _ in ends)
 
     def diagonal(self) -> Tensor:
         return torch.zeros_like(self.scores)

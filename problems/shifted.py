@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from maskopt.problems.base import Point, Problem
+from maskopt.problems.base import Move, Point, Problem
 
 __all__ = ["Shifted"]
 
@@ -49,20 +49,11 @@ class Shifted(Problem):
         return self.base.value(point) + self.amount * (self.shift * (x - x * x)).sum(1, dtype=torch.float64)
 
     def gradient(self, point: Point) -> Tensor:
-        gradient = self.base.gradient(point)
-        gradient.add_(self.shift, alpha=self.amount)
+        gradient = self.base.gradient(point).add(self.shift, alpha=self.amount)
         return gradient.addcmul_(self.shift, point.x, value=-2.0 * self.amount)
 
-    def curvature(self, point: Point, target: Point) -> Tensor:
-        step = target.x - point.x
-        return self.base.curvature(point, target).sub_((self.shift * step).mul_(step).sum(1), alpha=self.amount)
-
-    def bilinear(self, origin: Point, direction: Point, ends: tuple[Point, ...]) -> tuple[Tensor, ...]:
-        along = (direction.x - origin.x).mul_(self.shift)
-        return tuple(
-            form.sub_((along * (end.x - origin.x)).sum(1), alpha=self.amount)
-            for form, end in zip(self.base.bilinear(origin, direction, ends), ends, strict=True)
-        )
+    def hessian(self, move: Move) -> Tensor:
+        return torch.addcmul(self.base.hessian(move), self.shift, move.x, value=-2.0 * self.amount)
 
     def diagonal(self) -> Tensor:
         return self.base.diagonal() - self.amount * self.shift

@@ -61,8 +61,9 @@ class State:
         Since the start.
     problem, masks
         What is being solved (the current block of rows).
-    point : Point
-        The relaxed mask; `problem.value(point)` is its objective. It changes after the callback returns.
+    point : Point or None
+        The relaxed mask; `problem.value(point)` is its objective. It changes after the callback returns. None for
+        methods without one.
     """
 
     solver: str
@@ -72,7 +73,7 @@ class State:
     seconds: float
     problem: Problem
     masks: PartitionMatroid
-    point: Point
+    point: Point | None
 
 
 Callback = Callable[[State], Stop | None]
@@ -96,7 +97,9 @@ class Watch:
         """Say which share of the whole solve the coming work is."""
         self._window = (start, end)
 
-    def stops(self, problem: Problem, masks: PartitionMatroid, point: Point, iteration: int, iterations: int) -> bool:
+    def stops(
+        self, problem: Problem, masks: PartitionMatroid, iteration: int, iterations: int, point: Point | None = None
+    ) -> bool:
         """Report an iteration; True if the solver has to return what it has."""
         if self.ended is None and self._limit is not None and self.seconds > self._limit:
             self.ended = Status.TIME_LIMIT

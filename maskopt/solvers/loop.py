@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskopt.oracles import PartitionMatroid
-from maskopt.problems import Point, Problem
+from maskopt.problems import Move, Point, Problem
 from maskopt.solvers.base import Watch
 from maskopt.solvers.rules import Direction, Step
 
@@ -29,7 +29,7 @@ def frank_wolfe(
     Parameters
     ----------
     objective_at : callable
-        The objective of iteration t; all of them must agree on what they carry (shifts of one problem).
+        The objective of iteration t; shifts of one problem.
     masks : PartitionMatroid
         Offers the oracle.
     x : Tensor
@@ -46,23 +46,25 @@ def frank_wolfe(
     Returns
     -------
     Point
-        The last relaxed mask with its carried product.
+        The last relaxed mask with its gradient.
     """
     done, planned = progress or (0, iterations)
     objective = objective_at(0)
     point = objective.at(x.clone())
-    previous: Point | None = None
+    previous: Move | None = None
     pool = _each if masks.separable else _together
     for iteration in range(iterations):
-        if watch.stops(objective, masks, point, done + iteration, planned):
+        if watch.stops(objective, masks, done + iteration, planned, point):
             break
         objective = objective_at(iteration)
         gradient = objective.gradient(point)
-        vertex = objective.at(masks.lmo(gradient).to(gradient.dtype))
-        target = direction.target(objective, point, vertex, previous, pool)
-        share = step.share(iteration, objective, gradient, point, target, pool)
-        point.mix_(target, share.unsqueeze(1))
-        previous = target
+        move = Move.between_(point, objective.at(masks.vertex(gradient)))
+        move = direction.choose(objective, move, previous, pool)
+        share = step.share(iteration, objective, gradient, move, pool).unsqueeze(1)
+        point.advance_(move, share)
+        if direction.remembers:
+            move.scale_(1.0 - share)
+            previous = move
         watch.counters["lmo"] += 1
         watch.counters["products"] += 1
     return point

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from maskopt.errors import MaskoptError
 from maskopt.oracles import PartitionMatroid
-from maskopt.problems import LayerReconstruction, Point, Problem
+from maskopt.problems import LayerReconstruction, Problem
 from maskopt.solvers.base import Outcome, Solver, Status, Watch
 from maskopt.solvers.scores import Wanda
 from maskopt.solvers.swap_search import SwapSearch
@@ -80,13 +80,12 @@ def descend(
     search = SwapSearch(problem, masks)
     limit = 10 * problem.shape[1] if max_steps is None else max_steps
     start, kept = mask, mask.clone()
-    point = problem.at(kept.to(problem.dtype))
+    carried = problem.product(kept.to(problem.dtype))
     watch.counters["products"] += 1
-    carried = point.carried
     # Rows whose last search found nothing need none until they change.
     dirty = torch.ones(problem.shape[0], dtype=torch.bool, device=problem.device)
     steps, optimal = 0, False
-    while steps < limit and not watch.stops(problem, masks, Point(point.x, carried), steps, limit):
+    while steps < limit and not watch.stops(problem, masks, steps, limit):
         rows, add, drop_rows, drop = search.step(kept, carried, dirty)
         if len(rows) == 0:
             optimal = True

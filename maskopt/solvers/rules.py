@@ -1,12 +1,13 @@
 """Direction and step rules of the Frank-Wolfe loop: small, stateless, free to combine."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 
-from maskopt.problems import Point, Problem
+from maskopt.problems import Move, Problem
 
 __all__ = ["Conjugate", "Direction", "ExactStep", "OpenLoopStep", "Pool", "Step", "Vanilla"]
 
@@ -21,53 +22,64 @@ class Pool(Protocol):
 
 
 class Direction(Protocol):
-    """Chooses the point to move towards."""
+    """Chooses the way to go; `remembers` asks the loop to keep the previous move."""
 
-    def target(self, objective: Problem, point: Point, vertex: Point, previous: Point | None, pool: Pool) -> Point:
-        """Return a point of the hull, given the oracle's vertex and the previous target."""
+    remembers: ClassVar[bool]
+
+    def choose(self, objective: Problem, move: Move, previous: Move | None, pool: Pool) -> Move:
+        """Return a move inside the hull.
+
+        Parameters
+        ----------
+        move : Move
+            From the point to the oracle's vertex; may be overwritten.
+        previous : Move or None
+            From the point to where the last move would have ended at full length.
+        """
 
 
 class Step(Protocol):
-    """Chooses how far to move, as a share of the way to the target."""
+    """Chooses how far to go."""
 
-    def share(
-        self, iteration: int, objective: Problem, gradient: Tensor, point: Point, target: Point, pool: Pool
-    ) -> Tensor:
-        """Return shares in [0, 1], shape (rows,)."""
+    def share(self, iteration: int, objective: Problem, gradient: Tensor, move: Move, pool: Pool) -> Tensor:
+        """Return shares of the move in [0, 1], shape (rows,)."""
 
 
 @dataclass(frozen=True)
 class Vanilla:
-    """Move towards the oracle's vertex (Frank and Wolfe, 1956)."""
+    """Go to the oracle's vertex (Frank and Wolfe, 1956)."""
 
-    def target(self, objective: Problem, point: Point, vertex: Point, previous: Point | None, pool: Pool) -> Point:
-        return vertex
+    remembers: ClassVar[bool] = False
+
+    def choose(self, objective: Problem, move: Move, previous: Move | None, pool: Pool) -> Move:
+        return move
 
 
 @dataclass(frozen=True)
 class Conjugate:
-    """Mix the vertex with the previous target so that successive directions are conjugate.
+    """Mix the way to the vertex with the previous way so that successive ways are conjugate.
 
-    With B the second-order form of the objective and T the previous target, the new target aT + (1-a)v has
-    B(T - x, aT + (1-a)v - x) = 0 (Mitradjieva and Lindberg, Transportation Science 47(2), 2013, section 3). The
-    carried products of T and v are known, so it costs no matrix product; it removes most of the zig-zagging that
-    ill-conditioned layers cause.
+    With H the Hessian, p the previous way and v the way to the vertex, the new way (1 - a) v + a p has
+    <p, H ((1 - a) v + a p)> = 0 (Mitradjieva and Lindberg, Transportation Science 47(2), 2013, section 3). H p is
+    known, so it costs no matrix product; it removes most of the zig-zagging that ill-conditioned layers cause.
 
     Parameters
     ----------
     slack : float
-        The vertex keeps at least this share of the target.
+        The vertex keeps at least this share.
     """
 
     slack: float = 0.2
 
-    def target(self, objective: Problem, point: Point, vertex: Point, previous: Point | None, pool: Pool) -> Point:
-        if previous is None:
-            return vertex
-        to_vertex, to_previous = map(pool, objective.bilinear(point, previous, (vertex, previous)))
-        below = to_vertex - to_previous
-        share = torch.where(below == 0, 0.0, to_vertex / below).nan_to_num_(0.0, 0.0, 0.0).clamp_(0.0, 1.0 - self.slack)
-        return vertex.mix(previous, share.unsqueeze(1))
+    remembers: ClassVar[bool] = True
+
+    def choose(self, objective: Problem, move: Move, previous: Move | None, pool: Pool) -> Move:
+        if previous is not None:
+            bent = objective.hessian(previous)
+            cross, own = pool(vecdot(bent, move.x)), pool(vecdot(bent, previous.x))
+            share = (cross / (cross - own)).nan_to_num_(0.0, 0.0, 0.0).clamp_(0.0, 1.0 - self.slack)
+            move.blend_(previous, share.unsqueeze(1))
+        return move
 
 
 @dataclass(frozen=True)
@@ -76,9 +88,7 @@ class OpenLoopStep:
 
     offset: int = 2
 
-    def share(
-        self, iteration: int, objective: Problem, gradient: Tensor, point: Point, target: Point, pool: Pool
-    ) -> Tensor:
+    def share(self, iteration: int, objective: Problem, gradient: Tensor, move: Move, pool: Pool) -> Tensor:
         return gradient.new_full((gradient.shape[0],), 2.0 / (iteration + self.offset))
 
 
@@ -86,11 +96,9 @@ class OpenLoopStep:
 class ExactStep:
     """The best share in [0, 1] for a quadratic objective, convex or not."""
 
-    def share(
-        self, iteration: int, objective: Problem, gradient: Tensor, point: Point, target: Point, pool: Pool
-    ) -> Tensor:
-        slope = pool(torch.bmm(gradient.unsqueeze(1), (target.x - point.x).unsqueeze(2)).view(-1))
-        curvature = pool(objective.curvature(point, target))
-        inside = (slope / (-2.0 * curvature)).clamp_(0.0, 1.0)
-        # Where the objective is concave along the segment one of its ends is best.
-        return torch.where(curvature > 0, inside, (slope + curvature < 0).to(slope.dtype))
+    def share(self, iteration: int, objective: Problem, gradient: Tensor, move: Move, pool: Pool) -> Tensor:
+        slope = pool(vecdot(gradient, move.x))
+        curvature = pool(vecdot(objective.hessian(move), move.x))
+        inside = (-slope / curvature).clamp_(0.0, 1.0)
+        # Where the objective is concave along the move one of its ends is best.
+        return torch.where(curvature > 0, inside, (slope + 0.5 * curvature < 0).to(slope.dtype))
