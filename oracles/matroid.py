@@ -136,6 +136,25 @@ class PartitionMatroid:
         per_row = len(self.keep) // shape[0]
         return PartitionMatroid(self.keep.view(shape[0], per_row)[index].reshape(-1), self.tile, self.name)
 
+    def rowwise(self, shape: tuple[int, int], mask: Tensor | None = None) -> "PartitionMatroid":
+        """Return the separable subset that fixes how many entries every row of every tile keeps.
+
+        Parameters
+        ----------
+        shape : (int, int)
+            Of the weight.
+        mask : Tensor, optional
+            A member whose counts are taken; by default each tile's count is spread evenly over its rows.
+        """
+        height, width = self.tile_of(shape)
+        bands, tiles = shape[0] // height, shape[1] // width
+        if mask is not None:
+            counts = mask.view(shape[0], tiles, width).sum(2)
+        else:
+            keep = self.kept_per_group(shape).view(bands, 1, tiles)
+            counts = keep // height + (torch.arange(height).view(1, -1, 1) < keep % height)
+        return PartitionMatroid(counts.reshape(-1), (1, width), self.name)
+
     # Verbs
 
     def lmo(self, cost: Tensor) -> Tensor:

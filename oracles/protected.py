@@ -65,6 +65,11 @@ class Protected(PartitionMatroid):
         right = np.concatenate((groups.lb, np.ones(len(held))))
         return LinearConstraint(vstack((groups.A, ones)), right, right)
 
+    def rowwise(self, shape: tuple[int, int], mask: Tensor | None = None) -> "Protected":
+        if mask is None:
+            mask = self.round(self.center(shape, torch.float32, self.protected.device))
+        return Protected(super().rowwise(shape, mask), self.protected)
+
     def contains(self, mask: Tensor) -> bool:
         return bool((mask | ~self.protected).all()) and super().contains(mask)
 

@@ -70,7 +70,7 @@ class ContinuationFrankWolfe(Solver):
 
 
 class _Run:
-    """One solve: the state the stages share."""
+    """One solve: what its stages share."""
 
     def __init__(
         self,
@@ -82,37 +82,65 @@ class _Run:
     ) -> None:
         self.settings, self.problem, self.masks, self.start, self.watch = settings, problem, masks, start, watch
         self.diagonal = problem.diagonal()
+        self.first = settings.iterations
         self.second = round(settings.second * settings.iterations)
-        self.relink = max(1, round(settings.relink * settings.iterations))
-        self.planned = settings.iterations
-        if self.second:
-            self.planned += self.second + settings.relinks * self.relink
+        self.relinking = settings.relinks * max(1, round(settings.relink * settings.iterations))
+        self.planned = self.first + (self.second + self.relinking if self.second else 0)
         self.done = 0
-        self.optimal = False
 
     def outcome(self) -> Outcome:
-        mask = self._best_mask()
-        status = Status.LOCAL_OPTIMUM if self.optimal else Status.COMPLETED
+        mask = self.separable() if self.masks.separable else self.coupled()
+        status = Status.COMPLETED
+        if self.settings.polish:
+            mask, _, optimal = descend(self.problem, self.masks, mask, self.watch)
+            status = Status.LOCAL_OPTIMUM if optimal else status
         return Outcome(mask, status, self.done)
 
-    def _best_mask(self) -> Tensor:
-        problem, masks = self.problem, self.masks
-        center = masks.center(problem.shape, problem.dtype, problem.device)
-        best = self.anneal(center, self.settings.iterations, power=1.5)
-        if self.second and self.watch.ended is None:
-            halfway = torch.lerp(center, self.start.to(center.dtype), 0.5)
-            other = self.anneal(halfway, self.second, power=1.5)
-            best, other = self.ordered(best, other)
-            for _ in range(self.settings.relinks):
-                if self.watch.ended is not None:
-                    break
-                midpoint = torch.lerp(best.to(center.dtype), other.to(center.dtype), 0.5)
-                child = self.anneal(midpoint, self.relink, since=0.3)
-                # The better parent stays; the child takes the other's place.
-                best, other = self.ordered(best, child)
-        return self.descend(best)
+    def separable(self) -> Tensor:
+        """Anneal from the center and from halfway to the start, then relink."""
+        center = self.center(self.masks)
+        best = self.anneal(self.masks, center, self.first)
+        if not self.second:
+            return best
+        other = self.anneal(self.masks, torch.lerp(center, self.start.to(center.dtype), 0.5), self.second)
+        return self.relink(self.masks, best, other)
 
-    def anneal(self, x: Tensor, iterations: int, since: float = 0.0, power: float = 1.0) -> Tensor:
+    def coupled(self) -> Tensor:
+        """Find how many entries each row keeps, then solve with these counts.
+
+        One step length for all rows stalls on ill-conditioned layers, steps of their own need fixed counts. Three
+        candidates for the counts: all rows together (good where that does not stall), the counts of the start, and
+        even ones (so that the result is no worse than that of the same set per row).
+        """
+        problem, masks = self.problem, self.masks
+        self.planned = 4 * self.first + self.relinking
+        candidates = [self.anneal(masks, self.center(masks), self.first)]
+        for rowwise in (masks.rowwise(problem.shape, self.start), masks.rowwise(problem.shape)):
+            candidates.append(self.anneal(rowwise, self.center(rowwise), self.first))
+        best = min(candidates, key=lambda mask: float(problem.objective(mask).sum()))
+        if not self.second:
+            return best
+        best, _, _ = descend(problem, masks, best, self.watch)
+        rowwise = masks.rowwise(problem.shape, best)
+        return self.relink(rowwise, best, self.anneal(rowwise, self.center(rowwise), self.first))
+
+    def relink(self, masks: PartitionMatroid, one: Tensor, two: Tensor) -> Tensor:
+        """Anneal from the midpoint of each row's two masks; the child takes the worse parent's place."""
+        best, other = self.ordered(one, two)
+        for _ in range(self.settings.relinks):
+            if self.watch.ended is not None:
+                break
+            midpoint = torch.lerp(best.to(self.problem.dtype), other.to(self.problem.dtype), 0.5)
+            child = self.anneal(masks, midpoint, self.relinking // self.settings.relinks, since=0.3, power=1.0)
+            best, other = self.ordered(best, child)
+        return best
+
+    def center(self, masks: PartitionMatroid) -> Tensor:
+        return masks.center(self.problem.shape, self.problem.dtype, self.problem.device)
+
+    def anneal(
+        self, masks: PartitionMatroid, x: Tensor, iterations: int, since: float = 0.0, power: float = 1.5
+    ) -> Tensor:
         """Follow t from `since` to 1 and round."""
 
         def shifted(iteration: int) -> Problem:
@@ -121,7 +149,7 @@ class _Run:
 
         point = frank_wolfe(
             shifted,
-            self.masks,
+            masks,
             x,
             direction=Conjugate(),
             step=ExactStep(),
@@ -130,13 +158,7 @@ class _Run:
             progress=(self.done, self.planned),
         )
         self.done += iterations
-        return self.masks.round(point.x)
-
-    def descend(self, mask: Tensor) -> Tensor:
-        if not self.settings.polish:
-            return mask
-        mask, _, self.optimal = descend(self.problem, self.masks, mask, self.watch)
-        return mask
+        return masks.round(point.x)
 
     def ordered(self, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
         """Return the better and the worse mask of every row."""

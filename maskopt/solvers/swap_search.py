@@ -9,8 +9,9 @@ from maskopt.problems import LayerReconstruction
 __all__ = ["SwapSearch"]
 
 _DENSE = 16  # segments up to this width are searched by looking at all pairs
-_CANDIDATES = 8  # per side, for a first good swap that bounds the rest away
+_CANDIDATES = 16  # per side, for a first good swap that bounds the rest away
 _BINS = 24  # of the bounding function
+_TOGETHER = 16  # rows whose surviving pairs are looked at together
 _BLOCK = 2**22  # entries of a temporary
 
 
@@ -33,7 +34,7 @@ class SwapSearch:
     """
 
     def __init__(self, problem: LayerReconstruction, masks: PartitionMatroid) -> None:
-        self.weight, self.gram = problem.scaled_weight, problem.scaled_gram
+        self.weight, self.gram = problem.scaled_weight, problem.scaled_gram.contiguous()
         height, self.width = masks.tile_of(problem.shape)
         self.height = height
         rows, self.columns = problem.shape
@@ -128,13 +129,13 @@ class SwapSearch:
         bar = first[0].clamp(max=0.0).unsqueeze(1)
         can_add = a + _least(b, size, reach) < bar
         can_drop = b + _least(a, size, reach) < bar
-        counts = max(1, int(can_add.sum(1).max())), max(1, int(can_drop.sum(1).max()))
-        # Sorting by index (stable on the flags) lists the survivors first; rows with fewer get harmless extras.
-        adds = can_add.to(torch.uint8).topk(counts[0]).indices
-        drops = can_drop.to(torch.uint8).topk(counts[1]).indices
+        counts = torch.stack((can_add.sum(1), can_drop.sum(1)))
         best = list(first)
-        for part in torch.arange(shape[0], device=index.device).split(max(1, _BLOCK // (counts[0] * counts[1]))):
-            found = self._among(weight[part], a[part], b[part], adds[part], drops[part], offset[part])
+        # Rows with like numbers of survivors go together, so that little is padded.
+        order = counts.prod(0).argsort()
+        for part in order[counts.prod(0)[order] > 0].split(_TOGETHER):
+            adds, drops = _listed(can_add[part], counts[0, part]), _listed(can_drop[part], counts[1, part])
+            found = self._among(weight[part], a[part], b[part], adds, drops, offset[part])
             wins = found[0] < first[0][part]
             for all_rows, here in zip(best, found, strict=True):
                 all_rows[part] = torch.where(wins, here, all_rows[part])
@@ -147,7 +148,9 @@ class SwapSearch:
         self, weight: Tensor, a: Tensor, b: Tensor, adds: Tensor, drops: Tensor, offset: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the best swap among listed candidates: change, index to add, index to drop, each (rows,)."""
-        change = self.gram[(adds + offset).unsqueeze(2), (drops + offset).unsqueeze(1)]
+        # Flat, sorted indices: the gather runs along memory.
+        places = ((adds + offset) * self.columns).unsqueeze(2) + (drops + offset).unsqueeze(1)
+        change = self.gram.view(-1).index_select(0, places.view(-1)).view(places.shape)
         change *= (weight.gather(1, adds) * -2.0).unsqueeze(2)
         change *= weight.gather(1, drops).unsqueeze(1)
         change += a.gather(1, adds).unsqueeze(2)
@@ -202,6 +205,11 @@ class SwapSearch:
             torch.cat((drop_rows[free], givers)),
             torch.cat((drop[free], at_drop[givers, tile_of_row[givers]])),
         )
+
+
+def _listed(flags: Tensor, counts: Tensor) -> Tensor:
+    """Return the indices of the set flags in rising order, rows filled up with others, shape (rows, most)."""
+    return flags.to(torch.uint8).topk(int(counts.max())).indices.sort(1).values
 
 
 def _least(cost: Tensor, size: Tensor, reach: Tensor) -> Tensor:

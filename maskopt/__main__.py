@@ -1,0 +1,5 @@
+"""`python -m maskopt` is `maskopt`."""
+
+from maskopt.cli import main
+
+main()
