@@ -114,7 +114,7 @@ class Problem(ABC):
 
     @abstractmethod
     def scale(self) -> Tensor:
-        """Return each row's objective of pruning everything, which relative errors divide by; float64, shape (rows,)."""
+        """Return each row's objective of pruning everything: relative errors divide by it. Float64, shape (rows,)."""
 
     def shifted(self, diagonal: Tensor, amount: float = 1.0) -> Shifted:
         """Return this objective plus amount * sum_i diagonal_i (x_i - x_i^2), which no mask can see.

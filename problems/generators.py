@@ -23,7 +23,8 @@ def _correlated(d: int, tokens: int, random: torch.Generator) -> Tensor:
     basis = torch.linalg.qr(_independent(d, d, random)).Q
     spectrum = torch.arange(1, d + 1, dtype=torch.float64) ** -0.75
     offset = torch.randn(d, generator=random, dtype=torch.float64)
-    return (_independent(d, tokens, random) * spectrum) @ basis * d**0.5 + 0.5 * offset
+    x: Tensor = (_independent(d, tokens, random) * spectrum) @ basis * d**0.5 + 0.5 * offset
+    return x
 
 
 def _outliers(d: int, tokens: int, random: torch.Generator) -> Tensor:
@@ -39,7 +40,7 @@ def _rank_deficient(d: int, tokens: int, random: torch.Generator) -> Tensor:
 
 
 def _dead(d: int, tokens: int, random: torch.Generator) -> Tensor:
-    """A tenth of the channels always zero, another tenth exact copies of their neighbours."""
+    """Dead channels (a tenth) and exact copies of neighbours (another tenth)."""
     x = _correlated(d, tokens, random)
     order = torch.randperm(d, generator=random)
     tenth = max(1, d // 10)

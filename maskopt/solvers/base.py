@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -324,4 +325,4 @@ def _blocks(problem: Problem, arrays: float, memory: int) -> Iterator[slice]:
     # Equal blocks: a last block of a few rows would waste the matrix products' efficiency.
     number = -(-rows // max(1, int(memory / per_row)))
     edges = [rows * i // number for i in range(number + 1)]
-    return (slice(a, b) for a, b in zip(edges, edges[1:], strict=False))
+    return (slice(a, b) for a, b in itertools.pairwise(edges))

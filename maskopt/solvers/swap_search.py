@@ -37,7 +37,7 @@ class SwapSearch:
         self.weight, self.gram = problem.scaled_weight, problem.scaled_gram.contiguous()
         height, self.width = masks.tile_of(problem.shape)
         self.height = height
-        rows, self.columns = problem.shape
+        self.columns = problem.shape[1]
         self.segments = self.columns // self.width
         self.own = problem.diagonal()
         self.eps = 8 * torch.finfo(problem.dtype).eps
@@ -91,7 +91,7 @@ class SwapSearch:
             return index[:0], index[:0], index[:0], index[:0]
         per_row = self.columns * (self.width if self.width <= _DENSE else _BINS)
         adds, drops, better = [], [], []
-        for part in index.split(max(1, _BLOCK // per_row)):
+        for part in torch.split(index, max(1, _BLOCK // per_row)):
             add_cost, drop_cost, error = self._costs(part, kept, carried)
             search = self._all_pairs if self.width <= _DENSE else self._bounded_pairs
             change, add, drop = search(part, add_cost, drop_cost)
@@ -133,7 +133,7 @@ class SwapSearch:
         best = list(first)
         # Rows with like numbers of survivors go together, so that little is padded.
         order = counts.prod(0).argsort()
-        for part in order[counts.prod(0)[order] > 0].split(_TOGETHER):
+        for part in torch.split(order[counts.prod(0)[order] > 0], _TOGETHER):
             adds, drops = _listed(can_add[part], counts[0, part]), _listed(can_drop[part], counts[1, part])
             found = self._among(weight[part], a[part], b[part], adds, drops, offset[part])
             wins = found[0] < first[0][part]

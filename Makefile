@@ -1,0 +1,54 @@
+# Everything happens inside the checkout: the environment, its caches and what tools write lie in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --constraint constraints.txt
+export XDG_CACHE_HOME := $(CURDIR)/$(VENV)/cache
+export PIP_CACHE_DIR := $(CURDIR)/$(VENV)/cache/pip
+export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
+export MPLCONFIGDIR := $(CURDIR)/$(VENV)/cache/matplotlib
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+.DELETE_ON_ERROR:
+.PHONY: help demo test check format bench clean
+
+help:  ## Say what there is
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
+
+demo: $(VENV)/run.stamp  ## Prune the shipped model with every solver and print the comparison (two minutes)
+	@$(BIN)/maskopt demo
+
+test: $(VENV)/dev.stamp  ## Run all tests
+	$(BIN)/python -m pytest -n $(or $(WORKERS),2) tests
+
+check: $(VENV)/dev.stamp  ## Lint, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev.stamp  ## Format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS="a.safetensors ..." and MODELS="folder:text ..." add your own)
+	$(BIN)/python benchmarks/layers.py $(LAYERS)
+	$(BIN)/python benchmarks/perplexity.py $(MODELS)
+
+clean:  ## Remove the environment and all caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(VENV)/made.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "maskopt needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/run.stamp: $(VENV)/made.stamp pyproject.toml constraints.txt
+	@echo "Installing maskopt and what it needs into $(VENV); PyTorch takes most of the time."
+	$(PIP) --progress-bar on --editable '.[hf]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	@echo "Installing the development tools into $(VENV)."
+	$(PIP) --editable '.[hf,mip,report,dev]'
+	@touch $@
