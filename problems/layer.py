@@ -118,7 +118,9 @@ class LayerReconstruction(Problem):
         """Return the same problem in float64, for figures that have to be proven."""
         wide = self.rows(slice(None))
         wide.weight, wide.gram = self.weight.double(), self.gram.double()
-        wide._w, wide._g = self._w.double(), self._g.double()
+        # Where no unit was divided out the two are one tensor, and stay so.
+        wide._w = wide.weight if self._w is self.weight else self._w.double()
+        wide._g = wide.gram if self._g is self.gram else self._g.double()
         return wide
 
     def eigenvalue_floor(self) -> float:

@@ -47,11 +47,8 @@ class SwapSearch:
             index = self.local.view(self.segments, self.width)
             self.blocks = self.gram[index.unsqueeze(2), index.unsqueeze(1)]
         elif self.width > _DENSE:
-            size = self.gram.diagonal().clamp_min(0).sqrt()
-            safe = torch.where(size > 0, size, torch.inf)
-            correlation = (self.gram / safe / safe.unsqueeze(1)).abs_().fill_diagonal_(0.0)
-            # A little more than the largest one, so that rounding cannot bound a winner away.
-            self.reach = correlation.amax(1).clamp_(max=1.0) * 1.0001 * self.own.sqrt()
+            # A little more than the largest correlation, so that rounding cannot bound a winner away.
+            self.reach = _largest_correlation(self.gram).mul_(1.0001) * self.own.sqrt()
             self.size = self.own.sqrt()
 
     def step(self, kept: Tensor, carried: Tensor, dirty: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -205,6 +202,18 @@ class SwapSearch:
             torch.cat((drop_rows[free], givers)),
             torch.cat((drop[free], at_drop[givers, tile_of_row[givers]])),
         )
+
+
+def _largest_correlation(gram: Tensor) -> Tensor:
+    """Return max_(i != j) |G_ij| / sqrt(G_ii G_jj) for every j, at most 1, shape (d,); 0 for dead inputs."""
+    size = gram.diagonal().clamp_min(0).sqrt()
+    inverse = torch.where(size > 0, 1 / size, 0.0)
+    largest = torch.zeros_like(size)
+    for part in torch.split(torch.arange(len(gram), device=gram.device), max(1, _BLOCK // len(gram))):
+        block = gram[part].abs_().mul_(inverse)
+        block[torch.arange(len(part), device=gram.device), part] = 0.0
+        largest[part] = block.amax(1) * inverse[part]
+    return largest.clamp_(max=1.0)
 
 
 def _listed(flags: Tensor, counts: Tensor) -> Tensor:
