@@ -64,6 +64,7 @@ class LayerReconstruction(Problem):
         self._gram_unit = _power_of_two(self.gram.diagonal().max())
         self._w = _divided(self.weight, self._weight_unit)
         self._g = _divided(self.gram, self._gram_unit)
+        self._scale: Tensor | None = None  # filled on demand
         self._floor: list[float] = []  # filled on demand, shared by all row blocks
 
     @property
@@ -112,6 +113,7 @@ class LayerReconstruction(Problem):
         part.weight, part.gram, part.tokens = self.weight[index], self.gram, self.tokens
         part._weight_unit, part._gram_unit = self._weight_unit, self._gram_unit
         part._w, part._g, part._floor = self._w[index], self._g, self._floor
+        part._scale = None if self._scale is None else self._scale[index]
         return part
 
     def double(self) -> "LayerReconstruction":
@@ -149,7 +151,9 @@ class LayerReconstruction(Problem):
         return self._quadratic_form(self._w.double().masked_fill(mask, 0.0))
 
     def scale(self) -> Tensor:
-        return self._quadratic_form(self._w.double())
+        if self._scale is None:
+            self._scale = self._quadratic_form(self._w.double())
+        return self._scale
 
     def _quadratic_form(self, rows: Tensor) -> Tensor:
         """Return z^T G z for each row z of a float64 tensor, without a float64 copy of the whole Gram."""
