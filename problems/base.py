@@ -41,15 +41,10 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """The difference of two points: a direction and the change of the gradient along it (the Hessian times it)."""
+    """A direction, shape (rows, d), and the change of the gradient along it: the Hessian times it."""
 
     x: Tensor
     gradient: Tensor
-
-    @classmethod
-    def between_(cls, point: Point, target: Point) -> Move:
-        """Return target - point, taking over (and overwriting) the tensors of `target`."""
-        return cls(target.x.sub_(point.x), target.gradient.sub_(point.gradient))
 
     def blend_(self, other: Move, share: Tensor) -> None:
         """Become (1 - share) * self + share * other in place; `share` has shape (rows, 1)."""
@@ -65,8 +60,8 @@ class Move:
 class Problem(ABC):
     """A function of relaxed keep masks x in [0, 1]^(rows x d) that is a sum of independent functions of the rows.
 
-    A solver calls `at` once for every new x (the only expensive verb: one matrix product for a layer) and works with
-    the returned points and their differences.
+    Two verbs are expensive, one matrix product each for a layer: `at`, called once to start, and `along`, called once
+    for every new direction. Everything else is arithmetic on points and moves.
     """
 
     @property
@@ -87,6 +82,10 @@ class Problem(ABC):
     @abstractmethod
     def at(self, x: Tensor) -> Point:
         """Return the point of the relaxed mask `x`, shape (rows, d); `x` is not copied, the gradient is new."""
+
+    @abstractmethod
+    def along(self, x: Tensor) -> Move:
+        """Return the move in direction `x`, shape (rows, d); `x` is not copied, the gradient is new."""
 
     @abstractmethod
     def value(self, point: Point) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.problems.base import Point, Problem
+from maskopt.problems.base import Move, Point, Problem
 
 __all__ = ["LayerReconstruction"]
 
@@ -96,6 +96,9 @@ class LayerReconstruction(Problem):
 
     def at(self, x: Tensor) -> Point:
         return Point(x, self.product(x).mul_(self._w).mul_(-2.0))
+
+    def along(self, x: Tensor) -> Move:
+        return Move(x, ((self._w * x) @ self._g).mul_(self._w).mul_(2.0))
 
     def product(self, x: Tensor) -> Tensor:
         """Return (W * (1 - x)) G in scaled units, shape (rows, d): the one expensive operation."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from maskopt.problems.base import Point, Problem
+from maskopt.problems.base import Move, Point, Problem
 
 __all__ = ["Saliency"]
 
@@ -56,6 +56,9 @@ class Saliency(Problem):
 
     def at(self, x: Tensor) -> Point:
         return Point(x, -self.scores)
+
+    def along(self, x: Tensor) -> Move:
+        return Move(x, torch.zeros_like(x))
 
     def value(self, point: Point) -> Tensor:
         return (self.scores * (1 - point.x)).sum(1, dtype=torch.float64)

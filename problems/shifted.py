@@ -44,6 +44,9 @@ class Shifted(Problem):
     def at(self, x: Tensor) -> Point:
         return self.base.at(x)
 
+    def along(self, x: Tensor) -> Move:
+        return self.base.along(x)
+
     def value(self, point: Point) -> Tensor:
         x = point.x
         return self.base.value(point) + self.amount * (self.shift * (x - x * x)).sum(1, dtype=torch.float64)

@@ -24,7 +24,7 @@ def frank_wolfe(
     watch: Watch,
     progress: tuple[int, int] | None = None,
 ) -> Point:
-    """Minimise over the convex hull of `masks`, one oracle call and one `Problem.at` per iteration.
+    """Minimise over the convex hull of `masks`, one oracle call and one `Problem.along` per iteration.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def frank_wolfe(
             break
         objective = objective_at(iteration)
         gradient = objective.gradient(point)
-        move = Move.between_(point, objective.at(masks.vertex(gradient)))
+        move = objective.along(masks.vertex(gradient).sub_(point.x))
         move = direction.choose(objective, move, previous, pool)
         share = step.share(iteration, objective, gradient, move, pool).unsqueeze(1)
         point.advance_(move, share)

@@ -1,0 +1,37 @@
+"""Pruning transformers models: blocks, Gram matrices, masks, calibration, evaluation, loading and saving."""
+
+from maskopt.models.blocks import Block, find_blocks
+from maskopt.models.calibration import Calibration, calibration_batches
+from maskopt.models.context import context_length, default_seqlen
+from maskopt.models.loading import load_model
+from maskopt.models.perplexity import Perplexity, perplexity
+from maskopt.models.prune import Progress, prune
+from maskopt.models.report import LayerRecord, PruneReport
+from maskopt.models.saving import check_output, load_masks, save_masks, save_pruned
+from maskopt.models.selection import LeftDense, Selection, select_layers
+from maskopt.models.text import TokenStream, tokenize
+
+__all__ = [
+    "Block",
+    "Calibration",
+    "LayerRecord",
+    "LeftDense",
+    "Perplexity",
+    "Progress",
+    "PruneReport",
+    "Selection",
+    "TokenStream",
+    "calibration_batches",
+    "check_output",
+    "context_length",
+    "default_seqlen",
+    "find_blocks",
+    "load_masks",
+    "load_model",
+    "perplexity",
+    "prune",
+    "save_masks",
+    "save_pruned",
+    "select_layers",
+    "tokenize",
+]

@@ -1,0 +1,123 @@
+"""Calibration batches as the rest of the room sees them: checked, on the model's device, padding made explicit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from maskopt.errors import MaskoptError
+from maskopt.models.context import context_length
+
+__all__ = ["Batch", "check_token_ids", "prepare_batches"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One calibration batch.
+
+    Parameters
+    ----------
+    inputs : dict
+        What the model is called with.
+    shape : tuple of int
+        (sequences, positions); (images, 1) and the like where the model reads no token ids.
+    real : Tensor or None
+        True at the positions that are not padding, of shape `shape`; None where nothing is padded.
+    """
+
+    inputs: dict[str, Any]
+    shape: tuple[int, int]
+    real: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Positions that are not padding."""
+        return self.shape[0] * self.shape[1] if self.real is None else int(self.real.sum())
+
+
+def prepare_batches(model: PreTrainedModel, batches: Iterable[Any]) -> list[Batch]:
+    """Check calibration batches and move them to the model's device.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model they will be fed to.
+    batches : iterable of dict or Tensor
+        Keyword arguments of the model's forward, with its main input (``input_ids``, or ``pixel_values`` for vision
+        models), or the tensor of the main input alone.
+
+    Raises
+    ------
+    MaskoptError
+        If there is no batch or no token, or a batch is not what the model can be fed with.
+    """
+    prepared = [_prepare(model, f"calibration batch {index}", item) for index, item in enumerate(batches)]
+    if not prepared:
+        raise MaskoptError("There are no calibration batches; at least one is needed.")
+    if sum(batch.tokens for batch in prepared) == 0:
+        raise MaskoptError("The calibration batches hold padding only (attention_mask is 0 everywhere).")
+    return prepared
+
+
+def _prepare(model: PreTrainedModel, where: str, item: Any) -> Batch:
+    if isinstance(item, Tensor):
+        item = {model.main_input_name: item}
+    if not isinstance(item, Mapping) or not isinstance(item.get(model.main_input_name), Tensor):
+        raise MaskoptError(
+            f"The {where} must be a tensor of token ids or a dict with the tensor {model.main_input_name!r}; it is a "
+            f"{type(item).__name__}{f' with {sorted(item)}' if isinstance(item, Mapping) else ''}."
+        )
+    inputs = {
+        name: value.to(model.device) if isinstance(value, Tensor) else value
+        for name, value in item.items()
+        if name != "labels"
+    }
+    if "input_ids" not in inputs:
+        return Batch(inputs, (len(inputs[model.main_input_name]), 1))
+    ids = inputs["input_ids"]
+    check_token_ids(model, where, ids)
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape != ids.shape:
+        raise MaskoptError(
+            f"The {where} has input_ids of shape {tuple(ids.shape)} but an attention_mask of shape "
+            f"{tuple(mask.shape)}; they must be equal."
+        )
+    real = None if mask is None or bool(mask.bool().all()) else mask.bool()
+    if model.config.is_encoder_decoder and real is not None:
+        raise MaskoptError(
+            f"The {where} is padded, and padding cannot be told apart in an encoder-decoder model; "
+            f"use sequences of one length."
+        )
+    return Batch(inputs, (ids.shape[0], ids.shape[1]), real)
+
+
+def check_token_ids(model: PreTrainedModel, where: str, ids: Tensor) -> None:
+    """Refuse token ids the model has no embedding or no position for.
+
+    Raises
+    ------
+    MaskoptError
+        Naming `where`.
+    """
+    if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or ids.numel() == 0:
+        raise MaskoptError(
+            f"The {where} must hold integer token ids of shape (sequences, positions); it has {ids.dtype} of shape "
+            f"{tuple(ids.shape)}."
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        raise MaskoptError(
+            f"The {where} holds token id {low if low < 0 else high}, but the model knows ids 0 to {vocabulary - 1}; "
+            f"was it made with another tokenizer?"
+        )
+    longest = context_length(model)
+    if longest is not None and ids.shape[1] > longest:
+        raise MaskoptError(
+            f"The {where} has sequences of {ids.shape[1]} tokens, but the model takes at most {longest}."
+        )

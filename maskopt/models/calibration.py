@@ -1,0 +1,114 @@
+"""Calibration data: windows at random places of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from maskopt.errors import MaskoptError
+from maskopt.models.text import tokenize
+
+__all__ = ["Calibration", "calibration_batches", "require_positive"]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Batches of token ids and where they came from; iterating yields the batches.
+
+    Parameters
+    ----------
+    batches : list of Tensor
+        Token ids, int64, each of shape (at most batch_size, seqlen).
+    samples, seqlen, seed : int
+        As asked for.
+    source, sha256 : str
+        The text and the hash of its bytes.
+    text_tokens : int
+        Length of the whole tokenised text.
+    """
+
+    batches: list[Tensor] = field(repr=False)
+    samples: int
+    seqlen: int
+    seed: int
+    source: str
+    sha256: str
+    text_tokens: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all batches together."""
+        return self.samples * self.seqlen
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the batches as a dictionary that `json.dump` takes."""
+        names = ("samples", "seqlen", "tokens", "seed", "source", "sha256", "text_tokens")
+        return {name: getattr(self, name) for name in names}
+
+
+def calibration_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Path,
+    samples: int = 128,
+    seqlen: int = 2048,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> Calibration:
+    """Cut windows out of a text at random, as SparseGPT, Wanda and their successors do.
+
+    The text is tokenised once; every window starts at a token drawn uniformly, so windows may overlap.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        The model's.
+    text : str or Path
+        The text itself, or the path of a text or ``.jsonl`` file, see `tokenize`.
+    samples : int
+        Number of windows.
+    seqlen : int
+        Tokens per window; `default_seqlen` tells what a model can take.
+    batch_size : int
+        Windows per batch.
+    seed : int
+        Of the draw.
+
+    Raises
+    ------
+    MaskoptError
+        If a number is not positive, or the text cannot be read, is empty, or has fewer than `seqlen` tokens.
+    """
+    require_positive(samples=samples, seqlen=seqlen, batch_size=batch_size)
+    stream = tokenize(tokenizer, text)
+    stream.require(seqlen)
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(stream.ids) - seqlen + 1, (samples,), generator=generator)
+    windows = stream.ids.unfold(0, seqlen, 1)[starts]
+    return Calibration(
+        list(torch.split(windows, batch_size)), samples, seqlen, seed, stream.source, stream.sha256, len(stream.ids)
+    )
+
+
+def require_positive(**numbers: int) -> None:
+    """Refuse numbers below one, by name.
+
+    Raises
+    ------
+    MaskoptError
+        Naming the first.
+    """
+    for name, number in numbers.items():
+        if number < 1:
+            raise MaskoptError(f"{name} must be at least 1; got {number}.")

@@ -1,0 +1,160 @@
+"""Second moments of what layers see: G = sum of x x^T over the calibration tokens, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from maskopt.errors import MaskoptError
+from maskopt.models.batches import Batch
+from maskopt.models.layers import Layer
+
+__all__ = ["Gram", "GramCollector"]
+
+
+@dataclass(eq=False)
+class Gram:
+    """A second-moment matrix, shape (d, d), and the number of tokens in it."""
+
+    matrix: Tensor
+    leader: Layer
+    """The layer that adds to it; others that see the same tensors share it."""
+    tokens: int = 0
+
+
+class GramCollector:
+    """Context manager that hooks layers and accumulates the Gram matrix of their inputs.
+
+    Layers that are handed the same tensor (queries, keys and values; gate and up) share one matrix. Padded
+    positions are left out.
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+        The layers to watch; call `begin` before every batch.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = layers
+        self._grams: dict[Layer, Gram] = {}
+        self._calls: dict[Layer, int] = dict.fromkeys(layers, 0)
+        # Holding on to the tensors of a batch keeps their addresses from being used again.
+        self._seen: dict[tuple[object, ...], tuple[Tensor, Gram]] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._batch: Batch | None = None
+
+    def __enter__(self) -> GramCollector:
+        for layer in self._layers:
+
+            def hook(module: Any, args: Any, kwargs: Any, layer: Layer = layer) -> None:
+                self._see(layer, args[0] if args else next(iter(kwargs.values())))
+
+            self._hooks.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._seen.clear()
+
+    def begin(self, batch: Batch) -> None:
+        """Announce the batch that runs next."""
+        self._batch = batch
+        self._seen.clear()
+
+    def __getitem__(self, layer: Layer) -> Gram:
+        """Return what was collected for a layer.
+
+        Raises
+        ------
+        MaskoptError
+            If the layer was never called, or what it saw cannot be told from what another layer saw.
+        """
+        gram = self._grams.get(layer)
+        if gram is None or gram.tokens == 0:
+            raise MaskoptError(
+                f"The layer {layer.name} saw no token of the calibration data (experts may need more of it, and some "
+                f"modules are never called); exclude it to leave it dense."
+            )
+        if self._calls[layer] != self._calls[gram.leader]:
+            raise _inseparable(layer, gram.leader)
+        return gram
+
+    def _see(self, layer: Layer, x: Tensor) -> None:
+        self._calls[layer] += 1
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
+        gram = self._grams.get(layer)
+        if key in self._seen:
+            shared = self._seen[key][1]
+            if gram is None:
+                self._grams[layer] = shared
+            if gram is None or gram is shared:
+                return
+        if gram is None:
+            size = x.shape[-1]
+            gram = self._grams[layer] = Gram(torch.zeros(size, size, device=x.device), layer)
+        if gram.leader is not layer:
+            raise _inseparable(layer, gram.leader)
+        rows = self._token_rows(layer, x).float()
+        with _full_precision():
+            gram.matrix.addmm_(rows.T, rows)
+        gram.tokens += len(rows)
+        self._seen[key] = x, gram
+        if not bool(torch.isfinite(gram.matrix.diagonal()).all()):
+            raise MaskoptError(
+                f"The inputs of {layer.name} hold NaN or infinite values (or their squares exceed float32) on the "
+                f"calibration data; the model already fails there before any pruning of this layer."
+            )
+
+    def _token_rows(self, layer: Layer, x: Tensor) -> Tensor:
+        """Return the inputs at the positions that are not padding, shape (tokens, d)."""
+        assert self._batch is not None, "begin() announces a batch first"
+        real = self._batch.real
+        # One row per sequence (a pooler's) is no padding either.
+        if real is None or x.shape[:-1] == real.shape[:1]:
+            return x.reshape(-1, x.shape[-1])
+        real = real.to(x.device)
+        if x.shape[:2] == real.shape:
+            return x[real].reshape(-1, x.shape[-1])
+        # Axes of one do not change the order of the tokens, nor does flattening.
+        if _longer_axes(x.shape[:-1]) in (_longer_axes(real.shape), [real.numel()]):
+            return x.reshape(-1, x.shape[-1])[real.reshape(-1)]
+        raise MaskoptError(
+            f"The layer {layer.name} sees inputs of shape {tuple(x.shape)} for a padded batch of shape "
+            f"{tuple(real.shape)}, where padding cannot be told apart; calibrate on sequences of one length or exclude "
+            f"this layer."
+        )
+
+
+def _longer_axes(shape: torch.Size) -> list[int]:
+    return [length for length in shape if length != 1]
+
+
+def _inseparable(layer: Layer, leader: Layer) -> MaskoptError:
+    return MaskoptError(
+        f"The layers {leader.name} and {layer.name} see the same tensor in one calibration batch and different ones in "
+        f"another; exclude one of them."
+    )
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Multiply float32 matrices in float32, whatever shortcut (TF32, bf16) the caller has allowed."""
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]  # torch >= 2.9
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

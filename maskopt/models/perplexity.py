@@ -1,0 +1,116 @@
+"""Perplexity of a causal language model by the fixed-window protocol of the pruning literature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from maskopt.errors import MaskoptError
+from maskopt.models.batches import check_token_ids
+from maskopt.models.calibration import require_positive
+from maskopt.models.context import default_seqlen
+from maskopt.models.replay import evaluation_mode
+from maskopt.models.text import tokenize
+
+__all__ = ["Perplexity", "perplexity"]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and how it was taken.
+
+    Parameters
+    ----------
+    perplexity : float
+        exp(nll).
+    nll : float
+        Mean negative log-likelihood per predicted token, in nats.
+    tokens : int
+        Tokens in the windows; each window predicts all of its own but the first.
+    windows, seqlen : int
+        Number of windows and their length.
+    source, sha256 : str
+        The text and the hash of its bytes.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    windows: int
+    seqlen: int
+    source: str
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as a dictionary that `json.dump` takes."""
+        return asdict(self)
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Path,
+    *,
+    seqlen: int | None = None,
+    batch_size: int = 1,
+    progress: Callable[[int, int], object] | None = None,
+) -> Perplexity:
+    """Measure the perplexity of a causal language model on a text.
+
+    The protocol of SparseGPT and Wanda: the whole text is tokenised once and cut into floor(n / seqlen) windows
+    without overlap (the rest is dropped); every window is read by itself, and the mean negative log-likelihood of its
+    tokens but the first is averaged over the windows.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model; its mode is restored.
+    tokenizer : PreTrainedTokenizerBase
+        The model's.
+    text : str or Path
+        The text itself, or the path of a text or ``.jsonl`` file, see `tokenize`.
+    seqlen : int, optional
+        Window length; by default 2048 or what the model can take if that is less.
+    batch_size : int
+        Windows read at a time.
+    progress : callable, optional
+        Called with (windows done, windows in all) after every batch.
+
+    Raises
+    ------
+    MaskoptError
+        If the model is no causal language model, or the text cannot be read or is shorter than one window.
+    """
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise MaskoptError(f"Perplexity needs a causal language model; this is a {type(model).__name__}.")
+    seqlen = default_seqlen(model, tokenizer) if seqlen is None else seqlen
+    require_positive(batch_size=batch_size)
+    if seqlen < 2:
+        raise MaskoptError(f"seqlen must be at least 2, because a window's first token is not predicted; got {seqlen}.")
+    stream = tokenize(tokenizer, text)
+    stream.require(seqlen)
+    count = len(stream.ids) // seqlen
+    windows = stream.ids[: count * seqlen].view(count, seqlen)
+    check_token_ids(model, stream.source, windows)
+    total = 0.0
+    with evaluation_mode(model):
+        for start in range(0, count, batch_size):
+            batch = windows[start : start + batch_size].to(model.device)
+            logits = model(input_ids=batch, use_cache=False).logits
+            # One window at a time: float32 logits of a whole batch can be larger than the model.
+            for window, scores in zip(batch, logits, strict=True):
+                losses = cross_entropy(scores[:-1].float(), window[1:], reduction="none")
+                total += float(losses.sum(dtype=torch.float64))
+            if progress is not None:
+                progress(min(start + batch_size, count), count)
+    nll = total / (count * (seqlen - 1))
+    # Python's exp raises where a broken model needs infinity.
+    value = math.exp(nll) if nll < 700 else math.inf
+    return Perplexity(value, nll, count * seqlen, count, seqlen, stream.source, stream.sha256)

@@ -1,0 +1,295 @@
+"""Pruning a whole model, one block at a time."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from maskopt.errors import MaskoptError
+from maskopt.models.batches import Batch, prepare_batches
+from maskopt.models.gram import Gram, GramCollector
+from maskopt.models.layers import Layer
+from maskopt.models.replay import Replay, evaluation_mode
+from maskopt.models.report import LayerRecord, PruneReport
+from maskopt.models.selection import LeftDense, Selection, select_layers
+from maskopt.oracles import PartitionMatroid
+from maskopt.problems import LayerReconstruction
+from maskopt.solvers import ContinuationFrankWolfe, Result, Solver, State, solve
+
+__all__ = ["Progress", "prune"]
+
+Propagate = Literal["pruned", "dense"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where `prune` is: sent before every step, about once per iteration of a solver, and at the end ("done")."""
+
+    stage: Literal["calibrate", "solve", "done"]
+    name: str
+    """The block being run or the layer being solved."""
+    done: int
+    """Layers that have their mask."""
+    total: int
+    """Layers to prune, known from the start."""
+    fraction: float = 0.0
+    """Share of the current layer that is solved; an estimate."""
+
+
+def prune(
+    model: PreTrainedModel,
+    batches: Iterable[Any],
+    masks: PartitionMatroid,
+    solver: Solver | None = None,
+    *,
+    propagate: Propagate = "pruned",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    start: Mapping[str, Tensor] | None = None,
+    device: str | torch.device | None = None,
+    memory: int = 2**30,
+    progress: Callable[[Progress], object] | None = None,
+) -> PruneReport:
+    """Choose a mask for every linear layer in a model's blocks and set the pruned weights to zero, in place.
+
+    Block by block, in order of execution: the calibration batches run through the block, the Gram matrices of its
+    layers' inputs are summed in float32 without padded positions, every layer is solved on its own, and the
+    block runs again to make the next one's inputs. Only one block's Gram matrices exist at a time. Should an error or
+    an interrupt stop it, the blocks already done stay pruned (with ``propagate="dense"``: nothing is).
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Any transformers model whose blocks hold nn.Linear or Conv1D; **its weights are modified**. Mode, dtype
+        and requires_grad stay as they are.
+    batches : iterable of dict or Tensor
+        Keyword arguments of the model's forward (``input_ids``, ``attention_mask``, ...) or tensors of token ids, shape
+        (sequences, positions); pixels likewise for vision models. Positions where ``attention_mask`` is 0 are padding.
+    masks : PartitionMatroid
+        The set of masks, the same for every layer, such as ``PerRow(keep=0.5)`` or ``NM(keep=2, group=4)``.
+    solver : Solver, optional
+        ContinuationFrankWolfe() by default.
+    propagate : {"pruned", "dense"}
+        Whether a block is calibrated on what the pruned blocks before it give out, or on the dense model's states.
+    include, exclude : sequence of str
+        Patterns of `fnmatch` on full layer names, see `select_layers`. By default all linear layers inside the
+        blocks are pruned. Layers outside the blocks come last.
+    start : mapping of str to Tensor, optional
+        A mask per layer to start from, as in ``report.masks``; layers without one start afresh.
+    device : str or torch.device, optional
+        Move the model there first (it stays there).
+    memory : int
+        Bytes of working memory for the solver.
+    progress : callable, optional
+        Called with a `Progress` whenever there is some.
+
+    Returns
+    -------
+    PruneReport
+        Per-layer errors, the masks, and what was left dense.
+
+    Raises
+    ------
+    MaskoptError
+        If there is nothing to prune or to calibrate with, a pattern matches nothing, expert weights are neither
+        pruned nor excluded, `masks` does not fit a layer, or activations are not finite.
+    """
+    if propagate not in ("pruned", "dense"):
+        raise MaskoptError(f"propagate must be 'pruned' or 'dense'; got {propagate!r}.")
+    solver = ContinuationFrankWolfe() if solver is None else solver
+    if device is not None:
+        model.to(device)
+    selection = select_layers(model, include, exclude)
+    starts = _check_fit(selection.layers, masks, start or {})
+    prepared = prepare_batches(model, batches)
+    with evaluation_mode(model):
+        began = time.perf_counter()
+        replay = Replay(model, list(selection.blocks), prepared)
+        work = _Work(masks, solver, starts, memory, progress, propagate, _stages(replay, selection))
+        work.report.calibration_seconds = time.perf_counter() - began
+        work.run(replay)
+    work.report.left_dense = [*selection.left_dense, *_unreached(replay, selection)]
+    work.report.settings = {
+        "masks": repr(masks),
+        "solver": repr(solver),
+        "propagate": propagate,
+        "include": list(include),
+        "exclude": list(exclude),
+        "warm_started_layers": sorted(layer.name for layer in starts),
+        "block_by_block": replay.shortcut,
+        **_data(prepared),
+        **_circumstances(model),
+    }
+    return work.report
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One turn of the loop: a block by its position in the order of execution, or (None) all that lies outside."""
+
+    position: int | None
+    name: str
+    layers: tuple[Layer, ...]
+
+
+def _stages(replay: Replay, selection: Selection) -> list[_Stage]:
+    """Return the turns up to the last one that has layers to prune."""
+    stages = [_Stage(index, block.name, selection.blocks[block]) for index, block in enumerate(replay.order)]
+    stages.append(_Stage(None, "layers outside the blocks", selection.outside))
+    while stages and not stages[-1].layers:
+        stages.pop()
+    if not stages:
+        raise MaskoptError("The calibration batches do not run any of the blocks that hold layers to prune.")
+    return stages
+
+
+@dataclass
+class _Work:
+    """The loop over the blocks and what it needs."""
+
+    masks: PartitionMatroid
+    solver: Solver
+    starts: Mapping[Layer, Tensor]
+    memory: int
+    progress: Callable[[Progress], object] | None
+    propagate: Propagate
+    stages: Sequence[_Stage]
+    report: PruneReport = field(default_factory=PruneReport)
+
+    def run(self, replay: Replay) -> None:
+        dense = self.propagate == "dense"
+        for stage in self.stages:
+            self._tell("calibrate", stage.name)
+            if stage.layers:
+                with GramCollector(stage.layers) as grams:
+                    self._timed(replay, stage, store=dense, before=grams.begin)
+                for layer in stage.layers:
+                    self._solve(layer, grams[layer])
+                del grams  # before the next stage's come into being
+                if not dense:
+                    self._apply(stage)
+            if stage is not self.stages[-1] and not (stage.layers and dense):
+                self._timed(replay, stage, store=True)
+        if dense:
+            for stage in self.stages:
+                self._apply(stage)
+        self._tell("done", "")
+
+    def _timed(self, replay: Replay, stage: _Stage, **options: Any) -> None:
+        began = time.perf_counter()
+        replay.run(stage.position, **options)
+        self.report.calibration_seconds += time.perf_counter() - began
+
+    def _apply(self, stage: _Stage) -> None:
+        for layer in stage.layers:
+            layer.apply(self.report.masks[layer.name])
+
+    def _solve(self, layer: Layer, gram: Gram) -> None:
+        """Choose the layer's mask and write its record."""
+        self._tell("solve", layer.name)
+        began = time.perf_counter()
+
+        def tell(state: State) -> None:
+            self._tell("solve", layer.name, state.fraction)
+
+        # The Gram is a sum of x x^T whose diagonal was checked, and so was the weight: no need to factorise it.
+        weight = layer.oriented(layer.weight.detach()).contiguous()
+        problem = LayerReconstruction(weight, gram.matrix.to(weight.device), gram.tokens, check=False)
+        try:
+            result = solve(
+                problem,
+                self.masks,
+                self.solver,
+                start=self.starts.get(layer),
+                callback=None if self.progress is None else tell,
+                memory=self.memory,
+            )
+        except MaskoptError as error:
+            raise MaskoptError(f"The layer {layer.name} cannot be solved: {error}") from error
+        self.report.solve_seconds += time.perf_counter() - began
+        self.report.layers.append(_record(layer, gram, result))
+        self.report.masks[layer.name] = layer.oriented(result.mask).cpu().contiguous()
+
+    def _tell(self, stage: Literal["calibrate", "solve", "done"], name: str, fraction: float = 0.0) -> None:
+        if self.progress is not None:
+            total = sum(len(turn.layers) for turn in self.stages)
+            self.progress(Progress(stage, name, len(self.report.layers), total, fraction))
+
+
+def _check_fit(layers: Sequence[Layer], masks: PartitionMatroid, start: Mapping[str, Tensor]) -> dict[Layer, Tensor]:
+    """Refuse misfits before any work; return the starting masks as (rows, d)."""
+    named = {layer.name: layer for layer in layers}
+    for layer in layers:
+        try:
+            masks.kept_per_group(layer.shape)
+        except MaskoptError as error:
+            raise MaskoptError(f"The masks do not fit the layer {layer.name}: {error}") from error
+    for name, mask in start.items():
+        if name not in named:
+            raise MaskoptError(f"There is a starting mask for {name}, which is not a layer to prune.")
+        expected = tuple(named[name].weight.shape)
+        if mask.dtype != torch.bool or tuple(mask.shape) != expected:
+            raise MaskoptError(
+                f"The starting mask of {name} must be boolean of shape {expected}; it is {mask.dtype} of shape "
+                f"{tuple(mask.shape)}."
+            )
+    return {named[name]: named[name].oriented(mask.to(named[name].weight.device)) for name, mask in start.items()}
+
+
+def _record(layer: Layer, gram: Gram, result: Result) -> LayerRecord:
+    rows, columns = layer.shape
+    nonzeros = int(result.mask.sum())
+    return LayerRecord(
+        name=layer.name,
+        rows=rows,
+        columns=columns,
+        relative_error=result.relative_error,
+        objective=result.total,
+        lower_bound=None if result.lower_bound is None else float(result.lower_bound.sum()),
+        gap_kind=result.gap_kind.name,
+        sparsity=result.sparsity,
+        nonzeros=nonzeros,
+        tokens=gram.tokens,
+        iterations=result.iterations,
+        seconds=result.seconds,
+        status=result.status.name,
+    )
+
+
+def _unreached(replay: Replay, selection: Selection) -> list[LeftDense]:
+    """Account for blocks that the batches never reach, such as the vision tower of a model fed with text."""
+    reached = set(replay.order)
+    return [
+        LeftDense(f"{layer.name}.weight", tuple(layer.weight.shape), f"{block.name} is not run by these batches")
+        for block, layers in selection.blocks.items()
+        if block not in reached
+        for layer in layers
+    ]
+
+
+def _data(batches: Sequence[Batch]) -> dict[str, Any]:
+    return {
+        "batches": len(batches),
+        "sequences": sum(batch.shape[0] for batch in batches),
+        "longest_sequence": max(batch.shape[1] for batch in batches),
+        "calibration_tokens": sum(batch.tokens for batch in batches),
+    }
+
+
+def _circumstances(model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "model": type(model).__name__,
+        "dtype": str(model.dtype),
+        "device": str(model.device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,187 @@
+"""Running a model one block at a time, without knowing what its blocks are fed.
+
+Blocks need arguments of their own (masks, rotary embeddings, position biases, states of an encoder), and what they
+are differs by architecture, by layer and by version. So nothing is captured or replayed by hand: the model's
+own forward runs, every block that already had its turn answers at once with the stored output of the latest one,
+and the forward is left as soon as the block in question has run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from maskopt.models.batches import Batch
+from maskopt.models.blocks import Block
+
+__all__ = ["Replay", "evaluation_mode"]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients; every module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        # A caller's inference mode would forbid changing the weights in place.
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+class Replay:
+    """Feeds batches through a model block by block, in the order in which the blocks are executed.
+
+    One forward of the first batch finds that order, and it is verified that running the blocks one by one gives the
+    model's own states. Where it does not (blocks that run several times, states shared by side channels),
+    `shortcut` is False and every block is reached by running all blocks before it: slower, but right for any model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode, gradients off.
+    blocks : sequence of Block
+        The blocks of all stacks.
+    batches : sequence of Batch
+        Non-empty.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch]) -> None:
+        self._model = model
+        self._batches = batches
+        self._named = inspect.signature(model.forward).parameters
+        # Per stack and batch: what the latest block of the stack returned.
+        self._states: dict[str, dict[int, Any]] = {block.stack: {} for block in blocks}
+        self.order, self._calls, finals = self._trace(blocks)
+        self.shortcut = all(calls == 1 for calls in self._calls.values())
+        self.shortcut = self.shortcut and self._reproduces(finals)
+
+    def run(
+        self,
+        position: int | None,
+        *,
+        store: bool = False,
+        before: Callable[[Batch], None] | None = None,
+        batches: Sequence[Batch] | None = None,
+    ) -> None:
+        """Run the block ``order[position]`` on every batch, or with None everything that lies outside the blocks.
+
+        Parameters
+        ----------
+        position : int, optional
+            The blocks before it must have been stored, in order.
+        store : bool
+            Keep the outputs, to become the inputs of the next block.
+        before : callable, optional
+            Called with each batch before it runs.
+        batches : sequence of Batch, optional
+            All of them by default.
+        """
+        passed = self.order[:position] if self.shortcut else []
+        current = None if position is None else self.order[position]
+        for index, batch in enumerate(self._batches if batches is None else batches):
+            if before is not None:
+                before(batch)
+            with ExitStack() as undo:
+                for block in passed:
+                    undo.enter_context(_answering(block.module, self._states[block.stack][index]))
+                output = self._forward(batch, current)
+            if store and self.shortcut and current is not None:
+                self._states[current.stack][index] = output
+
+    def _forward(self, batch: Batch, until: Block | None = None) -> Any:
+        """Run the model on a batch; with `until`, leave after that block's last call and return its output."""
+        inputs = dict(batch.inputs)
+        if "use_cache" in self._named:
+            inputs["use_cache"] = False
+        if until is None:
+            return self._model(**inputs)
+        calls = 0
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == self._calls[until]:
+                raise _Reached(output)
+
+        hook = until.module.register_forward_hook(leave)
+        try:
+            self._model(**inputs)
+        except _Reached as reached:
+            return reached.output
+        finally:
+            hook.remove()
+        raise RuntimeError(f"{until.name} was reached {calls} times, not {self._calls[until]}")
+
+    def _trace(self, blocks: Sequence[Block]) -> tuple[list[Block], dict[Block, int], dict[str, Tensor]]:
+        """Return the blocks in order of execution, how often each runs, and the last state of each stack."""
+        calls: dict[Block, int] = {}
+        finals: dict[str, Tensor] = {}
+
+        def watch(block: Block) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                calls[block] = calls.get(block, 0) + 1
+                finals[block.stack] = _first_tensor(output).clone()
+
+            return hook
+
+        with ExitStack() as undo:
+            for block in blocks:
+                undo.callback(block.module.register_forward_hook(watch(block)).remove)
+            self._forward(self._batches[0])
+        return list(calls), calls, finals
+
+    def _reproduces(self, finals: dict[str, Tensor]) -> bool:
+        """Whether running the blocks one by one ends in the states of the model's own forward of the first batch."""
+        try:
+            for position in range(len(self.order)):
+                # The second batch overwrites what a model may remember of the first one by the way.
+                self.run(position, store=True, batches=self._batches[:2])
+            return all(_close(_first_tensor(self._states[stack][0]), final) for stack, final in finals.items())
+        except Exception:
+            # Whatever a model cannot bear about skipped blocks, it is run without skipping.
+            return False
+        finally:
+            for states in self._states.values():
+                states.clear()
+
+
+class _Reached(Exception):  # noqa: N818 - control flow, not an error
+    """Leaves a model's forward once the block in question has run."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+
+@contextmanager
+def _answering(module: nn.Module, output: Any) -> Iterator[None]:
+    """Let a module answer every call with (a copy of) `output`."""
+    own = module.__dict__.get("forward")  # an instance's forward, as accelerate sets it
+    # A copy, because a model may add to its hidden states in place.
+    module.forward = lambda *args, **kwargs: tree_map_only(Tensor, Tensor.clone, output)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _first_tensor(output: Any) -> Tensor:
+    """Return the hidden states of a block's output: the tensor itself, or the first one of a tuple."""
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def _close(state: Tensor, expected: Tensor) -> bool:
+    tolerance = 1e-5 if expected.dtype in (torch.float32, torch.float64) else 1e-2
+    size = expected.float().nan_to_num(0.0, 0.0, 0.0).abs().max()
+    return torch.allclose(state.float(), expected.float(), rtol=0.0, atol=tolerance * float(size), equal_nan=True)

@@ -1,0 +1,118 @@
+"""What pruning a model did: one record per layer, totals, and everything that stayed dense."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from statistics import fmean, median
+from typing import Any
+
+from torch import Tensor
+
+from maskopt.models.selection import LeftDense
+
+__all__ = ["LayerRecord", "PruneReport"]
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """How one layer was pruned.
+
+    Parameters
+    ----------
+    name : str
+        Full module name.
+    rows, columns : int
+        Out and in features.
+    relative_error : float
+        ||W X - (M * W) X||^2 / ||W X||^2 on the inputs it was calibrated with.
+    objective : float
+        ||W X - (M * W) X||^2, summed over the rows.
+    lower_bound : float or None
+        Bound on the objective of any mask of the set, where the solver proves one.
+    gap_kind : str
+        What the bound is: the name of a `GapKind`.
+    sparsity : float
+        Share of the weights pruned.
+    nonzeros : int
+        Number of weights kept.
+    tokens : int
+        Calibration tokens in its Gram matrix, padding excluded.
+    iterations, seconds
+        The solver's.
+    status : str
+        Why it stopped: the name of a `Status`.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    relative_error: float
+    objective: float
+    lower_bound: float | None
+    gap_kind: str
+    sparsity: float
+    nonzeros: int
+    tokens: int
+    iterations: int
+    seconds: float
+    status: str
+
+
+@dataclass
+class PruneReport:
+    """The outcome of `maskopt.prune`.
+
+    Parameters
+    ----------
+    layers : list of LayerRecord
+        In the order of pruning.
+    left_dense : list of LeftDense
+        Every weight of two or more dimensions that was not pruned, with the reason.
+    masks : dict of str to Tensor
+        Per layer, boolean, True = kept, oriented as the layer's weight parameter, on the CPU.
+    settings : dict
+        What was asked for, on what data, with which versions.
+    calibration_seconds, solve_seconds : float
+        Time spent running the model and choosing masks.
+    """
+
+    layers: list[LayerRecord] = field(default_factory=list)
+    left_dense: list[LeftDense] = field(default_factory=list)
+    masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    settings: dict[str, Any] = field(default_factory=dict)
+    calibration_seconds: float = 0.0
+    solve_seconds: float = 0.0
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the pruned layers, zeros included."""
+        return sum(layer.rows * layer.columns for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of them that is pruned."""
+        return 1.0 - sum(layer.nonzeros for layer in self.layers) / self.weights
+
+    @property
+    def median_relative_error(self) -> float:
+        """Median of the layers' relative errors."""
+        return median(layer.relative_error for layer in self.layers)
+
+    @property
+    def mean_relative_error(self) -> float:
+        """Mean of the layers' relative errors."""
+        return fmean(layer.relative_error for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the masks as a dictionary that `json.dump` takes."""
+        return {
+            "settings": self.settings,
+            "weights": self.weights,
+            "sparsity": self.sparsity,
+            "median_relative_error": self.median_relative_error,
+            "mean_relative_error": self.mean_relative_error,
+            "calibration_seconds": self.calibration_seconds,
+            "solve_seconds": self.solve_seconds,
+            "layers": [asdict(layer) for layer in self.layers],
+            "left_dense": [asdict(weight) for weight in self.left_dense],
+        }

@@ -1,0 +1,184 @@
+"""Tokenised text, calibration windows and perplexity."""
+
+import json
+import math
+from hashlib import sha256
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskopt.errors import MaskoptError
+from maskopt.models import calibration_batches, context_length, default_seqlen, perplexity, tokenize
+
+TEXT = "The quick brown fox jumps over the lazy dog.\nIt was not amused, and said so.\n" * 4
+
+
+@pytest.fixture
+def unmarked(tokenizer):
+    """The tokenizer without its begin-of-text token."""
+    copy = tokenizer.__class__(
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    )
+    copy.add_special_tokens({"eos_token": "</s>"})
+    copy.backend_tokenizer.post_processor = None
+    return copy
+
+
+def test_text_is_tokenised_at_once_with_its_hash(tokenizer, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    stream = tokenize(tokenizer, file)
+    assert stream.ids.tolist() == [1, *(tokenizer.convert_tokens_to_ids(letter) for letter in TEXT)]
+    assert stream.ids.dtype == torch.int64
+    assert stream.sha256 == sha256(TEXT.encode()).hexdigest()
+    assert stream.source == str(file)
+    assert torch.equal(tokenize(tokenizer, TEXT).ids, stream.ids)
+    assert tokenize(tokenizer, TEXT).sha256 == stream.sha256
+
+
+def test_documents_are_tokenised_one_by_one(tokenizer, unmarked, tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"id": 7, "text": text}) + "\n\n" for text in ("ab", "c")))
+    a, b, c = tokenizer.convert_tokens_to_ids(["a", "b", "c"])
+    assert tokenize(tokenizer, file).ids.tolist() == [1, a, b, 1, c]
+    assert tokenize(unmarked, file).ids.tolist() == [a, b, 2, c, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("text.txt", b"", "text.txt is empty"),
+        ("text.txt", b" \n ", "text.txt is empty"),
+        ("text.txt", b"abc\xff", "text.txt is not text in UTF-8 .byte 3 is 0xff"),
+        ("text.jsonl", b"", "text.jsonl is empty"),
+        ("text.jsonl", b'{"text": "a"}\nabc\n', "text.jsonl, line 2: not a JSON object with the field"),
+        ("text.jsonl", b'\n{"content": "a"}\n', "text.jsonl, line 2: not a JSON object"),
+        ("text.jsonl", b"[1]\n", "text.jsonl, line 1: not a JSON object"),
+        ("text.jsonl", b'{"text": 3}\n', 'line 1: the field "text" is not a string'),
+    ],
+)
+def test_bad_text_files(tokenizer, tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MaskoptError, match=sentence):
+        tokenize(tokenizer, tmp_path / name)
+
+
+def test_files_that_cannot_be_read(tokenizer, tmp_path):
+    with pytest.raises(MaskoptError, match=r"none.txt cannot be read: No such file"):
+        tokenize(tokenizer, tmp_path / "none.txt")
+    with pytest.raises(MaskoptError, match="cannot be read: Is a directory"):
+        tokenize(tokenizer, tmp_path)
+    with pytest.raises(MaskoptError, match="The text is empty"):
+        tokenize(tokenizer, "")
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    samples=st.integers(1, 9), seqlen=st.integers(1, len(TEXT) + 1), size=st.integers(1, 10), seed=st.integers(0, 2**40)
+)
+def test_windows_are_pieces_of_the_text(tokenizer, samples, seqlen, size, seed):
+    calibration = calibration_batches(tokenizer, TEXT, samples, seqlen, size, seed)
+    ids = tokenize(tokenizer, TEXT).ids
+    pieces = {tuple(piece) for piece in ids.unfold(0, seqlen, 1).tolist()}
+    windows = [tuple(window) for batch in calibration for window in batch.tolist()]
+    assert len(windows) == samples
+    assert set(windows) <= pieces
+    assert len(calibration) == math.ceil(samples / size)
+    assert all(len(batch) <= size for batch in calibration)
+    again = calibration_batches(tokenizer, TEXT, samples, seqlen, samples, seed)
+    assert torch.equal(torch.cat(again.batches), torch.cat(calibration.batches))
+
+
+def test_calibration_says_where_it_came_from(tokenizer):
+    calibration = calibration_batches(tokenizer, TEXT, samples=5, seqlen=16, seed=3)
+    other = calibration_batches(tokenizer, TEXT, samples=5, seqlen=16, seed=4)
+    assert not torch.equal(calibration.batches[0], other.batches[0])
+    assert json.loads(json.dumps(calibration.to_json())) == {
+        "samples": 5,
+        "seqlen": 16,
+        "tokens": 80,
+        "seed": 3,
+        "source": "The text",
+        "sha256": sha256(TEXT.encode()).hexdigest(),
+        "text_tokens": len(TEXT) + 1,
+    }
+
+
+def test_text_that_is_too_short(tokenizer, llama):
+    with pytest.raises(MaskoptError, match="The text holds 4 tokens, but at least 16 are needed"):
+        calibration_batches(tokenizer, "abc", seqlen=16)
+    with pytest.raises(MaskoptError, match="The text holds 4 tokens, but at least 32 are needed"):
+        perplexity(llama, tokenizer, "abc")
+
+
+@pytest.mark.parametrize("name", ["samples", "seqlen", "batch_size"])
+def test_numbers_must_be_positive(tokenizer, name):
+    with pytest.raises(MaskoptError, match=f"{name} must be at least 1; got 0"):
+        calibration_batches(tokenizer, TEXT, **{"seqlen": 4, name: 0})
+
+
+def test_the_sequence_length_follows_the_model(llama, build, tokenizer):
+    assert context_length(llama) == default_seqlen(llama) == default_seqlen(llama, tokenizer) == 32
+    assert default_seqlen(llama, at_most=8) == 8
+    assert context_length(build("t5")) is None
+    assert default_seqlen(build("t5")) == 2048
+    tokenizer.model_max_length, before = 20, tokenizer.model_max_length
+    try:
+        assert default_seqlen(llama, tokenizer) == 20
+    finally:
+        tokenizer.model_max_length = before
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+@pytest.mark.parametrize("seqlen", [2, 9, None])
+def test_perplexity_is_that_of_a_loop_over_windows(llama, tokenizer, batch_size, seqlen):
+    llama.train()
+    steps = []
+    measured = perplexity(
+        llama, tokenizer, TEXT, seqlen=seqlen, batch_size=batch_size, progress=lambda *step: steps.append(step)
+    )
+    assert llama.training
+    llama.eval()
+    ids, length = tokenize(tokenizer, TEXT).ids, seqlen or 32
+    means = []
+    for start in range(0, len(ids) - length + 1, length):
+        window = ids[start : start + length]
+        with torch.no_grad():
+            chances = llama(window[None]).logits[0].double().log_softmax(-1)
+        means.append(-sum(float(chances[i, window[i + 1]]) for i in range(length - 1)) / (length - 1))
+    assert measured.nll == pytest.approx(sum(means) / len(means), rel=1e-6)
+    assert measured.perplexity == pytest.approx(math.exp(measured.nll))
+    assert (measured.windows, measured.seqlen, measured.tokens) == (len(means), length, len(means) * length)
+    assert steps[-1] == (len(means), len(means))
+    assert measured.to_json()["sha256"] == sha256(TEXT.encode()).hexdigest()
+
+
+def test_perplexity_of_half_precision_is_summed_in_float32(build, tokenizer):
+    exact = perplexity(build("llama"), tokenizer, TEXT).nll
+    assert perplexity(build("llama").bfloat16(), tokenizer, TEXT).nll == pytest.approx(exact, rel=0.02)
+
+
+def test_a_hopeless_model_has_infinite_perplexity(llama, tokenizer):
+    llama.lm_head.weight.data *= 1e6
+    measured = perplexity(llama, tokenizer, TEXT)
+    assert measured.perplexity == math.inf
+    assert measured.nll > 700
+
+
+def test_perplexity_needs_a_causal_language_model(build, tokenizer):
+    for name, kind in (("bert", "BertModel"), ("t5", "T5ForConditionalGeneration")):
+        with pytest.raises(MaskoptError, match=f"needs a causal language model; this is a {kind}"):
+            perplexity(build(name), tokenizer, TEXT)
+
+
+def test_perplexity_refuses_what_it_cannot_measure(llama, build, tokenizer):
+    with pytest.raises(MaskoptError, match="seqlen must be at least 2"):
+        perplexity(llama, tokenizer, TEXT, seqlen=1)
+    with pytest.raises(MaskoptError, match="batch_size must be at least 1"):
+        perplexity(llama, tokenizer, TEXT, batch_size=0)
+    with pytest.raises(MaskoptError, match="The text has sequences of 40 tokens, but the model takes at most 32"):
+        perplexity(llama, tokenizer, TEXT, seqlen=40)
+    with pytest.raises(MaskoptError, match=r"The text holds token id .* another tokenizer"):
+        perplexity(build("llama", vocab_size=20), tokenizer, TEXT)
