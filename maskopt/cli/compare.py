@@ -1,0 +1,232 @@
+"""`maskopt compare`: several solvers on several layers and sets, in one run."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from maskopt.cli.layer import load_layer
+from maskopt.cli.options import (
+    PATTERN_HELP,
+    DeviceOption,
+    JsonOption,
+    MemoryOption,
+    QuietOption,
+    check_device,
+    parse_memory,
+)
+from maskopt.cli.output import Bar, check_outputs, environment, json_output, tables
+from maskopt.cli.solvers import parse_solvers
+from maskopt.errors import MaskoptError
+from maskopt.oracles import PartitionMatroid, parse_masks
+from maskopt.problems import LayerReconstruction, synthetic
+from maskopt.solvers import Solver, solve
+
+__all__ = ["compare"]
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Set:
+    """A pattern with its sparsity, if it needs one, and the masks they stand for."""
+
+    pattern: str
+    sparsity: float | None
+    masks: PartitionMatroid
+
+    def __str__(self) -> str:
+        return self.pattern if self.sparsity is None else f"{self.pattern} {100 * self.sparsity:g} %"
+
+
+def compare(
+    instance: Annotated[
+        list[Path], typer.Argument(metavar="INSTANCE...", help="Safetensors files with `weight`, `gram`.")
+    ],
+    pattern: Annotated[
+        list[str] | None,
+        typer.Option("--pattern", "-p", help=f"{PATTERN_HELP} May be repeated.", show_default="per-row"),
+    ] = None,
+    sparsity: Annotated[
+        list[float] | None,
+        typer.Option("--sparsity", "-s", help="Share of the weights to prune; may be repeated; n:m has its own."),
+    ] = None,
+    solvers: Annotated[
+        str, typer.Option("--solvers", help="Comma-separated; settings as in 'sparsefw:iterations=500;alpha=0.5'.")
+    ] = "wanda,sparsefw,one-swap,continuation",
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Solve so often and take the median time.")] = 1,
+    json: JsonOption = None,
+    device: DeviceOption = "cpu",
+    memory: MemoryOption = "1G",
+    quiet: QuietOption = False,
+) -> None:
+    """Compare solvers: errors relative to the first one's, and seconds."""
+    check_outputs(json)
+    methods, working = parse_solvers(solvers), parse_memory(memory)
+    sets = _sets(pattern or ["per-row"], sparsity or [])
+    paths = list(dict.fromkeys(instance))
+    check_device(device)
+    _check(paths, sets, device)
+    # What torch sets up at its first calls is not the first solver's to pay.
+    solve(synthetic().problem(device), parse_masks("per-row", 0.5))
+    rows: list[Figures] = []
+    with Bar(quiet, steps=len(paths) * len(sets) * len(methods) * repeat) as bar:
+        for path in paths:
+            _, problem = load_layer(path, device)
+            for one in sets:
+                results = {
+                    spec: _measure(problem, one.masks, method, repeat, working, bar, f"{path.stem}, {one}, {spec}")
+                    for spec, method in methods.items()
+                }
+                rows.append(_row(path, problem, one, results))
+    summary = _summary(rows, list(methods))
+    figures = {
+        "rows": rows,
+        "summary": summary,
+        "settings": {
+            "solvers": {spec: repr(method) for spec, method in methods.items()},
+            "repeat": repeat,
+            "device": device,
+            "memory": working,
+        },
+        "versions": environment(),
+    }
+    with json_output(json, figures):
+        console = tables(json)
+        console.print(_table(rows, list(methods)))
+        if len(methods) > 1:
+            console.print(_summary_table(summary, len(rows)))
+
+
+def _sets(patterns: Sequence[str], sparsities: Sequence[float]) -> list[_Set]:
+    """Return all combinations; n:m patterns stand alone."""
+    sets = []
+    for pattern in dict.fromkeys(patterns):
+        own: Sequence[float | None] = [None] if ":" in pattern else list(dict.fromkeys(sparsities)) or [None]
+        sets += [_Set(pattern, sparsity, parse_masks(pattern, sparsity)) for sparsity in own]
+    return sets
+
+
+def _check(paths: Sequence[Path], sets: Sequence[_Set], device: str) -> None:
+    """Find what is wrong with any layer before the first one costs time."""
+    for path in paths:
+        _, problem = load_layer(path, device)
+        for one in sets:
+            try:
+                one.masks.kept_per_group(problem.shape)
+            except MaskoptError as error:
+                raise MaskoptError(f"The masks {one} do not fit {path}: {error}") from error
+
+
+def _measure(
+    problem: LayerReconstruction,
+    masks: PartitionMatroid,
+    method: Solver,
+    repeat: int,
+    memory: int,
+    bar: Bar,
+    what: str,
+) -> Figures:
+    seconds = []
+    for _ in range(repeat):
+        # A fresh problem each time: none profits from what another one left in a cache.
+        fresh = LayerReconstruction(problem.weight, problem.gram, problem.tokens, check=False)
+        result = solve(fresh, masks, method, callback=bar.step(what), memory=memory)
+        seconds.append(result.seconds)
+    return {**result.to_dict(), "seconds": median(seconds), "all_seconds": seconds}
+
+
+def _row(path: Path, problem: LayerReconstruction, one: _Set, results: dict[str, Figures]) -> Figures:
+    first = next(iter(results.values()))
+    for figures in results.values():
+        figures["error_ratio"] = _ratio(figures["relative_error"], first["relative_error"])
+        figures["seconds_ratio"] = _ratio(figures["seconds"], first["seconds"])
+    return {
+        "instance": str(path),
+        "rows": problem.shape[0],
+        "columns": problem.shape[1],
+        "pattern": one.pattern,
+        "sparsity": one.sparsity,
+        "label": str(one),
+        "results": results,
+    }
+
+
+def _ratio(value: float, reference: float) -> float:
+    if value == reference:  # also where both are zero
+        return 1.0
+    return value / reference if reference else math.inf
+
+
+def _summary(rows: Sequence[Figures], specs: Sequence[str]) -> Figures:
+    """Return, for every solver and every other one as reference, what the table says in the median."""
+
+    def ratios(spec: str, reference: str, figure: str) -> list[float]:
+        return [_ratio(row["results"][spec][figure], row["results"][reference][figure]) for row in rows]
+
+    return {
+        spec: {
+            reference: {
+                "median_error_ratio": median(ratios(spec, reference, "relative_error")),
+                "largest_error_ratio": max(ratios(spec, reference, "relative_error")),
+                "median_seconds_ratio": median(ratios(spec, reference, "seconds")),
+            }
+            for reference in specs
+        }
+        for spec in specs
+    }
+
+
+def _table(rows: Sequence[Figures], specs: Sequence[str]) -> Table:
+    """Return the table of all figures: the first solver's errors, then ratios to them."""
+    several = len({Path(row["instance"]).stem for row in rows}) == len({row["instance"] for row in rows})
+    table = Table(box=box.SIMPLE_HEAD, title=Text(f"Error relative to {specs[0]}, and seconds"), title_justify="left")
+    table.add_column("layer")
+    table.add_column("masks")
+    table.add_column(Text(f"{specs[0]}: error"), justify="right")
+    for spec in specs:
+        table.add_column(Text(spec), justify="right")
+    for row in rows:
+        results = row["results"]
+        best = min(figures["relative_error"] for figures in results.values())
+        table.add_row(
+            Text(Path(row["instance"]).stem if several else row["instance"]),
+            row["label"],
+            f"{results[specs[0]]['relative_error']:.4f}",
+            *(
+                Text(
+                    f"{results[spec]['error_ratio']:.3f} {results[spec]['seconds']:8.2f} s",
+                    style="bold" if results[spec]["relative_error"] == best else "",
+                )
+                for spec in specs
+            ),
+        )
+    return table
+
+
+def _summary_table(summary: Figures, cases: int) -> Table:
+    """Return the table of solvers against solvers."""
+    title = f"Over {cases} cases, relative to the solver on top: median error (largest), median seconds"
+    table = Table(box=box.SIMPLE_HEAD, title=Text(title), title_justify="left")
+    table.add_column("solver")
+    for reference in summary:
+        table.add_column(Text(reference), justify="right")
+    for spec, against in summary.items():
+        table.add_row(
+            Text(spec),
+            *(
+                "-"
+                if reference == spec
+                else f"{figures['median_error_ratio']:.3f} ({figures['largest_error_ratio']:.3f}) "
+                f"{figures['median_seconds_ratio']:7.2f}x"
+                for reference, figures in against.items()
+            ),
+        )
+    return table

@@ -1,0 +1,23 @@
+"""Reading the layers that commands are given."""
+
+from pathlib import Path
+
+from maskopt.errors import MaskoptError
+from maskopt.problems import Instance, LayerReconstruction, load_instance
+
+__all__ = ["load_layer"]
+
+
+def load_layer(path: Path, device: str) -> tuple[Instance, LayerReconstruction]:
+    """Return an instance file and its checked problem; errors name the file.
+
+    Raises
+    ------
+    MaskoptError
+        If the file cannot be read or its data make no problem.
+    """
+    instance = load_instance(path)
+    try:
+        return instance, instance.problem(device)
+    except MaskoptError as error:
+        raise MaskoptError(f"The instance {path} cannot be used. {error}") from error

@@ -1,0 +1,42 @@
+"""Masks of single layers on disk: safetensors with a boolean `mask` and JSON metadata."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from maskopt.cli.options import require_file
+from maskopt.errors import MaskoptError
+
+__all__ = ["load_mask", "mask_bytes"]
+
+
+def mask_bytes(mask: Tensor, about: Mapping[str, Any]) -> bytes:
+    """Return the content of a mask file; `about` becomes the metadata `maskopt`."""
+    return save({"mask": mask.cpu().contiguous()}, metadata={"maskopt": json.dumps(about)})
+
+
+def load_mask(path: Path) -> Tensor:
+    """Return the mask in a file, boolean.
+
+    Raises
+    ------
+    MaskoptError
+        If the file is missing, is no safetensors file, or holds no tensor `mask` of zeros and ones.
+    """
+    require_file("mask", path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            if "mask" not in file.keys():  # noqa: SIM118 - not a dictionary
+                raise MaskoptError(f"The file {path} has no tensor named `mask`.")
+            mask: Tensor = file.get_tensor("mask")
+    except SafetensorError as error:
+        raise MaskoptError(f"The mask {path} is not a readable safetensors file: {error}.") from error
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise MaskoptError(f"The mask {path} must hold zeros and ones only.")
+    return mask.bool()

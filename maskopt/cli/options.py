@@ -1,0 +1,133 @@
+"""Options that commands share, and the words behind them."""
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+
+from maskopt.errors import MaskoptError
+from maskopt.solvers import SOLVERS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "PATTERN_HELP",
+    "BatchOption",
+    "DeviceOption",
+    "JsonOption",
+    "MemoryOption",
+    "ModelArgument",
+    "PatternOption",
+    "QuietOption",
+    "SeqlenOption",
+    "SettingsOption",
+    "SolverOption",
+    "SparsityOption",
+    "check_device",
+    "check_seqlen",
+    "parse_memory",
+    "require_file",
+    "require_transformers",
+]
+
+PATTERN_HELP = "per-row, unstructured (whole matrix), or n:m such as 2:4, which keeps 2 of every 4 inputs."
+
+PatternOption = Annotated[str, typer.Option("--pattern", "-p", help=PATTERN_HELP)]
+SparsityOption = Annotated[
+    float | None, typer.Option("--sparsity", "-s", help="Share of the weights to prune, 0 to 1; not needed by n:m.")
+]
+SolverOption = Annotated[str, typer.Option("--solver", help=f"One of {', '.join(SOLVERS)}.")]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", metavar="KEY=VALUE", help="Change a setting of the solver; may be repeated."),
+]
+JsonOption = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Write every figure as JSON to a new file; - prints it.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1 ...")]
+MemoryOption = Annotated[str, typer.Option("--memory", help="Working memory of the solver, such as 500M or 2G.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or an id on the Hugging Face hub.")]
+SeqlenOption = Annotated[
+    int | None,
+    typer.Option("--seqlen", min=2, help="Tokens per window; by default 2048 or what the model can take."),
+]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Windows run through the model at a time.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+
+
+def parse_memory(text: str) -> int:
+    """Return the number of bytes meant by "2G", "500M", "1.5GiB" or a plain number.
+
+    Raises
+    ------
+    MaskoptError
+        If it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size < 1:
+        raise MaskoptError(f"The memory must be a size such as 500M or 2G; got {text!r}.")
+    return size
+
+
+def check_device(name: str) -> str:
+    """Return `name` if torch can compute there.
+
+    Raises
+    ------
+    MaskoptError
+        If it cannot.
+    """
+    try:
+        torch.zeros((), device=name).item()
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise MaskoptError(f"The device {name!r} cannot be used: {reason}.") from error
+    return name
+
+
+def check_seqlen(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", wanted: int | None) -> int:
+    """Return the window length to use.
+
+    Raises
+    ------
+    MaskoptError
+        If the one asked for is longer than the model can take.
+    """
+    from maskopt.models import context_length, default_seqlen
+
+    longest = context_length(model, tokenizer)
+    if wanted is not None and longest is not None and wanted > longest:
+        raise MaskoptError(f"The model takes at most {longest} tokens at a time, so --seqlen {wanted} is too long.")
+    return default_seqlen(model, tokenizer) if wanted is None else wanted
+
+
+def require_file(what: str, path: Path) -> Path:
+    """Return `path` if a non-empty file lies there, before anything slow is started.
+
+    Raises
+    ------
+    MaskoptError
+        If not.
+    """
+    if not path.is_file():
+        raise MaskoptError(f"The {what} {path} does not exist or is not a file.")
+    if path.stat().st_size == 0:
+        raise MaskoptError(f"The {what} {path} is empty.")
+    return path
+
+
+def require_transformers() -> None:
+    """Insist on the optional dependency that language models need.
+
+    Raises
+    ------
+    MaskoptError
+        If it is not installed.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise MaskoptError('Language models need transformers, which is missing: pip install "maskopt[hf]".')

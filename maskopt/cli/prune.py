@@ -1,0 +1,184 @@
+"""`maskopt prune`: a whole language model."""
+
+import json as json_module
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from maskopt.cli.evaluate import measure
+from maskopt.cli.options import (
+    BatchOption,
+    DeviceOption,
+    JsonOption,
+    MemoryOption,
+    ModelArgument,
+    PatternOption,
+    QuietOption,
+    SeqlenOption,
+    SettingsOption,
+    SolverOption,
+    SparsityOption,
+    check_device,
+    check_seqlen,
+    parse_memory,
+    require_file,
+    require_transformers,
+)
+from maskopt.cli.output import Bar, check_outputs, environment, facts, finite, json_output, tables
+from maskopt.cli.solvers import parse_solver
+from maskopt.oracles import parse_masks
+
+__all__ = ["prune"]
+
+
+class Propagate(StrEnum):
+    """What later blocks are calibrated on."""
+
+    PRUNED = "pruned"
+    DENSE = "dense"
+
+
+def prune(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make, for model, masks and report.")],
+    calibration: Annotated[Path, typer.Option("--calibration", help="Text, or JSONL with a field `text`.")],
+    pattern: PatternOption = "per-row",
+    sparsity: SparsityOption = None,
+    solver: SolverOption = "continuation",
+    option: SettingsOption = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration windows.")] = 128,
+    seqlen: SeqlenOption = None,
+    batch_size: BatchOption = 8,
+    seed: Annotated[int, typer.Option("--seed", help="Of the choice of calibration windows.")] = 0,
+    propagate: Annotated[
+        Propagate, typer.Option("--propagate", help="Calibrate later blocks on the pruned or the dense model's states.")
+    ] = Propagate.PRUNED,
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", metavar="GLOB", help="Prune only layers of such names; may be repeated."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Leave such layers dense; may be repeated.")
+    ] = None,
+    evaluate: Annotated[
+        Path | None, typer.Option("--evaluate", help="Text to measure perplexity on before and after.")
+    ] = None,
+    json: JsonOption = None,
+    device: DeviceOption = "cpu",
+    memory: MemoryOption = "1G",
+    quiet: QuietOption = False,
+) -> None:
+    """Prune a language model and save it."""
+    check_outputs(json, out)
+    masks, method, working = parse_masks(pattern, sparsity), parse_solver(solver, option or ()), parse_memory(memory)
+    require_file("calibration text", calibration)
+    if evaluate is not None:
+        require_file("evaluation text", evaluate)
+    check_device(device)
+    require_transformers()
+    from maskopt import models
+
+    with Bar(quiet, "loading the model") as bar:
+        network, tokenizer = models.load_model(model, device=device)
+        length = check_seqlen(network, tokenizer, seqlen)
+        batches = models.calibration_batches(tokenizer, calibration, samples, length, batch_size, seed)
+        texts: dict[str, str | Path] = {} if evaluate is None else {"evaluation": evaluate}
+        if network.can_generate():
+            # As much text as is calibrated on, at four characters a token, and surely one window.
+            texts["calibration"] = _opening(calibration, max(4 * samples, 32) * length)
+
+        def perplexities(when: str) -> dict[str, models.Perplexity]:
+            return {
+                name: measure(bar, f"{when} perplexity, {name} text", network, tokenizer, part, length)
+                for name, part in texts.items()
+            }
+
+        def show(at: models.Progress) -> None:
+            bar.tell(f"{at.stage} {at.name}", (at.done + at.fraction) / at.total)
+
+        dense = perplexities("dense")
+        bar.stage("calibrate")
+        report = models.prune(
+            network,
+            batches,
+            masks,
+            method,
+            propagate=propagate.value,
+            include=include or (),
+            exclude=exclude or (),
+            memory=working,
+            progress=show if bar.visible else None,
+        )
+        pruned = perplexities("pruned")
+    extra = {
+        "calibration": batches.to_json(),
+        "perplexity": {name: {"dense": dense[name].to_json(), "pruned": pruned[name].to_json()} for name in texts},
+        "command": {
+            "model": model,
+            "out": str(out),
+            "pattern": pattern,
+            "sparsity": sparsity,
+            "batch_size": batch_size,
+            "device": device,
+            "memory": working,
+        },
+        "versions": environment(),
+    }
+    figures = {**report.to_json(), **extra}
+    with json_output(json, figures):
+        models.save_pruned(out, network, tokenizer, report, finite(extra))
+    console = tables(json)
+    console.print(_layers(figures["layers"]))
+    console.print(facts(_summary(figures, out)))
+
+
+def _opening(path: Path, characters: int) -> str | Path:
+    """Return the file, or the first part of its text: to measure all of a corpus would take longer than to prune."""
+    if path.stat().st_size <= characters:
+        return path
+    with path.open(encoding="utf-8") as file:
+        if path.suffix != ".jsonl":
+            return file.read(characters)
+        text = ""
+        for line in filter(str.strip, file):
+            text += json_module.loads(line)["text"] + "\n\n"
+            if len(text) >= characters:
+                break
+        return text
+
+
+def _layers(layers: list[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("layer")
+    for name in ("shape", "sparsity", "relative error", "seconds", "status"):
+        table.add_column(name, justify="right")
+    for layer in layers:
+        table.add_row(
+            Text(layer["name"]),
+            f"{layer['rows']} x {layer['columns']}",
+            f"{layer['sparsity']:.3f}",
+            f"{layer['relative_error']:.5f}",
+            f"{layer['seconds']:.2f}",
+            layer["status"].lower().replace("_", " "),
+        )
+    return table
+
+
+def _summary(figures: dict[str, Any], out: Path) -> dict[str, str]:
+    share = f"{100 * figures['sparsity']:.2f} %"
+    lines = {
+        "pruned": f"{share} of {figures['weights']} weights in {len(figures['layers'])} layers",
+        "relative error": f"median {figures['median_relative_error']:.5f}, mean {figures['mean_relative_error']:.5f}",
+        "time": f"{figures['calibration_seconds']:.1f} s calibrating, {figures['solve_seconds']:.1f} s solving",
+    }
+    for name, values in figures["perplexity"].items():
+        dense, pruned = values["dense"], values["pruned"]
+        lines[f"perplexity, {name} text"] = (
+            f"{dense['perplexity']:.3f} dense, {pruned['perplexity']:.3f} pruned ({dense['tokens']} tokens)"
+        )
+    return {**lines, "saved in": str(out)}

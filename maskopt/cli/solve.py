@@ -1,0 +1,102 @@
+"""`maskopt solve`: one layer, one mask."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from maskopt.cli.layer import load_layer
+from maskopt.cli.mask_file import load_mask, mask_bytes
+from maskopt.cli.options import (
+    DeviceOption,
+    JsonOption,
+    MemoryOption,
+    PatternOption,
+    QuietOption,
+    SettingsOption,
+    SolverOption,
+    SparsityOption,
+    check_device,
+    parse_memory,
+)
+from maskopt.cli.output import Bar, check_outputs, environment, facts, json_output, tables
+from maskopt.cli.solvers import parse_solver
+from maskopt.errors import MaskoptError
+from maskopt.files import atomic_path
+from maskopt.oracles import parse_masks
+from maskopt.solvers import solve as solve_problem
+
+__all__ = ["solve"]
+
+
+def solve(
+    instance: Annotated[Path, typer.Argument(metavar="INSTANCE", help="Safetensors file with `weight`, `gram`.")],
+    pattern: PatternOption = "per-row",
+    sparsity: SparsityOption = None,
+    solver: SolverOption = "continuation",
+    option: SettingsOption = None,
+    start: Annotated[
+        Path | None, typer.Option("--start", help="Mask file to start from, for solvers that improve a mask.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the mask to a new safetensors file.")] = None,
+    time_limit: Annotated[
+        float | None, typer.Option("--time-limit", help="Seconds after which the best mask so far is taken.")
+    ] = None,
+    json: JsonOption = None,
+    device: DeviceOption = "cpu",
+    memory: MemoryOption = "1G",
+    quiet: QuietOption = False,
+) -> None:
+    """Choose the mask of one layer."""
+    check_outputs(json, out)
+    masks, method = parse_masks(pattern, sparsity), parse_solver(solver, option or ())
+    if start is not None and method.start is None:
+        raise MaskoptError(f"The solver {solver} does not start from a mask; leave --start out.")
+    first = None if start is None else load_mask(start)
+    working = parse_memory(memory)
+    layer, problem = load_layer(instance, check_device(device))
+    with Bar(quiet) as bar:
+        result = solve_problem(
+            problem,
+            masks,
+            method,
+            start=first,
+            callback=bar.step(solver),
+            time_limit=time_limit,
+            memory=working,
+        )
+    settings = {
+        "instance": str(instance),
+        "metadata": dict(layer.metadata),
+        "rows": problem.shape[0],
+        "columns": problem.shape[1],
+        "pattern": pattern,
+        "masks": repr(masks),
+        "solver": repr(method),
+        "start": None if start is None else str(start),
+        "time_limit": time_limit,
+        "device": device,
+        "memory": working,
+    }
+    figures = {**result.to_dict(), "settings": settings, "versions": environment()}
+    with json_output(json, figures):
+        if out is not None:
+            with atomic_path(out) as aside:
+                aside.write_bytes(mask_bytes(result.mask, figures))
+    tables(json).print(facts(_lines(figures, out)))
+
+
+def _lines(figures: dict[str, Any], out: Path | None) -> dict[str, str]:
+    settings, bound = figures["settings"], figures["lower_bound"]
+    lines = {
+        "layer": f"{settings['instance']}, {settings['rows']} x {settings['columns']}",
+        "masks": settings["masks"],
+        "solver": settings["solver"],
+        "relative error": f"{figures['relative_error']:.6g}",
+        "objective": f"{figures['objective']:.6g}",
+        "lower bound": "none" if bound is None else f"{bound:.6g} ({figures['gap_kind'].lower()})",
+        "sparsity": f"{figures['sparsity']:.4f}",
+        "time": f"{figures['seconds']:.2f} s, {figures['iterations']} iterations",
+        "status": figures["status_text"],
+    }
+    return lines if out is None else {**lines, "mask": str(out)}

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import re
+from statistics import median
+
+import pytest
+
+from maskopt import ContinuationFrankWolfe, OneSwap, SparseFW, Wanda, load_instance, save_instance, solve, synthetic
+from maskopt.oracles import parse_masks
+
+SOLVERS = {
+    "wanda": Wanda(),
+    "sparsefw:iterations=30;alpha=0.5": SparseFW(iterations=30, alpha=0.5),
+    "one-swap": OneSwap(),
+    "continuation:iterations=30": ContinuationFrankWolfe(iterations=30),
+}
+
+
+@pytest.fixture
+def layers(tmp_path):
+    paths = [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
+    for seed, path in enumerate(paths):
+        save_instance(path, synthetic(rows=8, d=16, seed=seed))
+    return paths
+
+
+def test_ratios_are_those_of_separate_solves(run, layers, tmp_path, read):
+    sets = ("--pattern", "per-row", "--pattern", "2:4", "--sparsity", 0.5, "--sparsity", 0.75)
+    result = run("compare", *layers, *sets, "--solvers", ",".join(SOLVERS), "--json", tmp_path / "f.json")
+    figures = read(tmp_path / "f.json")
+    cells = [(row["instance"], row["pattern"], row["sparsity"]) for row in figures["rows"]]
+    assert cells == [
+        (str(path), *one) for path in layers for one in (("per-row", 0.5), ("per-row", 0.75), ("2:4", None))
+    ]
+    for row in figures["rows"]:
+        problem = load_instance(row["instance"]).problem()
+        errors = {
+            spec: solve(problem, parse_masks(row["pattern"], row["sparsity"]), solver).relative_error
+            for spec, solver in SOLVERS.items()
+        }
+        assert list(row["results"]) == list(SOLVERS)
+        for spec, cell in row["results"].items():
+            assert cell["relative_error"] == errors[spec]
+            assert cell["error_ratio"] == pytest.approx(errors[spec] / errors["wanda"])
+            assert f"{cell['error_ratio']:.3f}" in result.stdout
+    for spec in SOLVERS:
+        ratios = [row["results"][spec]["error_ratio"] for row in figures["rows"]]
+        summary = figures["summary"][spec]["wanda"]
+        assert summary["median_error_ratio"] == pytest.approx(median(ratios))
+        assert summary["largest_error_ratio"] == pytest.approx(max(ratios))
+        seconds = [row["results"][spec]["seconds"] / row["results"]["wanda"]["seconds"] for row in figures["rows"]]
+        assert summary["median_seconds_ratio"] == pytest.approx(median(seconds))
+    assert figures["settings"]["solvers"]["one-swap"] == repr(OneSwap())
+    assert figures["versions"]["threads"] >= 1
+
+
+def test_repeat_takes_the_median_time(run, layers, tmp_path, read):
+    run("compare", layers[0], "-s", 0.5, "--solvers", "wanda,ria", "--repeat", 3, "--json", tmp_path / "f.json")
+    for cell in read(tmp_path / "f.json")["rows"][0]["results"].values():
+        assert len(cell["all_seconds"]) == 3
+        assert cell["seconds"] == median(cell["all_seconds"])
+
+
+def test_one_solver_needs_no_summary(run, layers):
+    assert "relative to the solver on top" not in run("compare", layers[0], "-s", 0.5, "--solvers", "wanda").stdout
+
+
+def test_layers_of_one_name_are_told_apart(run, layers, tmp_path):
+    (tmp_path / "other").mkdir()
+    twin = tmp_path / "other" / "first.safetensors"
+    twin.write_bytes(layers[0].read_bytes())
+    table = run("compare", layers[0], twin, "-s", 0.5, "--solvers", "wanda").stdout
+    assert re.search(rf"{re.escape(str(twin))}\s", table)
+
+
+def test_zero_errors_give_ratios(run, layers, tmp_path, read):
+    run("compare", layers[0], "-s", 0, "--solvers", "wanda,one-swap", "--json", tmp_path / "f.json")
+    results = read(tmp_path / "f.json")["rows"][0]["results"]
+    assert results["one-swap"]["error_ratio"] == 1.0
+
+
+def test_a_bad_layer_is_named_before_any_work(fails, layers, tmp_path, monkeypatch):
+    monkeypatch.setattr("maskopt.cli.compare.solve", lambda *args, **kwargs: pytest.fail("work has begun"))
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"nonsense")
+    assert str(bad) in fails("compare", layers[0], bad, "-s", 0.5)
+    sentence = fails("compare", *layers, "-p", "2:4", "-p", "1:3", "-s", 0.5)
+    assert str(layers[0]) in sentence
+    assert "divisible by 3" in sentence
+
+
+@pytest.mark.parametrize(
+    ("solvers", "words"),
+    [
+        ("wanda,wanda", "listed twice"),
+        (",", "At least one solver"),
+        ("wanda,sparsegpt", "no solver 'sparsegpt'"),
+        ("wanda,sparsefw:steps=3", "no setting 'steps'"),
+        ("sparsefw:iterations", "key=value"),
+    ],
+)
+def test_bad_solver_lists(fails, layers, solvers, words):
+    assert words in fails("compare", layers[0], "-s", 0.5, "--solvers", solvers)

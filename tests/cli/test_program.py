@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import maskopt
+from maskopt.cli.options import parse_memory
+from maskopt.cli.solvers import parse_solver
+from maskopt.solvers import RIA, OneSwap, SparseFW, Wanda
+
+COMMANDS = ("solve", "compare", "prune", "evaluate", "demo")
+
+
+def test_version(run):
+    assert run("--version").stdout == f"maskopt {maskopt.__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(run, command):
+    text = run(command, "--help").stdout
+    assert f"maskopt {command}" in text.split("Example:")[1]
+    assert "--json" in text
+
+
+def test_help_lists_the_commands(run):
+    text = run("--help").stdout
+    assert all(command in text for command in COMMANDS)
+    assert run(code=2).output.split() == text.split()  # nothing asked for: help
+
+
+def test_module_runs_as_a_program_without_loading_transformers(layer):
+    # Layer-level commands start in a second because of that.
+    code = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print('transformers' in sys.modules))\n"
+        "runpy.run_module('maskopt', run_name='__main__')"
+    )
+    arguments = [sys.executable, "-c", code, "solve", str(layer), "-s", "0.5", "--solver", "wanda"]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert "relative error" in result.stdout
+    assert result.stdout.endswith("False\n")
+    assert result.stderr == ""  # no progress bars where no terminal is
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1", 1), ("500M", 500 * 2**20), ("2G", 2**31), ("1.5GiB", 3 * 2**29), ("64kB", 2**16), (" 1T ", 2**40)],
+)
+def test_memory_sizes(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize(
+    ("spec", "settings", "solver"),
+    [
+        ("wanda", (), Wanda()),
+        ("ria", ("power=1",), RIA(power=1.0)),
+        ("sparsefw:iterations=500;alpha=0.5", (), SparseFW(iterations=500, alpha=0.5)),
+        ("sparsefw:iterations=500", ("iterations=7", "start=ria:power=1"), SparseFW(7, start=RIA(power=1.0))),
+        ("one-swap: max-steps = 3", (), OneSwap(max_steps=3)),
+        ("one-swap:max_steps=none", (), OneSwap()),
+    ],
+)
+def test_solver_specs(spec, settings, solver):
+    assert parse_solver(spec, settings) == solver

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from maskopt.models import load_masks, load_model, perplexity
+
+
+@pytest.fixture
+def pruned(run, model, text, tmp_path):
+    """The result of a run at 50 %, its folder, and its JSON."""
+    out, figures = tmp_path / "pruned", tmp_path / "figures.json"
+    command = ("prune", model, out, "--calibration", text, "-s", 0.5, "--samples", 8, "--seed", 3)
+    command += ("-o", "iterations=20")
+    return run(*command, "--evaluate", text, "--json", figures), out, figures
+
+
+def test_the_folder_loads_and_its_report_is_true(pruned, model, text, read):
+    result, out, figures_file = pruned
+    assert {path.name for path in out.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    report = read(out / "report.json")
+    assert report == read(figures_file)
+    network, tokenizer = load_model(out)
+    masks = load_masks(out)
+    assert [layer["name"] for layer in report["layers"]] == list(masks)
+    assert len(masks) == 14
+    for name, mask in masks.items():
+        assert torch.equal(network.get_submodule(name).weight != 0, mask)
+        assert name in result.stdout
+    for name, measured in (("calibration", text.read_text()[: 32 * 32]), ("evaluation", text)):
+        after = report["perplexity"][name]["pruned"]
+        assert after["perplexity"] == pytest.approx(perplexity(network, tokenizer, measured).perplexity, rel=1e-5)
+        assert f"{after['perplexity']:.3f}" in result.stdout
+    dense = perplexity(*load_model(model), text).to_json()
+    assert report["perplexity"]["evaluation"]["dense"]["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
+    assert report["calibration"]["seqlen"] == 32  # what the model can take
+    assert report["calibration"]["sha256"] == dense["sha256"]
+    assert report["calibration"]["seed"] == 3
+    assert report["sparsity"] == 0.5
+    assert report["settings"]["solver"].startswith("ContinuationFrankWolfe(")
+    assert report["command"]["model"] == str(model)
+    assert {"maskopt", "torch", "transformers", "threads"} <= set(report["versions"])
+
+
+def test_evaluate_agrees(pruned, run, text, tmp_path, read):
+    _, out, figures = pruned
+    result = run("evaluate", out, "--text", text, "--json", tmp_path / "e.json", "--batch-size", 4)
+    evaluation = read(tmp_path / "e.json")
+    expected = read(figures)["perplexity"]["evaluation"]["pruned"]
+    assert evaluation["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
+    assert (evaluation["tokens"], evaluation["windows"], evaluation["seqlen"]) == (2016, 63, 32)
+    assert evaluation["settings"]["dtype"] == "torch.float32"
+    assert f"{evaluation['perplexity']:.4f}" in result.stdout
+    assert json.loads(run("evaluate", out, "--text", text, "--seqlen", 16, "--json", "-").stdout)["windows"] == 126
+
+
+def test_patterns_and_propagation(run, model, text, tmp_path, read):
+    options = ("--pattern", "2:4", "--solver", "wanda", "--include", "*_proj", "--exclude", "*.mlp.*")
+    more = ("--propagate", "dense", "--samples", 4, "--seqlen", 16, "--batch-size", 2, "--memory", "64M")
+    run("prune", model, tmp_path / "out", "--calibration", text, *options, *more)
+    report = read(tmp_path / "out" / "report.json")
+    assert len(report["layers"]) == 8
+    assert all("self_attn" in layer["name"] for layer in report["layers"])
+    assert report["settings"]["propagate"] == "dense"
+    assert report["settings"]["batches"] == 2
+    assert set(report["perplexity"]) == {"calibration"}
+
+
+def test_calibration_text_is_measured_at_its_beginning_only(run, model, tmp_path, read):
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "a long story."}) for _ in range(1000)))
+    run("prune", model, tmp_path / "out", "--calibration", path, "-s", 0.5, "--solver", "wanda", "--samples", 4)
+    assert read(tmp_path / "out" / "report.json")["perplexity"]["calibration"]["dense"]["tokens"] == 1024
+
+
+def test_an_existing_folder_is_kept(fails, model, text, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_bytes(b"precious")
+    assert "exists already" in fails("prune", model, out, "--calibration", text, "-s", 0.5)
+    assert [path.name for path in out.iterdir()] == ["precious"]

@@ -1,0 +1,12 @@
+"""Hypothesis profiles; loading is quick and the same for every suite."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# `make test` must give the same answer twice, so examples are derived from the test itself. To look for new
+# counterexamples: HYPOTHESIS_PROFILE=explore MASKOPT_EXAMPLES=10 python -m pytest tests
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("ci", derandomize=True, database=None, print_blob=True, **_COMMON)
+settings.register_profile("explore", print_blob=True, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
