@@ -71,13 +71,15 @@ def _up_to(cost: Tensor, threshold: Tensor, keep: int | Tensor) -> Tensor:
 
 def _smallest_by_rank(cost: Tensor, keep: int) -> Tensor:
     # One contiguous vector per position: a comparison per pair instead of a sort per tiny row.
-    columns = cost.T.contiguous()
-    size = columns.shape[0]
-    rank = torch.arange(size - 1, -1, -1, dtype=cost.dtype, device=cost.device).unsqueeze(1).repeat(1, len(cost))
-    first = torch.empty_like(columns[0])
-    for i in range(size):
-        for j in range(i + 1, size):
+    columns = cost.T.contiguous().unbind(0)
+    ranks = torch.empty((len(columns), len(cost)), dtype=cost.dtype, device=cost.device)
+    rank = ranks.unbind(0)
+    for i in range(len(columns)):
+        rank[i].fill_(len(columns) - 1 - i)  # as if all later ones went first
+    first = torch.empty_like(rank[0])
+    for i in range(len(columns)):
+        for j in range(i + 1, len(columns)):
             torch.le(columns[i], columns[j], out=first)
-            rank[j] += first
-            rank[i] -= first
-    return rank.lt_(keep).T.contiguous()
+            rank[j].add_(first)
+            rank[i].sub_(first)
+    return ranks.lt_(keep).T.contiguous()

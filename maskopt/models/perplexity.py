@@ -18,6 +18,7 @@ from maskopt.models.calibration import require_positive
 from maskopt.models.context import default_seqlen
 from maskopt.models.replay import evaluation_mode
 from maskopt.models.text import tokenize
+from maskopt.threads import sized_threads
 
 __all__ = ["Perplexity", "perplexity"]
 
@@ -100,7 +101,7 @@ def perplexity(
     windows = stream.ids[: count * seqlen].view(count, seqlen)
     check_token_ids(model, stream.source, windows)
     total = 0.0
-    with evaluation_mode(model):
+    with evaluation_mode(model), sized_threads(sum(weight.numel() for weight in model.parameters())):
         for start in range(0, count, batch_size):
             batch = windows[start : start + batch_size].to(model.device)
             logits = model(input_ids=batch, use_cache=False).logits

@@ -171,8 +171,8 @@ class _Work:
             if stage.layers:
                 with GramCollector(stage.layers) as grams:
                     self._timed(replay, stage, store=dense, before=grams.begin)
-                for layer in stage.layers:
-                    self._solve(layer, grams[layer])
+                for layers in self._together(stage.layers, grams):
+                    self._solve(layers, grams[layers[0]])
                 del grams  # before the next stage's come into being
                 if not dense:
                     self._apply(stage)
@@ -192,31 +192,48 @@ class _Work:
         for layer in stage.layers:
             layer.apply(self.report.masks[layer.name])
 
-    def _solve(self, layer: Layer, gram: Gram) -> None:
-        """Choose the layer's mask and write its record."""
-        self._tell("solve", layer.name)
+    def _together(self, layers: Sequence[Layer], grams: GramCollector) -> list[list[Layer]]:
+        """Group the layers that read the same input, where stacking their rows changes nothing but the speed."""
+        same_for_any_rows = self.masks.separable and self.masks.rows(slice(None), layers[0].shape) is self.masks
+        if not (same_for_any_rows and self.solver.solves_rows_apart(self.masks)):
+            return [[layer] for layer in layers]
+        groups: dict[tuple[int, torch.device, bool], list[Layer]] = {}
+        for layer in layers:
+            key = id(grams[layer]), layer.weight.device, layer in self.starts
+            groups.setdefault(key, []).append(layer)
+        return list(groups.values())
+
+    def _solve(self, layers: Sequence[Layer], gram: Gram) -> None:
+        """Choose the masks of layers with one Gram matrix and write their records."""
+        name = ", ".join(layer.name for layer in layers)
+        self._tell("solve", name)
         began = time.perf_counter()
 
         def tell(state: State) -> None:
-            self._tell("solve", layer.name, state.fraction)
+            self._tell("solve", name, state.fraction)
 
         # The Gram is a sum of x x^T whose diagonal was checked, and so was the weight: no need to factorise it.
-        weight = layer.oriented(layer.weight.detach()).contiguous()
+        weight = torch.cat([layer.oriented(layer.weight.detach()) for layer in layers])
         problem = LayerReconstruction(weight, gram.matrix.to(weight.device), gram.tokens, check=False)
+        start = torch.cat([self.starts[layer] for layer in layers]) if layers[0] in self.starts else None
         try:
             result = solve(
                 problem,
                 self.masks,
                 self.solver,
-                start=self.starts.get(layer),
+                start=start,
                 callback=None if self.progress is None else tell,
                 memory=self.memory,
             )
         except MaskoptError as error:
-            raise MaskoptError(f"The layer {layer.name} cannot be solved: {error}") from error
+            raise MaskoptError(f"The layer {name} cannot be solved: {error}") from error
         self.report.solve_seconds += time.perf_counter() - began
-        self.report.layers.append(_record(layer, gram, result))
-        self.report.masks[layer.name] = layer.oriented(result.mask).cpu().contiguous()
+        first = 0
+        for layer in layers:
+            part = result if len(layers) == 1 else result.part(slice(first, first + layer.shape[0]))
+            first += layer.shape[0]
+            self.report.layers.append(_record(layer, gram, part))
+            self.report.masks[layer.name] = layer.oriented(part.mask).cpu().contiguous()
 
     def _tell(self, stage: Literal["calibrate", "solve", "done"], name: str, fraction: float = 0.0) -> None:
         if self.progress is not None:

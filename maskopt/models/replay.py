@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from maskopt.models.batches import Batch
 from maskopt.models.blocks import Block
+from maskopt.threads import sized_threads
 
 __all__ = ["Replay", "evaluation_mode"]
 
@@ -58,6 +59,7 @@ class Replay:
         self._model = model
         self._batches = batches
         self._named = inspect.signature(model.forward).parameters
+        self._size = sum(weight.numel() for weight in model.parameters())
         # Per stack and batch: what the latest block of the stack returned.
         self._states: dict[str, dict[int, Any]] = {block.stack: {} for block in blocks}
         self.order, self._calls, finals = self._trace(blocks)
@@ -91,6 +93,7 @@ class Replay:
             if before is not None:
                 before(batch)
             with ExitStack() as undo:
+                undo.enter_context(sized_threads(self._size))
                 for block in passed:
                     undo.enter_context(_answering(block.module, self._states[block.stack][index]))
                 output = self._forward(batch, current)

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import PartitionMatroid
 from maskopt.problems import Point, Problem
+from maskopt.threads import sized_threads
 
 __all__ = ["Callback", "GapKind", "Outcome", "Result", "Solver", "State", "Status", "Stop", "Watch", "solve"]
 
@@ -131,7 +132,7 @@ class Solver(ABC):
     requires : tuple of str
         Verbs a problem must have beyond `Problem`'s.
     row_wise : bool
-        Whether rows may be solved apart when the set allows it.
+        Whether the answer for a row depends on that row alone when the set allows it.
     arrays : float
         Working memory in arrays of shape (rows, d), from which `solve` sizes blocks of rows.
     start : Solver or None
@@ -146,6 +147,10 @@ class Solver(ABC):
     @abstractmethod
     def run(self, problem: Problem, masks: PartitionMatroid, start: Tensor | None, watch: Watch) -> Outcome:
         """Solve one block of rows from the feasible mask `start`."""
+
+    def solves_rows_apart(self, masks: PartitionMatroid) -> bool:
+        """Whether any rows with the same Gram may be solved together or apart with the same result."""
+        return self.row_wise and masks.separable and (self.start is None or self.start.row_wise)
 
 
 @dataclass(frozen=True)
@@ -203,6 +208,18 @@ class Result:
     def gap(self) -> float | None:
         """Error minus lower bound, None where there is no bound."""
         return None if self.lower_bound is None else self.total - float(self.lower_bound.sum())
+
+    def part(self, index: slice) -> Result:
+        """Return the result for some rows of a solve in which rows were independent; seconds by share of rows."""
+        mask = self.mask[index]
+        return replace(
+            self,
+            mask=mask,
+            objective=self.objective[index],
+            scale=self.scale[index],
+            lower_bound=None if self.lower_bound is None else self.lower_bound[index],
+            seconds=self.seconds * len(mask) / len(self.mask),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain numbers and strings for JSON."""
@@ -270,10 +287,23 @@ def solve(
             f"{type(problem).__name__} is not compatible with {type(solver).__name__}: it must implement "
             f"{', '.join(solver.requires)}; missing: {', '.join(missing)}."
         )
-    watch = Watch(type(solver).__name__, callback, time_limit)
     masks.kept_per_group(problem.shape)  # raises here, before any work, where the set does not fit
+    watch = Watch(type(solver).__name__, callback, time_limit)
+    rows, columns = problem.shape
+    with sized_threads(rows * columns * columns):
+        return _solve(problem, masks, solver, start, watch, memory)
+
+
+def _solve(
+    problem: Problem,
+    masks: PartitionMatroid,
+    solver: Solver,
+    start: Tensor | Solver | None,
+    watch: Watch,
+    memory: int,
+) -> Result:
     first = _start_mask(problem, masks, solver.start if start is None else start)
-    apart = solver.row_wise and masks.separable
+    apart = solver.solves_rows_apart(masks)
     outcomes = []
     for index in _blocks(problem, solver.arrays, memory) if apart else [slice(0, problem.shape[0])]:
         watch.block(index.start / problem.shape[0], index.stop / problem.shape[0])

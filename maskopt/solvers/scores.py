@@ -17,7 +17,6 @@ class _Score(Solver):
     """Keep the entries of highest score; subclasses say which score."""
 
     requires: ClassVar[tuple[str, ...]] = ("weight", "gram")
-    row_wise: ClassVar[bool] = False  # RIA divides by column sums, and one oracle call needs no blocks
 
     def score(self, problem: LayerReconstruction) -> Tensor:
         """Return the score of each entry, shape (rows, d)."""
@@ -56,6 +55,8 @@ class RIA(_Score):
     """
 
     power: float = 0.5
+
+    row_wise: ClassVar[bool] = False  # column sums are over all rows
 
     def score(self, problem: LayerReconstruction) -> Tensor:
         return Saliency.ria(problem.scaled_weight, problem.scaled_gram, self.power).scores

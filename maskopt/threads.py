@@ -1,0 +1,34 @@
+"""How many processor threads small work deserves."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["SMALL", "sized_threads"]
+
+SMALL = 2**24
+"""Multiplications per operation (a layer: rows x d x d; a model: its parameters) up to which one thread is best."""
+
+
+@contextmanager
+def sized_threads(multiplications: int) -> Iterator[None]:
+    """Compute on one thread inside the block if the work is small.
+
+    Every operation on several threads waits for the slowest of them. For small ones that gains little on an idle
+    machine, and on a busy one it can cost a hundred times the work itself.
+
+    Parameters
+    ----------
+    multiplications : int
+        Of a typical operation, see `SMALL`.
+    """
+    before = torch.get_num_threads()
+    if multiplications > SMALL or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
