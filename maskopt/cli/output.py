@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import maskopt
@@ -64,7 +64,7 @@ class Bar:
         self.visible = not quiet and sys.stderr.isatty()
         self._steps, self._begun = steps, 0
         self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
+            TextColumn("{task.description}", markup=False, table_column=Column(max_width=44, no_wrap=True)),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),

@@ -35,13 +35,13 @@ class Progress:
 
     stage: Literal["calibrate", "solve", "done"]
     name: str
-    """The block being run or the layer being solved."""
+    """The block being run, or the layer being solved (several, joined by commas, where they read the same input)."""
     done: int
     """Layers that have their mask."""
     total: int
     """Layers to prune, known from the start."""
     fraction: float = 0.0
-    """Share of the current layer that is solved; an estimate."""
+    """Share of the current layer's solution that is done; an estimate."""
 
 
 def prune(
@@ -163,6 +163,7 @@ class _Work:
     propagate: Propagate
     stages: Sequence[_Stage]
     report: PruneReport = field(default_factory=PruneReport)
+    solved: dict[Layer, tuple[LayerRecord, Tensor]] = field(default_factory=dict)
 
     def run(self, replay: Replay) -> None:
         dense = self.propagate == "dense"
@@ -174,6 +175,9 @@ class _Work:
                 for layers in self._together(stage.layers, grams):
                     self._solve(layers, grams[layers[0]])
                 del grams  # before the next stage's come into being
+                for layer in stage.layers:
+                    record, self.report.masks[layer.name] = self.solved.pop(layer)
+                    self.report.layers.append(record)
                 if not dense:
                     self._apply(stage)
             if stage is not self.stages[-1] and not (stage.layers and dense):
@@ -232,13 +236,13 @@ class _Work:
         for layer in layers:
             part = result if len(layers) == 1 else result.part(slice(first, first + layer.shape[0]))
             first += layer.shape[0]
-            self.report.layers.append(_record(layer, gram, part))
-            self.report.masks[layer.name] = layer.oriented(part.mask).cpu().contiguous()
+            self.solved[layer] = _record(layer, gram, part), layer.oriented(part.mask).cpu().contiguous()
 
     def _tell(self, stage: Literal["calibrate", "solve", "done"], name: str, fraction: float = 0.0) -> None:
         if self.progress is not None:
             total = sum(len(turn.layers) for turn in self.stages)
-            self.progress(Progress(stage, name, len(self.report.layers), total, fraction))
+            done = len(self.report.layers) + len(self.solved)
+            self.progress(Progress(stage, name, done, total, fraction))
 
 
 def _check_fit(layers: Sequence[Layer], masks: PartitionMatroid, start: Mapping[str, Tensor]) -> dict[Layer, Tensor]:

@@ -180,7 +180,9 @@ def make_batches() -> Callable[..., list[dict[str, Tensor]]]:
 
 
 class Recorder(Solver):
-    """Wanda that remembers the problems it was given."""
+    """Wanda that remembers the problems it was given, one by one."""
+
+    row_wise = False
 
     def __init__(self) -> None:
         self.problems: list[LayerReconstruction] = []

@@ -13,7 +13,7 @@ from maskopt.errors import MaskoptError
 from maskopt.models import prune, select_layers
 from maskopt.models.replay import Replay
 from maskopt.oracles import NM, PerRow, Unstructured
-from maskopt.solvers import ContinuationFrankWolfe, Magnitude, OneSwap, Wanda
+from maskopt.solvers import ContinuationFrankWolfe, Magnitude, OneSwap, Solver, Wanda
 
 SETS = [PerRow(0.4), NM(keep=2, group=4), Unstructured(0.5)]
 
@@ -234,10 +234,23 @@ def test_progress_knows_the_total_from_the_start(llama, make_batches):
     assert events[0].stage == "calibrate"
     assert events[0].name == "model.layers.0"
     assert (events[-1].stage, events[-1].done) == ("done", 21)
-    assert {event.name for event in events if event.stage == "solve"} == {
+    assert {name for event in events if event.stage == "solve" for name in event.name.split(", ")} == {
         layer.name for layer in select_layers(llama).layers
     }
     assert any(0 < event.fraction <= 1 for event in events)
+
+
+def test_layers_with_one_input_are_solved_together_and_alike(build, make_batches, monkeypatch):
+    reports = []
+    for together in (True, False):
+        monkeypatch.setattr(Solver, "solves_rows_apart", lambda self, masks, together=together: together)
+        reports.append(prune(build("llama"), make_batches(), PerRow(0.5), Wanda()))
+    assert reports[0].masks.keys() == reports[1].masks.keys()
+    assert all(torch.equal(reports[1].masks[name], mask) for name, mask in reports[0].masks.items())
+    for one, two in zip(reports[0].layers, reports[1].layers, strict=True):
+        assert (one.name, one.nonzeros) == (two.name, two.nonzeros)
+        assert one.objective == pytest.approx(two.objective, rel=1e-9)
+        assert one.relative_error == pytest.approx(two.relative_error, rel=1e-9)
 
 
 def test_the_model_is_moved_where_asked(llama, make_batches):
@@ -303,7 +316,7 @@ def test_a_failure_in_dense_mode_leaves_the_model_whole(llama, make_batches):
     before = weights_of(llama)
 
     def fail(event):
-        if event.done == 15:
+        if event.done >= 15:
             raise KeyboardInterrupt
 
     llama.train()
