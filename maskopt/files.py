@@ -25,6 +25,8 @@ def require_absent(path: str | os.PathLike[str]) -> Path:
         raise MaskoptError(f"The output {path} exists already; choose another name or move it away first.")
     if not path.absolute().parent.is_dir():
         raise MaskoptError(f"The output {path} cannot be written because the folder {path.parent} does not exist.")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise MaskoptError(f"The output {path} cannot be written because the folder {path.parent} is read-only.")
     return path
 
 
@@ -52,15 +54,25 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = require_absent(path)
     try:
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.absolute().parent))
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.absolute().parent))
     except OSError as error:
         raise MaskoptError(f"The output {path} cannot be written: {error.strerror or error}.") from error
     try:
         yield aside / path.name
         # An empty private folder plus a last look keeps a file that appeared meanwhile.
         require_absent(path)
+        _open_up(aside)
         os.rename(aside / path.name, path)
     except OSError as error:
         raise MaskoptError(f"The output {path} could not be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _open_up(folder: Path) -> None:
+    """Give files written as private (safetensors does) the mode that new files have here."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(file.stat().st_mode | (0o666 & ~umask))

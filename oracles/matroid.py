@@ -42,6 +42,9 @@ class PartitionMatroid:
         the weight or a group is smaller than its count.
     """
 
+    protected: Tensor | None = None
+    """Entries that every mask of the set keeps, boolean, shape (rows, d)."""
+
     def __init__(self, keep: float | int | Tensor, tile: Tile, name: str = "PartitionMatroid") -> None:
         if isinstance(keep, bool) or not isinstance(keep, (int, float, Tensor)):
             raise MaskoptError(f"keep must be a fraction (float) or a count (int); got {keep!r}.")
@@ -234,6 +237,8 @@ def NM(*, keep: int, group: int) -> PartitionMatroid:  # noqa: N802
 
     Keywords only, because libraries disagree about what "2" counts in "2:4".
     """
+    if isinstance(keep, float) or isinstance(group, float):
+        raise MaskoptError(f"NM needs whole numbers, as it counts entries; got keep={keep}, group={group}.")
     if not 0 <= keep <= group:
         raise MaskoptError(f"NM needs 0 <= keep <= group; got keep={keep}, group={group}.")
     return PartitionMatroid(keep, (1, group), "NM")

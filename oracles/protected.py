@@ -33,21 +33,26 @@ class Protected(PartitionMatroid):
 
     def __init__(self, base: PartitionMatroid, protected: Tensor) -> None:
         super().__init__(base.keep, base.tile, base.name)
-        self.protected = protected
-        excess = self.groups(protected).sum(1) - base.kept_per_group(protected.shape)
+        self.protected: Tensor = protected if base.protected is None else protected | base.protected
+        excess = self.groups(self.protected).sum(1) - base.kept_per_group(protected.shape).to(protected.device)
         if bool((excess > 0).any()):
             raise MaskoptError(
                 f"Group {int(excess.argmax())} protects {int(excess.max())} more entries than {base} keeps there."
             )
 
+    def __repr__(self) -> str:
+        return f"Protected({super().__repr__()}, {int(self.protected.sum())} entries)"
+
     def vertex(self, cost: Tensor) -> Tensor:
-        return super().vertex(cost.masked_fill(self.protected, -float("inf")))
+        # Even an infinitely good entry comes after the protected ones.
+        cost = cost.clamp_min(torch.finfo(cost.dtype).min).masked_fill(self.protected, -torch.inf)
+        return super().vertex(cost)
 
     def center(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
         protected = self.groups(self.protected).to(device)
         held = protected.sum(1, keepdim=True)
         free = self.kept_per_group(shape).to(device).unsqueeze(1) - held
-        share = free / (protected.shape[1] - held).clamp_min(1)
+        share = free.double() / (protected.shape[1] - held).clamp_min(1)
         return self.ungroup(torch.where(protected, 1.0, share).to(dtype), shape)
 
     def count(self, shape: tuple[int, int]) -> int:
@@ -66,12 +71,17 @@ class Protected(PartitionMatroid):
         return LinearConstraint(vstack((groups.A, ones)), right, right)
 
     def rowwise(self, shape: tuple[int, int], mask: Tensor | None = None) -> "Protected":
-        if mask is None:
-            mask = self.round(self.center(shape, torch.float32, self.protected.device))
-        return Protected(super().rowwise(shape, mask), self.protected)
+        rowwise = super().rowwise(shape, mask)
+        held = rowwise.groups(self.protected).sum(1)
+        if bool((held > rowwise.kept_per_group(shape).to(held.device)).any()):
+            # Even counts do not cover what is protected in some row: a member's do.
+            member = self.round(self.center(shape, torch.float32, self.protected.device))
+            rowwise = super().rowwise(shape, member)
+        return Protected(rowwise, self.protected)
 
     def contains(self, mask: Tensor) -> bool:
-        return bool((mask | ~self.protected).all()) and super().contains(mask)
+        return super().contains(mask) and bool((mask | ~self.protected).all())
 
     def rows(self, index: slice, shape: tuple[int, int]) -> "Protected":
-        return Protected(super().rows(index, shape), self.protected[index])
+        plain = PartitionMatroid(self.keep, self.tile, self.name).rows(index, shape)
+        return Protected(plain, self.protected[index])

@@ -60,8 +60,9 @@ def _kth_smallest(cost: Tensor, k: int) -> Tensor:
 def _up_to(cost: Tensor, threshold: Tensor, keep: int | Tensor) -> Tensor:
     """Mark entries below the threshold and, in index order, as many equal to it as are missing."""
     chosen = torch.le(cost, threshold, out=torch.empty_like(cost))
-    # Integers as floats: exact below 2^24 in float32, hence the wider sum.
-    surplus = chosen.sum(1, keepdim=True, dtype=torch.float64 if cost.shape[1] >= 2**24 else None) - keep
+    # Integers as floats: exact below 2^24 in float32, and not even below 2^9 in half precision.
+    wide = torch.float64 if cost.shape[1] >= 2**24 else torch.promote_types(cost.dtype, torch.float32)
+    surplus = chosen.sum(1, keepdim=True, dtype=wide) - keep
     if bool(surplus.any()):
         tied = cost == threshold
         wanted = tied.sum(1, keepdim=True) - surplus.long()

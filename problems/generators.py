@@ -42,11 +42,14 @@ def _rank_deficient(d: int, tokens: int, random: torch.Generator) -> Tensor:
 def _dead(d: int, tokens: int, random: torch.Generator) -> Tensor:
     """Dead channels (a tenth) and exact copies of neighbours (another tenth)."""
     x = _correlated(d, tokens, random)
-    order = torch.randperm(d, generator=random)
     tenth = max(1, d // 10)
-    x[:, order[:tenth]] = 0.0
-    copies = order[tenth : 2 * tenth]
-    x[:, copies] = x[:, (copies + 1) % d]
+    dead = torch.zeros(d + 1, dtype=torch.bool)
+    dead[torch.randperm(d, generator=random)[:tenth]] = True
+    x[:, dead[:d]] = 0.0
+    # Disjoint pairs of neighbours, so that no copy is overwritten by another one.
+    pairs = torch.randperm(d // 2, generator=random) * 2
+    copies = pairs[~dead[pairs] & ~dead[pairs + 1]][:tenth]
+    x[:, copies] = x[:, copies + 1]
     return x
 
 

@@ -38,7 +38,7 @@ class Instance:
     def tokens(self) -> int | None:
         """Calibration tokens, None where the file does not say."""
         tokens = self.metadata.get("tokens", "")
-        return int(tokens) if tokens.isdigit() else None
+        return int(tokens) if tokens.isdecimal() else None
 
     def problem(self, device: str = "cpu") -> LayerReconstruction:
         """Return the checked reconstruction problem on `device`."""
@@ -74,8 +74,16 @@ def save_instance(path: str | os.PathLike[str], instance: Instance) -> None:
     Raises
     ------
     MaskoptError
-        If `path` exists or cannot be written.
+        If `path` exists or cannot be written, or the metadata is no text.
     """
-    tensors = {"weight": instance.weight.detach().cpu().contiguous(), "gram": instance.gram.detach().cpu().contiguous()}
+    weight, gram = (matrix.detach().cpu().contiguous() for matrix in (instance.weight, instance.gram))
+    if weight.data_ptr() == gram.data_ptr():
+        gram = gram.clone()  # the format knows no shared memory
+    metadata = dict(instance.metadata)
+    if not all(isinstance(text, str) for item in metadata.items() for text in item):
+        raise MaskoptError(f"The metadata of an instance must be strings; got {metadata}.")
     with atomic_path(path) as aside:
-        save_file(tensors, aside, metadata=dict(instance.metadata))
+        try:
+            save_file({"weight": weight, "gram": gram}, aside, metadata=metadata)
+        except SafetensorError as error:  # what the format's library makes of a full disk
+            raise MaskoptError(f"The instance {path} could not be written: {error}.") from error

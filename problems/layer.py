@@ -62,6 +62,10 @@ class LayerReconstruction(Problem):
         # Powers of two change no digit; they keep squares and sums of extreme data inside the float range.
         self._weight_unit = _power_of_two(self.weight.abs().max())
         self._gram_unit = _power_of_two(self.gram.diagonal().max())
+        if 2 * math.log2(self._weight_unit) + math.log2(self._gram_unit) > 1000:
+            raise MaskoptError(
+                "Weight and Gram are so large that the error of the layer exceeds float64; scale them down."
+            )
         self._w = _divided(self.weight, self._weight_unit)
         self._g = _divided(self.gram, self._gram_unit)
         self._scale: Tensor | None = None  # filled on demand

@@ -90,6 +90,7 @@ class Watch:
         self._solver, self._callback, self._limit = solver, callback, time_limit
         self._began = time.perf_counter()
         self._window = (0.0, 1.0)
+        self._fraction = 0.0
 
     @property
     def seconds(self) -> float:
@@ -108,6 +109,8 @@ class Watch:
         if self.ended is None and self._callback is not None:
             start, end = self._window
             fraction = start + (end - start) * min(1.0, iteration / max(1, iterations))
+            # A later stage of a method may know better how much is left, but progress does not go back.
+            self._fraction = fraction = max(self._fraction, fraction)
             state = State(self._solver, iteration, iterations, fraction, self.seconds, problem, masks, point)
             if self._callback(state) is not None:
                 self.ended = Status.STOPPED

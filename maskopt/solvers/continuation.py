@@ -90,6 +90,8 @@ class _Run:
 
     def outcome(self) -> Outcome:
         mask = self.separable() if self.masks.separable else self.coupled()
+        # Stopped early, or on tiny layers, the start may be the better one.
+        mask, _ = self.ordered(self.masks, mask, self.start)
         status = Status.COMPLETED
         if self.settings.polish:
             mask, _, optimal = descend(self.problem, self.masks, mask, self.watch)
@@ -126,13 +128,13 @@ class _Run:
 
     def relink(self, masks: PartitionMatroid, one: Tensor, two: Tensor) -> Tensor:
         """Anneal from the midpoint of each row's two masks; the child takes the worse parent's place."""
-        best, other = self.ordered(one, two)
+        best, other = self.ordered(masks, one, two)
         for _ in range(self.settings.relinks):
             if self.watch.ended is not None:
                 break
             midpoint = torch.lerp(best.to(self.problem.dtype), other.to(self.problem.dtype), 0.5)
             child = self.anneal(masks, midpoint, self.relinking // self.settings.relinks, since=0.3, power=1.0)
-            best, other = self.ordered(best, child)
+            best, other = self.ordered(masks, best, child)
         return best
 
     def center(self, masks: PartitionMatroid) -> Tensor:
@@ -147,7 +149,7 @@ class _Run:
             t = since + (1.0 - since) * ((iteration + 1) / iterations) ** power
             return self.problem.shifted(self.diagonal, t)
 
-        point = frank_wolfe(
+        point, done = frank_wolfe(
             shifted,
             masks,
             x,
@@ -157,10 +159,13 @@ class _Run:
             watch=self.watch,
             progress=(self.done, self.planned),
         )
-        self.done += iterations
+        self.done += done
         return masks.round(point.x)
 
-    def ordered(self, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the better and the worse mask of every row."""
-        swap = (self.problem.objective(two) < self.problem.objective(one)).unsqueeze(1)
+    def ordered(self, masks: PartitionMatroid, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the better and the worse mask: of every row, where rows are independent."""
+        errors = self.problem.objective(one), self.problem.objective(two)
+        if not masks.separable:
+            errors = errors[0].sum(), errors[1].sum()
+        swap = (errors[1] < errors[0]).unsqueeze(-1)
         return torch.where(swap, two, one), torch.where(swap, one, two)

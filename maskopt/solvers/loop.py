@@ -23,7 +23,7 @@ def frank_wolfe(
     iterations: int,
     watch: Watch,
     progress: tuple[int, int] | None = None,
-) -> Point:
+) -> tuple[Point, int]:
     """Minimise over the convex hull of `masks`, one oracle call and one `Problem.along` per iteration.
 
     Parameters
@@ -45,17 +45,19 @@ def frank_wolfe(
 
     Returns
     -------
-    Point
+    point : Point
         The last relaxed mask with its gradient.
+    done : int
+        Iterations that were run: fewer than planned if `watch` ended them.
     """
-    done, planned = progress or (0, iterations)
+    before, planned = progress or (0, iterations)
     objective = objective_at(0)
     point = objective.at(x.clone())
     previous: Move | None = None
     pool = _each if masks.separable else _together
     for iteration in range(iterations):
-        if watch.stops(objective, masks, done + iteration, planned, point):
-            break
+        if watch.stops(objective, masks, before + iteration, planned, point):
+            return point, iteration
         objective = objective_at(iteration)
         gradient = objective.gradient(point)
         move = objective.along(masks.vertex(gradient).sub_(point.x))
@@ -67,7 +69,7 @@ def frank_wolfe(
             previous = move
         watch.counters["lmo"] += 1
         watch.counters["products"] += 1
-    return point
+    return point, iterations
 
 
 def _each(per_row: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class SparseFW(Solver):
             fixed = (masks.kept_per_group(problem.shape) * self.alpha + 1e-9).floor().long()
             few = PartitionMatroid(fixed, masks.tile)
             feasible = Protected(masks, self.start.run(problem, few, None, watch).mask & start)
-        point = frank_wolfe(
+        point, done = frank_wolfe(
             lambda _: problem,
             feasible,
             start.to(problem.dtype),
@@ -65,7 +65,7 @@ class SparseFW(Solver):
             watch=watch,
         )
         bound = _lower_bound(problem, masks, point.x) if self.alpha == 0 else None
-        return Outcome(feasible.round(point.x), Status.COMPLETED, self.iterations, bound)
+        return Outcome(feasible.round(point.x), Status.COMPLETED, done, bound)
 
 
 def _lower_bound(problem: LayerReconstruction, masks: PartitionMatroid, x: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class SwapSearch:
         self.columns = problem.shape[1]
         self.segments = self.columns // self.width
         self.own = problem.diagonal()
+        self.protected = masks.protected
         self.eps = 8 * torch.finfo(problem.dtype).eps
         device = problem.device
         self.local = torch.arange(self.columns, device=device)
@@ -48,8 +49,8 @@ class SwapSearch:
             self.blocks = self.gram[index.unsqueeze(2), index.unsqueeze(1)]
         elif self.width > _DENSE:
             # A little more than the largest correlation, so that rounding cannot bound a winner away.
-            self.reach = _largest_correlation(self.gram).mul_(1.0001) * self.own.sqrt()
-            self.size = self.own.sqrt()
+            self.size = self.own.clamp_min(0).sqrt()  # rounding may leave a diagonal negative
+            self.reach = _largest_correlation(self.gram).mul_(1.0001) * self.size
 
     def step(self, kept: Tensor, carried: Tensor, dirty: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return swaps that may be done at once: at most one change per row, each improving.
@@ -79,7 +80,8 @@ class SwapSearch:
         mask, own = kept[index], self.own[index]
         change = 2.0 * self.weight[index] * carried[index]
         error = self.eps * (change.abs() + own)
-        return torch.where(mask, torch.inf, own - change), torch.where(mask, own + change, torch.inf), error
+        movable = mask if self.protected is None else mask & ~self.protected[index]
+        return torch.where(mask, torch.inf, own - change), torch.where(movable, own + change, torch.inf), error
 
     def _within_rows(self, kept: Tensor, carried: Tensor, dirty: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         index = dirty.nonzero().flatten()
@@ -130,7 +132,8 @@ class SwapSearch:
         best = list(first)
         # Rows with like numbers of survivors go together, so that little is padded.
         order = counts.prod(0).argsort()
-        for part in torch.split(order[counts.prod(0)[order] > 0], _TOGETHER):
+        order = order[counts.prod(0)[order] > 0]
+        for part in torch.split(order, _TOGETHER) if len(order) else ():
             adds, drops = _listed(can_add[part], counts[0, part]), _listed(can_drop[part], counts[1, part])
             found = self._among(weight[part], a[part], b[part], adds, drops, offset[part])
             wins = found[0] < first[0][part]
