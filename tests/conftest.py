@@ -1,8 +1,13 @@
-"""Hypothesis profiles; loading is quick and the same for every suite."""
+"""One thread per worker and hypothesis profiles; the same for every suite."""
 
 import os
 
+import torch
 from hypothesis import HealthCheck, settings
+
+# Several workers share the cores; threads that wait for each other would make them many times slower.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for programs that tests start
 
 # `make test` must give the same answer twice, so examples are derived from the test itself. To look for new
 # counterexamples: HYPOTHESIS_PROFILE=explore MASKOPT_EXAMPLES=10 python -m pytest tests

@@ -1,0 +1,71 @@
+"""The words people type."""
+
+import math
+
+import pytest
+
+from maskopt.errors import MaskoptError
+from maskopt.oracles import parse_masks
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "kept"),
+    [
+        ("per-row", 0.5, [4, 4, 4]),
+        ("per-row", 0.7, [3, 3, 3]),
+        ("per-row", 0.0, [8, 8, 8]),
+        ("per-row", 1.0, [0, 0, 0]),
+        ("per-row", 1, [0, 0, 0]),
+        ("per-row", 1 / 3, [6, 6, 6]),
+        ("unstructured", 0.5, [12]),
+        ("unstructured", 0.29, [18]),
+        ("2:4", None, [2] * 6),
+        ("2:4", 0.5, [2] * 6),
+        ("3:4", 0.25, [3] * 6),
+        ("1:4", 0.75, [1] * 6),
+        ("4:8", None, [4] * 3),
+        ("0:4", None, [0] * 6),
+        ("4:4", 0.0, [4] * 6),
+        ("1:1", None, [1] * 24),
+        ("04:08", None, [4] * 3),
+    ],
+)
+def test_good_words(pattern: str, sparsity: float | None, kept: list[int]) -> None:
+    assert parse_masks(pattern, sparsity).kept_per_group((3, 8)).tolist() == kept
+
+
+@pytest.mark.parametrize("third", ["1:3", "2:3", "3:7"])
+def test_a_sparsity_that_is_no_binary_number(third: str) -> None:
+    keep, group = map(int, third.split(":"))
+    assert parse_masks(third, 1 - keep / group).kept_per_group((1, group)).tolist() == [keep]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "sentence"),
+    [
+        ("per-row", None, "The pattern per-row needs a sparsity between 0 and 1"),
+        ("unstructured", None, "The pattern unstructured needs a sparsity"),
+        ("per-row", 1.5, "The sparsity must lie between 0 and 1; got 1.5"),
+        ("per-row", -0.1, "The sparsity must lie between 0 and 1; got -0.1"),
+        ("per-row", math.nan, "The sparsity must lie between 0 and 1; got nan"),
+        ("2:4", 50, "The sparsity must lie between 0 and 1; got 50"),
+        ("2:4", 0.6, "The pattern 2:4 keeps 2 of every 4, a sparsity of 0.5, not 0.6"),
+        ("1:4", 0.25, "keeps 1 of every 4, a sparsity of 0.75, not 0.25"),
+        ("5:4", None, "The pattern 5:4 keeps 5 of every 4, which is impossible"),
+        ("0:0", None, "impossible"),
+        ("1:0", None, "impossible"),
+        ("", 0.5, "There is no pattern ''; choose per-row, unstructured, or n:m such as 2:4"),
+        ("perrow", 0.5, "There is no pattern 'perrow'"),
+        ("Per-Row", 0.5, "There is no pattern 'Per-Row'"),
+        (" 2:4", None, "There is no pattern"),
+        ("2:4\n", None, "There is no pattern"),
+        ("2:4:8", None, "There is no pattern"),
+        ("-2:4", None, "There is no pattern"),
+        ("2.0:4", None, "There is no pattern"),
+        ("2/4", None, "There is no pattern"),
+        (":", None, "There is no pattern"),
+    ],
+)
+def test_bad_words(pattern: str, sparsity: float | None, sentence: str) -> None:
+    with pytest.raises(MaskoptError, match=sentence):
+        parse_masks(pattern, sparsity)

@@ -1,0 +1,71 @@
+"""Protected entries: what the wrapper promises beyond the set it wraps."""
+
+import math
+
+import pytest
+import torch
+
+from maskopt.errors import MaskoptError
+from maskopt.oracles import NM, PartitionMatroid, PerRow, Protected, Unstructured
+
+
+def held(shape: tuple[int, int], *entries: tuple[int, int]) -> torch.Tensor:
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for row, column in entries:
+        mask[row, column] = True
+    return mask
+
+
+def test_protected_entries_stay_whatever_they_cost() -> None:
+    masks = Protected(PerRow(2), held((2, 4), (0, 3), (1, 0)))
+    cost = torch.tensor([[0.0, 1.0, 2.0, 1e30], [math.inf, 5.0, 5.0, 4.0]])
+    assert masks.lmo(cost).int().tolist() == [[1, 0, 0, 1], [1, 0, 0, 1]]
+    assert not masks.contains(PerRow(2).lmo(cost))
+
+
+def test_all_kept_entries_protected() -> None:
+    protected = held((2, 4), (0, 1), (0, 2), (1, 0), (1, 3))
+    masks = Protected(PerRow(2), protected)
+    assert torch.equal(masks.lmo(torch.randn(2, 4)), protected)
+    assert masks.count((2, 4)) == 1
+    assert torch.equal(masks.center((2, 4), torch.float32, protected.device), protected.float())
+
+
+def test_nothing_protected_is_the_set_itself() -> None:
+    cost = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    for base in (PerRow(0.5), Unstructured(7), NM(keep=1, group=4), PartitionMatroid(2, (3, 2))):
+        assert torch.equal(Protected(base, held((3, 8))).lmo(cost), base.lmo(cost))
+
+
+@pytest.mark.parametrize(
+    ("base", "entries", "sentence"),
+    [
+        (PerRow(1), [(1, 0), (1, 2)], "Group 1 protects 1 more entries than PerRow"),
+        (Unstructured(1), [(0, 0), (1, 0), (1, 3)], "Group 0 protects 2 more entries than Unstructured"),
+        (NM(keep=0, group=2), [(1, 3)], "Group 3 protects 1 more"),
+        (PerRow(torch.tensor([2, 0])), [(0, 0), (1, 0)], "Group 1 protects 1 more"),
+    ],
+    ids=str,
+)
+def test_too_many_protected(base: PartitionMatroid, entries: list[tuple[int, int]], sentence: str) -> None:
+    with pytest.raises(MaskoptError, match=sentence):
+        Protected(base, held((2, 4), *entries))
+
+
+def test_infinitely_good_entries_do_not_displace_protected_ones() -> None:
+    masks = Protected(PerRow(1), held((1, 3), (0, 2)))
+    assert masks.lmo(torch.tensor([[-math.inf, 0.0, 5.0]])).int().tolist() == [[0, 0, 1]]
+
+
+def test_protection_adds_up() -> None:
+    masks = Protected(Protected(PerRow(2), held((1, 4), (0, 3))), held((1, 4), (0, 2)))
+    assert masks.lmo(torch.zeros(1, 4)).int().tolist() == [[0, 0, 1, 1]]
+
+
+def test_rowwise_spreads_evenly() -> None:
+    masks = Protected(Unstructured(8), held((4, 4), (0, 0)))
+    assert masks.rowwise((4, 4)).kept_per_group((4, 4)).tolist() == [2, 2, 2, 2]
+
+
+def test_the_name_says_protected() -> None:
+    assert "rotected" in repr(Protected(PerRow(2), held((1, 4), (0, 3))))

@@ -1,0 +1,313 @@
+"""Oracles against sorting, enumeration and scipy, on ugly costs."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import Bounds, linprog, milp
+from torch import Tensor
+
+from maskopt.oracles import NM, PartitionMatroid, PerRow, Unstructured
+from tests.helpers import (
+    FREE_SETS,
+    SETS,
+    cheapest,
+    costs,
+    counts_of,
+    every_mask,
+    examples,
+    feasible,
+    groups_of,
+    held_of,
+    sets,
+    shapes,
+    shares,
+)
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn,
+    names: list[str] | None = None,
+    dtype: torch.dtype = torch.float64,
+    rows: int = 4,
+    columns: int = 6,
+    infinite: bool = False,
+) -> tuple[PartitionMatroid, Tensor]:
+    shape = draw(shapes(rows, columns))
+    return draw(sets(shape, names)), draw(costs(shape, dtype, infinite))
+
+
+@given(st.data())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SETS)
+@examples(30)
+def test_lmo_is_the_sorted_answer(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    masks, cost = data.draw(problems([name], dtype, rows=6, columns=24, infinite=True))
+    chosen = masks.lmo(cost)
+    assert torch.equal(chosen, cheapest(masks, cost))
+    assert feasible(masks, chosen)
+    assert masks.contains(chosen)
+    vertex = masks.vertex(cost)
+    assert vertex.dtype == cost.dtype
+    assert torch.equal(vertex, chosen.to(cost.dtype))
+
+
+@given(st.data())
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
+@examples(40)
+def test_lmo_of_integers(kind: torch.dtype, data: st.DataObject) -> None:
+    shape = data.draw(shapes(4, 20))
+    masks = data.draw(sets(shape))
+    entries = st.lists(st.integers(0, 3), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1])
+    cost = torch.tensor(data.draw(entries)).view(shape).to(kind)
+    assert torch.equal(masks.lmo(cost), cheapest(masks, cost.double()))
+
+
+@given(problems(rows=3, columns=4))
+@examples(300)
+def test_lmo_against_enumeration(case: tuple[PartitionMatroid, Tensor]) -> None:
+    masks, cost = case
+    members = every_mask(masks, tuple(cost.shape))
+    totals = [math.fsum(cost[member].tolist()) for member in members]
+    assert math.fsum(cost[masks.lmo(cost)].tolist()) == min(totals)
+
+
+@given(problems())
+@examples(150)
+def test_lmo_against_linear_programming(case: tuple[PartitionMatroid, Tensor]) -> None:
+    masks, cost = case
+    # HiGHS has absolute tolerances, so costs are ranked: the same masks are optimal, and numbers stay ordinary.
+    cost = torch.unique(cost, return_inverse=True)[1].view(cost.shape).double()
+    rule = masks.milp_constraints(tuple(cost.shape))
+    answer = linprog(cost.flatten().numpy(), A_eq=rule.A, b_eq=rule.ub, bounds=(0, 1), method="highs")
+    assert answer.status == 0, answer.message
+    assert float(cost[masks.lmo(cost)].sum()) == pytest.approx(answer.fun, abs=1e-9)
+    assert np.array_equal(rule.lb, rule.ub)
+
+
+@given(problems())
+@examples(60)
+def test_lmo_against_integer_programming(case: tuple[PartitionMatroid, Tensor]) -> None:
+    masks, cost = case
+    cost = torch.unique(cost, return_inverse=True)[1].view(cost.shape).double()
+    flat = cost.flatten().numpy()
+    answer = milp(
+        flat, constraints=masks.milp_constraints(tuple(cost.shape)), integrality=np.ones(flat.size), bounds=Bounds(0, 1)
+    )
+    assert answer.status == 0, answer.message
+    assert float(cost[masks.lmo(cost)].sum()) == pytest.approx(answer.fun, abs=1e-9)
+    assert masks.contains(torch.from_numpy(answer.x.round().astype(bool)).view(cost.shape))
+
+
+@given(problems(rows=3, columns=4), st.randoms(use_true_random=False))
+@examples(150)
+def test_milp_twin_has_the_same_members(case: tuple[PartitionMatroid, Tensor], random: object) -> None:
+    masks, cost = case
+    shape = tuple(cost.shape)
+    rule = masks.milp_constraints(shape)
+    patterns = every_mask(Unstructured(random.randint(0, cost.numel())), shape)
+    for pattern in patterns[:: max(1, len(patterns) // 20)]:
+        inside = bool(np.array_equal(rule.A @ pattern.flatten().numpy().astype(float), rule.ub))
+        assert inside == masks.contains(pattern) == feasible(masks, pattern)
+
+
+@given(problems(), st.sampled_from([1.0, -3.0, 1024.0]))
+@examples(100)
+def test_a_constant_in_the_cost_changes_nothing(case: tuple[PartitionMatroid, Tensor], constant: float) -> None:
+    masks, cost = case
+    cost = cost.clamp(-8, 8).mul(4).round()  # so that adding is exact
+    assert torch.equal(masks.lmo(cost), masks.lmo(cost + constant))
+
+
+@given(problems(), st.sampled_from([2.0**-90, 2.0, 2.0**90]))
+@examples(100)
+def test_the_unit_of_the_cost_changes_nothing(case: tuple[PartitionMatroid, Tensor], unit: float) -> None:
+    masks, cost = case
+    assert torch.equal(masks.lmo(cost), masks.lmo(cost * unit))
+
+
+@given(st.data(), st.integers(0, 2**16))
+@pytest.mark.parametrize("name", ["unstructured", "per-row", "n:m", "columns"])
+@examples(40)
+def test_permuted_rows_permute_the_answer(name: str, data: st.DataObject, seed: int) -> None:
+    shape = data.draw(shapes(6, 20))
+    masks = data.draw(sets(shape, [name]))
+    random = torch.Generator().manual_seed(seed)
+    cost = torch.randperm(shape[0] * shape[1], generator=random).view(shape).double()  # no ties
+    order = torch.randperm(shape[0], generator=random)
+    assert torch.equal(masks.lmo(cost[order]), masks.lmo(cost)[order])
+
+
+@given(st.data(), st.integers(0, 2**16))
+@pytest.mark.parametrize("name", FREE_SETS)
+@examples(40)
+def test_strided_costs_are_no_different(name: str, data: st.DataObject, seed: int) -> None:
+    shape = data.draw(shapes(6, 40))
+    masks = data.draw(sets(shape, [name]))
+    wide = torch.randint(0, 9, (shape[1] * 2, shape[0] * 3), generator=torch.Generator().manual_seed(seed)).float()
+    for cost in (wide[::2, ::3].T, wide[: shape[1], : shape[0]].T, wide[:1, :1].expand(shape)):
+        before = cost.clone()
+        assert torch.equal(masks.lmo(cost), cheapest(masks, cost))
+        assert torch.equal(cost, before)
+
+
+@given(problems(infinite=False))
+@examples(150)
+def test_round_keeps_the_largest(case: tuple[PartitionMatroid, Tensor]) -> None:
+    masks, x = case
+    before = x.clone()
+    assert torch.equal(masks.round(x), cheapest(masks, -x))
+    assert torch.equal(x, before)
+
+
+@given(problems())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@examples(40)
+def test_round_is_the_identity_on_masks(dtype: torch.dtype, case: tuple[PartitionMatroid, Tensor]) -> None:
+    masks, cost = case
+    mask = masks.lmo(cost)
+    assert torch.equal(masks.round(mask), mask)
+    assert torch.equal(masks.round(mask.to(dtype)), mask)
+
+
+@given(st.data())
+@examples(200)
+def test_round_is_the_projection(data: st.DataObject) -> None:
+    shape = data.draw(shapes(3, 4))
+    masks = data.draw(sets(shape))
+    size = shape[0] * shape[1]
+    x = torch.tensor(data.draw(st.lists(st.integers(0, 16), min_size=size, max_size=size))).view(shape).double() / 16
+    distance = (every_mask(masks, shape).double() - x).square().sum((1, 2))
+    rounded = masks.round(x)
+    # Protected entries must stay, whatever x says of them; among members the nearest is chosen.
+    assert float((rounded.double() - x).square().sum()) == float(distance.min())
+
+
+@given(st.data())
+@examples(300)
+def test_contains_says_what_enumeration_says(data: st.DataObject) -> None:
+    shape = data.draw(shapes(3, 5))
+    masks = data.draw(sets(shape))
+    near = masks.lmo(data.draw(costs(shape, infinite=False))).contiguous()
+    for flip in data.draw(st.lists(st.integers(0, shape[0] * shape[1] - 1), max_size=2)):
+        near.view(-1)[flip] ^= True
+    assert masks.contains(near) == feasible(masks, near)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8], ids=str)
+@pytest.mark.parametrize("name", SETS)
+def test_contains_wants_booleans(name: str, dtype: torch.dtype) -> None:
+    masks = SETS[name]((4, 8), 0.5)
+    mask = masks.lmo(torch.ones(4, 8))
+    assert masks.contains(mask)
+    assert not masks.contains(mask.to(dtype))
+
+
+@given(st.data())
+@examples(200)
+def test_enumerate_and_count(data: st.DataObject) -> None:
+    shape = data.draw(shapes(3, 4))
+    masks = data.draw(sets(shape))
+    listed = list(masks.enumerate(shape))
+    assert masks.count(shape) == len(listed)
+    assert {tuple(mask.flatten().tolist()) for mask in listed} == {
+        tuple(mask.flatten().tolist()) for mask in every_mask(masks, shape)
+    }
+    assert len({tuple(mask.flatten().tolist()) for mask in listed}) == len(listed)
+    assert all(mask.shape == torch.Size(shape) and mask.dtype == torch.bool for mask in listed)
+
+
+@given(st.data())
+@examples(150)
+def test_center_is_the_mean_of_all_masks(data: st.DataObject) -> None:
+    shape = data.draw(shapes(3, 4))
+    masks = data.draw(sets(shape))
+    center = masks.center(shape, torch.float64, torch.device("cpu"))
+    torch.testing.assert_close(center, every_mask(masks, shape).double().mean(0), rtol=1e-12, atol=1e-12)
+    center[0, 0] = 7.0  # it is nobody else's memory
+    assert float((center == 7.0).sum()) == 1.0
+
+
+@given(st.data())
+@pytest.mark.parametrize("name", FREE_SETS)
+@examples(30)
+def test_groups_and_back(name: str, data: st.DataObject) -> None:
+    shape = data.draw(shapes(9, 12))
+    masks = data.draw(sets(shape, [name]))
+    matrix = torch.arange(shape[0] * shape[1]).view(shape)
+    assert masks.groups(matrix).tolist() == groups_of(masks, shape)
+    assert torch.equal(masks.ungroup(masks.groups(matrix), shape), matrix)
+    assert masks.kept_per_group(shape).tolist() == counts_of(masks, shape)
+
+
+@given(st.data())
+@pytest.mark.parametrize("name", ["per-row", "n:m", "row counts", "protected rows"])
+@examples(60)
+def test_rows_are_slices(name: str, data: st.DataObject) -> None:
+    shape = data.draw(shapes(7, 8))
+    masks = data.draw(sets(shape, [name]))
+    cost = data.draw(costs(shape, infinite=False))
+    start = data.draw(st.integers(0, shape[0] - 1))
+    index = slice(start, data.draw(st.integers(start + 1, shape[0])))
+    assert masks.separable
+    part = masks.rows(index, shape)
+    assert torch.equal(part.lmo(cost[index]), masks.lmo(cost)[index])
+    assert torch.equal(
+        part.center(tuple(cost[index].shape), torch.float64, cost.device),
+        masks.center(shape, torch.float64, cost.device)[index],
+    )
+    assert counts_of(part, tuple(cost[index].shape)) == part.kept_per_group(tuple(cost[index].shape)).tolist()
+
+
+@given(st.data())
+@examples(200)
+def test_rowwise_is_a_separable_subset(data: st.DataObject) -> None:
+    shape = data.draw(shapes(6, 6))
+    masks = data.draw(sets(shape))
+    member = masks.lmo(data.draw(costs(shape, infinite=False)))
+    even, like = masks.rowwise(shape), masks.rowwise(shape, member)
+    assert like.contains(member)
+    for part in (even, like):
+        assert part.separable
+        chosen = part.lmo(data.draw(costs(shape, infinite=False)))
+        assert feasible(masks, chosen)
+        assert held_of(part) == held_of(masks)
+    width = masks.tile[1] or shape[1]
+    assert like.kept_per_group(shape).tolist() == member.view(shape[0], -1, width).sum(2).flatten().tolist()
+
+
+@given(st.data())
+@pytest.mark.parametrize("name", FREE_SETS)
+@examples(40)
+def test_rowwise_spreads_evenly(name: str, data: st.DataObject) -> None:
+    shape = data.draw(shapes(6, 6))
+    masks = data.draw(sets(shape, [name]))
+    height, width = masks.tile[0] or shape[0], masks.tile[1] or shape[1]
+    counts = masks.rowwise(shape).kept_per_group(shape).view(shape[0] // height, height, shape[1] // width)
+    assert int((counts.amax(1) - counts.amin(1)).max()) <= 1
+    assert counts.sum(1).flatten().tolist() == counts_of(masks, shape)
+
+
+@given(st.integers(1, 5000), shares)
+@examples(300)
+def test_fraction_of_a_row_is_exact(d: int, keep: float) -> None:
+    # A fraction is meant to twelve digits: 1 - 0.7 is 0.3.
+    (count,) = PerRow(keep).kept_per_group((1, d)).tolist()
+    assert count - 1 < keep * d <= count + 1e-9
+    assert 0 <= count <= d
+
+
+@given(st.integers(1, 6), st.integers(0, 6), st.integers(1, 4))
+@examples(40)
+def test_nm_is_per_row_within_groups(group: int, keep: int, number: int) -> None:
+    keep = min(keep, group)
+    masks = NM(keep=keep, group=group)
+    cost = torch.arange(group * number * 2).view(2, -1).double().mul(37).remainder(11)
+    pieces = [PerRow(keep).lmo(piece) for piece in cost.split(group, 1)]
+    assert torch.equal(masks.lmo(cost), torch.cat(pieces, 1))

@@ -1,0 +1,446 @@
+"""`solve`: starts, callbacks, limits, blocks of rows, reports and sentences."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+from maskopt.oracles import NM, PartitionMatroid, PerRow, Unstructured
+from maskopt.problems import LayerReconstruction, Point, Saliency, synthetic
+from maskopt.solvers import (
+    RIA,
+    ContinuationFrankWolfe,
+    GapKind,
+    Magnitude,
+    OneSwap,
+    Result,
+    SparseFW,
+    State,
+    Status,
+    Stop,
+    Wanda,
+    make_solver,
+    solve,
+)
+from maskopt.solvers import (
+    SOLVERS as NAMES,
+)
+from tests.helpers import ITERATIVE, SETS, SOLVERS, feasible
+
+SHAPE = (6, 24)
+
+
+def layer(rows: int = SHAPE[0], d: int = SHAPE[1], seed: int = 0, family: str = "correlated") -> LayerReconstruction:
+    return synthetic(family, rows, d, seed=seed).problem()
+
+
+def any_member(masks: PartitionMatroid, shape: tuple[int, int] = SHAPE) -> Tensor:
+    return masks.lmo(torch.rand(shape, generator=torch.Generator().manual_seed(3)))
+
+
+def test_every_named_solver_is_tested() -> None:
+    assert {type(solver) for solver in SOLVERS.values()} == set(NAMES.values())
+
+
+def test_the_default_is_continuation() -> None:
+    problem, masks = layer(), PerRow(0.5)
+    default, named = solve(problem, masks), solve(problem, masks, ContinuationFrankWolfe())
+    assert torch.equal(default.mask, named.mask)
+    assert default.solver == repr(ContinuationFrankWolfe())
+
+
+@pytest.mark.parametrize("kind", ["strided", "tracked", "half", "integers in float"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_inputs_stay_as_they_are(name: str, kind: str) -> None:
+    instance = synthetic(rows=SHAPE[0], d=SHAPE[1])
+    weight, gram = instance.weight, instance.gram
+    if kind == "strided":  # as GPT-2 stores its layers
+        weight, gram = weight.T.contiguous().T, gram.repeat(2, 2)[::2, ::2].contiguous().repeat(2, 1)[: SHAPE[1]].T.T
+    elif kind == "tracked":
+        weight = torch.nn.Parameter(weight)
+    elif kind == "half":
+        weight = weight.bfloat16()
+    else:
+        weight = weight.mul(8).round()
+    before = weight.detach().clone(), gram.clone()
+    for set_name in SETS:
+        masks = SETS[set_name](SHAPE, 0.5)
+        keep = masks.keep.clone() if isinstance(masks.keep, Tensor) else masks.keep
+        start = any_member(masks)
+        start_before = start.clone()
+        # The same kind of Gram, but for the strides and a digit that integers do not have.
+        result = solve(
+            LayerReconstruction(weight, gram if kind != "strided" else instance.gram.T), masks, SOLVERS[name]
+        )
+        solve(LayerReconstruction(weight, instance.gram), masks, SOLVERS[name], start=start)
+        assert feasible(masks, result.mask)
+        assert torch.equal(weight, before[0])
+        assert torch.equal(gram, before[1])
+        assert torch.equal(start, start_before)
+        assert torch.equal(torch.as_tensor(masks.keep), torch.as_tensor(keep))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_strides_change_nothing(name: str) -> None:
+    instance = synthetic(rows=SHAPE[0], d=SHAPE[1])
+    for set_name in SETS:
+        masks = SETS[set_name](SHAPE, 0.5)
+        plain = solve(LayerReconstruction(instance.weight, instance.gram), masks, SOLVERS[name])
+        wide = torch.zeros(SHAPE[1], 3 * SHAPE[0])
+        wide[:, ::3] = instance.weight.T
+        strided = solve(LayerReconstruction(wide[:, ::3].T, instance.gram.T), masks, SOLVERS[name])
+        assert torch.equal(plain.mask, strided.mask)
+
+
+# Starts
+
+
+@pytest.mark.parametrize("set_name", SETS)
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_a_mask_to_start_from(name: str, set_name: str) -> None:
+    problem, masks = layer(), SETS[set_name](SHAPE, 0.5)
+    start = any_member(masks)
+    for given in (start, start.T.contiguous().T):
+        result = solve(problem, masks, SOLVERS[name], start=given)
+        assert feasible(masks, result.mask)
+        if name == "one-swap":
+            assert result.total <= float(problem.objective(start).sum())
+
+
+@pytest.mark.parametrize("name", ITERATIVE)
+@pytest.mark.parametrize("start", [Magnitude(), RIA(), Wanda(), OneSwap()], ids=repr)
+def test_a_solver_to_start_from(name: str, start: object) -> None:
+    problem, masks = layer(), PerRow(0.5)
+    by_solver = solve(problem, masks, SOLVERS[name], start=start)
+    by_mask = solve(problem, masks, SOLVERS[name], start=solve(problem, masks, start).mask)
+    assert torch.equal(by_solver.mask, by_mask.mask)
+
+
+def test_the_start_matters() -> None:
+    problem, masks = layer(), PerRow(0.5)
+    bad = solve(problem, masks, OneSwap(max_steps=0), start=any_member(masks))
+    assert torch.equal(bad.mask, any_member(masks))
+    assert bad.status is Status.ITERATION_LIMIT
+    assert torch.equal(solve(problem, masks, OneSwap(max_steps=0)).mask, solve(problem, masks, Wanda()).mask)
+    from_ria = solve(problem, masks, OneSwap(max_steps=0, start=RIA())).mask
+    assert torch.equal(from_ria, solve(problem, masks, RIA()).mask)
+
+
+@pytest.mark.parametrize("name", ITERATIVE)
+@pytest.mark.parametrize(
+    ("start", "sentence"),
+    [
+        (torch.ones(SHAPE, dtype=torch.bool), r"boolean mask of shape \(6, 24\) in PerRow.* that is not in the set"),
+        (torch.zeros(SHAPE, dtype=torch.bool), "that is not in the set"),
+        (PerRow(0.5).lmo(torch.zeros(SHAPE)).float(), "got a torch.float32 tensor of shape .* not in the set"),
+        (PerRow(0.5).lmo(torch.zeros(SHAPE)).int(), "got a torch.int32 tensor"),
+        (torch.ones(24, 6, dtype=torch.bool), r"got a torch.bool tensor of shape \(24, 6\)\."),
+        (torch.ones(24, dtype=torch.bool), r"of shape \(24,\)\."),
+    ],
+)
+def test_infeasible_starts(name: str, start: Tensor, sentence: str) -> None:
+    with pytest.raises(MaskoptError, match=sentence):
+        solve(layer(), PerRow(0.5), SOLVERS[name], start=start)
+
+
+# Callbacks and limits
+
+
+@pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "blocks"])
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_callbacks_see_the_state(name: str, set_name: str) -> None:
+    problem, masks, seen = layer(), SETS[set_name](SHAPE, 0.5), []
+
+    def look(state: State) -> None:
+        seen.append((state.iteration, state.iterations, state.seconds))
+        assert state.solver == type(SOLVERS[name]).__name__
+        assert state.iteration >= 0
+        assert state.iterations > 0
+        assert 0.0 <= state.fraction <= 1.0
+        assert state.seconds >= 0.0
+        assert state.masks.kept_per_group(state.problem.shape).numel() > 0
+        if state.point is not None:
+            assert isinstance(state.point, Point)
+            x = state.point.x
+            assert x.shape == state.problem.shape
+            assert float(x.min()) >= -1e-5
+            assert float(x.max()) <= 1 + 1e-5
+            assert bool(torch.isfinite(state.problem.value(state.point)).all())
+        with pytest.raises(AttributeError):  # read only
+            state.iteration = 3
+
+    plain, watched = solve(problem, masks, SOLVERS[name]), solve(problem, masks, SOLVERS[name], callback=look)
+    assert len(seen) >= 3 if name == "one-swap" else len(seen) >= 30
+    assert [s[2] for s in seen] == sorted(s[2] for s in seen)
+    assert torch.equal(plain.mask, watched.mask)
+    assert watched.status is plain.status
+
+
+@pytest.mark.parametrize("memory", [2**30, 1])
+@pytest.mark.parametrize("set_name", ["per-row", "unstructured"])
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_progress_never_goes_back(name: str, set_name: str, memory: int) -> None:
+    fractions: list[float] = []
+    masks = SETS[set_name](SHAPE, 0.5)
+    solve(layer(), masks, SOLVERS[name], callback=lambda state: fractions.append(state.fraction), memory=memory)
+    assert fractions == sorted(fractions)
+    assert fractions[0] == 0.0
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 45])
+@pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "blocks"])
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_stopping(name: str, set_name: str, after: int) -> None:
+    problem, masks, calls = layer(), SETS[set_name](SHAPE, 0.5), []
+
+    def stop(_: State) -> Stop | None:
+        calls.append(None)
+        return Stop.STOP if len(calls) > after else None
+
+    result = solve(problem, masks, SOLVERS[name], callback=stop)
+    assert feasible(masks, result.mask)
+    assert torch.equal(result.objective, problem.objective(result.mask))
+    if len(calls) > after:
+        assert result.status is Status.STOPPED
+        assert len(calls) == after + 1  # nobody calls again
+    if result.lower_bound is not None:
+        assert float(result.lower_bound.sum()) <= result.total
+
+
+@pytest.mark.parametrize("limit", [0, 0.0, -1.0, 1e-9])
+@pytest.mark.parametrize("memory", [2**30, 1])
+@pytest.mark.parametrize("set_name", SETS)
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_no_time_at_all(name: str, set_name: str, memory: int, limit: float) -> None:
+    masks = SETS[set_name](SHAPE, 0.5)
+    result = solve(layer(), masks, SOLVERS[name], time_limit=limit, memory=memory)
+    assert result.status is Status.TIME_LIMIT
+    assert feasible(masks, result.mask)
+
+
+@pytest.mark.parametrize("set_name", SETS)
+@pytest.mark.parametrize("name", [name for name in ITERATIVE if name != "sparsefw alpha"])
+def test_stopped_at_once_is_no_worse_than_the_start(name: str, set_name: str) -> None:
+    masks, problem = SETS[set_name](SHAPE, 0.5), layer(seed=1)
+    start = solve(problem, masks, Wanda())
+    assert solve(problem, masks, SOLVERS[name], time_limit=0).total <= start.total
+
+
+@pytest.mark.parametrize("name", [name for name in ITERATIVE if name != "one-swap"])
+@pytest.mark.parametrize("set_name", ["per-row", "unstructured"])
+def test_iterations_are_those_that_were_run(name: str, set_name: str) -> None:
+    calls = []
+
+    def stop(state: State) -> Stop | None:
+        calls.append(state)
+        return Stop.STOP if len(calls) > 5 else None
+
+    result = solve(layer(), SETS[set_name](SHAPE, 0.5), SOLVERS[name], callback=stop)
+    assert result.iterations <= 6
+
+
+def test_time_limits_are_kept() -> None:
+    began = time.perf_counter()
+    result = solve(layer(48, 96), PerRow(0.5), SparseFW(iterations=10**6), time_limit=0.3)
+    assert result.status is Status.TIME_LIMIT
+    assert time.perf_counter() - began < 5.0
+
+
+def test_an_exception_in_a_callback_comes_out() -> None:
+    def broken(_: State) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        solve(layer(), PerRow(0.5), SOLVERS["sparsefw"], callback=broken)
+
+
+# Blocks of rows
+
+
+@pytest.mark.parametrize("set_name", ["per-row", "n:m", "row counts", "protected rows"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_chunked_is_unchunked(name: str, set_name: str) -> None:
+    shape = (11, 24)
+    problem, masks = layer(*shape), SETS[set_name](shape, 0.5)
+    whole = solve(problem, masks, SOLVERS[name])
+    for memory in (0, 1, 24 * 4 * 4 * 20, 24 * 4 * 60):
+        parts = solve(problem, masks, SOLVERS[name], memory=memory)
+        assert torch.equal(whole.mask, parts.mask)
+        torch.testing.assert_close(whole.objective, parts.objective, rtol=1e-12, atol=0.0)
+        assert whole.status is parts.status
+        if whole.lower_bound is not None:
+            scale = float(whole.scale.max())
+            torch.testing.assert_close(whole.lower_bound, parts.lower_bound, rtol=1e-6, atol=1e-6 * scale)
+        start = any_member(masks, shape)
+        same = (solve(problem, masks, SOLVERS[name], start=start, memory=m).mask for m in (memory, 2**30))
+        assert torch.equal(*same)
+
+
+def test_chunked_is_unchunked_for_scores_that_couple_rows() -> None:
+    problem, masks, solver = layer(40, 24), PerRow(0.5), SparseFW(iterations=40, alpha=0.8, start=RIA())
+    whole, parts = solve(problem, masks, solver), solve(problem, masks, solver, memory=1)
+    assert torch.equal(whole.mask, parts.mask)
+
+
+def test_many_rows_take_little_memory_each() -> None:
+    problem, seen = layer(64, 16), set()
+    solve(
+        problem,
+        PerRow(0.5),
+        SparseFW(iterations=1),
+        callback=lambda s: seen.add(s.problem.shape),
+        memory=9 * 16 * 4 * 10,
+    )
+    assert max(rows for rows, _ in seen) <= 10
+
+
+def test_rows_apart() -> None:
+    rows, whole = PerRow(0.5), Unstructured(0.5)
+    assert Wanda().solves_rows_apart(rows)
+    assert ContinuationFrankWolfe().solves_rows_apart(NM(keep=2, group=4))
+    assert not ContinuationFrankWolfe().solves_rows_apart(whole)
+    assert not RIA().solves_rows_apart(rows)
+    assert not SparseFW(start=RIA()).solves_rows_apart(rows)
+    assert not OneSwap(start=RIA()).solves_rows_apart(rows)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_part_of_a_result(name: str) -> None:
+    problem, masks, index = layer(), PerRow(0.5), slice(2, 5)
+    result = solve(problem, masks, SOLVERS[name])
+    part = result.part(index)
+    assert torch.equal(part.mask, result.mask[index])
+    assert torch.equal(part.objective, problem.rows(index).objective(part.mask))
+    assert torch.equal(part.scale, problem.rows(index).scale())
+    assert part.seconds == pytest.approx(result.seconds / 2)
+    assert part.status is result.status
+    assert (part.lower_bound is None) == (result.lower_bound is None)
+    assert part.gap is None or part.gap >= 0
+
+
+# Reports
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_reports_are_plain(name: str) -> None:
+    result = solve(layer(), PerRow(0.5), SOLVERS[name])
+    report = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert report["objective"] == result.total == pytest.approx(float(result.objective.sum()))
+    assert report["relative_error"] == result.relative_error == pytest.approx(result.total / float(result.scale.sum()))
+    assert report["sparsity"] == result.sparsity == 0.5
+    assert report["status"] == result.status.name
+    assert report["status_text"] == result.status.value
+    assert report["gap_kind"] == result.gap_kind.name
+    assert report["solver"] == repr(SOLVERS[name])
+    assert report["seconds"] > 0.0
+    assert report["iterations"] >= 1
+    assert (report["lower_bound"] is None) == (name != "sparsefw")
+    assert 0.0 <= report["relative_error"] <= 1.0
+
+
+@pytest.mark.parametrize("family", [Status, GapKind])
+def test_members_are_sentences(family: type) -> None:
+    for member in family:
+        assert member.value[0].isupper()
+        assert member.value.endswith(".")
+        assert len(member.value.split()) >= 4
+    assert len({member.value for member in family}) == len(family)
+
+
+def test_nothing_to_lose() -> None:
+    problem = LayerReconstruction(torch.zeros(2, 8), torch.eye(8))
+    for name, solver in SOLVERS.items():
+        result = solve(problem, PerRow(0.5), solver)
+        assert (result.total, result.relative_error) == (0.0, 0.0), name
+        assert math.isfinite(result.relative_error)
+
+
+@pytest.mark.parametrize("keep", [0, 1.0])
+@pytest.mark.parametrize("d", [1, 4, 16, 17, 20, 64])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_keeping_nothing_or_all(name: str, d: int, keep: float) -> None:
+    for rows in (1, 5):
+        for masks in (PerRow(keep), Unstructured(keep)):
+            result = solve(layer(rows, d), masks, SOLVERS[name])
+            assert result.sparsity == 1.0 - keep
+            assert result.relative_error == pytest.approx(1.0 - keep)
+
+
+@pytest.mark.parametrize("name", ["one-swap", "continuation"])
+def test_inputs_without_correlation(name: str) -> None:
+    """Wanda is optimal, so that no swap can improve."""
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    problem = LayerReconstruction(weight, torch.eye(32))
+    result = solve(problem, PerRow(0.5), SOLVERS[name])
+    assert torch.equal(result.mask, PerRow(0.5).lmo(-weight.abs()))
+
+
+@pytest.mark.parametrize("name", ["one-swap", "continuation"])
+def test_a_diagonal_negative_by_rounding(name: str) -> None:
+    instance = synthetic(rows=4, d=32)
+    gram = instance.gram.clone()
+    gram[3], gram[:, 3] = 0.0, 0.0
+    gram[3, 3] = -1e-7 * gram.max()
+    problem, masks = LayerReconstruction(instance.weight, gram), PerRow(0.5)
+    result = solve(problem, masks, SOLVERS[name])
+    assert feasible(masks, result.mask)
+    assert result.total <= solve(problem, masks, Wanda()).total
+
+
+# Sentences
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_incompatible_pairs(name: str) -> None:
+    kind = type(SOLVERS[name]).__name__
+    sentence = f"Saliency is not compatible with {kind}: it must implement weight, gram; missing: weight, gram."
+    with pytest.raises(MaskoptError) as error:
+        solve(Saliency(torch.ones(2, 4)), PerRow(0.5), SOLVERS[name])
+    assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_sets_that_do_not_fit(name: str) -> None:
+    with pytest.raises(MaskoptError, match="divisible by 5; this weight has 24"):
+        solve(layer(), NM(keep=2, group=5), SOLVERS[name])
+    with pytest.raises(MaskoptError, match="wants 25 entries of a group that has 24"):
+        solve(layer(), PerRow(25), SOLVERS[name])
+
+
+def test_make_solver() -> None:
+    assert make_solver("sparsefw", iterations=7, alpha=0.5) == SparseFW(iterations=7, alpha=0.5)
+    assert make_solver("continuation") == ContinuationFrankWolfe()
+    for name in NAMES:
+        assert isinstance(solve(layer(2, 4), PerRow(0.5), make_solver(name)), Result)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: make_solver("gurobi"), "There is no solver 'gurobi'; choose one of magnitude, wanda"),
+        (lambda: make_solver("Wanda"), "There is no solver 'Wanda'"),
+        (lambda: make_solver("wanda", iterations=3), "The solver wanda does not take these settings: .*iterations"),
+        (lambda: make_solver("sparsefw", alpha=1.5), r"SparseFW needs alpha in \[0, 1\].* got 1.5"),
+        (lambda: make_solver("sparsefw", alpha=math.nan), r"SparseFW needs alpha in \[0, 1\]"),
+        (lambda: make_solver("sparsefw", iterations=0), "iterations >= 1"),
+        (lambda: make_solver("one-swap", max_steps=-1), "OneSwap needs max_steps >= 0; got -1"),
+        (lambda: make_solver("continuation", iterations=0), "needs iterations >= 1"),
+        (lambda: make_solver("continuation", second=2.0), r"second and relink in \[0, 1\]"),
+        (lambda: make_solver("continuation", relinks=-1), "relinks >= 0"),
+        (lambda: make_solver("continuation", relink=-0.1), r"relink in \[0, 1\]"),
+    ],
+)
+def test_refused_settings(call: object, sentence: str) -> None:
+    with pytest.raises(MaskoptError, match=sentence):
+        call()
+
+
+@pytest.mark.parametrize("settings", [{"relinks": 0}, {"relink": 0.0}, {"second": 0.0}, {"iterations": 1}], ids=str)
+def test_extreme_settings_of_continuation(settings: dict[str, float]) -> None:
+    for masks in (PerRow(0.5), Unstructured(0.5)):
+        solver = ContinuationFrankWolfe(**{"iterations": 20, **settings})
+        assert feasible(masks, solve(layer(), masks, solver).mask)

@@ -1,0 +1,105 @@
+"""SparseFW: fixed entries, bounds and the recipe; and the scores it starts from."""
+
+import pytest
+import torch
+
+from maskopt.oracles import NM, PartitionMatroid, PerRow, Unstructured
+from maskopt.problems import Saliency, synthetic
+from maskopt.solvers import RIA, GapKind, Magnitude, SparseFW, Status, Wanda, solve
+from tests.helpers import groups_of
+
+SHAPE = (8, 24)
+SET = pytest.mark.parametrize(
+    "masks", [PerRow(0.5), Unstructured(0.4), NM(keep=2, group=4), PartitionMatroid(6, (4, 3))], ids=repr
+)
+
+
+@SET
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("start", [Wanda(), RIA(), Magnitude()], ids=repr)
+def test_fixed_entries_stay(masks: PartitionMatroid, alpha: float, start: object) -> None:
+    problem = synthetic(rows=SHAPE[0], d=SHAPE[1]).problem()
+    result = solve(problem, masks, SparseFW(iterations=30, alpha=alpha, start=start))
+    scores = {
+        "Wanda": Saliency.wanda(problem.weight, problem.gram),
+        "RIA": Saliency.ria(problem.weight, problem.gram),
+        "Magnitude": Saliency.magnitude(problem.weight),
+    }[type(start).__name__].scores.flatten()
+    kept = result.mask.flatten()
+    counts = masks.kept_per_group(SHAPE).tolist()
+    for group, count in zip(groups_of(masks, SHAPE), counts, strict=True):
+        best = sorted(group, key=lambda index: -float(scores[index]))[: int(alpha * count + 1e-9)]
+        assert kept[best].all()
+    assert result.lower_bound is None
+    assert result.gap_kind is GapKind.NONE
+    if alpha == 1.0:
+        assert torch.equal(result.mask, solve(problem, masks, start).mask)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.7])
+def test_fixing_needs_the_start_to_keep_them(alpha: float) -> None:
+    """A start that prunes what would be fixed takes precedence: its mask has to be feasible."""
+    problem, masks = synthetic(rows=SHAPE[0], d=SHAPE[1]).problem(), PerRow(0.5)
+    against = masks.lmo(Saliency.wanda(problem.weight, problem.gram).scores)  # keeps the worst
+    result = solve(problem, masks, SparseFW(iterations=30, alpha=alpha), start=against)
+    assert masks.contains(result.mask)
+
+
+@SET
+def test_gap_shrinks_with_iterations(masks: PartitionMatroid) -> None:
+    problem = synthetic(rows=SHAPE[0], d=SHAPE[1]).problem()
+    bounds = []
+    for iterations in (1, 20, 400):
+        result = solve(problem, masks, SparseFW(iterations=iterations))
+        assert result.gap_kind is GapKind.PROVEN
+        assert result.status is Status.COMPLETED
+        assert result.lower_bound.shape == ((SHAPE[0],) if masks.separable else (1,))
+        bounds.append(float(result.lower_bound.sum()))
+        assert 0 <= bounds[-1] <= result.total
+        assert result.gap == result.total - bounds[-1]
+    assert bounds == sorted(bounds)
+    assert bounds[-1] > 0.2 * result.total  # and it is not the trivial bound
+
+
+def test_a_bound_on_every_method() -> None:
+    """Whatever finds a mask, it is not below what SparseFW proves."""
+    for seed in range(5):
+        problem = synthetic("rank-deficient", *SHAPE, seed=seed).problem()
+        for masks in (PerRow(0.5), Unstructured(0.5)):
+            bound = solve(problem, masks, SparseFW(iterations=200)).lower_bound
+            error = solve(problem, masks).objective
+            assert bool(((error if masks.separable else error.sum()) >= bound).all())
+
+
+@SET
+def test_it_improves_on_its_start_in_total(masks: PartitionMatroid) -> None:
+    ours, wanda = 0.0, 0.0
+    for seed in range(5):
+        problem = synthetic(rows=SHAPE[0], d=SHAPE[1], seed=seed).problem()
+        ours += solve(problem, masks, SparseFW(iterations=300)).relative_error
+        wanda += solve(problem, masks, Wanda()).relative_error
+    assert ours < wanda
+
+
+@SET
+@pytest.mark.parametrize("solver", [Magnitude(), Wanda(), RIA(), RIA(power=1.0)], ids=repr)
+def test_scores_keep_the_best(masks: PartitionMatroid, solver: object) -> None:
+    problem = synthetic("outliers", *SHAPE).problem()
+    result = solve(problem, masks, solver)
+    scores = {
+        "Wanda": lambda: problem.weight.abs() * problem.gram.diagonal().sqrt(),
+        "Magnitude": lambda: problem.weight.abs(),
+        "RIA": lambda: (
+            (
+                (problem.weight.abs() / problem.weight.abs().sum(1, keepdim=True))
+                + problem.weight.abs() / problem.weight.abs().sum(0)
+            )
+            * problem.gram.diagonal().sqrt() ** solver.power
+        ),
+    }[type(solver).__name__]()
+    flat, kept = scores.flatten(), result.mask.flatten()
+    for group in groups_of(masks, SHAPE):
+        inside, outside = flat[group][kept[group]], flat[group][~kept[group]]
+        assert float(inside.min()) >= float(outside.max()) * (1 - 1e-6)
+    assert result.status is Status.GREEDY
+    assert result.iterations == 1
