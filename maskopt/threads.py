@@ -7,7 +7,7 @@ import torch
 
 __all__ = ["SMALL", "sized_threads"]
 
-SMALL = 2**24
+SMALL = 2**26
 """Multiplications per operation (a layer: rows x d x d; a model: its parameters) up to which one thread is best."""
 
 
