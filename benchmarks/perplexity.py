@@ -22,7 +22,7 @@ from maskopt.models import calibration_batches, default_seqlen, load_model, perp
 from maskopt.oracles import parse_masks
 from maskopt.solvers import SOLVERS, make_solver
 
-SETS = (("per-row", 0.5), ("per-row", 0.6), ("per-row", 0.7), ("2:4", None), ("4:8", None), ("unstructured", 0.6))
+SETS = "per-row:0.5,per-row:0.6,per-row:0.7,2:4,4:8,unstructured:0.6"
 
 
 def cells(name: str, model_path: str | Path, calibration: str | Path, text: str | Path, options: Any) -> Iterator[dict]:
@@ -31,7 +31,7 @@ def cells(name: str, model_path: str | Path, calibration: str | Path, text: str 
     dense.float()
     seqlen = default_seqlen(dense, tokenizer, at_most=512)
     before = perplexity(dense, tokenizer, text, seqlen=seqlen)
-    for pattern, sparsity in SETS:
+    for pattern, sparsity in options.sets:
         masks = parse_masks(pattern, sparsity)
         label = pattern if sparsity is None else f"{pattern} {100 * sparsity:g} %"
         for seed in options.seeds:
@@ -51,6 +51,15 @@ def cells(name: str, model_path: str | Path, calibration: str | Path, text: str 
                     "mean_relative_error": result.mean_relative_error,
                     "solve_seconds": result.solve_seconds,
                 }
+
+
+def parse_sets(text: str) -> list[tuple[str, float | None]]:
+    """Read "per-row:0.5,2:4" as [("per-row", 0.5), ("2:4", None)]."""
+    sets: list[tuple[str, float | None]] = []
+    for word in text.split(","):
+        pattern, _, sparsity = word.rpartition(":")
+        sets.append((word, None) if pattern.isdecimal() else (pattern, float(sparsity)))
+    return sets
 
 
 def summary(records: Sequence[dict], solvers: Sequence[str]) -> str:
@@ -75,6 +84,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL,CALIBRATION,TEXT")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
     parser.add_argument("--solvers", type=lambda text: text.split(","), default=list(SOLVERS))
+    parser.add_argument("--sets", type=parse_sets, default=SETS)
     parser.add_argument("--samples", type=int, default=64)
     options = parser.parse_args()
     jobs: list[tuple[str, str | Path, str | Path, str | Path]] = [
@@ -85,7 +95,9 @@ def main() -> None:
         jobs.append((Path(folder).name, folder, Path(calibration), Path(text)))
     records = []
     with Progress() as bar:
-        task = bar.add_task("perplexity", total=len(jobs) * len(SETS) * len(options.seeds) * len(options.solvers))
+        task = bar.add_task(
+            "perplexity", total=len(jobs) * len(options.sets) * len(options.seeds) * len(options.solvers)
+        )
         for job in jobs:
             for record in cells(*job, options):
                 records.append(record)
