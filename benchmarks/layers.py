@@ -111,6 +111,8 @@ def main() -> None:
         command = [sys.executable, "-m", "maskopt", "compare", *paths, *SETS, "--solvers", options.solvers]
         subprocess.run([*command, "--json", str(output)], check=True)
         figures = json.loads(output.read_text())
+    for row in figures["rows"]:
+        row["instance"] = Path(row["instance"]).name
     solvers = options.solvers.split(",")
     text = (
         "Relative error ||WX - (M*W)X||^2 / ||WX||^2 and seconds, all solvers with their defaults (SparseFW: T = "

@@ -23,7 +23,7 @@ SOLVERS = {"magnitude": 1, "wanda": 1, "ria": 1, "sparsefw": 20, "one-swap": 3, 
 REFERENCE = "wanda"
 
 # Enough for a clear ranking, little enough for two minutes on two cores.
-_WINDOWS, _SEQLEN = 32, 512
+_WINDOWS, _SEQLEN = 24, 512
 _CALIBRATION_CHARACTERS = 1_000_000
 _EVALUATION_CHARACTERS = 40_000
 
