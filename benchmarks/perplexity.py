@@ -47,7 +47,7 @@ def cells(name: str, model_path: str | Path, calibration: str | Path, text: str 
                     "perplexity": perplexity(pruned, tokenizer, text, seqlen=seqlen).perplexity,
                     "dense_perplexity": before.perplexity,
                     "tokens": before.tokens,
-                    "calibration": batches.to_json(),
+                    "calibration": {**batches.to_json(), "source": Path(batches.source).name},
                     "mean_relative_error": result.mean_relative_error,
                     "solve_seconds": result.solve_seconds,
                 }
