@@ -11,6 +11,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
+from maskopt.oracles.base import Index, MaskSet, Shape, face_tolerance
 from maskopt.oracles.select import smallest
 
 __all__ = ["NM", "PartitionMatroid", "PerRow", "Unstructured"]
@@ -18,7 +19,7 @@ __all__ = ["NM", "PartitionMatroid", "PerRow", "Unstructured"]
 Tile = tuple[int | None, int | None]
 
 
-class PartitionMatroid:
+class PartitionMatroid(MaskSet):
     """Masks whose tiles keep a fixed number of entries each.
 
     The weight is cut into tiles of equal shape; every tile is a group and keeps exactly `keep` entries. Whole
@@ -41,9 +42,6 @@ class PartitionMatroid:
         If `keep` is neither a fraction in [0, 1] nor a count >= 0. The verbs raise it where a tile does not divide
         the weight or a group is smaller than its count.
     """
-
-    protected: Tensor | None = None
-    """Entries that every mask of the set keeps, boolean, shape (rows, d)."""
 
     def __init__(self, keep: float | int | Tensor, tile: Tile, name: str = "PartitionMatroid") -> None:
         if isinstance(keep, bool) or not isinstance(keep, (int, float, Tensor)):
@@ -70,7 +68,7 @@ class PartitionMatroid:
 
     # Geometry
 
-    def tile_of(self, shape: tuple[int, int] | torch.Size) -> tuple[int, int]:
+    def tile_of(self, shape: Shape) -> tuple[int, int]:
         """Return the tile's rows and columns on a weight of this shape.
 
         Raises
@@ -97,7 +95,7 @@ class PartitionMatroid:
         tiles = matrix.reshape(rows // height, height, columns // width, width)
         return tiles.transpose(1, 2).reshape(-1, height * width)
 
-    def ungroup(self, groups: Tensor, shape: tuple[int, int] | torch.Size) -> Tensor:
+    def ungroup(self, groups: Tensor, shape: Shape) -> Tensor:
         """Undo `groups`."""
         height, width = self.tile_of(shape)
         rows, columns = shape
@@ -106,11 +104,11 @@ class PartitionMatroid:
         tiles = groups.reshape(rows // height, columns // width, height, width)
         return tiles.transpose(1, 2).reshape(rows, columns)
 
-    def kept_per_group(self, shape: tuple[int, int] | torch.Size) -> Tensor:
+    def kept_per_group(self, shape: Shape) -> Tensor:
         """Return how many entries each group keeps, int64, shape (groups,)."""
         return self._counts(shape, torch.device("cpu"))[1]
 
-    def _counts(self, shape: tuple[int, int] | torch.Size, device: torch.device) -> tuple[int | Tensor, Tensor]:
+    def _counts(self, shape: Shape, device: torch.device) -> tuple[int | Tensor, Tensor]:
         """Return the count per group: as an int where it is the same for all, and always as a vector."""
         height, width = self.tile_of(shape)
         size, number = height * width, shape[0] * shape[1] // (height * width)
@@ -132,14 +130,25 @@ class PartitionMatroid:
         """Whether rows can be solved apart: no group spans two rows."""
         return self.tile[0] == 1
 
-    def rows(self, index: slice, shape: tuple[int, int]) -> "PartitionMatroid":
-        """Return the set for a slice of the rows of a weight of this shape; only for separable sets."""
+    def band(self, shape: Shape) -> int:
+        return self.tile_of(shape)[0]
+
+    def check(self, shape: Shape) -> None:
+        self.kept_per_group(shape)
+
+    def rows(self, index: Index, shape: Shape) -> "PartitionMatroid":
         if not isinstance(self.keep, Tensor):
             return self
-        per_row = len(self.keep) // shape[0]
-        return PartitionMatroid(self.keep.view(shape[0], per_row)[index].reshape(-1), self.tile, self.name)
+        bands = shape[0] // self.tile_of(shape)[0]
+        counts = self.keep.view(bands, -1)[self._bands_of(index, shape)].reshape(-1)
+        return PartitionMatroid(counts, self.tile, self.name)
 
-    def rowwise(self, shape: tuple[int, int], mask: Tensor | None = None) -> "PartitionMatroid":
+    def _bands_of(self, index: Index, shape: Shape) -> Tensor:
+        """Return the numbers of the bands that some rows (whole bands) are."""
+        height = self.tile_of(shape)[0]
+        return torch.arange(shape[0])[index.cpu() if isinstance(index, Tensor) else index][::height] // height
+
+    def rowwise(self, shape: Shape, mask: Tensor | None = None) -> "PartitionMatroid":
         """Return the separable subset that fixes how many entries every row of every tile keeps.
 
         Parameters
@@ -160,25 +169,41 @@ class PartitionMatroid:
 
     # Verbs
 
-    def lmo(self, cost: Tensor) -> Tensor:
-        """Linear minimisation oracle: the mask of least total cost, ties to the lower index.
+    def vertex(self, cost: Tensor) -> Tensor:
+        keep, _ = self._counts(cost.shape, cost.device)
+        return self.ungroup(smallest(self.groups(cost), keep), cost.shape)
+
+    def inface(self, cost: Tensor, at: Tensor) -> Tensor:
+        """Return the vertex of least cost on the smallest face that contains `at`.
 
         Parameters
         ----------
-        cost : Tensor
-            Shape (rows, d), no NaN.
-
-        Returns
-        -------
-        Tensor
-            Boolean, shape (rows, d).
+        cost, at : Tensor
+            Finite, shape (rows, d); `at` in the hull.
         """
-        return self.vertex(cost if cost.is_floating_point() else cost.double()).bool()
+        tolerance = face_tolerance(at.dtype)
+        # Comparisons and sums of floats: several times faster than booleans and torch.where.
+        inside = torch.ge(at, 1.0 - tolerance, out=torch.empty_like(cost))
+        outside = torch.le(at, tolerance, out=torch.empty_like(cost))
+        return self.vertex(outside.sub_(inside).mul_(torch.finfo(cost.dtype).max / 4).add_(cost))
 
-    def vertex(self, cost: Tensor) -> Tensor:
-        """Return `lmo` as an indicator of zeros and ones in the type of `cost`, as solvers need it."""
-        keep, _ = self._counts(cost.shape, cost.device)
-        return self.ungroup(smallest(self.groups(cost), keep), cost.shape)
+    def max_step(self, at: Tensor, direction: Tensor) -> Tensor:
+        """Return the largest share of `direction` that stays in the hull, shape (rows,).
+
+        Parameters
+        ----------
+        at, direction : Tensor
+            Shape (rows, d); the direction keeps every group's sum.
+        """
+        # Room is 1 - x where the direction rises and x where it falls; rising is 0 or 1.
+        rising = torch.gt(direction, 0.0, out=torch.empty_like(direction))
+        room = torch.lerp(at, 1.0 - at, rising)
+        # The tiny number makes 0 / 0 infinite: an entry that does not move limits nothing.
+        return room.clamp_(min=torch.finfo(at.dtype).tiny).div_(direction.abs()).amin(1)
+
+    def swap_tile(self, shape: Shape) -> tuple[int, int]:
+        """Return rows and columns of the tiles within which entries may be exchanged."""
+        return self.tile_of(shape)
 
     def round(self, x: Tensor) -> Tensor:
         """Return the mask nearest to the relaxed mask `x`: the largest entries of each group."""
@@ -189,19 +214,19 @@ class PartitionMatroid:
         _, keep = self._counts(mask.shape, mask.device)
         return mask.dtype == torch.bool and bool((self.groups(mask).sum(1) == keep).all())
 
-    def center(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def center(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the relaxed mask that is uniform within each group, the mean of all masks."""
         height, width = self.tile_of(shape)
         _, keep = self._counts(shape, device)
         share = (keep.double() / (height * width)).to(dtype).unsqueeze(1)
         return self.ungroup(share.expand(-1, height * width), shape).clone()
 
-    def count(self, shape: tuple[int, int]) -> int:
+    def count(self, shape: Shape) -> int:
         """Return the number of masks for a weight of this shape, exactly."""
         height, width = self.tile_of(shape)
         return math.prod(math.comb(height * width, keep) for keep in self.kept_per_group(shape).tolist())
 
-    def enumerate(self, shape: tuple[int, int]) -> Iterator[Tensor]:
+    def enumerate(self, shape: Shape) -> Iterator[Tensor]:
         """Yield every mask, shape (rows, d), in lexicographic order of kept indices; for small shapes."""
         height, width = self.tile_of(shape)
         choices = [
@@ -213,7 +238,7 @@ class PartitionMatroid:
                 groups[group, list(kept)] = True
             yield self.ungroup(groups, shape)
 
-    def milp_constraints(self, shape: tuple[int, int]) -> LinearConstraint:
+    def milp_constraints(self, shape: Shape) -> LinearConstraint:
         """Return the set's exact twin for scipy's LP and MILP solvers: A x = keep on the flattened mask."""
         entries = self.groups(torch.arange(shape[0] * shape[1]).view(shape)).numpy()
         keep = self.kept_per_group(shape).numpy()

@@ -10,6 +10,7 @@ from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
+from maskopt.oracles.base import Index, Shape
 from maskopt.oracles.matroid import PartitionMatroid
 
 __all__ = ["Protected"]
@@ -48,29 +49,29 @@ class Protected(PartitionMatroid):
         cost = cost.clamp_min(torch.finfo(cost.dtype).min).masked_fill(self.protected, -torch.inf)
         return super().vertex(cost)
 
-    def center(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def center(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
         protected = self.groups(self.protected).to(device)
         held = protected.sum(1, keepdim=True)
         free = self.kept_per_group(shape).to(device).unsqueeze(1) - held
         share = free.double() / (protected.shape[1] - held).clamp_min(1)
         return self.ungroup(torch.where(protected, 1.0, share).to(dtype), shape)
 
-    def count(self, shape: tuple[int, int]) -> int:
+    def count(self, shape: Shape) -> int:
         groups = self.groups(self.protected)
         held, keep = groups.sum(1).tolist(), self.kept_per_group(shape).tolist()
         return math.prod(math.comb(groups.shape[1] - h, k - h) for h, k in zip(held, keep, strict=True))
 
-    def enumerate(self, shape: tuple[int, int]) -> Iterator[Tensor]:
+    def enumerate(self, shape: Shape) -> Iterator[Tensor]:
         return (mask for mask in super().enumerate(shape) if self.contains(mask))
 
-    def milp_constraints(self, shape: tuple[int, int]) -> LinearConstraint:
+    def milp_constraints(self, shape: Shape) -> LinearConstraint:
         groups = super().milp_constraints(shape)
         held = self.protected.flatten().nonzero().flatten().numpy()
         ones = csr_array((np.ones(len(held)), (np.arange(len(held)), held)), shape=(len(held), shape[0] * shape[1]))
         right = np.concatenate((groups.lb, np.ones(len(held))))
         return LinearConstraint(vstack((groups.A, ones)), right, right)
 
-    def rowwise(self, shape: tuple[int, int], mask: Tensor | None = None) -> "Protected":
+    def rowwise(self, shape: Shape, mask: Tensor | None = None) -> "Protected":
         rowwise = super().rowwise(shape, mask)
         held = rowwise.groups(self.protected).sum(1)
         if bool((held > rowwise.kept_per_group(shape).to(held.device)).any()):
@@ -82,6 +83,6 @@ class Protected(PartitionMatroid):
     def contains(self, mask: Tensor) -> bool:
         return super().contains(mask) and bool((mask | ~self.protected).all())
 
-    def rows(self, index: slice, shape: tuple[int, int]) -> "Protected":
+    def rows(self, index: Index, shape: Shape) -> "Protected":
         plain = PartitionMatroid(self.keep, self.tile, self.name).rows(index, shape)
         return Protected(plain, self.protected[index])

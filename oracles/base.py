@@ -1,0 +1,178 @@
+"""A set of masks as solvers see it: a few verbs every set has, and others that some have."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+import torch
+from scipy.optimize import LinearConstraint
+from torch import Tensor
+
+__all__ = [
+    "CanProject",
+    "CanRestrict",
+    "CanSwap",
+    "HasFaces",
+    "HasGroups",
+    "Index",
+    "MaskSet",
+    "Shape",
+    "face_tolerance",
+]
+
+Index = slice | Tensor
+"""Some rows: a slice, or a vector of row numbers (whole bands where a set couples rows)."""
+
+Shape = tuple[int, int] | torch.Size
+
+
+def face_tolerance(dtype: torch.dtype) -> float:
+    """Return how near to 0 or 1 an entry counts as being there: one number for in-face oracles and their users."""
+    return 16.0 * torch.finfo(dtype).eps
+
+
+class MaskSet(ABC):
+    """Masks of a weight, as the vertices of their convex hull.
+
+    Sets know no shape unless their data has one: every verb takes it from its argument, so one object serves all
+    layers of a model. The verbs below are what every set has. More can be asked of some sets; a solver names
+    what it needs in `Solver.asks`, and the protocols in this module say what these verbs promise.
+    """
+
+    protected: Tensor | None = None
+    """Entries that every mask keeps, boolean, shape (rows, d)."""
+
+    forbidden: Tensor | None = None
+    """Entries that every mask prunes, boolean, shape (rows, d)."""
+
+    exact: bool = True
+    """Whether `vertex` returns a minimiser; where it does not, `least` is still a proven lower bound."""
+
+    @abstractmethod
+    def check(self, shape: Shape) -> None:
+        """Raise MaskoptError, with the reason, if the set does not fit a weight of this shape or is empty."""
+
+    @abstractmethod
+    def vertex(self, cost: Tensor) -> Tensor:
+        """Linear minimisation oracle: the mask of least total cost, as zeros and ones in the type of `cost`.
+
+        Parameters
+        ----------
+        cost : Tensor
+            Floating point, shape (rows, d), no NaN. Ties go to the lower index.
+        """
+
+    @abstractmethod
+    def contains(self, mask: Tensor) -> bool:
+        """Whether a boolean mask, shape (rows, d), belongs to the set."""
+
+    @abstractmethod
+    def center(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a point in the relative interior of the hull: the mean of all masks where it is known."""
+
+    @abstractmethod
+    def milp_constraints(self, shape: Shape) -> LinearConstraint:
+        """Return the set's exact twin for scipy's MILP solver: constraints on the flattened mask in {0, 1}."""
+
+    def band(self, shape: Shape) -> int:
+        """Return how many consecutive rows the set couples; bands of so many rows are independent of each other."""
+        return shape[0]
+
+    def rows(self, index: Index, shape: Shape) -> MaskSet:
+        """Return the set for some rows (whole bands) of a weight of this shape."""
+        return self
+
+    @property
+    def separable(self) -> bool:
+        """Whether rows are independent of each other."""
+        return False
+
+    def lmo(self, cost: Tensor) -> Tensor:
+        """Return `vertex` as a boolean mask; integer costs are fine."""
+        return self.vertex(cost if cost.is_floating_point() else cost.double()).bool()
+
+    def least(self, cost: Tensor) -> Tensor:
+        """Return a proven lower bound of the least cost of any mask, one per band, float64; tight for exact sets."""
+        chosen = (cost.double() * self.vertex(cost)).sum(1)
+        return chosen.view(-1, self.band(cost.shape)).sum(1)
+
+    def round(self, x: Tensor) -> Tensor:
+        """Return the mask nearest to the relaxed mask `x`, boolean."""
+        # |m - x|^2 = sum_i m_i (1 - 2 x_i) + a constant.
+        return self.lmo(0.5 - x.to(torch.promote_types(x.dtype, torch.float32)))
+
+    def count(self, shape: Shape) -> int:
+        """Return the number of masks, exactly."""
+        return sum(1 for _ in self.enumerate(shape))
+
+    def enumerate(self, shape: Shape) -> Iterator[Tensor]:
+        """Yield every mask, shape (rows, d); for small shapes only."""
+        size = shape[0] * shape[1]
+        bits = torch.arange(size)
+        for number in range(2**size):
+            mask = ((number >> bits) & 1).bool().view(shape[0], shape[1])
+            if self.contains(mask):
+                yield mask
+
+
+@runtime_checkable
+class HasFaces(Protocol):
+    """Sets whose faces are known: decomposition-invariant methods need them."""
+
+    def inface(self, cost: Tensor, at: Tensor) -> Tensor:
+        """Return the vertex of least cost on the smallest face that contains the point `at`, as `vertex` does.
+
+        An entry of `at` within `face_tolerance` of 0 or 1 counts as being there.
+        """
+
+    def max_step(self, at: Tensor, direction: Tensor) -> Tensor:
+        """Return the largest share of `direction` (shape (rows, d), within the hull's span) that stays in the hull.
+
+        One entry per row, infinite where nothing limits it; a band's is the least of its rows'.
+        """
+
+
+@runtime_checkable
+class CanProject(Protocol):
+    """Sets onto whose hull one can project."""
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return the point of the hull nearest to `x` (Euclidean), shape (rows, d)."""
+
+
+@runtime_checkable
+class CanRestrict(Protocol):
+    """Sets in which entries can be fixed."""
+
+    def restrict(self, kept: Tensor | None = None, pruned: Tensor | None = None) -> MaskSet:
+        """Return the masks that keep all entries of `kept` and prune all of `pruned`, boolean, shape (rows, d).
+
+        Raises
+        ------
+        MaskoptError
+            If there is no such mask.
+        """
+
+
+@runtime_checkable
+class CanSwap(Protocol):
+    """Sets in which a kept entry can be exchanged for a pruned one of the same tile."""
+
+    def swap_tile(self, shape: Shape) -> tuple[int, int]:
+        """Return rows and columns of the tiles within which entries may be exchanged."""
+
+    def neighbours(self, mask: Tensor) -> Iterator[Tensor]:
+        """Yield every mask one exchange away; for small shapes."""
+
+
+@runtime_checkable
+class HasGroups(Protocol):
+    """Sets whose groups each choose entries of their own: dependent rounding and block steps need them."""
+
+    def groups(self, matrix: Tensor) -> Tensor:
+        """Rearrange (rows, d) into (groups, entries)."""
+
+    def ungroup(self, groups: Tensor, shape: Shape) -> Tensor:
+        """Undo `groups`."""
