@@ -169,7 +169,7 @@ class FrankWolfe(Solver):
         )
         mask, source = masks.round(walk.point.x), "round"
         if watch.recorder is not None:
-            watch.last(problem, walk.point, walk.iterations)
+            watch.last(problem, walk.point)
             watch.recorder.offer(mask, source)
             mask, source = watch.recorder.mask, "polish"
         layer = problem.unshifted()
