@@ -17,7 +17,7 @@ from maskopt.problems import LayerReconstruction, Problem
 
 __all__ = ["WEIGHTS", "best", "best_of", "best_weight", "dependent", "gradient_aware", "lemma2_slack", "top_k"]
 
-WEIGHTS = (0.0, 1 / 64, 1 / 16, 1 / 4, 1.0)
+WEIGHTS = (0.0, 1 / 256, 1 / 64, 1 / 16, 1 / 4, 1.0)
 """Weights of the gradient worth trying; the first is `top_k`."""
 
 
@@ -26,15 +26,17 @@ def top_k(masks: MaskSet, x: Tensor) -> Tensor:
     return masks.round(x)
 
 
-def gradient_aware(masks: MaskSet, x: Tensor, gradient: Tensor, weight: float = 1 / 16) -> Tensor:
+def gradient_aware(masks: MaskSet, x: Tensor, gradient: Tensor, weight: float = 1 / 256) -> Tensor:
     """Return the mask nearest to x - eta * gradient: of nearly equal entries those stay that the objective misses most.
 
     It minimises <gradient, m> + |m - x|^2 / (2 eta) over masks m, a first-order model and a proximity term, since
-    m^2 = m. eta is `weight` over the mean distance of a band's gradient entries from their mean: scaling or, where
-    groups keep fixed numbers, shifting the objective's gradient changes nothing.
+    m^2 = m. eta is `weight` over the spread of a band's gradient: the mean distance of entries from their mean, both
+    weighted by x (1 - x), as only undecided entries compete. Scaling the objective, or adding a constant to the
+    gradient where groups keep fixed numbers, changes nothing, and a band that is a mask already stays.
 
     At a minimiser of a convex relaxation the gradient is constant on a group's fractional entries and orders none of
-    them. There the gradient of `problem.shifted(problem.diagonal())` says more: it adds the curvature of each entry.
+    them; what is left there is noise. The gradient of `problem.shifted(problem.diagonal())` says more: it knows the
+    curvature of each entry.
 
     Parameters
     ----------
@@ -51,10 +53,15 @@ def gradient_aware(masks: MaskSet, x: Tensor, gradient: Tensor, weight: float = 
         Boolean, shape (rows, d).
     """
     bands = gradient.double().reshape(-1, masks.band(x.shape) * x.shape[1])
-    spread = (bands - bands.mean(1, keepdim=True)).abs_().mean(1, keepdim=True)
-    # A band without spread has no preference, and no eta.
+    share = x.double().reshape(bands.shape)
+    open_ = (share * (1.0 - share) - _tolerance(x)).clamp_(min=0.0)
+    open_ /= open_.sum(1, keepdim=True)
+    mean = (open_ * bands).sum(1, keepdim=True)
+    spread = (open_ * (bands - mean).abs_()).sum(1, keepdim=True)
+    spread *= spread > 1e-12 * bands.abs().amax(1, keepdim=True)  # less is the rounding of the mean
+    # A band without spread, or without open entries (0 / 0), has no preference and no eta.
     eta = (weight / spread).nan_to_num_(0.0, 0.0, 0.0)
-    return masks.round(x.double() - (eta * bands).view_as(x))
+    return masks.round((share - eta * bands).view_as(x))
 
 
 def best_weight(
@@ -109,7 +116,7 @@ def dependent(
     number = 1 if samples is None else samples
     share = masks.groups(x).double().clamp(0.0, 1.0)
     near = share.round()
-    fractional = (share - near).abs() > face_tolerance(torch.promote_types(x.dtype, torch.float32))
+    fractional = (share - near).abs() > _tolerance(x)
     share = near + (share - near) * fractional
     # Only seats of fractional entries are filled; groups with fewer of them seat decided ones, whom no duel changes.
     most = int(fractional.sum(1).max())
@@ -150,6 +157,11 @@ def _play(share: Tensor, seats: Tensor, generator: torch.Generator, *, decide_la
     if decide_last:
         value = (_uniform(value.shape, generator, share.device) < value).double()
     share.scatter_(-1, seats, value)
+
+
+def _tolerance(x: Tensor) -> float:
+    # Half precision is no excuse: its entries are numbers like others.
+    return face_tolerance(torch.promote_types(x.dtype, torch.float32))
 
 
 def _uniform(shape: torch.Size, generator: torch.Generator, device: torch.device) -> Tensor:
