@@ -35,8 +35,8 @@ def gradient_aware(masks: MaskSet, x: Tensor, gradient: Tensor, weight: float = 
     gradient where groups keep fixed numbers, changes nothing, and a band that is a mask already stays.
 
     At a minimiser of a convex relaxation the gradient is constant on a group's fractional entries and orders none of
-    them; what is left there is noise. The gradient of `problem.shifted(problem.diagonal())` says more: it knows the
-    curvature of each entry.
+    them; short of one it says which entries still rise. The gradient of `problem.shifted(problem.diagonal())` knows
+    the curvature of each entry besides, and harms less where the weight is too large.
 
     Parameters
     ----------
@@ -81,8 +81,8 @@ def dependent(
     """Draw masks whose mean is `x`: dependent rounding by the pivotal method.
 
     Two fractional entries of a group duel: one of them becomes 0 or 1, the other takes over the rest of their sum, with
-    the probabilities that keep both means (Deville and Tille, Biometrika 85(1), 1998, section 6; Srinivasan, FOCS 2001,
-    section 2). As every duel keeps the group's sum, counts come out exactly, and entries of a group are negatively
+    the probabilities that keep both means (the pivotal method of Deville and Tillé, Biometrika 85(1), 1998; Srinivasan,
+    FOCS 2001, on level sets). As every duel keeps the group's sum, counts come out exactly, and entries of a group are negatively
     correlated. Duels are arranged as a tournament, so that all groups take log2(entries) steps together. A group that
     need not be full, and whose sum is fractional, ends with the sum rounded up or down.
 

@@ -118,6 +118,16 @@ def test_a_sum_that_is_off_is_made_up_for_by_large_entries() -> None:
     assert bool(drawn[:, 0, [1, 3, 5, 6]].all())
     drawn = rounding.dependent(PerRow(2), x, seeded(0), samples=50)
     assert not bool(drawn[:, 0, [0, 2, 3, 4, 7]].any())
+    x = torch.tensor([[0.0, 0.5, 0.5, 0.5, 0.5, 0.5]])
+    assert not bool(rounding.dependent(PerRow(4), x, seeded(0), samples=50)[:, 0, 0].any())
+
+
+def test_entries_off_by_rounding_are_decided() -> None:
+    """Two million rows: an entry that were drawn with its own probability would change sides."""
+    x = torch.tensor([[1 - 1.8e-6, 1.8e-6, 0.5, 0.5]]).expand(2_000_000, -1)
+    drawn = rounding.dependent(PerRow(2), x, seeded(0))
+    assert bool(drawn[:, 0].all())
+    assert not bool(drawn[:, 1].any())
 
 
 class AtMost(MaskSet):
