@@ -82,7 +82,7 @@ def dependent(
 
     Two fractional entries of a group duel: one of them becomes 0 or 1, the other takes over the rest of their sum, with
     the probabilities that keep both means (the pivotal method of Deville and Tillé, Biometrika 85(1), 1998; Srinivasan,
-    FOCS 2001, on level sets). As every duel keeps the group's sum, counts come out exactly, and entries of a group are negatively
+    FOCS 2001). As every duel keeps the group's sum, counts come out exactly, and entries of a group are negatively
     correlated. Duels are arranged as a tournament, so that all groups take log2(entries) steps together. A group that
     need not be full, and whose sum is fractional, ends with the sum rounded up or down.
 
