@@ -31,7 +31,7 @@ def relaxed(problem: LayerReconstruction, masks: PartitionMatroid, iterations: i
         vertex = masks.vertex(point.gradient)
         vertices.append(vertex.bool())
         share = torch.full((problem.shape[0], 1), 2.0 / (iteration + 2))
-        point.advance_(problem.along(vertex - point.x), share)
+        problem.advance(point, problem.along(vertex - point.x), share)
     return point, vertices
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles.base import HasGroups, MaskSet, face_tolerance
 from maskopt.problems import LayerReconstruction, Problem
+from maskopt.solvers.base import band_of
 
 __all__ = ["WEIGHTS", "best", "best_of", "best_weight", "dependent", "gradient_aware", "lemma2_slack", "top_k"]
 
@@ -197,7 +198,7 @@ def best(problem: Problem, masks: MaskSet, *candidates: Tensor) -> tuple[Tensor,
 
 
 def _best(problem: Problem, masks: MaskSet, candidates: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    band = masks.band(problem.shape)
+    band = band_of(problem, masks)
     numbered = iter(enumerate(candidates))
     mask = next(numbered)[1].clone()
     error = problem.objective(mask).view(-1, band).sum(1)

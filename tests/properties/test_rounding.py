@@ -52,7 +52,7 @@ def iterate(problem: LayerReconstruction, masks: PartitionMatroid, steps: int) -
     point = problem.at(masks.center(problem.shape, problem.dtype, problem.device))
     for step in range(steps):
         move = problem.along(masks.vertex(point.gradient) - point.x)
-        point.advance_(move, torch.full((problem.shape[0], 1), 2.0 / (step + 3), dtype=problem.dtype))
+        problem.advance(point, move, torch.full((problem.shape[0], 1), 2.0 / (step + 3), dtype=problem.dtype))
     return point.x
 
 
