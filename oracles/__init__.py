@@ -9,13 +9,15 @@ from maskopt.oracles.base import (
     MaskSet,
     face_tolerance,
 )
-from maskopt.oracles.matroid import NM, PartitionMatroid, PerRow, Unstructured
+from maskopt.oracles.matroid import NM, AtMost, Blocks, PartitionMatroid, PerRow, Unstructured
 from maskopt.oracles.parse import parse_masks
-from maskopt.oracles.protected import Protected
+from maskopt.oracles.restricted import Protected, Restricted
 from maskopt.oracles.select import smallest
 
 __all__ = [
     "NM",
+    "AtMost",
+    "Blocks",
     "CanProject",
     "CanRestrict",
     "CanSwap",
@@ -25,6 +27,7 @@ __all__ = [
     "PartitionMatroid",
     "PerRow",
     "Protected",
+    "Restricted",
     "Unstructured",
     "face_tolerance",
     "parse_masks",
