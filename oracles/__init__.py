@@ -13,6 +13,7 @@ from maskopt.oracles.matroid import NM, AtMost, Blocks, PartitionMatroid, PerRow
 from maskopt.oracles.parse import parse_masks
 from maskopt.oracles.restricted import Protected, Restricted
 from maskopt.oracles.select import smallest
+from maskopt.oracles.units import Columns, Rows, Units
 
 __all__ = [
     "NM",
@@ -21,6 +22,7 @@ __all__ = [
     "CanProject",
     "CanRestrict",
     "CanSwap",
+    "Columns",
     "HasFaces",
     "HasGroups",
     "MaskSet",
@@ -28,6 +30,8 @@ __all__ = [
     "PerRow",
     "Protected",
     "Restricted",
+    "Rows",
+    "Units",
     "Unstructured",
     "face_tolerance",
     "parse_masks",

@@ -19,7 +19,18 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskopt.oracles import NM, AtMost, MaskSet, PartitionMatroid, PerRow, Protected, Unstructured
+from maskopt.oracles import (
+    NM,
+    AtMost,
+    Columns,
+    MaskSet,
+    PartitionMatroid,
+    PerRow,
+    Protected,
+    Rows,
+    Units,
+    Unstructured,
+)
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers import RIA, ContinuationFrankWolfe, Magnitude, OneSwap, Solver, SparseFW, Wanda
 
@@ -106,8 +117,8 @@ FREE_SETS = [name for name in SETS if not name.startswith("protected")]
 PROTECTED_SETS = [name for name in SETS if name.startswith("protected")]
 
 
-def _restricted(base: Callable[[Shape, float], PartitionMatroid]) -> Callable[[Shape, float], PartitionMatroid]:
-    def make(shape: Shape, share: float) -> PartitionMatroid:
+def _restricted(base: Callable[[Shape, float], MaskSet]) -> Callable[[Shape, float], MaskSet]:
+    def make(shape: Shape, share: float) -> MaskSet:
         masks = base(shape, share)
         # Two members: half of what both keep is kept, half of what both prune is pruned.
         order = torch.arange(shape[0] * shape[1]).view(shape)
@@ -116,6 +127,11 @@ def _restricted(base: Callable[[Shape, float], PartitionMatroid]) -> Callable[[S
         return masks.restrict(kept=one & other & some, pruned=~one & ~other & some)
 
     return make
+
+
+def _units(shape: Shape, share: float) -> Units:
+    height, width = _divisor(shape[0], (2, 1)), _divisor(shape[1], (3, 2, 1))
+    return Units(_blocks((shape[0] // height, shape[1] // width), share), (height, width))
 
 
 # Sets of other kinds: their groups may keep fewer, entries are pruned in advance, or there are no groups.
@@ -128,6 +144,12 @@ OTHER_SETS: dict[str, Callable[[Shape, float], MaskSet]] = {
     "restricted blocks": _restricted(_blocks),
     "restricted at most": _restricted(lambda shape, share: AtMost(PerRow(share))),
     "restricted at most blocks": _restricted(lambda shape, share: AtMost(_blocks(shape, share))),
+    "whole columns": lambda _, share: Columns(share),
+    "whole rows": lambda _, share: Rows(share),
+    "units": _units,
+    "vectors": lambda shape, share: Units(PerRow(share), (1, _divisor(shape[1], (2, 3, 1)))),
+    "at most units": lambda shape, share: Units(AtMost(_units(shape, share).base), _units(shape, share).unit),
+    "restricted columns": _restricted(lambda _, share: Columns(share)),
 }
 ALL_SETS: dict[str, Callable[[Shape, float], MaskSet]] = {**SETS, **OTHER_SETS}
 MATROIDS = [name for name in ALL_SETS if isinstance(ALL_SETS[name]((4, 4), 0.5), PartitionMatroid)]
@@ -197,6 +219,13 @@ def belong(masks: MaskSet, patterns: Tensor) -> Tensor:
         member &= flat[:, index]
     for index in banned_of(masks):
         member &= ~flat[:, index]
+    if isinstance(masks, Units):
+        height, width = masks.unit[0] or shape[0], masks.unit[1] or shape[1]
+        units = patterns[:, ::height, ::width]
+        for row in range(shape[0]):
+            for column in range(shape[1]):
+                member &= patterns[:, row, column] == units[:, row // height, column // width]
+        return member & belong(masks.base, units)
     assert isinstance(masks, PartitionMatroid)
     for group, keep in zip(groups_of(masks, shape), counts_of(masks, shape), strict=True):
         kept = flat[:, group].sum(1)

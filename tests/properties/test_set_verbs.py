@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles import CanProject, CanRestrict, CanSwap, HasFaces, HasGroups, MaskSet, PartitionMatroid
+from maskopt.oracles import CanProject, CanRestrict, CanSwap, HasFaces, HasGroups, MaskSet, PartitionMatroid, Units
 from tests.helpers import (
     ALL_SETS,
     Shape,
@@ -202,6 +202,8 @@ def test_an_entry_cannot_be_kept_and_pruned(name: str) -> None:
 
 def _counts(masks: MaskSet, mask: Tensor) -> list[int]:
     """Return how many entries, or units, every group keeps."""
+    if isinstance(masks, Units):
+        return _counts(masks.base, mask[:: masks.unit[0] or len(mask), :: masks.unit[1] or mask.shape[1]])
     assert isinstance(masks, PartitionMatroid)
     flat = mask.flatten()
     return [int(flat[group].sum()) for group in groups_of(masks, (mask.shape[0], mask.shape[1]))]
@@ -215,7 +217,8 @@ def test_neighbours_are_one_exchange_away(name: str, data: st.DataObject) -> Non
     mask = members[data.draw(st.integers(0, len(members) - 1))]
     listed = [tuple(other.flatten().tolist()) for other in masks.neighbours(mask)]
     apart = (members ^ mask).flatten(1).sum(1)
-    near = members[apart == 2]
+    size = (masks.unit[0] or mask.shape[0]) * (masks.unit[1] or mask.shape[1]) if isinstance(masks, Units) else 1
+    near = members[apart == 2 * size]
     expected = {tuple(m.flatten().tolist()) for m in near if _counts(masks, m) == _counts(masks, mask)}
     assert set(listed) == expected
     assert len(listed) == len(expected)
