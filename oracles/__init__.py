@@ -13,6 +13,7 @@ from maskopt.oracles.matroid import NM, AtMost, Blocks, PartitionMatroid, PerRow
 from maskopt.oracles.parse import parse_masks
 from maskopt.oracles.restricted import Protected, Restricted
 from maskopt.oracles.select import smallest
+from maskopt.oracles.transposable import TransposableNM
 from maskopt.oracles.units import Columns, Rows, Units
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Protected",
     "Restricted",
     "Rows",
+    "TransposableNM",
     "Units",
     "Unstructured",
     "face_tolerance",

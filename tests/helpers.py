@@ -28,6 +28,7 @@ from maskopt.oracles import (
     PerRow,
     Protected,
     Rows,
+    TransposableNM,
     Units,
     Unstructured,
 )
@@ -134,6 +135,11 @@ def _units(shape: Shape, share: float) -> Units:
     return Units(_blocks((shape[0] // height, shape[1] // width), share), (height, width))
 
 
+def _transposable(shape: Shape, share: float) -> TransposableNM:
+    group = _divisor(math.gcd(*shape), (4, 3, 2, 1))
+    return TransposableNM(keep=round(share * group), group=group)
+
+
 # Sets of other kinds: their groups may keep fewer, entries are pruned in advance, or there are no groups.
 OTHER_SETS: dict[str, Callable[[Shape, float], MaskSet]] = {
     "at most rows": lambda shape, share: AtMost(PerRow(share)),
@@ -150,6 +156,8 @@ OTHER_SETS: dict[str, Callable[[Shape, float], MaskSet]] = {
     "vectors": lambda shape, share: Units(PerRow(share), (1, _divisor(shape[1], (2, 3, 1)))),
     "at most units": lambda shape, share: Units(AtMost(_units(shape, share).base), _units(shape, share).unit),
     "restricted columns": _restricted(lambda _, share: Columns(share)),
+    "transposable": _transposable,
+    "restricted transposable": _restricted(_transposable),
 }
 ALL_SETS: dict[str, Callable[[Shape, float], MaskSet]] = {**SETS, **OTHER_SETS}
 MATROIDS = [name for name in ALL_SETS if isinstance(ALL_SETS[name]((4, 4), 0.5), PartitionMatroid)]
@@ -226,6 +234,14 @@ def belong(masks: MaskSet, patterns: Tensor) -> Tensor:
             for column in range(shape[1]):
                 member &= patterns[:, row, column] == units[:, row // height, column // width]
         return member & belong(masks.base, units)
+    if isinstance(masks, TransposableNM):
+        size = masks.group
+        for top in range(0, shape[0], size):
+            for left in range(0, shape[1], size):
+                tile = patterns[:, top : top + size, left : left + size]
+                for line in range(size):
+                    member &= (tile[:, line].sum(1) == masks.keep) & (tile[:, :, line].sum(1) == masks.keep)
+        return member
     assert isinstance(masks, PartitionMatroid)
     for group, keep in zip(groups_of(masks, shape), counts_of(masks, shape), strict=True):
         kept = flat[:, group].sum(1)
