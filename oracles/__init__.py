@@ -9,6 +9,7 @@ from maskopt.oracles.base import (
     MaskSet,
     face_tolerance,
 )
+from maskopt.oracles.budget import Budget
 from maskopt.oracles.matroid import NM, AtMost, Blocks, PartitionMatroid, PerRow, Unstructured
 from maskopt.oracles.parse import parse_masks
 from maskopt.oracles.restricted import Protected, Restricted
@@ -20,6 +21,7 @@ __all__ = [
     "NM",
     "AtMost",
     "Blocks",
+    "Budget",
     "CanProject",
     "CanRestrict",
     "CanSwap",

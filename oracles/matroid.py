@@ -268,7 +268,7 @@ class PartitionMatroid(MaskSet):
         """
         from maskopt.oracles.restricted import Restricted
 
-        return Restricted(self, kept, pruned)
+        return self if kept is None and pruned is None else Restricted(self, kept, pruned)
 
     def swap_tile(self, shape: Shape) -> tuple[int, int]:
         """Return rows and columns of the tiles within which entries may be exchanged."""

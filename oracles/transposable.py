@@ -129,7 +129,7 @@ class TransposableNM(MaskSet):
         return box_step(at, direction)
 
     def round(self, x: Tensor) -> Tensor:
-        return self.lmo(-x)
+        return self.lmo(-x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def contains(self, mask: Tensor) -> bool:
         tiles = self._tiles(mask)
@@ -166,11 +166,11 @@ class TransposableNM(MaskSet):
             If there is no such mask.
         """
         kept, pruned = joined(self.protected, kept), joined(self.forbidden, pruned)
-        refuse_contradiction(kept, pruned)
-        masks = self._with(kept, pruned)
         some = kept if kept is not None else pruned
         if some is None:
-            return masks
+            return self
+        refuse_contradiction(kept, pruned)
+        masks = self._with(kept, pruned)
         best = masks.vertex(torch.zeros(some.shape, device=some.device)).bool()
         if not respects(best, kept, pruned):
             wrong = torch.zeros_like(some)

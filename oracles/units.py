@@ -173,6 +173,8 @@ class Units(MaskSet):
         MaskoptError
             If there is no such mask.
         """
+        if kept is None and pruned is None:
+            return self
         kept, pruned = joined(self.protected, kept), joined(self.forbidden, pruned)
         refuse_contradiction(kept, pruned)
         parts = [None if entries is None else self._units(entries).any(3).any(1) for entries in (kept, pruned)]

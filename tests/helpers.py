@@ -22,6 +22,7 @@ from torch import Tensor
 from maskopt.oracles import (
     NM,
     AtMost,
+    Budget,
     Columns,
     MaskSet,
     PartitionMatroid,
@@ -140,6 +141,11 @@ def _transposable(shape: Shape, share: float) -> TransposableNM:
     return TransposableNM(keep=round(share * group), group=group)
 
 
+def _budget(shape: Shape, share: float) -> Budget:
+    prices = (torch.arange(shape[0] * shape[1]).view(shape) * 5 % 7 + 0.75) * (torch.arange(shape[1]) % 4 != 3)
+    return Budget(prices, round(share * float(prices.sum()) * 4) / 4)
+
+
 # Sets of other kinds: their groups may keep fewer, entries are pruned in advance, or there are no groups.
 OTHER_SETS: dict[str, Callable[[Shape, float], MaskSet]] = {
     "at most rows": lambda shape, share: AtMost(PerRow(share)),
@@ -158,11 +164,15 @@ OTHER_SETS: dict[str, Callable[[Shape, float], MaskSet]] = {
     "restricted columns": _restricted(lambda _, share: Columns(share)),
     "transposable": _transposable,
     "restricted transposable": _restricted(_transposable),
+    "budget": _budget,
+    "bytes": lambda shape, share: Budget(torch.full(shape, 0.75), round(share * shape[0] * shape[1] * 2) * 0.375),
 }
 ALL_SETS: dict[str, Callable[[Shape, float], MaskSet]] = {**SETS, **OTHER_SETS}
 MATROIDS = [name for name in ALL_SETS if isinstance(ALL_SETS[name]((4, 4), 0.5), PartitionMatroid)]
 # Members have one size, so that a constant in the cost changes nothing.
-EQUAL_SETS = [name for name in ALL_SETS if "at most" not in name]
+EQUAL_SETS = [name for name in ALL_SETS if "at most" not in name and name not in ("budget", "bytes")]
+# The LP twin's vertices are masks.
+INTEGRAL_SETS = [name for name in ALL_SETS if name not in ("budget", "bytes")]
 
 # Few iterations, so that everything can be tried with everything.
 SOLVERS: dict[str, Solver] = {
@@ -242,6 +252,12 @@ def belong(masks: MaskSet, patterns: Tensor) -> Tensor:
                 for line in range(size):
                     member &= (tile[:, line].sum(1) == masks.keep) & (tile[:, :, line].sum(1) == masks.keep)
         return member
+    if isinstance(masks, Budget):
+        # Floats are fractions of a power of two: multiplied by it, they are whole and add up exactly.
+        prices = [Fraction(price) for price in masks.price.flatten().tolist()]
+        unit = math.lcm(*(price.denominator for price in prices), Fraction(masks.budget).denominator)
+        whole = np.array([int(price * unit) for price in prices], dtype=object)
+        return torch.from_numpy((flat.numpy() @ whole <= int(Fraction(masks.budget) * unit)).astype(bool))
     assert isinstance(masks, PartitionMatroid)
     for group, keep in zip(groups_of(masks, shape), counts_of(masks, shape), strict=True):
         kept = flat[:, group].sum(1)

@@ -15,6 +15,7 @@ from tests.helpers import (
     ALL_SETS,
     EQUAL_SETS,
     FREE_SETS,
+    INTEGRAL_SETS,
     MATROIDS,
     banned_of,
     cheapest,
@@ -92,7 +93,7 @@ def test_lmo_against_enumeration(name: str, data: st.DataObject) -> None:
 
 
 @given(st.data())
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", INTEGRAL_SETS)
 @examples(25)
 def test_lmo_against_linear_programming(name: str, data: st.DataObject) -> None:
     masks, cost = data.draw(problems([name]))
@@ -116,7 +117,11 @@ def test_lmo_against_integer_programming(name: str, data: st.DataObject) -> None
         flat, constraints=masks.milp_constraints(tuple(cost.shape)), integrality=np.ones(flat.size), bounds=Bounds(0, 1)
     )
     assert answer.status == 0, answer.message
-    assert float(cost[masks.lmo(cost)].sum()) == pytest.approx(answer.fun, abs=1e-9)
+    least = float(masks.least(cost).sum())
+    assert least <= answer.fun + 1e-9
+    if masks.exact:
+        assert float(cost[masks.lmo(cost)].sum()) == pytest.approx(answer.fun, abs=1e-9)
+        assert least == pytest.approx(answer.fun, abs=1e-9)
     assert masks.contains(torch.from_numpy(answer.x.round().astype(bool)).view(cost.shape))
 
 
