@@ -280,7 +280,7 @@ class PartitionMatroid(MaskSet):
         movable = torch.ones_like(flat)
         for fixed in (self.protected, self.forbidden):
             if fixed is not None:
-                movable &= ~fixed.flatten()
+                movable &= ~fixed.flatten().to(flat.device)
         for group in self.groups(torch.arange(len(flat), device=flat.device).view(mask.shape)):
             free = group[movable[group]]
             for old, new in itertools.product(free[flat[free]].tolist(), free[~flat[free]].tolist()):
