@@ -1,21 +1,25 @@
 """What is minimised: objectives over masks, seen through one narrow interface."""
 
-from maskopt.problems.base import Move, Point, Problem
+from maskopt.problems.base import Move, Point, Problem, Quadratic
+from maskopt.problems.function import Function
 from maskopt.problems.generators import FAMILIES, synthetic
 from maskopt.problems.instance import Instance, load_instance, save_instance
 from maskopt.problems.layer import LayerReconstruction
 from maskopt.problems.saliency import Saliency
-from maskopt.problems.shifted import Shifted
+from maskopt.problems.shifted import Shifted, ShiftedQuadratic
 
 __all__ = [
     "FAMILIES",
+    "Function",
     "Instance",
     "LayerReconstruction",
     "Move",
     "Point",
     "Problem",
+    "Quadratic",
     "Saliency",
     "Shifted",
+    "ShiftedQuadratic",
     "load_instance",
     "save_instance",
     "synthetic",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,17 +11,14 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from maskopt.problems.shifted import Shifted
+    from maskopt.problems.shifted import ShiftedQuadratic
 
-__all__ = ["Move", "Point", "Problem"]
+__all__ = ["Move", "Point", "Problem", "Quadratic"]
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
     """A relaxed mask and the gradient of the (unshifted) objective there.
-
-    For a quadratic objective the gradient is an *affine* function of x, so points mix and subtract without a new
-    evaluation; gradients of shifted objectives follow from it without one either.
 
     Parameters
     ----------
@@ -33,15 +31,17 @@ class Point:
     x: Tensor
     gradient: Tensor
 
-    def advance_(self, move: Move, share: Tensor) -> None:
-        """Add `share` (shape (rows, 1)) times `move` in place."""
-        self.x.addcmul_(move.x, share)
-        self.gradient.addcmul_(move.gradient, share)
+    def take(self, index: Tensor) -> Point:
+        """Return a copy for some rows."""
+        return Point(self.x[index], self.gradient[index])
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A direction, shape (rows, d), and the change of the gradient along it: the Hessian times it."""
+    """A direction, shape (rows, d), and the change of the gradient along it: the Hessian times it.
+
+    Where the objective is not quadratic there is no such change, and `gradient` is empty.
+    """
 
     x: Tensor
     gradient: Tensor
@@ -56,13 +56,26 @@ class Move:
         self.x.mul_(factor)
         self.gradient.mul_(factor)
 
+    def take(self, index: Tensor) -> Move:
+        """Return a copy for some rows."""
+        return Move(self.x[index], self.gradient[index] if len(self.gradient) else self.gradient)
+
 
 class Problem(ABC):
-    """A function of relaxed keep masks x in [0, 1]^(rows x d) that is a sum of independent functions of the rows.
+    """A function of relaxed keep masks x in [0, 1]^(rows x d), a sum of one term per row.
 
-    Two verbs are expensive, one matrix product each for a layer: `at`, called once to start, and `along`, called once
-    for every new direction. Everything else is arithmetic on points and moves.
+    What is expensive has a verb of its own: `at`, called to start; `along`, called once for every new direction; and
+    `advance`. For a quadratic (`Quadratic`) the last costs nothing; for other functions `along` does.
     """
+
+    coupled: bool = False
+    """Whether rows share one value: then steps are common to all rows, and each row reports an equal share."""
+
+    unit: float = 1.0
+    """Objectives are `unit` times what `value` and `gradient` say."""
+
+    lowest: float = -math.inf
+    """No row of a mask has a smaller objective."""
 
     @property
     @abstractmethod
@@ -88,12 +101,111 @@ class Problem(ABC):
         """Return the move in direction `x`, shape (rows, d); `x` is not copied, the gradient is new."""
 
     @abstractmethod
+    def advance(self, point: Point, move: Move, share: Tensor) -> None:
+        """Add `share` (shape (rows, 1)) times `move` to the point in place."""
+
+    @abstractmethod
     def value(self, point: Point) -> Tensor:
-        """Return the objective of each row, float64, shape (rows,)."""
+        """Return the objective of each row in `unit`, float64, shape (rows,)."""
+
+    @abstractmethod
+    def slope(self, point: Point, move: Move, share: Tensor) -> Tensor:
+        """Return each row's derivative along `move` after going `share` of it, both shape (rows,)."""
+
+    def change(self, point: Point, move: Move, share: Tensor) -> Tensor:
+        """Return each row's objective after going `share` of `move` minus that at `point`, both shape (rows,)."""
+        there = torch.addcmul(point.x, move.x, share.unsqueeze(1))
+        return (self.value(self.at(there)) - self.value(point)).to(share.dtype)
+
+    def sampled(self, x: Tensor, share: float, random: torch.Generator) -> Tensor:
+        """Return an unbiased estimate of the gradient at `x` that costs about `share` of the whole."""
+        return self.gradient(self.at(x))
 
     def gradient(self, point: Point) -> Tensor:
         """Return the derivative by x, shape (rows, d); read only, it may be the point's own."""
         return point.gradient
+
+    @abstractmethod
+    def rows(self, index: slice | Tensor) -> Problem:
+        """Return the same objective for some rows: a slice (data is shared) or a vector of row numbers."""
+
+    @abstractmethod
+    def objective(self, mask: Tensor) -> Tensor:
+        """Return each row's objective of a boolean mask, evaluated from scratch in float64, shape (rows,)."""
+
+    @abstractmethod
+    def scale(self) -> Tensor:
+        """Return each row's objective of pruning everything: relative errors divide by it. Float64, shape (rows,)."""
+
+    @abstractmethod
+    def double(self) -> Problem:
+        """Return the same objective in float64, for figures that have to be proven."""
+
+    @abstractmethod
+    def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor | None:
+        """Return how far each row may lie below its tangent at `point` anywhere in the unit cube; None: unknown.
+
+        Nought for a convex function, up to the rounding of `value` and `gradient`, which is included. Proven, in
+        float64; meant for problems made by `double`. In `unit`, shape (rows,).
+
+        Parameters
+        ----------
+        point : Point
+            Where the tangent touches.
+        shift : Tensor, optional
+            Answer for the objective plus sum_i shift_i (x_i - x_i^2) instead, shape (rows, d).
+        """
+
+    def unshifted(self) -> Problem:
+        """Return the objective without shifts: the same on every mask."""
+        return self
+
+    def shifted(self, diagonal: Tensor, amount: float = 1.0) -> Problem:
+        """Return this objective plus amount * sum_i diagonal_i (x_i - x_i^2), which no mask can see.
+
+        x - x^2 >= 0, so a positive diagonal raises the relaxation: it tightens bounds as long as the sum stays
+        convex, and makes the relaxation concave and its local minima masks beyond that (continuation).
+
+        Parameters
+        ----------
+        diagonal : Tensor
+            Shape (rows, d).
+        amount : float
+            Multiplies the diagonal; kept apart so that a schedule costs no new tensor.
+        """
+        from maskopt.problems.shifted import Shifted
+
+        return Shifted(self, diagonal, amount)
+
+
+def shift_deficit(point: Point, shift: Tensor | None) -> Tensor:
+    """Return how far sum_i shift_i (x_i - x_i^2) may fall below its tangent at `point` in the unit cube, per row."""
+    if shift is None:
+        return point.x.new_zeros(len(point.x), dtype=torch.float64)
+    farthest = torch.maximum(point.x, 1.0 - point.x).double().square()
+    return farthest.mul_(shift.double().clamp_min(0.0)).sum(1)
+
+
+class Quadratic(Problem):
+    """An objective with a constant Hessian.
+
+    Gradients are affine in x, so points move without a new evaluation, exact line searches and conjugate directions
+    cost nothing, and all of that holds for shifted objectives too.
+    """
+
+    def advance(self, point: Point, move: Move, share: Tensor) -> None:
+        point.x.addcmul_(move.x, share)
+        point.gradient.addcmul_(move.gradient, share)
+
+    def slope(self, point: Point, move: Move, share: Tensor) -> Tensor:
+        start: Tensor = torch.linalg.vecdot(self.gradient(point), move.x)
+        curvature: Tensor = torch.linalg.vecdot(self.hessian(move), move.x)
+        return start + share * curvature
+
+    def change(self, point: Point, move: Move, share: Tensor) -> Tensor:
+        start: Tensor = torch.linalg.vecdot(self.gradient(point), move.x)
+        curvature: Tensor = torch.linalg.vecdot(self.hessian(move), move.x)
+        return share * (start + 0.5 * share * curvature)
 
     def hessian(self, move: Move) -> Tensor:
         """Return the second derivative times `move`, shape (rows, d); read only, it may be the move's own."""
@@ -104,23 +216,13 @@ class Problem(ABC):
         """Return the coefficients of x_i^2, shape (rows, d)."""
 
     @abstractmethod
-    def rows(self, index: slice) -> Problem:
-        """Return the same objective for a slice of the rows; data is shared."""
+    def smoothness(self) -> Tensor:
+        """Return a proven upper bound of the largest eigenvalue of each row's Hessian (its size), shape (rows,)."""
 
     @abstractmethod
-    def objective(self, mask: Tensor) -> Tensor:
-        """Return each row's objective of a boolean mask, evaluated from scratch in float64, shape (rows,)."""
+    def rows(self, index: slice | Tensor) -> Quadratic: ...
 
-    @abstractmethod
-    def scale(self) -> Tensor:
-        """Return each row's objective of pruning everything: relative errors divide by it. Float64, shape (rows,)."""
+    def shifted(self, diagonal: Tensor, amount: float = 1.0) -> ShiftedQuadratic:
+        from maskopt.problems.shifted import ShiftedQuadratic
 
-    def shifted(self, diagonal: Tensor, amount: float = 1.0) -> Shifted:
-        """Return this objective plus amount * sum_i diagonal_i (x_i - x_i^2), which no mask can see.
-
-        A positive diagonal makes the relaxation concave (continuation), a negative one with Q - D still
-        positive semidefinite tightens it (bounds).
-        """
-        from maskopt.problems.shifted import Shifted
-
-        return Shifted(self, diagonal, amount)
+        return ShiftedQuadratic(self, diagonal, amount)

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.problems.base import Move, Point, Problem
+from maskopt.problems.base import Move, Point, Quadratic, shift_deficit
 
 __all__ = ["LayerReconstruction"]
 
 _BLOCK = 1024  # columns converted to float64 at a time, so that no float64 copy of a large Gram exists
 
 
-class LayerReconstruction(Problem):
+class LayerReconstruction(Quadratic):
     """Layer output error ||W X - (M * W) X||_F^2 as a function of the keep mask M, one term per row.
 
     With p = 1 - m the pruned indicator, a row's error is (w*p)^T G (w*p) where G = X X^T. A new point costs one
@@ -35,6 +35,8 @@ class LayerReconstruction(Problem):
     MaskoptError
         If shapes disagree, an entry is NaN or infinite, or `gram` is asymmetric or indefinite beyond rounding.
     """
+
+    lowest = 0.0
 
     def __init__(self, weight: Tensor, gram: Tensor, tokens: int | None = None, *, check: bool = True) -> None:
         if weight.ndim != 2 or gram.ndim != 2 or 0 in weight.shape:
@@ -66,15 +68,11 @@ class LayerReconstruction(Problem):
             raise MaskoptError(
                 "Weight and Gram are so large that the error of the layer exceeds float64; scale them down."
             )
+        self.unit = self._weight_unit**2 * self._gram_unit
         self._w = _divided(self.weight, self._weight_unit)
         self._g = _divided(self.gram, self._gram_unit)
         self._scale: Tensor | None = None  # filled on demand
         self._floor: list[float] = []  # filled on demand, shared by all row blocks
-
-    @property
-    def unit(self) -> float:
-        """Objectives are `unit` times what `value` and `gradient` say: a power of two, 1 for ordinary data."""
-        return self._weight_unit**2 * self._gram_unit
 
     @property
     def scaled_weight(self) -> Tensor:
@@ -108,6 +106,14 @@ class LayerReconstruction(Problem):
         """Return (W * (1 - x)) G in scaled units, shape (rows, d): the one expensive operation."""
         return torch.addcmul(self._w, self._w, x, value=-1.0) @ self._g
 
+    def sampled(self, x: Tensor, share: float, random: torch.Generator) -> Tensor:
+        # Of the sum over inputs, a sample without replacement, scaled up.
+        columns = self.shape[1]
+        size = max(1, round(share * columns))
+        chosen = torch.randperm(columns, generator=random)[:size].to(self.device)
+        pruned = torch.addcmul(self._w, self._w, x, value=-1.0)[:, chosen]
+        return (pruned @ self._g[chosen]).mul_(self._w).mul_(-2.0 * columns / size)
+
     def value(self, point: Point) -> Tensor:
         # f = p^T Q p and gradient = -2 Q p with p = 1 - x.
         return (point.gradient * (point.x - 1)).sum(1, dtype=torch.float64).mul_(0.5)
@@ -115,10 +121,10 @@ class LayerReconstruction(Problem):
     def diagonal(self) -> Tensor:
         return self._w.square() * self._g.diagonal()
 
-    def rows(self, index: slice) -> "LayerReconstruction":
+    def rows(self, index: slice | Tensor) -> "LayerReconstruction":
         part = object.__new__(LayerReconstruction)
         part.weight, part.gram, part.tokens = self.weight[index], self.gram, self.tokens
-        part._weight_unit, part._gram_unit = self._weight_unit, self._gram_unit
+        part._weight_unit, part._gram_unit, part.unit = self._weight_unit, self._gram_unit, self.unit
         part._w, part._g, part._floor = self._w[index], self._g, self._floor
         part._scale = None if self._scale is None else self._scale[index]
         return part
@@ -140,19 +146,36 @@ class LayerReconstruction(Problem):
         if not self._floor:
             gram = self._g.double()
             gram = (gram + gram.T) / 2
-            size = float(torch.linalg.matrix_norm(gram))
-            # The factorisation of G + shift succeeding proves lambda_min >= -shift up to its backward error
-            # (Higham, Accuracy and Stability of Numerical Algorithms, Theorem 10.3: at most gamma_{d+1} tr G).
-            error = 1.01 * (len(gram) + 2) * 2.0**-53 * (float(gram.trace()) + len(gram) * 1e-4 * size)
-            for shift in (0.0, *(10.0**-digits * size for digits in range(13, 3, -1))):
-                trial = gram.clone()
-                trial.diagonal().add_(shift)
-                if int(torch.linalg.cholesky_ex(trial).info) == 0:
-                    self._floor.append(-(shift + error))
-                    break
-            else:
-                self._floor.append(min(0.0, float(torch.linalg.eigvalsh(gram)[0])) - error)
+            floor = _eigenvalue_floor(gram)
+            if floor is None:  # only unchecked data gets here
+                floor = min(0.0, float(torch.linalg.eigvalsh(gram)[0])) - 1e-12 * float(torch.linalg.matrix_norm(gram))
+            self._floor.append(floor)
         return self._floor[0]
+
+    def smoothness(self) -> Tensor:
+        # The Hessian is 2 Diag(w) G Diag(w); no eigenvalue exceeds the largest absolute row sum (Gershgorin).
+        size = self._w.abs()
+        return ((size @ self._g.abs()) * size).amax(1).mul_(2.0)
+
+    def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor:
+        weight = self._w.double()
+        farthest = torch.maximum(point.x, 1.0 - point.x).double().square()
+        deficit = weight.square().mul_(farthest).sum(1).mul_(-self.eigenvalue_floor())
+        if shift is not None:
+            rise = shift.double().clamp_min(0.0)
+            deficit += shift_deficit(point, shift)
+            # Diag(w) (G - Diag(l)) Diag(w) lies below the shifted Hessian if l is at least shift / w^2 in every row.
+            dead = weight == 0
+            lift = torch.where(dead, 0.0, rise / weight.square()).amax(0)
+            gram = self._g.double()
+            gram = (gram + gram.T) / 2
+            gram.diagonal().sub_(lift)
+            floor = _eigenvalue_floor(gram) if bool(torch.isfinite(lift).all()) else None
+            if floor is not None:
+                convex = weight.square().mul_(farthest).sum(1).mul_(-floor)
+                deficit = torch.minimum(deficit, convex + (rise * farthest * dead).sum(1))
+        # Rounding of the sums themselves: d terms, each exact to 2^-53.
+        return deficit + self.shape[1] * 2.0**-52 * self.scale() / self.unit
 
     def objective(self, mask: Tensor) -> Tensor:
         return self._quadratic_form(self._w.double().masked_fill(mask, 0.0))
@@ -170,6 +193,27 @@ class LayerReconstruction(Problem):
             total += torch.linalg.vecdot(rows @ self._g[:, block].double(), rows[:, block])
         # Rounding may leave a zero slightly negative; an error is a sum of squares.
         return total.clamp_min_(0.0) * self.unit
+
+
+def _eigenvalue_floor(matrix: Tensor) -> float | None:
+    """Return a number <= 0 that no eigenvalue of a symmetric float64 matrix lies below; None: it is too indefinite."""
+    size = float(torch.linalg.matrix_norm(matrix))
+    # The factorisation of A + shift succeeding proves lambda_min >= -shift up to its backward error
+    # (Higham, Accuracy and Stability of Numerical Algorithms, Theorem 10.3: at most gamma_{d+1} tr A).
+    trace = float(matrix.diagonal().abs().sum())
+    error = 1.01 * (len(matrix) + 2) * 2.0**-53 * (trace + len(matrix) * 1e-4 * size)
+
+    def definite(shift: float) -> bool:
+        trial = matrix.clone()
+        trial.diagonal().add_(shift)
+        return int(torch.linalg.cholesky_ex(trial).info) == 0
+
+    if definite(0.0):
+        return -error
+    if not definite(1e-4 * size):
+        return None
+    shifts = (10.0**-digits * size for digits in range(13, 4, -1))
+    return -next((shift for shift in shifts if definite(shift)), 1e-4 * size) - error
 
 
 def _power_of_two(largest: Tensor) -> float:

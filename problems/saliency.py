@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from maskopt.problems.base import Move, Point, Problem
+from maskopt.problems.base import Move, Point, Quadratic, shift_deficit
 
 __all__ = ["Saliency"]
 
 
-class Saliency(Problem):
+class Saliency(Quadratic):
     """Minimise the total score of the pruned entries.
 
     Parameters
@@ -66,7 +66,17 @@ class Saliency(Problem):
     def diagonal(self) -> Tensor:
         return torch.zeros_like(self.scores)
 
-    def rows(self, index: slice) -> "Saliency":
+    def smoothness(self) -> Tensor:
+        return self.scores.new_zeros(len(self.scores))
+
+    def double(self) -> "Saliency":
+        return Saliency(self.scores.double())
+
+    def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor:
+        rounding = self.scores.double().abs().sum(1).mul_(self.shape[1] * 2.0**-52)
+        return rounding + shift_deficit(point, shift)
+
+    def rows(self, index: slice | Tensor) -> "Saliency":
         return Saliency(self.scores[index])
 
     def objective(self, mask: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from maskopt.problems.base import Move, Point, Problem
+from maskopt.problems.base import Move, Point, Problem, Quadratic
 
-__all__ = ["Shifted"]
+__all__ = ["Shifted", "ShiftedQuadratic"]
 
 
 class Shifted(Problem):
@@ -28,6 +28,9 @@ class Shifted(Problem):
         self.base = base
         self.shift = diagonal
         self.amount = amount
+        self.coupled = base.coupled
+        self.unit = base.unit
+        self.lowest = base.lowest
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,13 +50,53 @@ class Shifted(Problem):
     def along(self, x: Tensor) -> Move:
         return self.base.along(x)
 
+    def advance(self, point: Point, move: Move, share: Tensor) -> None:
+        self.base.advance(point, move, share)
+
     def value(self, point: Point) -> Tensor:
         x = point.x
         return self.base.value(point) + self.amount * (self.shift * (x - x * x)).sum(1, dtype=torch.float64)
 
+    def slope(self, point: Point, move: Move, share: Tensor) -> Tensor:
+        there = torch.addcmul(point.x, move.x, share.unsqueeze(1))
+        added = (self.shift * move.x * (1.0 - 2.0 * there)).sum(1).mul_(self.amount)
+        return self.base.slope(point, move, share) + added
+
+    def sampled(self, x: Tensor, share: float, random: torch.Generator) -> Tensor:
+        return self.base.sampled(x, share, random) + self.amount * self.shift * (1.0 - 2.0 * x)
+
     def gradient(self, point: Point) -> Tensor:
         gradient = self.base.gradient(point).add(self.shift, alpha=self.amount)
         return gradient.addcmul_(self.shift, point.x, value=-2.0 * self.amount)
+
+    def rows(self, index: slice | Tensor) -> Problem:
+        return self.base.rows(index).shifted(self.shift[index], self.amount)
+
+    def objective(self, mask: Tensor) -> Tensor:
+        return self.base.objective(mask)
+
+    def scale(self) -> Tensor:
+        return self.base.scale()
+
+    def double(self) -> Problem:
+        return self.base.double().shifted(self.shift.double(), self.amount)
+
+    def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor | None:
+        own = self.shift * self.amount
+        return self.base.deficit(point, own if shift is None else own + shift)
+
+    def unshifted(self) -> Problem:
+        return self.base.unshifted()
+
+
+class ShiftedQuadratic(Shifted, Quadratic):
+    """A shifted objective whose base is quadratic; it is quadratic itself."""
+
+    base: Quadratic
+
+    # Of the two parents, Shifted would add up terms where the Hessian says it all.
+    slope = Quadratic.slope
+    change = Quadratic.change
 
     def hessian(self, move: Move) -> Tensor:
         return torch.addcmul(self.base.hessian(move), self.shift, move.x, value=-2.0 * self.amount)
@@ -61,11 +104,8 @@ class Shifted(Problem):
     def diagonal(self) -> Tensor:
         return self.base.diagonal() - self.amount * self.shift
 
-    def rows(self, index: slice) -> "Shifted":
-        return Shifted(self.base.rows(index), self.shift[index], self.amount)
+    def smoothness(self) -> Tensor:
+        return self.base.smoothness() + 2.0 * abs(self.amount) * self.shift.abs().amax(1)
 
-    def objective(self, mask: Tensor) -> Tensor:
-        return self.base.objective(mask)
-
-    def scale(self) -> Tensor:
-        return self.base.scale()
+    def rows(self, index: slice | Tensor) -> Quadratic:
+        return self.base.rows(index).shifted(self.shift[index], self.amount)

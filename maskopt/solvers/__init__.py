@@ -1,26 +1,76 @@
 """How: algorithms that choose masks, one per file, with one shared loop and one Result."""
 
-from maskopt.solvers.base import GapKind, Result, Solver, State, Status, Stop, solve
+from maskopt.solvers.active import Away, BlendedPairwise, FullyCorrective, Lazy, Pairwise
+from maskopt.solvers.base import GapKind, Outcome, Result, Solver, State, Status, Stop, Watch, check_compatible, solve
 from maskopt.solvers.continuation import ContinuationFrankWolfe
+from maskopt.solvers.directions import BlockCoordinate, Boosted, Conjugate, Momentum, Stochastic, Vanilla
+from maskopt.solvers.frank_wolfe import DIRECTIONS, STEPS, FrankWolfe
+from maskopt.solvers.history import COLUMNS
+from maskopt.solvers.inface import BlendedInFace, InFace
+from maskopt.solvers.loop import Walk, frank_wolfe
 from maskopt.solvers.one_swap import OneSwap
 from maskopt.solvers.registry import SOLVERS, make_solver
+from maskopt.solvers.rules import Direction, Pool, Step, View, Way
 from maskopt.solvers.scores import RIA, Magnitude, Wanda
 from maskopt.solvers.sparsefw import SparseFW
+from maskopt.solvers.steps import (
+    AdaptiveStep,
+    ExactStep,
+    LogStep,
+    MonotoneStep,
+    OpenLoopStep,
+    SecantStep,
+    ShortStep,
+)
 
 __all__ = [
+    "COLUMNS",
+    "DIRECTIONS",
     "RIA",
     "SOLVERS",
+    "STEPS",
+    "AdaptiveStep",
+    "Away",
+    "BlendedInFace",
+    "BlendedPairwise",
+    "BlockCoordinate",
+    "Boosted",
+    "Conjugate",
     "ContinuationFrankWolfe",
+    "Direction",
+    "ExactStep",
+    "FrankWolfe",
+    "FullyCorrective",
     "GapKind",
+    "InFace",
+    "Lazy",
+    "LogStep",
     "Magnitude",
+    "Momentum",
+    "MonotoneStep",
     "OneSwap",
+    "OpenLoopStep",
+    "Outcome",
+    "Pairwise",
+    "Pool",
     "Result",
+    "SecantStep",
+    "ShortStep",
     "Solver",
     "SparseFW",
     "State",
     "Status",
+    "Step",
+    "Stochastic",
     "Stop",
+    "Vanilla",
+    "View",
+    "Walk",
     "Wanda",
+    "Watch",
+    "Way",
+    "check_compatible",
+    "frank_wolfe",
     "make_solver",
     "solve",
 ]

@@ -9,23 +9,40 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles import PartitionMatroid
+from maskopt.oracles import CanProject, CanRestrict, CanSwap, HasFaces, HasGroups, MaskSet
 from maskopt.problems import Point, Problem
 from maskopt.threads import sized_threads
 
-__all__ = ["Callback", "GapKind", "Outcome", "Result", "Solver", "State", "Status", "Stop", "Watch", "solve"]
+if TYPE_CHECKING:
+    from maskopt.solvers.history import Record, Recorder
+
+__all__ = [
+    "Callback",
+    "GapKind",
+    "Outcome",
+    "Result",
+    "Solver",
+    "State",
+    "Status",
+    "Stop",
+    "Watch",
+    "band_of",
+    "check_compatible",
+    "solve",
+]
 
 
 class Status(Enum):
     """Why a solver stopped, each member with the sentence users read; later members are weaker claims."""
 
     OPTIMAL = "The mask is proven optimal."
+    CONVERGED = "The relaxation was solved to the requested gap."
     LOCAL_OPTIMUM = "No single swap of a kept against a pruned entry lowers the error."
     COMPLETED = "All planned iterations were run; nothing is claimed about optimality."
     GREEDY = "The mask is optimal for its scores; nothing is claimed about the error."
@@ -38,6 +55,7 @@ class GapKind(Enum):
     """What the reported gap certifies."""
 
     PROVEN = "No feasible mask has an objective below the lower bound."
+    STATIONARY = "The relaxation is not known to be convex; its gap measures stationarity and bounds nothing."
     NONE = "No lower bound is known."
 
 
@@ -63,9 +81,6 @@ class State:
         Since the start.
     problem, masks
         What is being solved (the current block of rows).
-    point : Point or None
-        The relaxed mask; `problem.value(point)` is its objective. It changes after the callback returns. None for
-        methods without one.
     """
 
     solver: str
@@ -74,8 +89,16 @@ class State:
     fraction: float
     seconds: float
     problem: Problem
-    masks: PartitionMatroid
-    point: Point | None
+    masks: MaskSet
+    _point: Callable[[], Point] | None
+
+    @property
+    def point(self) -> Point | None:
+        """The relaxed mask; `problem.value(point)` is its objective. None for methods without one.
+
+        It changes after the callback returns.
+        """
+        return None if self._point is None else self._point()
 
 
 Callback = Callable[[State], Stop | None]
@@ -89,21 +112,34 @@ class Watch:
         self.ended: Status | None = None
         self._solver, self._callback, self._limit = solver, callback, time_limit
         self._began = time.perf_counter()
+        self._paused = 0.0
         self._window = (0.0, 1.0)
         self._fraction = 0.0
+        self.recorder: Recorder | None = None
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self._began
+        """Since the start, without the time that recording took."""
+        return time.perf_counter() - self._began - self._paused
 
-    def block(self, start: float, end: float) -> None:
-        """Say which share of the whole solve the coming work is."""
+    def block(self, start: float, end: float, recorder: Recorder | None) -> None:
+        """Say which share of the whole solve the coming work is, and who records it."""
         self._window = (start, end)
+        self.recorder = recorder
+        self._block_began = self.seconds
 
     def stops(
-        self, problem: Problem, masks: PartitionMatroid, iteration: int, iterations: int, point: Point | None = None
+        self,
+        problem: Problem,
+        masks: MaskSet,
+        iteration: int,
+        iterations: int,
+        point: Callable[[], Point] | None = None,
+        mask: Tensor | None = None,
     ) -> bool:
-        """Report an iteration; True if the solver has to return what it has."""
+        """Report an iteration, with the relaxed point or the mask it has; True if the solver has to return."""
+        if self.recorder is not None and self.recorder.due():
+            self._record(self.recorder, problem, point, mask)
         if self.ended is None and self._limit is not None and self.seconds > self._limit:
             self.ended = Status.TIME_LIMIT
         if self.ended is None and self._callback is not None:
@@ -116,6 +152,36 @@ class Watch:
                 self.ended = Status.STOPPED
         return self.ended is not None
 
+    def _record(
+        self,
+        recorder: Recorder,
+        problem: Problem,
+        point: Callable[[], Point] | None,
+        mask: Tensor | None,
+    ) -> None:
+        since, now = self.seconds - self._block_began, time.perf_counter()
+        if point is not None:
+            recorder.relaxed(problem, point().x, since)
+        elif mask is not None:
+            recorder.whole(mask, since, "swap")
+        self._paused += time.perf_counter() - now
+
+    def last(self, problem: Problem, point: Point) -> None:
+        """Record where a method ended, whether or not it is that iteration's turn."""
+        if self.recorder is not None:
+            self._record(self.recorder, problem, lambda: point, None)
+
+    def finish(self, outcome: Outcome) -> Outcome:
+        """Return the outcome with the best mask and bound that were seen in its block."""
+        recorder = self.recorder
+        if recorder is None:
+            return outcome
+        recorder.whole(outcome.mask, self.seconds - self._block_began, outcome.source)
+        bound = outcome.lower_bound
+        if recorder.bound is not None:
+            bound = recorder.bound if bound is None else torch.maximum(bound, recorder.bound)
+        return replace(outcome, mask=recorder.mask, lower_bound=bound)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -125,6 +191,7 @@ class Outcome:
     status: Status
     iterations: int
     lower_bound: Tensor | None = None
+    source: str = "solver"
 
 
 class Solver(ABC):
@@ -134,6 +201,14 @@ class Solver(ABC):
     ----------------
     requires : tuple of str
         Verbs a problem must have beyond `Problem`'s.
+    asks : tuple of str
+        Verbs a set must have beyond `MaskSet`'s.
+    relaxes : bool
+        Whether it sees the relaxation: others get the problem without shifts, which is the same on masks.
+    bandwise : bool
+        Whether bands of rows that the set couples may be solved apart.
+    record : int or "doubling"
+        What is recorded where the caller does not say.
     row_wise : bool
         Whether the answer for a row depends on that row alone when the set allows it.
     arrays : float
@@ -143,15 +218,28 @@ class Solver(ABC):
     """
 
     requires: ClassVar[tuple[str, ...]] = ()
+    asks: ClassVar[tuple[str, ...]] = ()
+    relaxes: ClassVar[bool] = False
+    bandwise: ClassVar[bool] = False
+    record: ClassVar[Record] = 0
     row_wise: ClassVar[bool] = True
     arrays: ClassVar[float] = 4.0
     start: Solver | None = None
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return type(self).__name__
+
+    def needs(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the verbs it needs of the problem and of the set: `requires` and `asks`, or what settings imply."""
+        return self.requires, self.asks
+
     @abstractmethod
-    def run(self, problem: Problem, masks: PartitionMatroid, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
         """Solve one block of rows from the feasible mask `start`."""
 
-    def solves_rows_apart(self, masks: PartitionMatroid) -> bool:
+    def solves_rows_apart(self, masks: MaskSet) -> bool:
         """Whether any rows with the same Gram may be solved together or apart with the same result."""
         return self.row_wise and masks.separable and (self.start is None or self.start.row_wise)
 
@@ -171,13 +259,18 @@ class Result:
     status : Status
     gap_kind : GapKind
     lower_bound : Tensor or None
-        Proven bound, float64: per row where rows are independent, else one entry for the whole matrix.
+        Proven bound, float64: one entry for each band of rows that are independent of the others (each row, or the
+        whole matrix).
     iterations : int
     seconds : float
     counters : dict of str to int
         Matrix products, oracle calls, swaps.
     solver : str
         Name and settings.
+    history : dict of str to list of float
+        Columns `maskopt.solvers.COLUMNS`, where the solve was recorded.
+    sources : dict of str to int
+        In how many bands the mask came from rounding, a vertex, ..., where the solve was recorded.
     """
 
     mask: Tensor
@@ -190,6 +283,8 @@ class Result:
     seconds: float
     counters: dict[str, int] = field(default_factory=dict)
     solver: str = ""
+    history: dict[str, list[float]] = field(default_factory=dict)
+    sources: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -238,19 +333,21 @@ class Result:
             "lower_bound": None if self.lower_bound is None else float(self.lower_bound.sum()),
             "gap": self.gap,
             "counters": dict(self.counters),
+            "sources": dict(self.sources),
             "solver": self.solver,
         }
 
 
 def solve(
     problem: Problem,
-    masks: PartitionMatroid,
+    masks: MaskSet,
     solver: Solver | None = None,
     *,
     start: Tensor | Solver | None = None,
     callback: Callback | None = None,
     time_limit: float | None = None,
     memory: int = 2**30,
+    record: Record | None = None,
 ) -> Result:
     """Choose a mask.
 
@@ -270,6 +367,9 @@ def solve(
         Seconds after which the best mask so far is returned, with status TIME_LIMIT.
     memory : int
         Bytes of working memory; where rows are independent they are solved in blocks that fit.
+    record : int or "doubling", optional
+        Iterations at which values, bounds and rounded errors are evaluated in float64 for `Result.history`: every so
+        many, or 0, 1, 2, 4, 8 ...; by default the solver's own choice. The result is the best mask seen.
 
     Returns
     -------
@@ -284,62 +384,100 @@ def solve(
         from maskopt.solvers.continuation import ContinuationFrankWolfe
 
         solver = ContinuationFrankWolfe()
-    missing = [verb for verb in solver.requires if not hasattr(problem, verb)]
-    if missing:
-        raise MaskoptError(
-            f"{type(problem).__name__} is not compatible with {type(solver).__name__}: it must implement "
-            f"{', '.join(solver.requires)}; missing: {', '.join(missing)}."
-        )
-    masks.kept_per_group(problem.shape)  # raises here, before any work, where the set does not fit
+    check_compatible(problem, masks, solver)
+    masks.check(problem.shape)  # raises here, before any work, where the set does not fit
     watch = Watch(type(solver).__name__, callback, time_limit)
     rows, columns = problem.shape
     with sized_threads(rows * columns * columns):
-        return _solve(problem, masks, solver, start, watch, memory)
+        return _solve(problem, masks, solver, start, watch, memory, solver.record if record is None else record)
+
+
+def band_of(problem: Problem, masks: MaskSet) -> int:
+    """Return how many consecutive rows are coupled by the set or the objective."""
+    return problem.shape[0] if problem.coupled else masks.band(problem.shape)
+
+
+_PROVIDERS = {
+    verb: kind
+    for kind, verbs in {
+        HasFaces: ("inface", "max_step"),
+        CanProject: ("project",),
+        CanRestrict: ("restrict",),
+        CanSwap: ("swap_tile", "neighbours"),
+        HasGroups: ("groups", "ungroup"),
+    }.items()
+    for verb in verbs
+}
+
+
+def check_compatible(problem: Problem, masks: MaskSet, solver: Solver) -> None:
+    """Raise MaskoptError, with the missing verbs, if problem, set and solver do not go together."""
+    seen = problem if solver.relaxes else problem.unshifted()
+    requires, asks = solver.needs()
+    missing = [verb for verb in requires if not hasattr(seen, verb)]
+    if missing:
+        raise MaskoptError(
+            f"{type(seen).__name__} is not compatible with {solver.name}: it must implement "
+            f"{', '.join(requires)}; missing: {', '.join(missing)}."
+        )
+    missing = [verb for verb in asks if not hasattr(masks, verb)]
+    if missing:
+        kinds = sorted({_PROVIDERS[verb].__name__ for verb in missing if verb in _PROVIDERS})
+        raise MaskoptError(
+            f"{masks} is not compatible with {solver.name}: it must implement {', '.join(asks)}; "
+            f"missing: {', '.join(missing)} (see maskopt.oracles.{', '.join(kinds)})."
+        )
 
 
 def _solve(
     problem: Problem,
-    masks: PartitionMatroid,
+    masks: MaskSet,
     solver: Solver,
     start: Tensor | Solver | None,
     watch: Watch,
     memory: int,
+    record: Record,
 ) -> Result:
+    from maskopt.solvers.history import Recorder, merged
+    from maskopt.solvers.rules import Pool
+
     first = _start_mask(problem, masks, solver.start if start is None else start)
-    apart = solver.solves_rows_apart(masks)
-    outcomes = []
-    for index in _blocks(problem, solver.arrays, memory) if apart else [slice(0, problem.shape[0])]:
-        watch.block(index.start / problem.shape[0], index.stop / problem.shape[0])
+    seen = problem if solver.relaxes else problem.unshifted()
+    band = band_of(problem, masks)
+    apart = solver.solves_rows_apart(masks) or (solver.row_wise and solver.bandwise)
+    outcomes, recorders = [], []
+    for index in _blocks(seen, solver.arrays, memory, band) if apart else [slice(0, problem.shape[0])]:
         whole = index == slice(0, problem.shape[0])
-        outcomes.append(
-            solver.run(
-                problem if whole else problem.rows(index),
-                masks if whole else masks.rows(index, problem.shape),
-                None if first is None else first[index],
-                watch,
-            )
-        )
+        part = seen if whole else seen.rows(index)
+        part_masks = masks if whole else masks.rows(index, problem.shape)
+        recorder = Recorder(part, part_masks, Pool(problem.shape[0] if whole and problem.coupled else band), record)
+        watch.block(index.start / problem.shape[0], index.stop / problem.shape[0], recorder if record != 0 else None)
+        recorders.append(recorder)
+        outcomes.append(watch.finish(solver.run(part, part_masks, None if first is None else first[index], watch)))
     mask = torch.cat([outcome.mask for outcome in outcomes])
     if not masks.contains(mask):
         raise RuntimeError(f"{type(solver).__name__} returned a mask outside {masks}; this is a bug in the solver.")
     bounds = [outcome.lower_bound for outcome in outcomes]
     proven = all(bound is not None for bound in bounds)
+    nothing = GapKind.NONE if record == 0 or all(recorder.convex for recorder in recorders) else GapKind.STATIONARY
     weakest = max((outcome.status for outcome in outcomes), key=list(Status).index)
     return Result(
         mask=mask,
         objective=problem.objective(mask),
         scale=problem.scale(),
         status=watch.ended or weakest,
-        gap_kind=GapKind.PROVEN if proven else GapKind.NONE,
+        gap_kind=GapKind.PROVEN if proven else nothing,
         lower_bound=torch.cat([bound for bound in bounds if bound is not None]) if proven else None,
         iterations=max(outcome.iterations for outcome in outcomes),
         seconds=watch.seconds,
         counters=dict(watch.counters),
         solver=repr(solver),
+        history={} if record == 0 else merged([recorder.history for recorder in recorders]),
+        sources={} if record == 0 else dict(sum((Counter(recorder.sources) for recorder in recorders), Counter())),
     )
 
 
-def _start_mask(problem: Problem, masks: PartitionMatroid, start: Tensor | Solver | None) -> Tensor | None:
+def _start_mask(problem: Problem, masks: MaskSet, start: Tensor | Solver | None) -> Tensor | None:
     if start is None:
         return None
     if isinstance(start, Solver):
@@ -352,10 +490,10 @@ def _start_mask(problem: Problem, masks: PartitionMatroid, start: Tensor | Solve
     return start.to(problem.device)
 
 
-def _blocks(problem: Problem, arrays: float, memory: int) -> Iterator[slice]:
-    rows, columns = problem.shape
+def _blocks(problem: Problem, arrays: float, memory: int, band: int) -> Iterator[slice]:
+    rows, columns = problem.shape[0] // band, problem.shape[1] * band
     per_row = arrays * columns * torch.finfo(problem.dtype).bits / 8
     # Equal blocks: a last block of a few rows would waste the matrix products' efficiency.
     number = -(-rows // max(1, int(memory / per_row)))
-    edges = [rows * i // number for i in range(number + 1)]
+    edges = [rows * i // number * band for i in range(number + 1)]
     return (slice(a, b) for a, b in itertools.pairwise(edges))

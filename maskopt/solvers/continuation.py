@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles import PartitionMatroid
+from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction, Problem
 from maskopt.solvers.base import Outcome, Solver, Status, Watch
+from maskopt.solvers.directions import Conjugate
 from maskopt.solvers.loop import frank_wolfe
-from maskopt.solvers.one_swap import descend
-from maskopt.solvers.rules import Conjugate, ExactStep
+from maskopt.solvers.one_swap import better_of, descend
 from maskopt.solvers.scores import Wanda
+from maskopt.solvers.steps import ExactStep
 
 __all__ = ["ContinuationFrankWolfe"]
 
@@ -63,7 +64,7 @@ class ContinuationFrankWolfe(Solver):
                 f"{self.iterations}, {self.relinks}, {self.second}, {self.relink}."
             )
 
-    def run(self, problem: Problem, masks: PartitionMatroid, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
         assert isinstance(problem, LayerReconstruction)
         assert start is not None
         return _Run(self, problem, masks, start, watch).outcome()
@@ -76,7 +77,7 @@ class _Run:
         self,
         settings: ContinuationFrankWolfe,
         problem: LayerReconstruction,
-        masks: PartitionMatroid,
+        masks: MaskSet,
         start: Tensor,
         watch: Watch,
     ) -> None:
@@ -89,14 +90,15 @@ class _Run:
         self.done = 0
 
     def outcome(self) -> Outcome:
-        mask = self.separable() if self.masks.separable else self.coupled()
+        coupled = isinstance(self.masks, PartitionMatroid) and not self.masks.separable
+        mask = self.coupled() if coupled else self.separable()
         # Stopped early, or on tiny layers, the start may be the better one.
-        mask, _ = self.ordered(self.masks, mask, self.start)
+        mask, _ = better_of(self.problem, self.masks, mask, self.start)
         status = Status.COMPLETED
-        if self.settings.polish:
+        if self.settings.polish and isinstance(self.masks, PartitionMatroid):
             mask, _, optimal = descend(self.problem, self.masks, mask, self.watch)
             status = Status.LOCAL_OPTIMUM if optimal else status
-        return Outcome(mask, status, self.done)
+        return Outcome(mask, status, self.done, source="polish" if self.settings.polish else "solver")
 
     def separable(self) -> Tensor:
         """Anneal from the center and from halfway to the start, then relink."""
@@ -115,6 +117,7 @@ class _Run:
         even ones (so that the result is no worse than that of the same set per row).
         """
         problem, masks = self.problem, self.masks
+        assert isinstance(masks, PartitionMatroid)
         self.planned = 4 * self.first + self.relinking
         candidates = [self.anneal(masks, self.center(masks), self.first)]
         for rowwise in (masks.rowwise(problem.shape, self.start), masks.rowwise(problem.shape)):
@@ -126,30 +129,28 @@ class _Run:
         rowwise = masks.rowwise(problem.shape, best)
         return self.relink(rowwise, best, self.anneal(rowwise, self.center(rowwise), self.first))
 
-    def relink(self, masks: PartitionMatroid, one: Tensor, two: Tensor) -> Tensor:
+    def relink(self, masks: MaskSet, one: Tensor, two: Tensor) -> Tensor:
         """Anneal from the midpoint of each row's two masks; the child takes the worse parent's place."""
-        best, other = self.ordered(masks, one, two)
+        best, other = better_of(self.problem, masks, one, two)
         for _ in range(self.settings.relinks):
             if self.watch.ended is not None:
                 break
             midpoint = torch.lerp(best.to(self.problem.dtype), other.to(self.problem.dtype), 0.5)
             child = self.anneal(masks, midpoint, self.relinking // self.settings.relinks, since=0.3, power=1.0)
-            best, other = self.ordered(masks, best, child)
+            best, other = better_of(self.problem, masks, best, child)
         return best
 
-    def center(self, masks: PartitionMatroid) -> Tensor:
+    def center(self, masks: MaskSet) -> Tensor:
         return masks.center(self.problem.shape, self.problem.dtype, self.problem.device)
 
-    def anneal(
-        self, masks: PartitionMatroid, x: Tensor, iterations: int, since: float = 0.0, power: float = 1.5
-    ) -> Tensor:
+    def anneal(self, masks: MaskSet, x: Tensor, iterations: int, since: float = 0.0, power: float = 1.5) -> Tensor:
         """Follow t from `since` to 1 and round."""
 
         def shifted(iteration: int) -> Problem:
             t = since + (1.0 - since) * ((iteration + 1) / iterations) ** power
             return self.problem.shifted(self.diagonal, t)
 
-        point, done = frank_wolfe(
+        walk = frank_wolfe(
             shifted,
             masks,
             x,
@@ -159,13 +160,5 @@ class _Run:
             watch=self.watch,
             progress=(self.done, self.planned),
         )
-        self.done += done
-        return masks.round(point.x)
-
-    def ordered(self, masks: PartitionMatroid, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the better and the worse mask: of every row, where rows are independent."""
-        errors = self.problem.objective(one), self.problem.objective(two)
-        if not masks.separable:
-            errors = errors[0].sum(), errors[1].sum()
-        swap = (errors[1] < errors[0]).unsqueeze(-1)
-        return torch.where(swap, two, one), torch.where(swap, one, two)
+        self.done += walk.iterations
+        return masks.round(walk.point.x)

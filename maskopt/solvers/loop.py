@@ -1,21 +1,41 @@
 """The one Frank-Wolfe loop."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from maskopt.oracles import PartitionMatroid
+from maskopt.oracles import MaskSet
 from maskopt.problems import Move, Point, Problem
-from maskopt.solvers.base import Watch
-from maskopt.solvers.rules import Direction, Step
+from maskopt.solvers.base import Watch, band_of
+from maskopt.solvers.rules import Direction, Pool, Step, View
 
-__all__ = ["frank_wolfe"]
+__all__ = ["Walk", "frank_wolfe"]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Where the loop ended.
+
+    Attributes
+    ----------
+    point : Point
+        The last relaxed mask; its gradient is up to date where the direction is `exact`.
+    iterations : int
+        That were run.
+    converged : bool
+        Whether every band's gap came down to the tolerance.
+    """
+
+    point: Point
+    iterations: int
+    converged: bool
 
 
 def frank_wolfe(
     objective_at: Callable[[int], Problem],
-    masks: PartitionMatroid,
+    masks: MaskSet,
     x: Tensor,
     *,
     direction: Direction,
@@ -23,58 +43,105 @@ def frank_wolfe(
     iterations: int,
     watch: Watch,
     progress: tuple[int, int] | None = None,
-) -> tuple[Point, int]:
-    """Minimise over the convex hull of `masks`, one oracle call and one `Problem.along` per iteration.
+    tolerance: Tensor | None = None,
+    refresh: int = 0,
+) -> Walk:
+    """Minimise over the convex hull of `masks`, one `Problem.along` per iteration.
 
     Parameters
     ----------
     objective_at : callable
-        The objective of iteration t; shifts of one problem.
-    masks : PartitionMatroid
+        The objective of iteration t: shifts of one problem, or always the same.
+    masks : MaskSet
         Offers the oracle.
     x : Tensor
         Start in the hull, shape (rows, d); not changed.
     direction, step
-        Rules; where the set couples rows they see sums over rows.
+        Rules; where set or objective couples rows they see sums over bands of rows.
     iterations : int
-        How many.
+        At most.
     watch : Watch
-        Clock, callback, counters.
+        Clock, callback, counters, recorder.
     progress : (int, int), optional
         Iterations done before and planned in all, where this call is a part of a longer method.
-
-    Returns
-    -------
-    point : Point
-        The last relaxed mask with its gradient.
-    done : int
-        Iterations that were run: fewer than planned if `watch` ended them.
+    tolerance : Tensor, optional
+        Gap at which a band is done, per row, in the objective's `unit`; only where the objective stays the same. Done
+        bands stand still, and leave the batch once they are half of it.
+    refresh : int
+        Iterations after which the carried gradient is computed anew; 0: never.
     """
     before, planned = progress or (0, iterations)
-    objective = objective_at(0)
-    point = objective.at(x.clone())
-    previous: Move | None = None
-    pool = _each if masks.separable else _together
+    whole, everything = objective_at(0), masks
+    batch = _Batch(whole, whole.at(x.clone()))
+    pool = Pool(band_of(whole, masks))
+    view = View(whole, masks, pool, 0, batch.point, watch.counters)
+    direction, step = direction.begin(view), step.begin(view)
+    full = torch.ones(len(x), dtype=x.dtype, device=x.device)
     for iteration in range(iterations):
-        if watch.stops(objective, masks, before + iteration, planned, point):
-            return point, iteration
-        objective = objective_at(iteration)
-        gradient = objective.gradient(point)
-        move = objective.along(masks.vertex(gradient).sub_(point.x))
-        move = direction.choose(objective, move, previous, pool)
-        share = step.share(iteration, objective, gradient, move, pool).unsqueeze(1)
-        point.advance_(move, share)
-        if direction.remembers:
-            move.scale_(1.0 - share)
-            previous = move
-        watch.counters["lmo"] += 1
+        if tolerance is None:
+            whole = objective_at(iteration)
+            batch.objective = whole
+        if watch.stops(whole, everything, before + iteration, planned, batch.whole):
+            return Walk(batch.whole(), iteration, False)
+        if refresh and iteration and iteration % refresh == 0 and direction.exact:
+            batch.refresh(watch)
+        view = View(batch.objective, masks, pool, iteration, batch.point, watch.counters)
+        way = direction.way(view)
+        limit = full if way.limit is None else way.limit
+        running: Tensor | None = None
+        gap = view.certified_gap() if tolerance is not None else None
+        if tolerance is not None and gap is not None:
+            running = gap > tolerance
+            left = int(running.sum())
+            if left == 0:
+                return Walk(batch.whole(), iteration, True)
+            if 2 * left <= len(running):
+                bands = pool.first(running).nonzero().squeeze(1)
+                rows = pool.rows_of(bands)
+                masks = masks.rows(rows, batch.objective.shape)
+                batch.shrink(rows)
+                tolerance, full = tolerance[rows], full[rows]
+                direction, step = direction.take(rows, bands), step.take(rows, bands)
+                view = View(batch.objective, masks, pool, iteration, batch.point, watch.counters)
+                way = direction.way(view)
+                limit, running = full if way.limit is None else way.limit, None
+        if not direction.exact:
+            share = _held(step.share(view, Move(way.x, way.x.new_empty(0)), limit), running)
+            batch.point.x.addcmul_(way.x, share.unsqueeze(1))
+            continue
+        move = direction.bend(view, view.along(way.x))
+        share = _held(limit if way.best else step.share(view, move, limit), running)
+        batch.objective.advance(batch.point, move, share.unsqueeze(1))
+        direction.moved(view, move, share, limit)
+    return Walk(batch.whole(), iterations, False)
+
+
+def _held(share: Tensor, running: Tensor | None) -> Tensor:
+    return share if running is None else share * running
+
+
+class _Batch:
+    """The rows that still move, and all rows as they stand."""
+
+    def __init__(self, objective: Problem, point: Point) -> None:
+        self.objective, self.point = objective, point
+        self._all = point
+        self._rows: Tensor | None = None
+
+    def whole(self) -> Point:
+        """Return the point of all rows."""
+        if self._rows is not None:
+            self._all.x[self._rows] = self.point.x
+            self._all.gradient[self._rows] = self.point.gradient
+        return self._all
+
+    def shrink(self, rows: Tensor) -> None:
+        """Go on with some of the rows that still move."""
+        self.whole()
+        self._rows = rows if self._rows is None else self._rows[rows]
+        self.objective, self.point = self.objective.rows(rows), self.point.take(rows)
+
+    def refresh(self, watch: Watch) -> None:
+        """Compute the gradient anew, in place."""
+        self.point.gradient.copy_(self.objective.at(self.point.x).gradient)
         watch.counters["products"] += 1
-    return point, iterations
-
-
-def _each(per_row: Tensor) -> Tensor:
-    return per_row
-
-
-def _together(per_row: Tensor) -> Tensor:
-    return per_row.sum(dtype=torch.float64).to(per_row.dtype).expand_as(per_row)

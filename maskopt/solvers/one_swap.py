@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles import PartitionMatroid
+from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction, Problem
-from maskopt.solvers.base import Outcome, Solver, Status, Watch
+from maskopt.solvers.base import Outcome, Solver, Status, Watch, band_of
+from maskopt.solvers.rules import Pool
 from maskopt.solvers.scores import Wanda
 from maskopt.solvers.swap_search import SwapSearch
 
-__all__ = ["OneSwap", "descend"]
+__all__ = ["OneSwap", "better_of", "descend"]
 
 _REFRESH = 32  # steps after which the carried products are computed anew
 
@@ -37,22 +38,23 @@ class OneSwap(Solver):
     max_steps: int | None = None
 
     requires: ClassVar[tuple[str, ...]] = ("weight", "gram")
+    asks: ClassVar[tuple[str, ...]] = ("swap_tile",)
     arrays: ClassVar[float] = 12.0
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.max_steps < 0:
             raise MaskoptError(f"OneSwap needs max_steps >= 0; got {self.max_steps}.")
 
-    def run(self, problem: Problem, masks: PartitionMatroid, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
         assert isinstance(problem, LayerReconstruction)
         assert start is not None
         mask, steps, optimal = descend(problem, masks, start, watch, self.max_steps)
-        return Outcome(mask, Status.LOCAL_OPTIMUM if optimal else Status.ITERATION_LIMIT, steps)
+        return Outcome(mask, Status.LOCAL_OPTIMUM if optimal else Status.ITERATION_LIMIT, steps, source="swap")
 
 
 def descend(
     problem: LayerReconstruction,
-    masks: PartitionMatroid,
+    masks: MaskSet,
     mask: Tensor,
     watch: Watch,
     max_steps: int | None = None,
@@ -77,6 +79,7 @@ def descend(
     optimal : bool
         Whether no improving swap is left.
     """
+    assert isinstance(masks, PartitionMatroid)
     search = SwapSearch(problem, masks)
     limit = 10 * problem.shape[1] if max_steps is None else max_steps
     start, kept = mask, mask.clone()
@@ -85,7 +88,7 @@ def descend(
     # Rows whose last search found nothing need none until they change.
     dirty = torch.ones(problem.shape[0], dtype=torch.bool, device=problem.device)
     steps, optimal = 0, False
-    while steps < limit and not watch.stops(problem, masks, steps, limit):
+    while steps < limit and not watch.stops(problem, masks, steps, limit, mask=kept):
         rows, add, drop_rows, drop = search.step(kept, carried, dirty)
         if len(rows) == 0:
             optimal = True
@@ -102,8 +105,11 @@ def descend(
             part = torch.where(kept[touched], 0.0, weight[touched])
             carried[touched] = part @ gram
     # Swaps are accepted on float32 products; the answer has to be no worse in exact terms.
-    before, after = problem.objective(start), problem.objective(kept)
-    if not masks.separable:
-        before, after = before.sum(), after.sum()
-        return (kept if bool(after <= before) else start), steps, optimal
-    return torch.where((after <= before).unsqueeze(1), kept, start), steps, optimal
+    return better_of(problem, masks, kept, start)[0], steps, optimal
+
+
+def better_of(problem: Problem, masks: MaskSet, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the better and the worse of two masks, band by band; `one` counts as better where they are equal."""
+    pool = Pool(band_of(problem, masks))
+    swap = (pool(problem.objective(two)) < pool(problem.objective(one))).unsqueeze(1)
+    return torch.where(swap, two, one), torch.where(swap, one, two)

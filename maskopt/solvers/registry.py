@@ -1,10 +1,12 @@
 """Solvers by the names people type."""
 
 from collections.abc import Callable
+from functools import partial
 
 from maskopt.errors import MaskoptError
 from maskopt.solvers.base import Solver
 from maskopt.solvers.continuation import ContinuationFrankWolfe
+from maskopt.solvers.frank_wolfe import DIRECTIONS, FrankWolfe
 from maskopt.solvers.one_swap import OneSwap
 from maskopt.solvers.scores import RIA, Magnitude, Wanda
 from maskopt.solvers.sparsefw import SparseFW
@@ -18,6 +20,8 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "sparsefw": SparseFW,
     "one-swap": OneSwap,
     "continuation": ContinuationFrankWolfe,
+    "frank-wolfe": FrankWolfe,
+    **{name: partial(FrankWolfe, direction=name) for name in DIRECTIONS if name != "vanilla"},
 }
 
 

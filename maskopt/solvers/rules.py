@@ -1,104 +1,202 @@
-"""Direction and step rules of the Frank-Wolfe loop: small, stateless, free to combine."""
+"""What the rules of the Frank-Wolfe loop see and what they promise."""
 
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from maskopt.problems import Move, Problem
+from maskopt.oracles import MaskSet
+from maskopt.problems import Move, Point, Problem
 
-__all__ = ["Conjugate", "Direction", "ExactStep", "OpenLoopStep", "Pool", "Step", "Vanilla"]
-
-
-class Pool(Protocol):
-    """Turns one number per row into the number each row's step may depend on.
-
-    The identity where rows are independent; the sum over rows where the set couples them.
-    """
-
-    def __call__(self, per_row: Tensor) -> Tensor: ...
+__all__ = ["Direction", "Pool", "Step", "View", "Way"]
 
 
-class Direction(Protocol):
-    """Chooses the way to go; `remembers` asks the loop to keep the previous move."""
+class Pool:
+    """Bands: consecutive rows that the set or the objective couples, and that therefore share every step.
 
-    remembers: ClassVar[bool]
-
-    def choose(self, objective: Problem, move: Move, previous: Move | None, pool: Pool) -> Move:
-        """Return a move inside the hull.
-
-        Parameters
-        ----------
-        move : Move
-            From the point to the oracle's vertex; may be overwritten.
-        previous : Move or None
-            From the point to where the last move would have ended at full length.
-        """
-
-
-class Step(Protocol):
-    """Chooses how far to go."""
-
-    def share(self, iteration: int, objective: Problem, gradient: Tensor, move: Move, pool: Pool) -> Tensor:
-        """Return shares of the move in [0, 1], shape (rows,)."""
-
-
-@dataclass(frozen=True)
-class Vanilla:
-    """Go to the oracle's vertex (Frank and Wolfe, 1956)."""
-
-    remembers: ClassVar[bool] = False
-
-    def choose(self, objective: Problem, move: Move, previous: Move | None, pool: Pool) -> Move:
-        return move
-
-
-@dataclass(frozen=True)
-class Conjugate:
-    """Mix the way to the vertex with the previous way so that successive ways are conjugate.
-
-    With H the Hessian, p the previous way and v the way to the vertex, the new way (1 - a) v + a p has
-    <p, H ((1 - a) v + a p)> = 0 (Mitradjieva and Lindberg, Transportation Science 47(2), 2013, section 3). H p is
-    known, so it costs no matrix product; it removes most of the zig-zagging that ill-conditioned layers cause.
+    Numbers come in two forms: per row, where all rows of a band have the same one, and per band.
 
     Parameters
     ----------
-    slack : float
-        The vertex keeps at least this share.
+    band : int
+        Rows in each; 1 where rows are independent.
     """
 
-    slack: float = 0.2
+    def __init__(self, band: int) -> None:
+        self.band = band
 
-    remembers: ClassVar[bool] = True
+    def __call__(self, per_row: Tensor) -> Tensor:
+        """Sum over each band's rows; per row."""
+        if self.band == 1:
+            return per_row
+        return self.spread(per_row.view(-1, self.band).sum(1, dtype=torch.float64).to(per_row.dtype))
 
-    def choose(self, objective: Problem, move: Move, previous: Move | None, pool: Pool) -> Move:
-        if previous is not None:
-            bent = objective.hessian(previous)
-            cross, own = pool(vecdot(bent, move.x)), pool(vecdot(bent, previous.x))
-            share = (cross / (cross - own)).nan_to_num_(0.0, 0.0, 0.0).clamp_(0.0, 1.0 - self.slack)
-            move.blend_(previous, share.unsqueeze(1))
+    def least(self, per_row: Tensor) -> Tensor:
+        """Return the least of each band's rows; per row."""
+        return per_row if self.band == 1 else self.spread(per_row.view(-1, self.band).amin(1))
+
+    def first(self, per_row: Tensor) -> Tensor:
+        """Turn per row into per band."""
+        return per_row if self.band == 1 else per_row[:: self.band]
+
+    def spread(self, per_band: Tensor) -> Tensor:
+        """Turn per band into per row."""
+        return per_band if self.band == 1 else per_band.repeat_interleave(self.band)
+
+    def flat(self, matrix: Tensor) -> Tensor:
+        """Rearrange (rows, d) into (bands, entries)."""
+        return matrix if self.band == 1 else matrix.reshape(len(matrix) // self.band, -1)
+
+    def rows_of(self, bands: Tensor) -> Tensor:
+        """Return the row numbers of some bands."""
+        within = torch.arange(self.band, device=bands.device)
+        return (bands.unsqueeze(1) * self.band + within).view(-1)
+
+
+class View:
+    """One iteration as rules see it; the oracle is asked when its answer is first needed."""
+
+    def __init__(
+        self, objective: Problem, masks: MaskSet, pool: Pool, iteration: int, point: Point, counters: Counter[str]
+    ) -> None:
+        self.objective, self.masks, self.pool = objective, masks, pool
+        self.iteration, self.point, self.counters = iteration, point, counters
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget what was computed from the point's gradient."""
+        self._gradient: Tensor | None = None
+        self._vertex: Tensor | None = None
+        self.known_gap: Tensor | None = None
+
+    @property
+    def x(self) -> Tensor:
+        return self.point.x
+
+    @property
+    def gradient(self) -> Tensor:
+        """The objective's gradient at the point, shape (rows, d); read only."""
+        if self._gradient is None:
+            self._gradient = self.objective.gradient(self.point)
+        return self._gradient
+
+    @property
+    def vertex(self) -> Tensor:
+        """The oracle's answer to the gradient, shape (rows, d); read only."""
+        if self._vertex is None:
+            self._vertex = self.oracle(self.gradient)
+        return self._vertex
+
+    @property
+    def gap(self) -> Tensor:
+        """The Frank-Wolfe gap <gradient, x - vertex>, per row; `known_gap` from then on."""
+        if self.known_gap is None:
+            self.known_gap = self.dot(self.gradient, self.x - self.vertex)
+        return self.known_gap
+
+    def certified_gap(self) -> Tensor | None:
+        """Return the gap if the oracle has been asked, infinite in bands for which it has not; else None."""
+        return self.gap if self._vertex is not None else self.known_gap
+
+    def oracle(self, cost: Tensor) -> Tensor:
+        """Ask the set for its vertex of least cost."""
+        self.counters["lmo"] += 1
+        return self.masks.vertex(cost)
+
+    def ask_rows(self, rows: Tensor) -> Tensor:
+        """Ask the set for its vertex, for the gradient of some rows (whole bands) only."""
+        self.counters["lmo"] += 1
+        return self.masks.rows(rows, self.objective.shape).vertex(self.gradient[rows])
+
+    def along(self, x: Tensor) -> Move:
+        """Ask the objective for the move in direction `x`."""
+        self.counters["products"] += 1
+        return self.objective.along(x)
+
+    def dot(self, one: Tensor, two: Tensor) -> Tensor:
+        """Return inner products over bands, per row."""
+        return self.pool(vecdot(one, two))
+
+
+@dataclass(frozen=True)
+class Way:
+    """A direction, shape (rows, d), and per row the largest share of it that stays in the hull (None: 1).
+
+    `best` says that its end is known to be the best point along it, so that no step rule is asked.
+    """
+
+    x: Tensor
+    limit: Tensor | None = None
+    best: bool = False
+
+    def take(self, rows: Tensor) -> Way:
+        return Way(self.x[rows], None if self.limit is None else self.limit[rows], self.best)
+
+
+class Direction(ABC):
+    """Chooses the way to go.
+
+    Rules are settings only. One that has to remember something between iterations returns an object that does from
+    `begin`, which lives as long as one run of the loop.
+
+    Class attributes
+    ----------------
+    requires : tuple of str
+        Verbs it needs of the objective, beyond `Problem`'s.
+    asks : tuple of str
+        Verbs it needs of the set, beyond `MaskSet`'s.
+    from_vertex : bool
+        Whether it has to start at a mask.
+    exact : bool
+        Whether the point's gradient has to be kept up to date.
+    """
+
+    requires: ClassVar[tuple[str, ...]] = ()
+    asks: ClassVar[tuple[str, ...]] = ()
+    from_vertex: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
+
+    def begin(self, view: View) -> Direction:
+        """Return the object that serves one run."""
+        return self
+
+    @abstractmethod
+    def way(self, view: View) -> Way:
+        """Return a way inside the hull."""
+
+    def bend(self, view: View, move: Move) -> Move:
+        """Return another move inside the hull once the Hessian along the way is known; may overwrite `move`."""
         return move
 
+    def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:  # noqa: B027 - nothing to learn
+        """Learn how far the point has gone, and could have, per row; `move` may be overwritten."""
 
-@dataclass(frozen=True)
-class OpenLoopStep:
-    """2 / (t + offset): needs nothing from the objective."""
-
-    offset: int = 2
-
-    def share(self, iteration: int, objective: Problem, gradient: Tensor, move: Move, pool: Pool) -> Tensor:
-        return gradient.new_full((gradient.shape[0],), 2.0 / (iteration + self.offset))
+    def take(self, rows: Tensor, bands: Tensor) -> Direction:
+        """Return what goes on with some rows only."""
+        return self
 
 
-@dataclass(frozen=True)
-class ExactStep:
-    """The best share in [0, 1] for a quadratic objective, convex or not."""
+class Step(ABC):
+    """Chooses how far to go; `begin` and `take` as for a `Direction`."""
 
-    def share(self, iteration: int, objective: Problem, gradient: Tensor, move: Move, pool: Pool) -> Tensor:
-        slope = pool(vecdot(gradient, move.x))
-        curvature = pool(vecdot(objective.hessian(move), move.x))
-        inside = (-slope / curvature).clamp_(0.0, 1.0)
-        # Where the objective is concave along the move one of its ends is best.
-        return torch.where(curvature > 0, inside, (slope + 0.5 * curvature < 0).to(slope.dtype))
+    requires: ClassVar[tuple[str, ...]] = ()
+    open_loop: ClassVar[bool] = False
+    """Whether it looks at nothing but the iteration's number."""
+
+    def begin(self, view: View) -> Step:
+        """Return the object that serves one run."""
+        return self
+
+    @abstractmethod
+    def share(self, view: View, move: Move, limit: Tensor) -> Tensor:
+        """Return shares of the move in [0, limit], per row."""
+
+    def take(self, rows: Tensor, bands: Tensor) -> Step:
+        """Return what goes on with some rows only."""
+        return self

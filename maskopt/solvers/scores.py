@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from maskopt.oracles import PartitionMatroid
+from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction, Problem, Saliency
 from maskopt.solvers.base import Outcome, Solver, Status, Watch
 
@@ -22,7 +22,7 @@ class _Score(Solver):
         """Return the score of each entry, shape (rows, d)."""
         raise NotImplementedError
 
-    def run(self, problem: Problem, masks: PartitionMatroid, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
         assert isinstance(problem, LayerReconstruction)
         watch.counters["lmo"] += 1
         return Outcome(masks.lmo(-self.score(problem)), Status.GREEDY, 1)

@@ -1,19 +1,20 @@
 """SparseFW: Frank-Wolfe on the convex relaxation, then rounding."""
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles import PartitionMatroid, Protected
-from maskopt.problems import LayerReconstruction, Problem
-from maskopt.solvers.base import Outcome, Solver, Status, Watch
+from maskopt.oracles import MaskSet, PartitionMatroid, Protected
+from maskopt.problems import Problem
+from maskopt.solvers.base import Outcome, Solver, Status, Watch, band_of
+from maskopt.solvers.certificate import tangent
+from maskopt.solvers.directions import Vanilla
 from maskopt.solvers.loop import frank_wolfe
-from maskopt.solvers.rules import OpenLoopStep, Vanilla
+from maskopt.solvers.rules import Pool
 from maskopt.solvers.scores import Wanda
+from maskopt.solvers.steps import OpenLoopStep
 
 __all__ = ["SparseFW"]
 
@@ -22,7 +23,7 @@ __all__ = ["SparseFW"]
 class SparseFW(Solver):
     """The published recipe (arXiv 2510.13713): open-loop steps from a warm start, top-k rounding at the end.
 
-    With `alpha` = 0 the final relaxed point also proves a lower bound.
+    The final relaxed point also proves a lower bound where the objective is convex.
 
     Parameters
     ----------
@@ -38,7 +39,7 @@ class SparseFW(Solver):
     alpha: float = 0.0
     start: Solver = field(default_factory=Wanda)
 
-    requires: ClassVar[tuple[str, ...]] = ("weight", "gram")
+    relaxes: ClassVar[bool] = True
     arrays: ClassVar[float] = 9.0
 
     def __post_init__(self) -> None:
@@ -47,15 +48,10 @@ class SparseFW(Solver):
                 f"SparseFW needs alpha in [0, 1] and iterations >= 1; got {self.alpha} and {self.iterations}."
             )
 
-    def run(self, problem: Problem, masks: PartitionMatroid, start: Tensor | None, watch: Watch) -> Outcome:
-        assert isinstance(problem, LayerReconstruction)
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
         assert start is not None
-        feasible = masks
-        if self.alpha > 0:
-            fixed = (masks.kept_per_group(problem.shape) * self.alpha + 1e-9).floor().long()
-            few = PartitionMatroid(fixed, masks.tile)
-            feasible = Protected(masks, self.start.run(problem, few, None, watch).mask & start)
-        point, done = frank_wolfe(
+        feasible = self._fixed(problem, masks, start, watch) if self.alpha > 0 else masks
+        walk = frank_wolfe(
             lambda _: problem,
             feasible,
             start.to(problem.dtype),
@@ -64,23 +60,14 @@ class SparseFW(Solver):
             iterations=self.iterations,
             watch=watch,
         )
-        bound = _lower_bound(problem, masks, point.x) if self.alpha == 0 else None
-        return Outcome(feasible.round(point.x), Status.COMPLETED, done, bound)
+        exact = problem.double()
+        proof = tangent(exact, masks, Pool(band_of(problem, masks)), walk.point.x.to(exact.dtype))
+        return Outcome(feasible.round(walk.point.x), Status.COMPLETED, walk.iterations, proof.bound, source="round")
 
-
-def _lower_bound(problem: LayerReconstruction, masks: PartitionMatroid, x: Tensor) -> Tensor:
-    """Return f(x) + min_v <gradient, v - x> in float64, lowered by what a Gram indefinite by rounding could hide.
-
-    Valid for every mask: f is convex up to the Gram's smallest eigenvalue, which `eigenvalue_floor` bounds.
-    """
-    exact = problem.double()
-    point = exact.at(x.double())
-    gradient = exact.gradient(point)
-    bound = exact.value(point) + (gradient * (masks.lmo(gradient).double() - point.x)).sum(1)
-    farthest = torch.maximum(point.x, 1 - point.x)
-    bound += exact.eigenvalue_floor() * (exact.scaled_weight * farthest).square().sum(1)
-    # Rounding of the sums themselves: d terms, each exact to 2^-53.
-    bound -= exact.shape[1] * 2.0**-52 * exact.scale() / exact.unit
-    bound = bound.clamp_min(0.0) if masks.separable else bound.sum(0, keepdim=True).clamp_min(0.0)
-    assert math.isfinite(float(bound.sum()))
-    return bound * exact.unit
+    def _fixed(self, problem: Problem, masks: MaskSet, start: Tensor, watch: Watch) -> MaskSet:
+        """Return the masks that keep the best-scored share of each group."""
+        if not isinstance(masks, PartitionMatroid):
+            raise MaskoptError(f"SparseFW with alpha > 0 fixes a share of each group; {masks} has no groups.")
+        fixed = (masks.kept_per_group(problem.shape) * self.alpha + 1e-9).floor().long()
+        few = PartitionMatroid(fixed, masks.tile)
+        return Protected(masks, self.start.run(problem.unshifted(), few, None, watch).mask & start)

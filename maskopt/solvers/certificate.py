@@ -1,0 +1,68 @@
+"""What one relaxed point proves: the tangent there, evaluated in float64 with a true oracle call."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskopt.oracles import MaskSet
+from maskopt.problems import Problem
+from maskopt.solvers.rules import Pool
+
+__all__ = ["Tangent", "tangent"]
+
+
+@dataclass(frozen=True)
+class Tangent:
+    """Figures of a relaxed point, float64, one per band of rows; objectives are in full, not in the problem's unit.
+
+    Attributes
+    ----------
+    value : Tensor
+        Of the objective at the point.
+    gap : Tensor
+        Frank-Wolfe gap max over masks of <gradient, x - m>, not less than it.
+    bound : Tensor or None
+        No mask of the set has a smaller objective; None where convexity is not known.
+    vertex : Tensor
+        The oracle's mask, boolean, shape (rows, d).
+    """
+
+    value: Tensor
+    gap: Tensor
+    bound: Tensor | None
+    vertex: Tensor
+
+
+def tangent(objective: Problem, masks: MaskSet, pool: Pool, x: Tensor) -> Tangent:
+    """Return what the relaxed mask `x`, shape (rows, d), proves about all masks.
+
+    f(m) >= f(x) + <gradient, m - x> - deficit holds for every mask of a function that lies at most `deficit` below its
+    tangents; the oracle minimises the right-hand side.
+
+    Parameters
+    ----------
+    objective : Problem
+        Made by `double`.
+    masks : MaskSet
+        Any superset of the set `x` was found with will do.
+    pool : Pool
+    x : Tensor
+        Float64.
+    """
+
+    def per_band(per_row: Tensor) -> Tensor:
+        return per_row.view(-1, pool.band).sum(1)
+
+    point = objective.at(x)
+    gradient = objective.gradient(point)
+    vertex = masks.vertex(gradient)
+    reach = per_band((gradient * (vertex - x)).sum(1))
+    if not masks.exact:
+        least = masks.least(gradient).view(len(reach), -1).sum(1) - per_band((gradient * x).sum(1))
+        reach = torch.minimum(reach, least)
+    value, deficit = per_band(objective.value(point)), objective.deficit(point)
+    bound: Tensor | None = None
+    if deficit is not None:
+        bound = ((value + reach - per_band(deficit)) * objective.unit).clamp_min(objective.lowest)
+    return Tangent(value * objective.unit, -reach * objective.unit, bound, vertex.bool())

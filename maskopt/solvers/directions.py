@@ -1,0 +1,240 @@
+"""Directions that need no memory of vertices: vanilla, conjugate, boosted, momentum, stochastic, block-coordinate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.linalg import vecdot
+
+from maskopt.oracles import HasGroups
+from maskopt.problems import Move, Quadratic
+from maskopt.solvers.rules import Direction, View, Way
+
+__all__ = ["BlockCoordinate", "Boosted", "Conjugate", "Momentum", "Stochastic", "Vanilla"]
+
+
+@dataclass(frozen=True)
+class Vanilla(Direction):
+    """Go to the oracle's vertex (Frank and Wolfe, 1956)."""
+
+    def way(self, view: View) -> Way:
+        return Way(view.vertex - view.x)
+
+
+@dataclass(frozen=True)
+class Conjugate(Direction):
+    """Mix the way to the vertex with the previous way so that successive ways are conjugate.
+
+    With H the Hessian, p the previous way and v the way to the vertex, the new way (1 - a) v + a p has
+    <p, H ((1 - a) v + a p)> = 0 (Mitradjieva and Lindberg, Transportation Science 47(2), 2013, section 3). H p is
+    known, so it costs no matrix product; it removes most of the zig-zagging that ill-conditioned layers cause.
+
+    Parameters
+    ----------
+    slack : float
+        The vertex keeps at least this share.
+    """
+
+    slack: float = 0.2
+
+    requires: ClassVar[tuple[str, ...]] = ("hessian",)
+
+    def begin(self, view: View) -> Direction:
+        return _ConjugateRun(self.slack)
+
+    def way(self, view: View) -> Way:
+        raise AssertionError("begin first")
+
+
+@dataclass
+class _ConjugateRun(Direction):
+    slack: float
+    previous: Move | None = None
+    """From the point to where the last move would have ended at full length."""
+
+    def way(self, view: View) -> Way:
+        return Way(view.vertex - view.x)
+
+    def bend(self, view: View, move: Move) -> Move:
+        if self.previous is not None:
+            assert isinstance(view.objective, Quadratic)
+            bent = view.objective.hessian(self.previous)
+            cross, own = view.dot(bent, move.x), view.dot(bent, self.previous.x)
+            share = (cross / (cross - own)).nan_to_num_(0.0, 0.0, 0.0).clamp_(0.0, 1.0 - self.slack)
+            move.blend_(self.previous, share.unsqueeze(1))
+        return move
+
+    def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
+        move.scale_(1.0 - share.unsqueeze(1))
+        self.previous = move
+
+    def take(self, rows: Tensor, bands: Tensor) -> Direction:
+        return _ConjugateRun(self.slack, None if self.previous is None else self.previous.take(rows))
+
+
+@dataclass(frozen=True)
+class Boosted(Direction):
+    """Pursue the negative gradient with several vertices (Combettes and Pokutta, ICML 2020, algorithm 2).
+
+    Each round adds the multiple of (vertex - x), or takes back some of what there is, that brings the direction
+    nearest to the negative gradient; it ends where the angle improves by less than `accuracy`.
+
+    Parameters
+    ----------
+    rounds : int
+        Oracle calls at most; one matrix product in all.
+    accuracy : float
+        Least improvement of the cosine.
+    """
+
+    rounds: int = 8
+    accuracy: float = 1e-3
+
+    def way(self, view: View) -> Way:
+        goal = view.gradient.neg()
+        length = view.dot(goal, goal).sqrt()
+        toward = view.vertex - view.x
+        sum_, total = torch.zeros_like(toward), length.new_zeros(len(length))
+        cosine = length.new_full((len(length),), -1.0)
+        open_ = torch.ones_like(cosine)
+        for number in range(self.rounds):
+            rest = goal - sum_
+            if number:
+                toward = view.oracle(rest.neg()) - view.x
+            norm = view.dot(sum_, sum_).sqrt()
+            back = vecdot(rest, sum_)
+            pull = view.dot(rest, toward)
+            retreat = -view.pool(back) / norm
+            uses_vertex = ~(retreat > pull)  # also where there is nothing to take back
+            amount = pull / view.dot(toward, toward)
+            # Taking back at most what there is.
+            cut = (retreat / norm).clamp(max=1.0)
+            amount = amount.nan_to_num(0.0, 0.0, 0.0).clamp_min(0.0)
+            add = torch.where(uses_vertex, amount, 0.0)
+            keep = torch.where(uses_vertex, 1.0, 1.0 - cut.nan_to_num(0.0, 0.0, 0.0))
+            trial = torch.addcmul(sum_ * keep.unsqueeze(1), toward, add.unsqueeze(1))
+            trial_total = total * keep + add
+            angle = view.dot(trial, goal) / (view.dot(trial, trial).sqrt() * length)
+            better = open_ * (angle.nan_to_num(-1.0, -1.0, -1.0) - cosine >= self.accuracy)
+            if not bool(better.any()):
+                break
+            sum_ = torch.lerp(sum_, trial, better.unsqueeze(1))
+            total, cosine = torch.lerp(total, trial_total, better), torch.lerp(cosine, angle.nan_to_num(-1.0), better)
+            open_ = better
+        scale = torch.where(total > 0, 1.0 / total, 0.0)
+        return Way(sum_.mul_(scale.unsqueeze(1)))
+
+
+@dataclass(frozen=True)
+class Momentum(Direction):
+    """Go to the vertex of an averaged gradient (Li, Sadeghi and Giannakis, IEEE TSP 2022, algorithm 2).
+
+    An average certifies nothing, so the gap is taken with the true gradient, at an oracle call of its own.
+
+    Parameters
+    ----------
+    check : int
+        Iterations between gaps.
+    """
+
+    check: int = 10
+
+    def begin(self, view: View) -> Direction:
+        return _MomentumRun(self.check, torch.zeros_like(view.x))
+
+    def way(self, view: View) -> Way:
+        raise AssertionError("begin first")
+
+
+@dataclass
+class _MomentumRun(Direction):
+    check: int
+    average: Tensor
+
+    def way(self, view: View) -> Way:
+        if view.iteration % self.check == 0:
+            _ = view.gap
+        self.average = torch.lerp(self.average, view.gradient, 2.0 / (view.iteration + 2))
+        return Way(view.oracle(self.average) - view.x)
+
+    def take(self, rows: Tensor, bands: Tensor) -> Direction:
+        return _MomentumRun(self.check, self.average[rows])
+
+
+@dataclass(frozen=True)
+class Stochastic(Direction):
+    """Go to the vertex of an average of sampled gradients (Mokhtari, Hassani and Karbasi, JMLR 2020).
+
+    `Problem.sampled` makes the estimates: of a layer, from a share of its inputs. Gaps come from whole gradients.
+
+    Parameters
+    ----------
+    share : float
+        Of the inputs in each sample.
+    check : int
+        Iterations between whole gradients.
+    seed : int
+        Equal seeds give equal runs.
+    """
+
+    share: float = 0.25
+    check: int = 50
+    seed: int = 0
+
+    exact: ClassVar[bool] = False
+
+    def begin(self, view: View) -> Direction:
+        return _StochasticRun(self, view.gradient.clone(), torch.Generator().manual_seed(self.seed))
+
+    def way(self, view: View) -> Way:
+        raise AssertionError("begin first")
+
+
+@dataclass
+class _StochasticRun(Direction):
+    rule: Stochastic
+    average: Tensor
+    random: torch.Generator
+
+    exact: ClassVar[bool] = False
+
+    def way(self, view: View) -> Way:
+        if view.iteration % self.rule.check == 0:
+            view.point.gradient.copy_(view.objective.at(view.x).gradient)
+            view.counters["products"] += 1
+            view.renew()
+            _ = view.gap
+        estimate = view.objective.sampled(view.x, self.rule.share, self.random)
+        view.counters["samples"] += 1
+        self.average = torch.lerp(self.average, estimate, 4.0 / (view.iteration + 8) ** (2 / 3))
+        return Way(view.oracle(self.average) - view.x)
+
+    def take(self, rows: Tensor, bands: Tensor) -> Direction:
+        return _StochasticRun(self.rule, self.average[rows], self.random)
+
+
+@dataclass(frozen=True)
+class BlockCoordinate(Direction):
+    """Move some groups only, in turn (Lacoste-Julien, Jaggi, Schmidt and Pletscher, ICML 2013).
+
+    The hull of a set with groups is a product; every group's part of the vertex is a step of its own.
+
+    Parameters
+    ----------
+    blocks : int
+        Every group moves in one of so many iterations.
+    """
+
+    blocks: int = 2
+
+    asks: ClassVar[tuple[str, ...]] = ("groups", "ungroup")
+
+    def way(self, view: View) -> Way:
+        assert isinstance(view.masks, HasGroups)
+        way = view.vertex - view.x
+        groups = view.masks.groups(way)
+        turn = (torch.arange(len(groups), device=way.device) + view.iteration) % min(self.blocks, len(groups)) == 0
+        return Way(view.masks.ungroup(groups * turn.to(way.dtype).unsqueeze(1), way.shape))

@@ -1,0 +1,194 @@
+"""Frank-Wolfe on the relaxation, any direction with any step, and the best mask met on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+from maskopt.oracles import MaskSet, PartitionMatroid
+from maskopt.problems import LayerReconstruction, Point, Problem, Quadratic
+from maskopt.solvers.active import Away, BlendedPairwise, FullyCorrective, Lazy, Pairwise
+from maskopt.solvers.base import Outcome, Solver, Status, Watch, band_of
+from maskopt.solvers.directions import BlockCoordinate, Boosted, Conjugate, Momentum, Stochastic, Vanilla
+from maskopt.solvers.history import Record
+from maskopt.solvers.inface import BlendedInFace, InFace
+from maskopt.solvers.loop import frank_wolfe
+from maskopt.solvers.one_swap import descend
+from maskopt.solvers.rounding import best_weight
+from maskopt.solvers.rules import Direction, Pool, Step
+from maskopt.solvers.steps import (
+    AdaptiveStep,
+    ExactStep,
+    LogStep,
+    MonotoneStep,
+    OpenLoopStep,
+    SecantStep,
+    ShortStep,
+)
+
+__all__ = ["DIRECTIONS", "STEPS", "FrankWolfe"]
+
+DirectionName = Literal[
+    "vanilla",
+    "conjugate",
+    "away",
+    "pairwise",
+    "blended-pairwise",
+    "dicg",
+    "blended-dicg",
+    "boosted",
+    "momentum",
+    "stochastic",
+    "lazy",
+    "block-coordinate",
+    "fully-corrective",
+]
+StepName = Literal["open-loop", "log", "short", "exact", "secant", "adaptive", "monotone"]
+
+DIRECTIONS: dict[DirectionName, Callable[[], Direction]] = {
+    "vanilla": Vanilla,
+    "conjugate": Conjugate,
+    "away": Away,
+    "pairwise": Pairwise,
+    "blended-pairwise": BlendedPairwise,
+    "dicg": InFace,
+    "blended-dicg": BlendedInFace,
+    "boosted": Boosted,
+    "momentum": Momentum,
+    "stochastic": Stochastic,
+    "lazy": Lazy,
+    "block-coordinate": BlockCoordinate,
+    "fully-corrective": FullyCorrective,
+}
+STEPS: dict[StepName, Callable[[], Step]] = {
+    "open-loop": OpenLoopStep,
+    "log": LogStep,
+    "short": ShortStep,
+    "exact": ExactStep,
+    "secant": SecantStep,
+    "adaptive": AdaptiveStep,
+    "monotone": MonotoneStep,
+}
+
+_REFRESH = 100  # iterations after which carried gradients are computed anew
+
+
+@dataclass(frozen=True)
+class FrankWolfe(Solver):
+    """Minimise over the hull of the masks, and return the best mask met.
+
+    Candidates are the rounded points and the oracle's vertices (each of which is a mask) of the recorded iterations,
+    the last point rounded with regard to its gradient, then the 1-swap optimum near the best of them. Where the
+    objective is convex the recorded points prove lower bounds.
+
+    Parameters
+    ----------
+    direction : str or Direction
+        A name from `DIRECTIONS` or a rule with settings of its own.
+    step : str or Step, optional
+        A name from `STEPS` or a rule. By default exact for quadratics, adaptive for other functions, and open loop
+        for momentum and stochastic directions.
+    iterations : int
+        At most.
+    gap, relative_gap : float
+        A band of rows is done when its Frank-Wolfe gap is at most `gap` plus `relative_gap` times its objective of
+        pruning everything.
+    polish : bool
+        Swap to a 1-swap optimum at the end, where problem and set allow it.
+    start : Solver, optional
+        Makes the mask to start from; by default the hull's center, or the oracle's vertex there.
+    """
+
+    direction: DirectionName | Direction = "vanilla"
+    step: StepName | Step | None = None
+    iterations: int = 1000
+    gap: float = 0.0
+    relative_gap: float = 1e-5
+    polish: bool = True
+    start: Solver | None = None
+
+    relaxes: ClassVar[bool] = True
+    bandwise: ClassVar[bool] = True
+    record: ClassVar[Record] = "doubling"
+    arrays: ClassVar[float] = 16.0
+
+    def __post_init__(self) -> None:
+        for rule, known, kind in ((self.direction, DIRECTIONS, "direction"), (self.step, STEPS, "step")):
+            if isinstance(rule, str) and rule not in known:
+                raise MaskoptError(f"There is no {kind} {rule!r}; choose one of {', '.join(known)}.")
+        if self.iterations < 1 or not self.gap >= 0 or not self.relative_gap >= 0:
+            raise MaskoptError(
+                "FrankWolfe needs iterations >= 1, gap >= 0 and relative_gap >= 0; got "
+                f"{self.iterations}, {self.gap} and {self.relative_gap}."
+            )
+        if not self._direction.exact and isinstance(step := self._chosen, Step) and not step.open_loop:
+            raise MaskoptError(
+                f"{self._direction} keeps no gradient for {step} to look at; choose an open-loop step: open-loop, log."
+            )
+
+    @property
+    def _direction(self) -> Direction:
+        return DIRECTIONS[self.direction]() if isinstance(self.direction, str) else self.direction
+
+    @property
+    def _chosen(self) -> Step | None:
+        return STEPS[self.step]() if isinstance(self.step, str) else self.step
+
+    def _step(self, problem: Problem) -> Step:
+        if self._chosen is not None:
+            return self._chosen
+        if isinstance(self._direction, Momentum | Stochastic):
+            return OpenLoopStep()
+        return ExactStep() if isinstance(problem, Quadratic) else AdaptiveStep()
+
+    @property
+    def name(self) -> str:
+        return f"FrankWolfe with {self._direction}"
+
+    def needs(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        step = self._chosen
+        return self._direction.requires + (() if step is None else step.requires), self._direction.asks
+
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+        pool = Pool(band_of(problem, masks))
+        allowed = (self.gap + self.relative_gap * problem.scale().abs()) / problem.unit
+        tolerance = pool(allowed).to(problem.dtype)
+        walk = frank_wolfe(
+            lambda _: problem,
+            masks,
+            self._begin(problem, masks, start),
+            direction=self._direction,
+            step=self._step(problem),
+            iterations=self.iterations,
+            watch=watch,
+            tolerance=tolerance,
+            refresh=_REFRESH if isinstance(problem, Quadratic) else 0,
+        )
+        mask, source = self._rounded(problem, masks, walk.point), "gradient"
+        if watch.recorder is not None:
+            watch.last(problem, walk.point)
+            watch.recorder.offer(mask, source)
+            mask = watch.recorder.mask
+        layer = problem.unshifted()
+        if self.polish and isinstance(layer, LayerReconstruction) and isinstance(masks, PartitionMatroid):
+            mask, _, _ = descend(layer, masks, mask, watch)
+            source = "polish"
+        status = Status.CONVERGED if walk.converged else Status.ITERATION_LIMIT
+        return Outcome(mask, status, walk.iterations, source=source)
+
+    def _rounded(self, problem: Problem, masks: MaskSet, point: Point) -> Tensor:
+        # Of the gradients that may order nearly equal entries the one that knows their curvature harms least.
+        curved = problem.shifted(problem.diagonal()) if isinstance(problem, Quadratic) else problem
+        return best_weight(problem, masks, point.x, curved.gradient(point))
+
+    def _begin(self, problem: Problem, masks: MaskSet, start: Tensor | None) -> Tensor:
+        if start is not None:
+            return start.to(problem.dtype)
+        center = masks.center(problem.shape, problem.dtype, problem.device)
+        if not self._direction.from_vertex:
+            return center
+        return masks.vertex(problem.gradient(problem.at(center)))

@@ -1,0 +1,135 @@
+"""Any differentiable function of the relaxed mask, given as a torch callable."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+from maskopt.problems.base import Move, Point, Problem, shift_deficit
+
+__all__ = ["Function"]
+
+
+class Function(Problem):
+    """A function that torch differentiates.
+
+    Parameters
+    ----------
+    call : callable
+        Takes a relaxed mask in [0, 1], shape (rows, d), `dtype` and `device` as given here; returns one number, or one
+        per row, shape (rows,), if (and only if) row i of the mask alone decides entry i.
+    shape : (int, int)
+        (rows, d).
+    convex : bool
+        Whether the caller vouches that it is convex. Lower bounds are then given and called proven; they hold up to
+        the function's own rounding, for which 1e-12 of its size is allowed. Without, there are none.
+    dtype, device
+        Of the masks it is called with.
+
+    Raises
+    ------
+    MaskoptError
+        If the function returns another shape, something that is not finite, or nothing that depends on the mask
+        differentiably.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[Tensor], Tensor],
+        shape: tuple[int, int],
+        *,
+        convex: bool = False,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.call, self.convex = call, convex
+        self._shape, self._dtype, self._device = shape, dtype, torch.device(device)
+        self._index: Tensor | None = None  # the rows of the callable's mask that this object is
+        self.coupled = self._check()
+
+    def _check(self) -> bool:
+        """Call once with the mask that keeps all; return whether the answer is one number."""
+        probe = torch.ones(self._shape, dtype=self._dtype, device=self._device, requires_grad=True)
+        answer = self.call(probe)
+        if answer.shape not in ((), (self._shape[0],)):
+            raise MaskoptError(
+                f"The function must return one number or one for each of the {self._shape[0]} rows; it returned "
+                f"shape {tuple(answer.shape)}."
+            )
+        if not answer.requires_grad:
+            raise MaskoptError("The function must depend on the relaxed mask through torch operations with gradients.")
+        if not bool(torch.isfinite(answer).all()):
+            raise MaskoptError(f"The function must be finite on the unit cube; keeping all gives {answer.detach()}.")
+        return answer.ndim == 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._shape if self._index is None else (len(self._index), self._shape[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def _values(self, x: Tensor) -> Tensor:
+        """Call for the rows of this object; the others get ones, which do not matter to it."""
+        if self._index is not None:
+            x = torch.ones(self._shape, dtype=x.dtype, device=x.device).index_copy(0, self._index, x)
+        values = self.call(x)
+        return values if self._index is None else values[self._index]
+
+    def at(self, x: Tensor) -> Point:
+        with torch.enable_grad():
+            leaf = x.detach().clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(self._values(leaf).sum(), leaf)
+        return Point(x, gradient)
+
+    def along(self, x: Tensor) -> Move:
+        return Move(x, x.new_empty(0))
+
+    def advance(self, point: Point, move: Move, share: Tensor) -> None:
+        point.x.addcmul_(move.x, share)
+        point.gradient.copy_(self.at(point.x).gradient)
+
+    def value(self, point: Point) -> Tensor:
+        return self._evaluated(point.x)
+
+    def _evaluated(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            values = self._values(x).double()
+        rows = self.shape[0]
+        return values.expand(rows) / rows if self.coupled else values
+
+    def slope(self, point: Point, move: Move, share: Tensor) -> Tensor:
+        there = self.at(torch.addcmul(point.x, move.x, share.unsqueeze(1)))
+        slope: Tensor = torch.linalg.vecdot(there.gradient, move.x)
+        return slope
+
+    def rows(self, index: slice | Tensor) -> "Function":
+        if self.coupled:
+            raise ValueError("A function that returns one number has no rows to solve apart.")
+        every = torch.arange(self._shape[0], device=self._device) if self._index is None else self._index
+        part = object.__new__(Function)
+        part.__dict__.update(self.__dict__)
+        part._index = every[index]
+        return part
+
+    def objective(self, mask: Tensor) -> Tensor:
+        return self._evaluated(mask.to(self._dtype))
+
+    def scale(self) -> Tensor:
+        return self._evaluated(torch.zeros(self.shape, dtype=self._dtype, device=self._device))
+
+    def double(self) -> "Function":
+        # What the callable holds has the type the caller gave it.
+        return self
+
+    def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor | None:
+        if not self.convex or self._dtype != torch.float64:
+            return None
+        reach = (point.gradient * torch.maximum(point.x, 1.0 - point.x)).abs().sum(1)
+        return shift_deficit(point, shift) + 1e-12 * (self.value(point).abs() + reach)
