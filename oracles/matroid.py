@@ -217,7 +217,7 @@ class PartitionMatroid(MaskSet):
             return self.vertex(cost)
         # A full group stays full. What sums of floats lose grows with the sum.
         _, keep = self._counts(cost.shape, cost.device)
-        full = self.groups(at).sum(1, dtype=torch.float64) >= keep - tolerance * (1 + keep)
+        full = self.groups(at).sum(1, dtype=torch.float64) >= keep - tolerance * (1.0 + keep.double())
         return self._select(self.groups(self._fixed(cost)), cost.shape, full.to(cost.dtype).unsqueeze(1))
 
     def max_step(self, at: Tensor, direction: Tensor) -> Tensor:

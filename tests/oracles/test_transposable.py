@@ -111,7 +111,7 @@ def test_fixed_entries_of_larger_tiles(group: int, kind: str, seed: int, share: 
     assert float((cost * chosen).sum()) == pytest.approx(best, abs=1e-7 * float(cost.abs().max()))
     # The smallest face that holds half of each of two members.
     other = masks.lmo(drawn("normal", (group, group * 2), seed + 2))
-    at = (member.double() + other.double()) / 2
+    at = (member.double() + other.double()) / 2 + torch.finfo(torch.float64).eps * (1 - 2 * member.double())
     vertex = masks.inface(cost, at).bool()
     assert masks.contains(vertex)
     best = least(masks, cost, member & other, member | other)

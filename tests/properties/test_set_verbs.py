@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles import CanProject, CanRestrict, CanSwap, HasFaces, HasGroups, MaskSet, PartitionMatroid, Units
+from maskopt.oracles import (
+    AtMost,
+    CanProject,
+    CanRestrict,
+    CanSwap,
+    HasFaces,
+    HasGroups,
+    MaskSet,
+    PartitionMatroid,
+    PerRow,
+    Units,
+)
 from tests.helpers import (
     ALL_SETS,
     Shape,
@@ -76,7 +87,9 @@ def test_inface_is_the_best_of_the_smallest_face(name: str, dtype: torch.dtype, 
     flat = members.flatten(1).double().numpy()
     face = members[torch.from_numpy((np.abs(left[tight] @ flat.T - right[tight, None]) < 1e-9).all(0))]
     cost = small_costs(data, shape)
-    noise = data.draw(st.sampled_from([0.0, 1.0, -1.0])) * torch.finfo(dtype).eps  # within the tolerance
+    # Within the tolerance, and of either sign; equal in each unit.
+    sign = masks.vertex(small_costs(data, shape)).mul(2).sub(1)
+    noise = data.draw(st.sampled_from([0.0, 1.0])) * sign * torch.finfo(dtype).eps
     vertex = masks.inface(cost.to(dtype), (at + noise).clamp(0, 1).to(dtype))
     assert vertex.dtype == dtype
     assert bool((face == vertex.bool()).flatten(1).all(1).any())
@@ -106,6 +119,25 @@ def test_max_step_goes_to_the_boundary(name: str, dtype: torch.dtype, data: st.D
         return
     expected = float((np.maximum(room[moves], 0.0) / slope[moves]).min())
     assert float(step.min()) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_full_groups_stay_full_through_many_steps(dtype: torch.dtype, sign: float) -> None:
+    """Rounding moves a group's sum; it must neither look like room nor like a limit."""
+    random = torch.Generator().manual_seed(0)
+    masks, small = AtMost(PerRow(300)), torch.finfo(dtype).eps
+    at = torch.stack([masks.vertex(torch.rand((4, 700), generator=random).to(dtype) - 2) for _ in range(8)]).mean(0)
+    at *= 1.0 + sign * 2 * small
+    assert bool((sign * (at.double().sum(1) - 300) > 0).all())
+    for _ in range(50):
+        # Away from what is good and towards what is bad: only full groups have vertices of full size here.
+        away, toward = (masks.inface(torch.rand((4, 700), generator=random).to(dtype), at) for _ in range(2))
+        assert away.sum(1).tolist() == toward.sum(1).tolist() == [300] * 4
+        for direction in (toward - at, at - away, toward - away):
+            step = masks.max_step(at, direction)
+            assert torch.equal(step, PerRow(300).max_step(at, direction))
+        at = at + (0.5 * step).unsqueeze(1) * direction  # the last one, which magnifies no error
 
 
 def _matrix(data: st.DataObject, shape: Shape) -> Tensor:
