@@ -3,7 +3,7 @@
     python benchmarks/iteration.py [--size 512] [--device cpu|cuda] [--threads N] [--directions vanilla,dicg]
 
 Loop and product are timed in turns in one process, so that other work on the machine slows both; the ratio of the
-medians is the figure.
+medians is the figure. Writes benchmarks/results/iteration.{md,json}.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from statistics import median
 
+import report
 import torch
 
 from maskopt.oracles import NM, MaskSet, PerRow
@@ -78,12 +79,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    print(f"{options.size} x {options.size}, float32, {device}, {options.threads} thread(s), torch {torch.__version__}")
-    print(f"{'direction':18s} {'masks':12s} {'iteration ms':>12s} {'product ms':>11s} {'ratio':>6s}")
+    lines, figures = [], []
     for name in options.directions.split(","):
         for masks in (PerRow(0.5), NM(keep=2, group=4)):
             one, product = ratio(name, masks, options.size, device, options.repeats)
-            print(f"{name:18s} {masks.name:12s} {1e3 * one:12.3f} {1e3 * product:11.3f} {one / product:6.2f}")
+            lines.append([f"{name}, {masks}", f"{1e3 * one:.3f}", f"{1e3 * product:.3f}", f"{one / product:.2f}"])
+            figures.append({"direction": name, "masks": repr(masks), "seconds": one, "product_seconds": product})
+            print(*lines[-1], sep="  ", flush=True)
+    text = f"{options.size} x {options.size}, float32, {device}, {options.threads} thread(s)\n\n"
+    text += report.table(["direction and set", "iteration ms", "product ms", "ratio"], lines)
+    name = "iteration" if device.type == "cpu" else f"iteration-{device.type}"
+    report.write(name, "An iteration against its matrix product", text, {"rows": figures})
 
 
 if __name__ == "__main__":
