@@ -461,13 +461,16 @@ def _solve(
     proven = all(bound is not None for bound in bounds)
     nothing = GapKind.NONE if record == 0 or all(recorder.convex for recorder in recorders) else GapKind.STATIONARY
     weakest = max((outcome.status for outcome in outcomes), key=list(Status).index)
+    objective = problem.objective(mask)
+    bound = torch.cat([bound for bound in bounds if bound is not None]) if proven else None
+    optimal = bound is not None and bool((objective.view(len(bound), -1).sum(1) <= bound).all())
     return Result(
         mask=mask,
-        objective=problem.objective(mask),
+        objective=objective,
         scale=problem.scale(),
-        status=watch.ended or weakest,
+        status=Status.OPTIMAL if optimal else watch.ended or weakest,
         gap_kind=GapKind.PROVEN if proven else nothing,
-        lower_bound=torch.cat([bound for bound in bounds if bound is not None]) if proven else None,
+        lower_bound=bound,
         iterations=max(outcome.iterations for outcome in outcomes),
         seconds=watch.seconds,
         counters=dict(watch.counters),
