@@ -198,6 +198,8 @@ class LayerReconstruction(Quadratic):
 def eigenvalue_floor(matrix: Tensor) -> float | None:
     """Return a number <= 0 that no eigenvalue of a symmetric float64 matrix lies below; None: it is too indefinite."""
     size = float(torch.linalg.matrix_norm(matrix))
+    if size == 0.0:
+        return 0.0
     # The factorisation of A + shift succeeding proves lambda_min >= -shift up to its backward error
     # (Higham, Accuracy and Stability of Numerical Algorithms, Theorem 10.3: at most gamma_{d+1} tr A).
     trace = float(matrix.diagonal().abs().sum())

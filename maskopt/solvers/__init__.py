@@ -2,6 +2,7 @@
 
 from maskopt.solvers.active import Away, BlendedPairwise, FullyCorrective, Lazy, Pairwise
 from maskopt.solvers.base import GapKind, Outcome, Result, Solver, State, Status, Stop, Watch, check_compatible, solve
+from maskopt.solvers.branch_and_bound import BranchAndBound, NodeLog
 from maskopt.solvers.continuation import ContinuationFrankWolfe
 from maskopt.solvers.directions import BlockCoordinate, Boosted, Conjugate, Momentum, Stochastic, Vanilla
 from maskopt.solvers.frank_wolfe import DIRECTIONS, STEPS, FrankWolfe
@@ -35,6 +36,7 @@ __all__ = [
     "BlendedPairwise",
     "BlockCoordinate",
     "Boosted",
+    "BranchAndBound",
     "Conjugate",
     "ContinuationFrankWolfe",
     "Direction",
@@ -48,6 +50,7 @@ __all__ = [
     "Magnitude",
     "Momentum",
     "MonotoneStep",
+    "NodeLog",
     "OneSwap",
     "OpenLoopStep",
     "Outcome",

@@ -240,6 +240,8 @@ class _Search:
 
     def _possible(self, nodes: Nodes) -> Tensor:
         """Return which nodes still hold a mask, boolean, shape (nodes,)."""
+        if len(nodes) == 0:
+            return torch.ones(0, dtype=torch.bool, device=nodes.bound.device)
         stacked = stack(self.masks, self.problem.shape, len(nodes))
         keep = stacked.kept_per_group((len(nodes) * self.problem.shape[0], self.problem.shape[1])).to(nodes.kept.device)
         kept = stacked.groups(nodes.kept.flatten(0, 1)).sum(1)

@@ -98,14 +98,17 @@ class Relaxation(Quadratic):
         # Within a row whose count is fixed no direction has a sum, and what happens along 1 does not matter.
         fixed = masks.separable and not masks.at_most
         lost = 0.0
-        identity = torch.eye(forms.shape[1], dtype=forms.dtype, device=forms.device)
         for row, form in enumerate(forms):
             size = float(form.diagonal().sum())
-            bent = form - torch.diag(shift[row]) + (size if fixed else 0.0)
-            # Whatever the shift claims, it is taken back as far as convexity lacks, and a little further.
-            excess = min(0.0, float(torch.linalg.eigvalsh(bent)[0])) - 1e-12 * size
-            shift[row] += excess
-            floor = eigenvalue_floor(bent - excess * identity)
+            level = form + size if fixed else form
+            # Whatever a shift claims, it is taken back as far as convexity lacks, and a little further; should little
+            # be left, what all sets have is better: none at all, brought up to the least eigenvalue.
+            candidates = []
+            for start in (shift[row], torch.zeros_like(shift[row])):
+                excess = float(torch.linalg.eigvalsh(level - torch.diag(start))[0])
+                candidates.append(start + (min(0.0, excess) if len(candidates) == 0 else excess) - 1e-12 * size)
+            shift[row] = max(candidates, key=lambda one: float(one.sum()))
+            floor = eigenvalue_floor(level - torch.diag(shift[row]))
             assert floor is not None
             lost += -floor * len(form) + 2.0**-46 * size
         return Relaxation(forms, shift, 1, lost)

@@ -5,6 +5,7 @@ from functools import partial
 
 from maskopt.errors import MaskoptError
 from maskopt.solvers.base import Solver
+from maskopt.solvers.branch_and_bound import BranchAndBound
 from maskopt.solvers.continuation import ContinuationFrankWolfe
 from maskopt.solvers.frank_wolfe import DIRECTIONS, FrankWolfe
 from maskopt.solvers.one_swap import OneSwap
@@ -19,6 +20,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "ria": RIA,
     "sparsefw": SparseFW,
     "one-swap": OneSwap,
+    "branch-and-bound": BranchAndBound,
     "continuation": ContinuationFrankWolfe,
     "frank-wolfe": FrankWolfe,
     **{name: partial(FrankWolfe, direction=name) for name in DIRECTIONS if name != "vanilla"},

@@ -1,0 +1,160 @@
+"""Branch and bound against enumeration, and fixing that never cuts off an optimum."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from maskopt.oracles import PartitionMatroid, Restricted
+from maskopt.problems import QuadraticForm
+from maskopt.solvers import BranchAndBound, Status, Stop, Wanda, solve
+from maskopt.solvers.fixing import fixable
+from tests.helpers import (
+    ALL_SETS,
+    MATROIDS,
+    Layer,
+    banned_of,
+    errors_of,
+    every_mask,
+    examples,
+    feasible,
+    held_of,
+    layers,
+    magnitudes,
+    shares,
+)
+
+SMALL = BranchAndBound(start=Wanda(), batch=7, iterations=6)
+
+
+def optimum(layer: Layer, masks: PartitionMatroid) -> float:
+    return float(errors_of(layer.weight, layer.gram, every_mask(masks, layer.shape)).sum(1).min())
+
+
+@given(layers(rows=(1, 3), d=(1, 8)), shares)
+@pytest.mark.parametrize("name", MATROIDS)
+@examples(60)
+def test_proves_the_optimum(name: str, layer: Layer, share: float) -> None:
+    assume(layer.weight.numel() <= 14)
+    masks = ALL_SETS[name](layer.shape, share)
+    assert isinstance(masks, PartitionMatroid)
+    problem = layer.problem()
+    result = solve(problem, masks, SMALL)
+    assert result.status is Status.OPTIMAL
+    assert feasible(masks, result.mask)
+    best, size = optimum(layer, masks), float(magnitudes(layer.weight, layer.gram).sum())
+    assert abs(result.total - best) <= 1e-8 * best + 1e-10 * size
+    assert result.lower_bound is not None
+    assert float(result.lower_bound.sum()) <= best + 1e-14 * size
+    assert float(result.lower_bound.sum()) >= best * (1 - 1e-7) - 1e-9 * size
+
+
+@given(layers(rows=(1, 2), d=(4, 8)), shares, st.integers(0, 6))
+@examples(150)
+def test_bounds_hold_whenever_it_is_stopped(layer: Layer, share: float, batches: int) -> None:
+    masks = ALL_SETS["per-row"](layer.shape, share)
+    assert isinstance(masks, PartitionMatroid)
+    seen = 0
+
+    def stop(_: object) -> Stop | None:
+        nonlocal seen
+        seen += 1
+        return Stop.STOP if seen > batches else None
+
+    result = solve(layer.problem(), masks, BranchAndBound(start=Wanda(), batch=1, iterations=2), callback=stop)
+    best, size = optimum(layer, masks), float(magnitudes(layer.weight, layer.gram).sum())
+    assert result.lower_bound is not None
+    assert float(result.lower_bound.sum()) <= best + 1e-14 * size
+    assert result.total >= best - 1e-14 * size
+    assert feasible(masks, result.mask)
+
+
+@given(st.data(), st.integers(0, 2**16), st.sampled_from([0.0, 1.0, -1e3, 1e6]))
+@pytest.mark.parametrize("name", MATROIDS)
+@examples(250)
+def test_fixing_never_cuts_off_an_optimum(name: str, data: st.DataObject, seed: int, constant: float) -> None:
+    """The tangent of a convex quadratic at a random point, a constant added to its linear term."""
+    shape = data.draw(st.sampled_from([(1, 6), (2, 4), (2, 6), (1, 9), (3, 4)]))
+    masks = ALL_SETS[name](shape, data.draw(shares))
+    assert isinstance(masks, PartitionMatroid)
+    members = every_mask(masks, shape)
+    assume(len(members) > 0)
+    random = torch.Generator().manual_seed(seed)
+    factor = torch.randn(shape[1], shape[1] + 2, generator=random, dtype=torch.float64)
+    linear = torch.randn(shape, generator=random, dtype=torch.float64) * data.draw(st.sampled_from([0.0, 1.0, 10.0]))
+    problem = QuadraticForm(factor @ factor.T, linear + constant)
+    chosen = members[torch.randint(len(members), (3,), generator=random)].double()
+    x = torch.einsum("n,nrd->rd", torch.rand(3, generator=random, dtype=torch.float64).softmax(0), chosen)
+    height = masks.band(shape)
+
+    def per_band(rows: torch.Tensor) -> torch.Tensor:
+        return rows.view(-1, height).sum(1)
+
+    free = PartitionMatroid(masks.keep, masks.tile, at_most=masks.at_most)
+    fixed = Restricted(free, *(torch.zeros(shape, dtype=torch.bool) for _ in range(2)))
+    for place in held_of(masks):
+        assert fixed.protected is not None
+        fixed.protected.view(-1)[place] = True
+    for place in banned_of(masks):
+        assert fixed.forbidden is not None
+        fixed.forbidden.view(-1)[place] = True
+    fixed = Restricted(free, fixed.protected, fixed.forbidden)
+    point = problem.at(x)
+    gradient = problem.gradient(point)
+    vertex = fixed.vertex(gradient)
+    bound = per_band(problem.value(point) + (gradient * (vertex - x)).sum(1))
+    errors = torch.stack([per_band(problem.objective(mask)) for mask in members])
+    best = errors.amin(0)
+    # Anything between the optimum and the worst mask may be what is known.
+    known = best + data.draw(st.sampled_from([0.0, 0.1, 1.0])) * (errors.amax(0) - best)
+    slack = (known - bound).repeat_interleave(height)
+    keep, prune = fixable(free, gradient, vertex, fixed, slack)
+    # The rounding of values is of this size: only masks clearly as good as what is known have to survive.
+    size = 1e-12 * (1 + abs(constant)) * shape[0] * shape[1] * (1 + float(errors.abs().max()))
+    for band in range(len(best)):
+        rows = slice(band * height, (band + 1) * height)
+        good = members[errors[:, band] <= known[band] - size][:, rows]
+        assert bool((good | ~keep[rows]).all())
+        assert not bool((good & prune[rows]).any())
+
+
+def test_fixing_sees_no_constant() -> None:
+    masks = PartitionMatroid(2, (1, None))
+    gradient = torch.tensor([[3.0, -1.0, 0.5, 2.0, -4.0]], dtype=torch.float64)
+    fixed = Restricted(masks, torch.zeros(1, 5, dtype=torch.bool))
+    vertex = fixed.vertex(gradient)
+    for slack, kept, pruned in ((0.4, [1, 4], [0, 2, 3]), (2.0, [4], [0, 3]), (9.0, [], [])):
+        for constant in (0.0, 100.0, -1e6):
+            keep, prune = fixable(masks, gradient + constant, vertex, fixed, torch.tensor([slack]).double())
+            assert keep[0].nonzero().flatten().tolist() == kept
+            assert prune[0].nonzero().flatten().tolist() == pruned
+
+
+def test_limits_and_logs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 60, generator=generator, dtype=torch.float64)
+    x += 3 * torch.randn(1, 60, generator=generator, dtype=torch.float64)
+    layer = Layer(torch.randn(2, 40, generator=generator, dtype=torch.float64), x, "normal")
+    logs = []
+    masks = ALL_SETS["per-row"](layer.shape, 0.5)
+    solver = BranchAndBound(start=Wanda(), nodes=20, batch=8, log=logs.append)
+    result = solve(layer.problem(), masks, solver)
+    assert result.status is Status.ITERATION_LIMIT
+    assert {entry.band for entry in logs} == {0, 1}
+    assert result.counters["nodes"] <= 2 * (20 + 8)
+    for band in (0, 1):
+        mine = [entry for entry in logs if entry.band == band]
+        assert all(a.bound <= b.bound + 1e-9 and a.incumbent >= b.incumbent for a, b in pairwise(mine))
+        assert mine[-1].bound <= mine[-1].incumbent
+        assert 0.0 <= mine[-1].gap <= 1.0
+    assert result.lower_bound is not None
+    assert result.gap is not None
+    assert result.gap > 0
+
+
+def test_sets_without_groups_are_refused() -> None:
+    layer = Layer(torch.ones(2, 4).double(), torch.eye(4).double(), "")
+    with pytest.raises(Exception, match="it must implement groups, restrict, kept_per_group; missing"):
+        solve(layer.problem(), ALL_SETS["budget"](layer.shape, 0.5), SMALL)
