@@ -1,0 +1,156 @@
+"""The semidefinite bound of every row of a layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskopt.bounds.interior import bound_forms
+from maskopt.errors import MaskoptError
+from maskopt.problems import LayerReconstruction
+
+__all__ = ["RowBounds", "convex_part", "sdp_bound"]
+
+_MATRICES = 24  # of size d x d in float64, alive at once for each row worked on
+
+
+@dataclass(frozen=True)
+class RowBounds:
+    """What is proven of each row, float64, in full units.
+
+    Attributes
+    ----------
+    bound : Tensor
+        No mask that keeps the row's number of entries has a smaller error, shape (rows,).
+    shift : Tensor
+        D, shape (rows, d). The error plus sum_i D_i (p_i^2 - p_i) is the same on masks, convex where sum p = s, and
+        nowhere there smaller than `bound`: Q - Diag(D) + (y 1^T + 1 y^T) / (2 s) with y = D - bound / s is positive
+        semidefinite (`convex_part`). Nought where nothing is proven or nothing is to be decided.
+    primal : Tensor
+        Value of the relaxation's best point found: what `bound` can still become with more iterations, up to
+        rounding; infinite where there is none. Shape (rows,).
+    iterations : Tensor
+        Shape (rows,), int64.
+    seconds : float
+        For all rows together.
+    """
+
+    bound: Tensor
+    shift: Tensor
+    primal: Tensor
+    iterations: Tensor
+    seconds: float
+
+
+def sdp_bound(
+    problem: LayerReconstruction,
+    keep: Tensor,
+    *,
+    group: int | None = None,
+    accuracy: float = 1e-3,
+    iterations: int = 50,
+    memory: int = 2**30,
+    stop: Callable[[], bool] | None = None,
+) -> RowBounds:
+    """Prove a lower bound on the error of every mask of each row.
+
+    The semidefinite relaxation min <Q, Z> with diag Z = z, Z 1 = s z, 1^T z = s and Z - z z^T positive semidefinite
+    (Helmberg, Rendl and Weismantel, J. Combinatorial Optimization 4, 2000, for cardinalities; its dual is the best
+    convex quadratic of Billionnet, Elloumi and Plateau, Discrete Applied Mathematics 157, 2009), solved by
+    `bound_forms`. Bounds are proven in float64 at any stop: no mask has a smaller error than `bound`.
+
+    Parameters
+    ----------
+    problem : LayerReconstruction
+        Of shape (rows, d). The bound is meant for d up to a few hundred: a row costs about 200 d^3 multiplications.
+    keep : Tensor
+        How many entries each row keeps, integers, shape (rows,).
+    group : int, optional
+        Every `group` consecutive entries of a row keep equally many (N:M): `keep` * `group` / d.
+    accuracy : float
+        A row is done when bound and relaxation differ by this, relatively.
+    iterations : int
+        At most so many for each row; about 15 are enough for three digits.
+    memory : int
+        Bytes the work may take; at least one row is worked on at a time.
+    stop : callable, optional
+        Asked before every iteration; True ends the work with what is proven until then.
+
+    Raises
+    ------
+    MaskoptError
+        If `keep` is no vector of integers from 0 to d, or does not spread evenly over groups.
+    """
+    begin = time.perf_counter()
+    rows, d = problem.shape
+    _check(keep, group, rows, d)
+    wide = problem.double()
+    pruned = d - keep.to(wide.device).long()
+    bound = torch.zeros(rows, dtype=torch.float64, device=wide.device)
+    primal = torch.full_like(bound, torch.inf)
+    shift = bound.new_zeros((rows, d))
+    spent = torch.zeros(rows, dtype=torch.int64, device=wide.device)
+    chunk = max(1, memory // (_MATRICES * 8 * d * d))
+    gram = (wide.scaled_gram + wide.scaled_gram.T) / 2
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        scaled, exponent = _balanced(wide.scaled_weight[part], gram)
+        forms = scaled.unsqueeze(2) * gram * scaled.unsqueeze(1)
+        found = bound_forms(forms, pruned[part], group=group, accuracy=accuracy, iterations=iterations, stop=stop)
+        # Errors are sums of squares; below the smallest normal number units may round up.
+        least = found.bound * (1 - 2.0**-51)
+        full = _times(least, exponent, wide.unit)
+        proven = (found.bound > 0.0) & (full > torch.finfo(full.dtype).tiny)
+        bound[part] = full.where(proven, 0.0)
+        primal[part] = _times(found.primal, exponent, wide.unit)
+        open_ = proven & (pruned[part] < d)
+        level = least / pruned[part].clamp_min(1)
+        inner = _times(found.tilt + level.unsqueeze(1), exponent.unsqueeze(1), wide.unit)
+        shift[part] = inner.where(open_.unsqueeze(1), 0.0)
+        spent[part] = found.iterations
+    return RowBounds(bound, shift, primal, spent, time.perf_counter() - begin)
+
+
+def convex_part(problem: LayerReconstruction, keep: Tensor, bounds: RowBounds, row: int) -> Tensor:
+    """Return the positive semidefinite C, shape (d, d), in full units, that explains the bound of one row.
+
+    For every p with p_i^2 = p_i and sum p = s the row's error is p^T C p + bound: the reformulation to hand to
+    mixed-integer solvers instead of Q, as its relaxation at the root is worth the bound.
+    """
+    weight, gram = problem.double().rows(torch.tensor([row])).weight[0], problem.gram.double()
+    s = int(problem.shape[1] - keep[row])
+    C = weight.unsqueeze(1) * ((gram + gram.T) / 2) * weight
+    if s == 0:
+        return C
+    shift = bounds.shift[row]
+    half = (shift - bounds.bound[row] / s) / (2 * s)
+    return C - torch.diag(shift) + half.unsqueeze(0) + half.unsqueeze(1)
+
+
+def _balanced(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide rows by powers of two so that their forms have diagonals near one; return the exponents too."""
+    largest = (weight.abs() * gram.diagonal().clamp_min(0.0).sqrt()).amax(1)
+    exponent = torch.frexp(largest).exponent
+    return torch.ldexp(weight, -exponent.unsqueeze(1)), exponent
+
+
+def _times(value: Tensor, exponent: Tensor, unit: float) -> Tensor:
+    """Undo `_balanced` for what is quadratic in the weights."""
+    return torch.ldexp(torch.ldexp(value, exponent), exponent) * unit
+
+
+def _check(keep: Tensor, group: int | None, rows: int, d: int) -> None:
+    if keep.shape != (rows,) or keep.is_floating_point() or keep.dtype == torch.bool:
+        raise MaskoptError(
+            f"keep must be one count for each of {rows} rows; got a {keep.dtype} tensor of shape {tuple(keep.shape)}."
+        )
+    if rows and not 0 <= int(keep.min()) <= int(keep.max()) <= d:
+        raise MaskoptError(f"keep must lie in 0 ... {d}; got {int(keep.min())} ... {int(keep.max())}.")
+    if group is not None and (group < 1 or d % group or bool((keep % (d // group)).any())):
+        raise MaskoptError(
+            f"Groups of {group} must divide {d} entries and keep equally many; got keep {keep.tolist()}."
+        )
