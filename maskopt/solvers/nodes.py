@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from maskopt.bounds import sdp_bound
 from maskopt.oracles import PartitionMatroid
 from maskopt.problems import LayerReconstruction, Move, Point, Quadratic
 from maskopt.problems.layer import eigenvalue_floor
-from maskopt.solvers.row_shift import row_shift
 
 __all__ = ["Nodes", "Relaxation"]
 
@@ -35,12 +35,12 @@ class Nodes:
     bound: Tensor
 
     @staticmethod
-    def root(masks: PartitionMatroid, problem: LayerReconstruction) -> Nodes:
-        """Return the one node in which only what the set fixes is decided."""
+    def root(masks: PartitionMatroid, problem: LayerReconstruction, known: float) -> Nodes:
+        """Return the one node in which only what the set fixes is decided; `known` bounds it."""
         nothing = torch.zeros(problem.shape, dtype=torch.bool, device=problem.device)
         fixed = [nothing if one is None else one.to(problem.device) for one in (masks.protected, masks.forbidden)]
         x = masks.center(problem.shape, torch.float64, problem.device)
-        bound = torch.full((1,), -torch.inf, dtype=torch.float64, device=problem.device)
+        bound = torch.full((1,), known, dtype=torch.float64, device=problem.device)
         return Nodes(fixed[0].clone().unsqueeze(0), fixed[1].clone().unsqueeze(0), x.unsqueeze(0), bound)
 
     def __len__(self) -> int:
@@ -86,6 +86,7 @@ class Relaxation(Quadratic):
     def __init__(self, forms: Tensor, shift: Tensor, copies: int, lost: float) -> None:
         self.forms, self.shift, self.copies = forms, shift, copies
         self.lost = lost
+        self.known = 0.0
         self._bent = forms - torch.diag_embed(shift)
 
     @staticmethod
@@ -94,24 +95,30 @@ class Relaxation(Quadratic):
         weight, gram = problem.scaled_weight.double(), problem.scaled_gram.double()
         gram = (gram + gram.T) / 2
         forms = weight.unsqueeze(2) * gram * weight.unsqueeze(1)
-        shift = row_shift(problem, incumbent.sum(1))
-        # Within a row whose count is fixed no direction has a sum, and what happens along 1 does not matter.
-        fixed = masks.separable and not masks.at_most
+        proven = sdp_bound(problem, incumbent.sum(1), accuracy=1e-4)
+        shift = proven.shift / problem.unit
+        basis = _directions(masks, problem.shape).to(forms)
         lost = 0.0
         for row, form in enumerate(forms):
             size = float(form.diagonal().sum())
-            level = form + size if fixed else form
-            # Whatever a shift claims, it is taken back as far as convexity lacks, and a little further; should little
-            # be left, what all sets have is better: none at all, brought up to the least eigenvalue.
-            candidates = []
+            # Whatever a shift claims, it is taken back as far as convexity lacks; should little be left, what all
+            # sets have is better: none at all, brought up to the least eigenvalue.
+            candidates: list[Tensor] = []
             for start in (shift[row], torch.zeros_like(shift[row])):
-                excess = float(torch.linalg.eigvalsh(level - torch.diag(start))[0])
-                candidates.append(start + (min(0.0, excess) if len(candidates) == 0 else excess) - 1e-12 * size)
+                lowest = float(torch.linalg.eigvalsh(basis.T @ (form - torch.diag(start)) @ basis)[0])
+                candidates.append(start + (lowest if candidates else min(0.0, lowest)) - 1e-12 * size)
             shift[row] = max(candidates, key=lambda one: float(one.sum()))
-            floor = eigenvalue_floor(level - torch.diag(shift[row]))
+            within = basis.T @ (form - torch.diag(shift[row])) @ basis
+            floor = eigenvalue_floor((within + within.T) / 2)
             assert floor is not None
-            lost += -floor * len(form) + 2.0**-46 * size
-        return Relaxation(forms, shift, 1, lost)
+            # The basis is orthonormal to rounding; a step between masks has at most d entries of size one.
+            bent = size + float(shift[row].abs().sum())
+            lost += (-floor + len(form) * 2.0**-50 * bent) * len(form)
+        relaxation = Relaxation(forms, shift, 1, lost)
+        if masks.separable and not masks.at_most:
+            # Where every mask keeps as many entries of each row as the incumbent, the bound is one for all of them.
+            relaxation.known = max(0.0, float(proven.bound.sum()) / problem.unit)
+        return relaxation
 
     def repeated(self, copies: int) -> Relaxation:
         """Return the relaxation of many nodes."""
@@ -176,3 +183,15 @@ class Relaxation(Quadratic):
 
     def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor | None:
         return None  # for bands as a whole it is `lost`
+
+
+def _directions(masks: PartitionMatroid, shape: tuple[int, int]) -> Tensor:
+    """Return an orthonormal basis of what differences of two masks span in a row, float64, shape (d, dimensions)."""
+    columns = shape[1]
+    if masks.at_most or not masks.separable:
+        return torch.eye(columns, dtype=torch.float64)
+    width = masks.tile_of(shape)[1]
+    # Every group of the row has a fixed sum.
+    sums = torch.eye(columns // width, dtype=torch.float64).repeat_interleave(width, 0)
+    basis: Tensor = torch.linalg.qr(sums, mode="complete").Q
+    return basis[:, columns // width :]
