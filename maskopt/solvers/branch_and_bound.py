@@ -214,11 +214,13 @@ class _Search:
         shape = nodes.kept.shape
         reach = (gradient * (vertex - x)).view(shape).sum((1, 2))
         value = relaxation.value(relaxation.at(x)).view(shape[:2]).sum(1)
-        bound = torch.maximum(value + reach - self.relaxation.lost, nodes.bound)
+        own = value + reach - self.relaxation.lost
+        bound = torch.maximum(own, nodes.bound)
         self._offer(masks.round(x).view(shape))
         self._offer(vertex.bool().view(shape))
         target = self._target()
-        slack = (target - bound).repeat_interleave(shape[1])
+        # Exchanges raise the tangent's own bound, not one that was inherited.
+        slack = (target - own).repeat_interleave(shape[1])
         keep, prune = fixable(stacked, gradient, vertex, masks, slack)
         nodes.kept |= keep.view(shape)
         nodes.pruned |= prune.view(shape)

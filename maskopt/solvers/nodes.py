@@ -95,11 +95,17 @@ class Relaxation(Quadratic):
         weight, gram = problem.scaled_weight.double(), problem.scaled_gram.double()
         gram = (gram + gram.T) / 2
         forms = weight.unsqueeze(2) * gram * weight.unsqueeze(1)
-        proven = sdp_bound(problem, incumbent.sum(1), accuracy=1e-4)
+        width = masks.tile_of(problem.shape)[1]
+        alike = masks.separable and not masks.at_most and not isinstance(masks.keep, Tensor)
+        group = width if alike and width < problem.shape[1] else None
+        proven = sdp_bound(problem, incumbent.sum(1), group=group, accuracy=1e-4)
         shift = proven.shift / problem.unit
         basis = _directions(masks, problem.shape).to(forms)
         lost = 0.0
         for row, form in enumerate(forms):
+            if basis.shape[1] == 0:  # one mask
+                shift[row] = 0.0
+                continue
             size = float(form.diagonal().sum())
             # Whatever a shift claims, it is taken back as far as convexity lacks; should little be left, what all
             # sets have is better: none at all, brought up to the least eigenvalue.

@@ -52,7 +52,7 @@ def test_proves_the_optimum(name: str, layer: Layer, share: float) -> None:
 
 
 @given(layers(rows=(1, 2), d=(4, 8)), shares, st.integers(0, 6))
-@examples(150)
+@examples(400)
 def test_bounds_hold_whenever_it_is_stopped(layer: Layer, share: float, batches: int) -> None:
     masks = ALL_SETS["per-row"](layer.shape, share)
     assert isinstance(masks, PartitionMatroid)
