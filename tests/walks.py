@@ -73,6 +73,22 @@ class Bowl(Quadratic):
         return 1e-13 * size + shift_deficit(point, shift)
 
 
+class Steady(Bowl):
+    """A bowl whose rows are computed alike however many there are: a matrix product rounds by its shape."""
+
+    def at(self, x: Tensor) -> Point:
+        return Point(x, self._product(x) + self.linear)
+
+    def along(self, x: Tensor) -> Move:
+        return Move(x, self._product(x))
+
+    def _product(self, x: Tensor) -> Tensor:
+        return torch.stack([row.unsqueeze(1).mul(self.matrix).sum(0) for row in x])
+
+    def rows(self, index: slice | Tensor) -> Steady:
+        return Steady(self.matrix, self.linear[index])
+
+
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
