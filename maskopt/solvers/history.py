@@ -22,7 +22,8 @@ Record = int | Literal["doubling"]
 
 COLUMNS = ("iteration", "seconds", "value", "gap", "bound", "rounded", "incumbent")
 """Of a history: the relaxed objective, its Frank-Wolfe gap, the best proven bound so far, the error of the rounded
-point and that of the best mask so far; summed over rows, nan where there is none."""
+point and that of the best mask so far; summed over rows, nan where there is none. Iterations never go back: swaps after
+a walk stand at its last one."""
 
 
 class Recorder:
@@ -95,6 +96,9 @@ class Recorder:
 
     def _append(self, iteration: int, seconds: float, value: float, gap: float, rounded: float) -> None:
         bound = math.nan if self.bound is None else float(self.bound.sum())
+        # A method's stages may count anew; blocks are added up by this column.
+        past = self.history["iteration"]
+        iteration = max(iteration, int(past[-1])) if past else iteration
         row = (iteration, seconds, value, gap, bound, rounded, float(self.error.sum()))
         for name, figure in zip(COLUMNS, row, strict=True):
             self.history[name].append(figure)
