@@ -209,18 +209,20 @@ class _CorrectiveRun(_Run):
         matrix, weight = self.atoms.matrix, self.atoms.weight.clone()
         assert matrix is not None
         slots = weight.shape[1]
-        # A little of the identity where vertices depend on each other; it only shortens the step. Slopes count where the
-        # objective is linear among the vertices: then the step has to be long, but finite.
+        # By a power of two, to the size of the ones that are about to stand beside them: the spread of the slopes, where
+        # the objective is linear among the vertices.
         spread = torch.where(free, slope, -torch.inf).amax(1) - torch.where(free, slope, torch.inf).amin(1)
         size = torch.maximum(matrix.diagonal(dim1=1, dim2=2).abs().amax(1), spread)
-        ridge = (size * 1e-13).clamp_min(torch.finfo(matrix.dtype).tiny)
+        unit = torch.where(size > 0, size / torch.frexp(size).mantissa, 1.0)
+        matrix, slope = matrix / unit.view(-1, 1, 1), slope / unit.view(-1, 1)
+        ridge = 1e-13  # a little of the identity, where vertices depend on each other; it only shortens the step
         identity = torch.eye(slots, dtype=matrix.dtype, device=matrix.device)
         open_ = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
         for _ in range(slots):
             inside = free.to(matrix.dtype)
             both = inside.unsqueeze(2) * inside.unsqueeze(1)
             # [K + ridge, 1; 1, 0] [change; multiplier] = [-slope; 0] on the free slots, change = 0 on the others.
-            system = matrix * both + identity * torch.where(free, ridge.unsqueeze(1), 1.0).unsqueeze(2)
+            system = matrix * both + identity * torch.where(free, ridge, 1.0).unsqueeze(2)
             system = torch.nn.functional.pad(system, (0, 1, 0, 1))
             system[:, :slots, slots] = system[:, slots, :slots] = inside
             right = torch.nn.functional.pad(-slope * inside, (0, 1)).unsqueeze(2)
