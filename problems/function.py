@@ -30,8 +30,8 @@ class Function(Problem):
     Raises
     ------
     MaskoptError
-        If the function returns another shape, something that is not finite, or nothing that depends on the mask
-        differentiably.
+        If the function returns another shape or nothing that depends on the mask differentiably; and, whenever it is
+        met, if it or its gradient is not finite.
     """
 
     def __init__(
@@ -63,6 +63,12 @@ class Function(Problem):
             raise MaskoptError(f"The function must be finite on the unit cube; keeping all gives {answer.detach()}.")
         return answer.ndim == 0
 
+    def _finite(self, what: str, found: Tensor) -> Tensor:
+        if not bool(torch.isfinite(found).all()):
+            first = found.flatten()[(~torch.isfinite(found)).flatten().int().argmax()].item()
+            raise MaskoptError(f"The function must be finite on the unit cube; a solver met a {what} of {first}.")
+        return found
+
     @property
     def shape(self) -> tuple[int, int]:
         return self._shape if self._index is None else (len(self._index), self._shape[1])
@@ -86,7 +92,7 @@ class Function(Problem):
         with torch.enable_grad():
             leaf = x.detach().clone().requires_grad_()
             (gradient,) = torch.autograd.grad(self._values(leaf).sum(), leaf)
-        return Point(x, gradient)
+        return Point(x, self._finite("slope", gradient))
 
     def along(self, x: Tensor) -> Move:
         return Move(x, x.new_empty(0))
@@ -100,7 +106,7 @@ class Function(Problem):
 
     def _evaluated(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            values = self._values(x).double()
+            values = self._finite("value", self._values(x)).double()
         rows = self.shape[0]
         return values.expand(rows) / rows if self.coupled else values
 

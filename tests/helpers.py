@@ -34,7 +34,17 @@ from maskopt.oracles import (
     Unstructured,
 )
 from maskopt.problems import LayerReconstruction
-from maskopt.solvers import RIA, ContinuationFrankWolfe, Magnitude, OneSwap, Solver, SparseFW, Wanda
+from maskopt.solvers import (
+    DIRECTIONS,
+    RIA,
+    ContinuationFrankWolfe,
+    FrankWolfe,
+    Magnitude,
+    OneSwap,
+    Solver,
+    SparseFW,
+    Wanda,
+)
 
 Shape = tuple[int, int]
 
@@ -185,6 +195,7 @@ SOLVERS: dict[str, Solver] = {
     "continuation": ContinuationFrankWolfe(iterations=40),
     "continuation alone": ContinuationFrankWolfe(iterations=30, second=0.0, polish=False),
 }
+FRANK_WOLFE: dict[str, Solver] = {name: FrankWolfe(direction=name, iterations=25) for name in DIRECTIONS}
 ITERATIVE = [name for name in SOLVERS if name not in ("magnitude", "wanda", "ria")]
 SWAPPED = ["one-swap", "continuation"]  # these promise a 1-swap optimum
 

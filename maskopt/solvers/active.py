@@ -166,8 +166,9 @@ class FullyCorrective(_OnAtoms):
     """After every new vertex, minimise over the hull of all active ones.
 
     Wolfe's method of minor cycles (Mathematical Programming 11, 1976), for any quadratic: go to the minimiser over the
-    affine hull, or as far as no weight turns negative, drop the vertices whose weight is gone, and repeat. The small
-    systems see the vertices through their inner products with the Hessian, at one matrix product per new vertex.
+    affine hull, or as far as no weight turns negative, drop the vertices whose weight is gone, and repeat. Where the
+    quadratic is concave there, away from that saddle as far as weights allow. The small systems see the vertices
+    through their inner products with the Hessian, at one matrix product per new vertex.
     """
 
     requires: ClassVar[tuple[str, ...]] = ("hessian",)
@@ -208,22 +209,31 @@ class _CorrectiveRun(_Run):
         matrix, weight = self.atoms.matrix, self.atoms.weight.clone()
         assert matrix is not None
         slots = weight.shape[1]
-        # A little of the identity where vertices depend on each other; it only shortens the step.
-        ridge = matrix.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(matrix.dtype).tiny) * 1e-13
+        # By a power of two, to the size of the ones that are about to stand beside them: the spread of the slopes, where
+        # the objective is linear among the vertices.
+        spread = torch.where(free, slope, -torch.inf).amax(1) - torch.where(free, slope, torch.inf).amin(1)
+        size = torch.maximum(matrix.diagonal(dim1=1, dim2=2).abs().amax(1), spread)
+        unit = torch.where(size > 0, size / torch.frexp(size).mantissa, 1.0)
+        matrix, slope = matrix / unit.view(-1, 1, 1), slope / unit.view(-1, 1)
+        ridge = 1e-13  # a little of the identity, where vertices depend on each other; it only shortens the step
         identity = torch.eye(slots, dtype=matrix.dtype, device=matrix.device)
         open_ = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
         for _ in range(slots):
             inside = free.to(matrix.dtype)
             both = inside.unsqueeze(2) * inside.unsqueeze(1)
             # [K + ridge, 1; 1, 0] [change; multiplier] = [-slope; 0] on the free slots, change = 0 on the others.
-            system = matrix * both + identity * torch.where(free, ridge.unsqueeze(1), 1.0).unsqueeze(2)
+            system = matrix * both + identity * torch.where(free, ridge, 1.0).unsqueeze(2)
             system = torch.nn.functional.pad(system, (0, 1, 0, 1))
             system[:, :slots, slots] = system[:, slots, :slots] = inside
             right = torch.nn.functional.pad(-slope * inside, (0, 1)).unsqueeze(2)
             change = torch.linalg.solve(system, right)[:, :slots, 0] * inside * open_.unsqueeze(1)
+            # Along a negative curvature the solution is the highest point: away from it, until a weight is gone.
+            bent = torch.einsum("bi,bij,bj->b", change, matrix, change)
+            concave = (bent < -10.0 * ridge * vecdot(change, change)) & (change.abs().amax(1) > 1e-9)
+            change = torch.where((concave & (vecdot(slope, change) > 0)).unsqueeze(1), -change, change)
             room = torch.where(change < 0, weight / -change, torch.inf)
             most, first = room.min(1)
-            stopped = open_ & (most < 1.0)
+            stopped = open_ & ((most < 1.0) | concave)
             step = torch.where(stopped, most, 1.0).unsqueeze(1)
             weight = (weight + step * change).clamp_(min=0.0)
             slope = slope + step * torch.einsum("bij,bj->bi", matrix, change)
@@ -260,7 +270,8 @@ class Lazy(Direction):
     remember: int = 64
 
     def begin(self, view: View) -> Direction:
-        return _LazyRun(self, Atoms(view.pool.flat(view.vertex)), view.pool.first(view.gap).double() / 2)
+        estimate = view.pool.first(view.gap).double().clamp_min(0.0) / 2
+        return _LazyRun(self, Atoms(view.pool.flat(view.vertex)), estimate)
 
     def way(self, view: View) -> Way:
         raise AssertionError("begin first")
@@ -277,7 +288,7 @@ class _LazyRun(Direction):
         gradient, x = pool.flat(view.gradient), pool.flat(view.x)
         least, slot = atoms.best(atoms.scores(gradient), largest=False)
         here = vecdot(gradient, x).double()
-        enough = here - least >= self.estimate / self.rule.patience
+        enough = here - least > self.estimate / self.rule.patience
         vertex = atoms.dense(slot, x.dtype)
         asked = (~enough).nonzero().squeeze(1)
         if len(asked):
@@ -286,7 +297,7 @@ class _LazyRun(Direction):
             gap = vecdot(gradient[asked], x[asked] - found).double()
             estimate = self.estimate[asked]
             # The true gap is known here: it is what remains, or proof that the estimate was too high.
-            self.estimate[asked] = torch.where(gap >= estimate / self.rule.patience, estimate, gap / 2)
+            self.estimate[asked] = torch.where(gap > estimate / self.rule.patience, estimate, gap.clamp_min(0.0) / 2)
             known = torch.full_like(here, torch.inf).index_copy_(0, asked, gap)
             view.known_gap = pool.spread(known.to(x.dtype))
             vertex = vertex.index_copy(0, asked, found)

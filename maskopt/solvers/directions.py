@@ -220,12 +220,13 @@ class _StochasticRun(Direction):
 class BlockCoordinate(Direction):
     """Move some groups only, in turn (Lacoste-Julien, Jaggi, Schmidt and Pletscher, ICML 2013).
 
-    The hull of a set with groups is a product; every group's part of the vertex is a step of its own.
+    The hull of a set with groups is a product; every group's part of the vertex is a step of its own. Bands of rows are
+    independent anyway: the groups of each take turns.
 
     Parameters
     ----------
     blocks : int
-        Every group moves in one of so many iterations.
+        Every group moves in one of so many iterations, or in one of as many as its band has groups if they are fewer.
     """
 
     blocks: int = 2
@@ -236,5 +237,8 @@ class BlockCoordinate(Direction):
         assert isinstance(view.masks, HasGroups)
         way = view.toward
         groups = view.masks.groups(way)
-        turn = (torch.arange(len(groups), device=way.device) + view.iteration) % min(self.blocks, len(groups)) == 0
+        # Counted within a band, so that a band's answer does not depend on which others are solved with it.
+        within = len(groups) * view.pool.band // len(way)
+        number = torch.arange(len(groups), device=way.device) % within
+        turn = (number + view.iteration) % min(self.blocks, within) == 0
         return Way(view.masks.ungroup(groups * turn.to(way.dtype).unsqueeze(1), way.shape))

@@ -77,6 +77,7 @@ def frank_wolfe(
     view = View(whole, masks, pool, 0, batch.point, watch.counters)
     direction, step = direction.begin(view), step.begin(view)
     full = torch.ones(len(x), dtype=x.dtype, device=x.device)
+    running: Tensor | None = None
     for iteration in range(iterations):
         if tolerance is None:
             whole = objective_at(iteration)
@@ -88,31 +89,27 @@ def frank_wolfe(
         view = View(batch.objective, masks, pool, iteration, batch.point, watch.counters)
         way = direction.way(view)
         limit = full if way.limit is None else way.limit
-        running: Tensor | None = None
-        gap = view.certified_gap() if tolerance is not None else None
+        gap = None if tolerance is None else view.certified_gap()
         if tolerance is not None and gap is not None:
-            running = gap > tolerance
-            left = int(running.sum())
-            if left == 0:
+            # A band that is done stands still, so that it stays done, whatever is known of it later.
+            running = gap > tolerance if running is None else running & (gap > tolerance)
+            if not bool(running.any()):
                 return Walk(batch.whole(), iteration, True)
-            if 2 * left <= len(running):
-                bands = pool.first(running).nonzero().squeeze(1)
-                rows = pool.rows_of(bands)
-                masks = masks.rows(rows, batch.objective.shape)
-                batch.shrink(rows)
-                tolerance, full = tolerance[rows], full[rows]
-                direction, step = direction.take(rows, bands), step.take(rows, bands)
-                view = View(batch.objective, masks, pool, iteration, batch.point, watch.counters)
-                way = direction.way(view)
-                limit, running = full if way.limit is None else way.limit, None
-        if not direction.exact:
+        if direction.exact:
+            move = direction.bend(view, view.along(way.x))
+            share = _held(limit if way.best else step.share(view, move, limit), running)
+            batch.objective.advance(batch.point, move, share.unsqueeze(1))
+            direction.moved(view, move, share, limit)
+        else:
             share = _held(step.share(view, Move(way.x, way.x.new_empty(0)), limit), running)
             batch.point.x.addcmul_(way.x, share.unsqueeze(1))
-            continue
-        move = direction.bend(view, view.along(way.x))
-        share = _held(limit if way.best else step.share(view, move, limit), running)
-        batch.objective.advance(batch.point, move, share.unsqueeze(1))
-        direction.moved(view, move, share, limit)
+        if running is not None and gap is not None and tolerance is not None and 2 * int(running.sum()) <= len(running):
+            bands = pool.first(running).nonzero().squeeze(1)
+            rows = pool.rows_of(bands)
+            masks = masks.rows(rows, batch.objective.shape)
+            batch.shrink(rows)
+            tolerance, full, running = tolerance[rows], full[rows], None
+            direction, step = direction.take(rows, bands), step.take(rows, bands)
     return Walk(batch.whole(), iterations, False)
 
 

@@ -162,7 +162,7 @@ class _AdaptiveRun(Step):
         slope, size = view.dot(view.gradient, move.x), view.dot(move.x, move.x)
         if self.smoothness is None:
             # A first guess from a small step: the slope's rise over a thousandth of the way.
-            near = torch.full_like(slope, 1e-3)
+            near = limit.clamp(max=1.0) * 1e-3
             rise = (_slope(view, move, near) - slope) / near
             self.smoothness = (rise / size).nan_to_num(0.0, 0.0, 0.0).clamp_min(torch.finfo(slope.dtype).tiny)
         estimate = self.smoothness * self.rule.decay
@@ -172,7 +172,8 @@ class _AdaptiveRun(Step):
             bad = bad & (_slope(view, move, share) > 0) & (share > 0)
             if not bool(bad.any()):
                 break
-            estimate = torch.where(bad, estimate * 2.0, estimate)
+            # Twice what makes the failed share a short step: the limit may have hidden how small the estimate was.
+            estimate = torch.where(bad, -2.0 * slope / (size * share), estimate)
             share = torch.where(bad, _short(slope, estimate, size, limit), share)
         self.smoothness = estimate.clamp_min(torch.finfo(slope.dtype).tiny)
         return torch.where(bad, 0.0, share)

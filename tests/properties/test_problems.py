@@ -124,7 +124,7 @@ def test_carried_points_are_the_points(data: st.DataObject, layer: Layer) -> Non
     move = problem.along(b - a)
     move.blend_(problem.along(c - a), shares)
     move.scale_(shares * 0.75)
-    point.advance_(move, 1 - shares)
+    problem.advance(point, move, 1 - shares)
     there = a + (1 - shares) * shares * 0.75 * ((1 - shares) * (b - a) + shares * (c - a))
     close(point.x, there, 10.0)
     fresh = problem.at(there)

@@ -12,8 +12,10 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import NM, PartitionMatroid, PerRow, Unstructured
 from maskopt.problems import LayerReconstruction, Point, Saliency, synthetic
 from maskopt.solvers import (
+    DIRECTIONS,
     RIA,
     ContinuationFrankWolfe,
+    FrankWolfe,
     GapKind,
     Magnitude,
     OneSwap,
@@ -29,7 +31,7 @@ from maskopt.solvers import (
 from maskopt.solvers import (
     SOLVERS as NAMES,
 )
-from tests.helpers import ITERATIVE, SETS, SOLVERS, feasible
+from tests.helpers import FRANK_WOLFE, ITERATIVE, SETS, SOLVERS, feasible
 
 SHAPE = (6, 24)
 
@@ -43,7 +45,10 @@ def any_member(masks: PartitionMatroid, shape: tuple[int, int] = SHAPE) -> Tenso
 
 
 def test_every_named_solver_is_tested() -> None:
-    assert {type(solver) for solver in SOLVERS.values()} == set(NAMES.values())
+    tested = {type(solver) for solver in SOLVERS.values()} | {type(solver) for solver in FRANK_WOLFE.values()}
+    assert {type(make()) for make in NAMES.values()} == tested
+    directions = {make().direction for make in NAMES.values() if isinstance(make(), FrankWolfe)}
+    assert directions == set(FRANK_WOLFE) == set(DIRECTIONS)
 
 
 def test_the_default_is_continuation() -> None:
@@ -338,7 +343,7 @@ def test_reports_are_plain(name: str) -> None:
     assert report["solver"] == repr(SOLVERS[name])
     assert report["seconds"] > 0.0
     assert report["iterations"] >= 1
-    assert (report["lower_bound"] is None) == (name != "sparsefw")
+    assert (report["lower_bound"] is None) == (name not in ("sparsefw", "sparsefw alpha"))
     assert 0.0 <= report["relative_error"] <= 1.0
 
 
@@ -396,7 +401,8 @@ def test_a_diagonal_negative_by_rounding(name: str) -> None:
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_incompatible_pairs(name: str) -> None:
-    kind = type(SOLVERS[name]).__name__
+    # SparseFW takes any objective; the scores it starts from do not.
+    kind = "Wanda" if name.startswith("sparsefw") else type(SOLVERS[name]).__name__
     sentence = f"Saliency is not compatible with {kind}: it must implement weight, gram; missing: weight, gram."
     with pytest.raises(MaskoptError) as error:
         solve(Saliency(torch.ones(2, 4)), PerRow(0.5), SOLVERS[name])

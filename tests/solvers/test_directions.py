@@ -1,0 +1,611 @@
+"""Direction rules: ways inside the hull, combinations of atoms, faces, angles, and which gradients certify."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.linalg import vecdot
+
+from maskopt.oracles import PartitionMatroid
+from maskopt.problems import Move, Problem
+from maskopt.solvers import (
+    DIRECTIONS,
+    Away,
+    BlendedPairwise,
+    BlockCoordinate,
+    Boosted,
+    Conjugate,
+    Direction,
+    ExactStep,
+    FullyCorrective,
+    InFace,
+    Lazy,
+    Momentum,
+    OpenLoopStep,
+    Pairwise,
+    Pool,
+    Step,
+    Stochastic,
+    Vanilla,
+    View,
+    Watch,
+)
+from tests import helpers
+from tests.helpers import SETS, Layer, every_mask, examples, layers
+from tests.walks import CPU, Bowl, Diary, function_case, in_hull, normal, plain_layer, random, starts, view_at, walk
+
+ALL_SETS = getattr(helpers, "ALL_SETS", SETS)
+SHAPE = (4, 8)
+OPEN_LOOP = ["momentum", "stochastic"]
+ACTIVE = ["away", "pairwise", "blended-pairwise", "fully-corrective"]
+
+
+def step_for(name: str) -> Step:
+    return OpenLoopStep() if name in OPEN_LOOP else ExactStep()
+
+
+def fits(name: str, masks: object) -> bool:
+    return all(hasattr(masks, verb) for verb in DIRECTIONS[name]().asks)
+
+
+def problems(seed: int, shape: tuple[int, int] = SHAPE) -> list[Problem]:
+    base = plain_layer(seed, shape).problem()
+    return [base, base.shifted(base.diagonal(), -0.5), base.shifted(base.diagonal(), 2.0)]
+
+
+# Ways
+
+
+@pytest.mark.parametrize("set_name", ALL_SETS)
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_ways_stay_in_the_hull_up_to_their_limit(name: str, set_name: str) -> None:
+    masks = ALL_SETS[set_name](SHAPE, 0.5)
+    if not fits(name, masks):
+        pytest.skip("the set has no such verbs")
+    for seed, problem in enumerate(problems(3)):
+        diary = Diary(DIRECTIONS[name]())
+        end = walk(problem, masks, diary, step_for(name), 25).point
+        assert len(diary.events) == 25
+        for event in diary.events[:: 1 + seed]:
+            assert in_hull(masks, event.x)
+            assert bool((event.limit >= 0).all())
+            far = event.limit.clamp(max=1e3).unsqueeze(1) * event.way
+            assert in_hull(masks, event.x + far, 1e-8)
+        assert in_hull(masks, end.x)
+
+
+@pytest.mark.parametrize("name", ["dicg", "blended-dicg", "away"])
+def test_the_limit_is_where_the_hull_ends(name: str) -> None:
+    """A little further and the point is outside, unless the set is the limit's own convention (away: weights)."""
+    masks, tight = SETS["per-row"](SHAPE, 0.5), 0
+    for seed in range(3):
+        diary = Diary(DIRECTIONS[name]())
+        walk(plain_layer(seed).problem(), masks, diary, ExactStep(), 25)
+        for event in diary.events:
+            if name == "away":
+                continue
+            for row in range(SHAPE[0]):
+                way, limit = event.way[row], float(event.limit[row])
+                if float(way.abs().max()) > 1e-6 and limit > 1e-9:
+                    beyond = event.x[row] + way * (limit * 1.001 + 1e-6)
+                    inside = -1e-9 <= float(beyond.min()) and float(beyond.max()) <= 1 + 1e-9
+                    assert not inside
+                    tight += 1
+    assert name == "away" or tight > 50
+
+
+@pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "protected blocks"])
+@pytest.mark.parametrize("name", [name for name in DIRECTIONS if name not in OPEN_LOOP])
+def test_ways_lead_downhill_while_there_is_a_gap(name: str, set_name: str) -> None:
+    masks = SETS[set_name](SHAPE, 0.5)
+    for problem in problems(1)[:2]:
+        diary = Diary(DIRECTIONS[name]())
+        walk(problem, masks, diary, ExactStep(), 30)
+        pool = Pool(masks.band(SHAPE))
+        for t, event in enumerate(diary.events):
+            slope = pool(vecdot(event.gradient, event.way))
+            gap = pool(vecdot(event.gradient, event.x - masks.vertex(event.gradient)))
+            scale = 1e-9 * float(event.gradient.abs().sum())
+            if name == "block-coordinate":
+                continue
+            assert bool((slope[gap > scale] < 0).all()), t
+
+
+# Atoms
+
+
+class Watched(Diary):
+    """Also compares the point with its atoms after every iteration."""
+
+    def __init__(self, rule: Direction, problem: Problem) -> None:
+        super().__init__(rule)
+        self.problem, self.ends = problem, []
+
+    def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
+        super().moved(view, move, share, limit)
+        atoms = self.rule.atoms
+        assert bool((atoms.weight >= 0).all())
+        torch.testing.assert_close(atoms.weight.sum(1), torch.ones_like(atoms.weight[:, 0]), rtol=0, atol=1e-12)
+        combined = atoms.combined(atoms.weight, torch.float64)
+        torch.testing.assert_close(combined, view.pool.flat(view.x), rtol=0, atol=1e-9)
+        for slot in range(atoms.weight.shape[1]):
+            dense = atoms.dense(torch.full((atoms.bands,), slot), torch.float64).reshape(view.x.shape)
+            used = (atoms.weight[:, slot] > 0).repeat_interleave(view.pool.band)
+            full = torch.where(used.unsqueeze(1), dense, view.vertex)
+            assert view.masks.contains(full.bool())
+        self.ends.append((view.point.x.clone(), atoms.active.clone(), atoms.take(torch.arange(atoms.bands))))
+
+
+@pytest.mark.parametrize("set_name", ALL_SETS)
+@pytest.mark.parametrize("name", ACTIVE)
+def test_points_are_combinations_of_their_atoms(name: str, set_name: str) -> None:
+    masks = ALL_SETS[set_name](SHAPE, 0.5)
+    for problem in problems(2):
+        watched = Watched(DIRECTIONS[name](), problem)
+        walk(problem, masks, watched, ExactStep(), 40)
+        assert len(watched.ends) == 40
+
+
+@given(layers(rows=(1, 4), d=(1, 8)), st.sampled_from(sorted(SETS)), st.floats(0, 1), st.sampled_from([0.0, -1.0, 2.0]))
+@pytest.mark.parametrize("name", ACTIVE)
+@examples(40)
+def test_ugly_combinations(name: str, layer: Layer, set_name: str, share: float, amount: float) -> None:
+    base = layer.problem()
+    problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, share)
+    watched = Watched(DIRECTIONS[name](), problem)
+    walk(problem, masks, watched, ExactStep(), 12)
+
+
+@pytest.mark.parametrize("name", ["away", "pairwise", "blended-pairwise"])
+def test_combinations_of_functions_too(name: str) -> None:
+    for coupled in (False, True):
+        problem = function_case("logistic", SHAPE, coupled=coupled).problem
+        watched = Watched(DIRECTIONS[name](), problem)
+        walk(problem, SETS["n:m"](SHAPE, 0.5), watched, OpenLoopStep(), 30)
+
+
+@pytest.mark.parametrize("set_name", ["per-row", "unstructured", "blocks", "protected rows"])
+def test_fully_corrective_points_are_the_best_of_their_atoms(set_name: str) -> None:
+    """The variational inequality: at the minimiser over a hull no vertex of it lies downhill, and all have one slope."""
+    masks = SETS[set_name](SHAPE, 0.5)
+    for seed in range(4):
+        for problem in problems(seed)[:2]:
+            watched = Watched(FullyCorrective(), problem)
+            walk(problem, masks, watched, ExactStep(), 15)
+            for x, active, atoms in watched.ends:
+                gradient = problem.gradient(problem.at(x.clone()))
+                pool = Pool(masks.band(SHAPE))
+                flat = pool.flat(gradient)
+                here = vecdot(flat, pool.flat(x))
+                scores = torch.where(atoms.weight > 0, atoms.scores(flat), here.unsqueeze(1))
+                scale = 1e-9 * float(problem.gradient(problem.at(torch.zeros_like(x))).abs().sum())
+                assert float((scores - here.unsqueeze(1)).abs().max()) <= scale
+                assert bool((active >= 1).all())
+
+
+@given(layers(rows=(1, 3), d=(1, 8)), st.sampled_from(sorted(SETS)), st.floats(0, 1), st.sampled_from([0.0, -1.0, 1.0, 3.0]))
+@examples(120)
+def test_fully_corrective_never_climbs(layer: Layer, set_name: str, share: float, amount: float) -> None:
+    """Also where the objective is flat or concave along some ways, and from any mask."""
+    base = layer.problem()
+    problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, share)
+    start = masks.vertex(normal(*layer.shape, seed=5))
+    diary = Diary(FullyCorrective())
+    end = walk(problem, masks, diary, ExactStep(), 10, start=start).point.x
+    pool = Pool(masks.band(layer.shape))
+    points = [event.x for event in diary.events] + [end]
+    values = torch.stack([pool(problem.value(problem.at(x.clone()))) for x in points])
+    size = float(base.scale().sum() / base.unit + base.diagonal().abs().sum()) * (1 + abs(amount))
+    assert bool((values.diff(dim=0) <= 1e-9 * size).all())
+
+
+def test_fully_corrective_on_linear_objectives() -> None:
+    masks = SETS["n:m"](SHAPE, 0.5)
+    for seed in range(5):
+        problem = Bowl(torch.zeros(8, 8, dtype=torch.float64), normal(*SHAPE, seed=seed))
+        start = masks.vertex(normal(*SHAPE, seed=seed + 10))
+        x = walk(problem, masks, FullyCorrective(), ExactStep(), 3, start=start).point.x
+        torch.testing.assert_close(x, masks.vertex(problem.linear), rtol=0, atol=1e-12)
+
+
+def test_away_leaves_the_worst_atom() -> None:
+    """Every way of a run, by the definition: the atoms are read slot by slot."""
+    masks, seen = SETS["per-row"](SHAPE, 0.5), Counter()
+
+    class Checked(Watched):
+        def way(self, view: View):  # noqa: ANN202
+            atoms = self.rule.atoms
+            slots = range(atoms.weight.shape[1])
+            dense = [atoms.dense(torch.full((atoms.bands,), slot), torch.float64) for slot in slots]
+            weight = atoms.weight.clone()
+            way = super().way(view)
+            for row in range(SHAPE[0]):
+                gradient = view.gradient[row]
+                scores = {s: float(dense[s][row] @ gradient) for s in slots if weight[row, s] > 0}
+                worst = max(scores.values())
+                here, least = float(view.x[row] @ gradient), float(view.vertex[row] @ gradient)
+                rounding = 1e-9 * float(gradient.abs().sum())
+                if here - least < rounding or abs(worst - here - (here - least)) < rounding:
+                    continue  # nothing to gain, or equal gains: rounding decides
+                # An exact step makes slopes equal: any of the worst will do.
+                ways = [(view.vertex[row] - view.x[row], 1.0, "toward")]
+                tied = [s for s, score in scores.items() if score >= worst - rounding]
+                if isinstance(self.checked, Pairwise):
+                    ways = [(view.vertex[row] - dense[s][row], float(weight[row, s]), "pair") for s in tied]
+                elif worst - here > here - least and len(scores) > 1:
+                    own = {s: float(weight[row, s]) for s in tied}
+                    ways = [(view.x[row] - dense[s][row], own[s] / (1 - own[s]), "away") for s in tied]
+                seen[ways[0][2]] += 1
+                assert any(
+                    torch.allclose(way.x[row], x, rtol=0, atol=1e-12)
+                    and float(way.limit[row]) == pytest.approx(limit, rel=1e-9)
+                    for x, limit, _ in ways
+                )
+            return way
+
+    for rule in (Away(), Pairwise()):
+        for seed in range(2):
+            problem = plain_layer(seed).problem()
+            checked = Checked(rule, problem)
+            checked.checked = rule
+            walk(problem, masks, checked, ExactStep(), 40)
+    assert seen["away"] > 20
+    assert seen["toward"] > 20
+    assert seen["pair"] > 40
+
+
+def test_blended_pairwise_keeps_the_fewest_atoms() -> None:
+    masks = SETS["per-row"]((8, 24), 0.5)
+    most = {}
+    for rule in (Away(), Pairwise(), BlendedPairwise()):
+        problem = plain_layer(0, (8, 24)).problem()
+        watched = Watched(rule, problem)
+        walk(problem, masks, watched, ExactStep(), 120)
+        most[type(rule).__name__] = float(watched.ends[-1][1].double().mean())
+    assert most["BlendedPairwise"] <= most["Pairwise"]
+    assert most["BlendedPairwise"] <= most["Away"]
+
+
+# Faces
+
+
+@pytest.mark.parametrize("set_name", [name for name in SETS if hasattr(SETS[name](SHAPE, 0.5), "inface")])
+def test_away_vertices_lie_on_the_face(set_name: str) -> None:
+    """Of all masks that agree with x where it is 0 or 1, by enumeration, the away vertex is the worst."""
+    shape = (2, 6)
+    masks, checked = SETS[set_name](shape, 0.5), 0
+    members = every_mask(masks, shape).double()
+    for seed in range(3):
+        problem = plain_layer(seed, shape).problem()
+        diary = Diary(InFace())
+        walk(problem, masks, diary, ExactStep(), 20)
+        pool = Pool(masks.band(shape))
+        for event in diary.events:
+            away = masks.vertex(event.gradient) - event.way
+            fixed = (event.x < 1e-14) | (event.x > 1 - 1e-14)
+            assert torch.equal(away[fixed], event.x.round()[fixed])
+            assert masks.contains(away.round().bool())
+            torch.testing.assert_close(away, away.round(), rtol=0, atol=1e-12)
+            on_face = members[((members - event.x).abs() * fixed).flatten(1).amax(1) < 1e-12]
+            worst = (on_face * event.gradient).flatten(1).sum(1).max()
+            assert float(pool.first(pool(vecdot(away, event.gradient))).sum()) == pytest.approx(float(worst), abs=1e-9)
+            checked += 1
+    assert checked == 60
+
+
+# Angles
+
+
+@given(st.integers(0, 999), st.sampled_from(["per-row", "unstructured", "n:m", "blocks"]), st.integers(0, 12))
+@examples(60)
+def test_boosted_ways_point_no_worse_than_vanilla_ones(seed: int, set_name: str, iterations: int) -> None:
+    masks, problem = SETS[set_name](SHAPE, 0.5), plain_layer(seed).problem()
+    x = walk(problem, masks, Vanilla(), ExactStep(), iterations).point.x
+    view = view_at(problem, masks, x)
+    cosines = []
+    for rule in (Boosted(), Vanilla()):
+        way = rule.begin(view).way(view).x
+        lengths = view.dot(way, way).sqrt() * view.dot(view.gradient, view.gradient).sqrt()
+        cosines.append((-view.dot(way, view.gradient) / lengths).nan_to_num(0.0))  # nan where the row is solved
+    assert bool((cosines[0] >= cosines[1] - 1e-12).all())
+
+
+def test_boosting_helps() -> None:
+    masks, problem, better = SETS["per-row"](SHAPE, 0.5), plain_layer(0).problem(), 0
+    x = walk(problem, masks, Vanilla(), ExactStep(), 3).point.x
+    view = view_at(problem, masks, x)
+    one, many = (Boosted(rounds=rounds).way(view).x for rounds in (1, 30))
+    torch.testing.assert_close(one, view.vertex - view.x, rtol=0, atol=1e-12)
+
+    def cosine(way: Tensor) -> Tensor:
+        return -vecdot(way, view.gradient) / (way.norm(dim=1) * view.gradient.norm(dim=1))
+
+    better = cosine(many) - cosine(one)
+    assert bool((better >= -1e-12).all())
+    assert float(better.max()) > 0.05
+
+
+# Conjugate directions
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["rows apart", "rows together"])
+@given(st.integers(0, 999), st.sampled_from([0.0, 0.5, 1.0, 2.0]), st.sampled_from([0.0, 0.2, 0.9]))
+@examples(200)
+def test_conjugate_moves_are_conjugate(together: bool, seed: int, amount: float, slack: float) -> None:
+    base = plain_layer(seed).problem()
+    problem, pool = base.shifted(base.diagonal(), amount), Pool(SHAPE[0] if together else 1)
+    one, two = 2 * random(*SHAPE, seed=seed) - 1, 2 * random(*SHAPE, seed=seed + 1000) - 1
+    view = view_at(problem, SETS["per-row"](SHAPE, 0.5), random(*SHAPE), band=pool.band)
+    rule, still = Conjugate(slack).begin(view), torch.zeros(SHAPE[0], dtype=torch.float64)
+    rule.moved(view, problem.along(one.clone()), still, still + 1)  # the past: stood still, so that it is whole
+    vertex, previous = problem.along(two.clone()), problem.along(one.clone())
+    chosen = rule.bend(view, vertex)
+    # The move is (1 - a) vertex + a previous, with one a for each row, or for all.
+    a = vecdot(chosen.x - two, one - two) / vecdot(one - two, one - two)
+    torch.testing.assert_close(chosen.x, torch.lerp(two, one, a.unsqueeze(1)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(chosen.gradient, problem.along(chosen.x.clone()).gradient, rtol=1e-9, atol=1e-9)
+    assert bool(((a >= -1e-12) & (a <= 1 - slack + 1e-12)).all())
+    if together:
+        torch.testing.assert_close(a, a[:1].expand_as(a), rtol=1e-9, atol=1e-9)
+    bent = problem.hessian(previous)
+    cross, size = pool(vecdot(bent, chosen.x)), pool((bent.abs() * chosen.x.abs()).sum(1))
+    inside = (a > 1e-9) & (a < 1 - slack - 1e-9)
+    assert bool((cross.abs() <= 1e-9 * size)[inside].all())
+    # At an end of the range, no inner share would have made them conjugate.
+    ahead, back = pool(vecdot(bent, one)), pool(vecdot(bent, two))
+    at_zero, root = a <= 1e-9, back / (back - ahead)
+    assert bool(((root <= 1e-6) | (root >= 1 - slack - 1e-6))[at_zero | ~inside].all())
+
+
+def test_conjugate_without_a_past_is_vanilla() -> None:
+    problem, masks = plain_layer(3).problem(), SETS["per-row"](SHAPE, 0.5)
+    view = view_at(problem, masks, random(*SHAPE))
+    rule = Conjugate().begin(view)
+    assert torch.equal(rule.way(view).x, Vanilla().way(view).x)
+    move = problem.along(random(*SHAPE))
+    before = move.x.clone()
+    assert rule.bend(view, move) is move
+    assert torch.equal(move.x, before)
+
+
+def test_conjugate_of_a_past_that_stood_still() -> None:
+    problem, masks = plain_layer(3).problem(), SETS["per-row"](SHAPE, 0.5)
+    view = view_at(problem, masks, random(*SHAPE))
+    rule, ones = Conjugate().begin(view), torch.ones(SHAPE[0], dtype=torch.float64)
+    rule.moved(view, problem.along(random(*SHAPE)), ones, ones)  # all the way: nothing of it is left
+    move = problem.along(random(*SHAPE))
+    before = move.x.clone()
+    assert torch.equal(rule.bend(view, move).x, before)
+
+
+@pytest.mark.parametrize("set_name", helpers.FREE_SETS)
+def test_the_past_points_to_where_it_would_have_ended(set_name: str) -> None:
+    """Points stay in the hull because the previous way, from here on, ends where it would have ended at full length."""
+    masks, ends = SETS[set_name](SHAPE, 0.4), []
+
+    class Spy(Diary):
+        def bend(self, view: View, move: Move) -> Move:
+            past = self.rule.previous
+            ends.append(None if past is None else view.x + past.x)
+            return super().bend(view, move)
+
+    diary = Spy(Conjugate())
+    walk(plain_layer(1).problem(), masks, diary, ExactStep(), 40)
+    for t, end in enumerate(ends):
+        if t:
+            before = diary.events[t - 1]
+            torch.testing.assert_close(end, before.x + before.way, rtol=0, atol=1e-9)
+        else:
+            assert end is None
+
+
+# Lazy
+
+
+class Counted(PartitionMatroid):
+    """A set that counts the bands its oracle was asked for, and keeps every question."""
+
+    def __init__(self, masks: PartitionMatroid) -> None:
+        super().__init__(masks.keep, masks.tile, masks.name)
+        self.asked: list[Tensor] = []
+
+    def rows(self, index: slice | Tensor, shape: tuple[int, int]) -> PartitionMatroid:
+        part = Counted(super().rows(index, shape))
+        part.asked = self.asked
+        return part
+
+    def vertex(self, cost: Tensor) -> Tensor:
+        self.asked.append(cost.clone())
+        return super().vertex(cost)
+
+
+@pytest.mark.parametrize("set_name", ["per-row", "unstructured", "blocks"])
+def test_lazy_asks_less_often(set_name: str) -> None:
+    masks, problem = Counted(SETS[set_name](SHAPE, 0.5)), plain_layer(0).problem()
+    end = walk(problem, masks, Lazy(), ExactStep(), 2000)
+    rows = sum(len(cost) for cost in masks.asked)
+    assert rows < 0.8 * 2000 * SHAPE[0]
+    gradient = problem.gradient(problem.at(end.point.x.clone()))
+    gap = float((gradient * (end.point.x - masks.vertex(gradient))).sum())
+    assert gap <= 2e-3 * float(problem.scale().sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_lazy_certifies_where_there_is_nothing_to_do(dtype: torch.dtype) -> None:
+    """Keeping all, or a row of noughts: the first gap is nought, or a little less by rounding."""
+    weight = normal(*SHAPE)
+    weight[1] = 0.0
+    problem = Layer(weight, normal(8, 20), "").problem(dtype)
+    for keep in (8, 0):
+        assert walk(problem, SETS["per-row"](SHAPE, keep / 8), Lazy(), ExactStep(), 50, tolerance=0.0).converged
+    one = problem.rows(torch.tensor([1]))
+    assert walk(one, SETS["per-row"]((1, 8), 0.5), Lazy(), ExactStep(), 50, tolerance=0.0).converged
+
+
+def test_lazy_forgets_when_its_memory_is_full() -> None:
+    problem, masks = plain_layer(0, (1, 24)).problem(), SETS["per-row"]((1, 24), 0.5)
+    sizes = []
+
+    class Spy(Diary):
+        def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
+            super().moved(view, move, share, limit)
+            sizes.append(int(self.rule.atoms.active.max()))
+
+    walk(problem, masks, Spy(Lazy(remember=5)), ExactStep(), 400)
+    assert max(sizes) == 5
+    assert 1 in sizes[50:]
+
+
+# Block-coordinate
+
+
+@pytest.mark.parametrize("set_name", ["n:m", "blocks", "columns", "block counts", "per-row", "unstructured"])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 100])
+def test_block_coordinate_moves_its_groups_only(blocks: int, set_name: str) -> None:
+    masks, problem = SETS[set_name](SHAPE, 0.5), plain_layer(1).problem()
+    diary = Diary(BlockCoordinate(blocks=blocks))
+    walk(problem, masks, diary, OpenLoopStep(), 12)
+    within = masks.groups(torch.zeros(SHAPE)).shape[0] * masks.band(SHAPE) // SHAPE[0]  # groups of one band
+    turns = min(blocks, within)
+    moves = []
+    for event in diary.events:
+        whole = masks.groups(masks.vertex(event.gradient) - event.x)
+        groups = masks.groups(event.way)
+        moved = groups.abs().amax(1) > 0
+        assert torch.equal(groups[moved], whole[moved])
+        still = (whole.abs().amax(1) == 0) & ~moved
+        moves.append((moved.view(-1, within), still.view(-1, within)))
+        assert bool((moves[-1][0].sum(1) <= -(-within // turns)).all())
+    # In any round of turns every group moves just once, unless it has nowhere to go.
+    for first in range(0, 12 - turns + 1, turns):
+        moved, still = (torch.stack(part).sum(0) for part in zip(*moves[first : first + turns], strict=True))
+        assert bool((moved <= 1).all())
+        assert bool(((moved == 1) | (still > 0)).all())
+
+
+# Averages certify nothing
+
+
+@pytest.mark.parametrize("name", OPEN_LOOP)
+def test_gaps_are_taken_with_true_gradients(name: str) -> None:
+    """Every gap that a rule hands on is that of the gradient at its point, computed from scratch."""
+    masks, problem = SETS["n:m"](SHAPE, 0.5), plain_layer(0).problem()
+    rule, handed = {"momentum": Momentum(check=4), "stochastic": Stochastic(check=4)}[name], []
+
+    class Spy(Diary):
+        def way(self, view: View):  # noqa: ANN202
+            way = super().way(view)
+            gap = view.certified_gap()
+            if gap is not None:
+                true = problem.gradient(problem.at(view.x.clone()))
+                expected = vecdot(true, view.x - masks.vertex(true))
+                torch.testing.assert_close(gap, expected, rtol=1e-9, atol=1e-9 * float(true.abs().sum()))
+                handed.append(view.iteration)
+            return way
+
+    walk(problem, masks, Spy(rule), OpenLoopStep(), 21, tolerance=1e-30)
+    assert handed == [0, 4, 8, 12, 16, 20]
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_handed_gaps_are_gaps(name: str) -> None:
+    """The same for every rule: what the loop stops by is never less than the gap (to rounding)."""
+    problem, handed = plain_layer(4).problem(), []
+    for set_name in ("per-row", "unstructured", "n:m"):
+        masks = SETS[set_name](SHAPE, 0.5)
+        pool = Pool(masks.band(SHAPE))
+
+        class Spy(Diary):
+            def way(self, view: View):  # noqa: ANN202
+                way = super().way(view)
+                gap = view.certified_gap()
+                if gap is not None:
+                    true = problem.gradient(problem.at(view.x.clone()))
+                    expected = pool(vecdot(true, view.x - masks.vertex(true)))  # noqa: B023
+                    assert bool((gap >= expected - 1e-9 * float(true.abs().sum())).all())
+                    handed.append(gap)
+                return way
+
+        walk(problem, masks, Spy(DIRECTIONS[name]()), step_for(name), 40)
+    assert len(handed) >= 3
+
+
+def test_samples_have_the_gradient_as_their_mean() -> None:
+    random_ = torch.Generator().manual_seed(0)
+    base = plain_layer(0).problem()
+    for problem in (base, base.shifted(base.diagonal(), 0.7)):
+        x = random(*SHAPE)
+        mean = torch.stack([problem.sampled(x, 0.25, random_) for _ in range(4000)])
+        true = problem.gradient(problem.at(x.clone()))
+        error = mean.std(0) / 4000**0.5
+        assert bool(((mean.mean(0) - true).abs() <= 5 * error + 1e-9).all())
+        assert torch.allclose(problem.sampled(x, 1.0, random_), true, rtol=1e-9, atol=1e-9)
+
+
+def test_momentum_averages() -> None:
+    """By the recurrence: a_t = a_{t-1} + 2 / (t + 2) (g_t - a_{t-1}), and the way leads to its vertex."""
+    masks, diary = SETS["per-row"](SHAPE, 0.5), Diary(Momentum())
+    walk(plain_layer(0).problem(), masks, diary, OpenLoopStep(), 25)
+    average = torch.zeros(SHAPE, dtype=torch.float64)
+    for t, event in enumerate(diary.events):
+        average = average + 2 / (t + 2) * (event.gradient - average)
+        torch.testing.assert_close(event.x + event.way, masks.vertex(average), rtol=0, atol=1e-12)
+
+
+def test_stochastic_seeds() -> None:
+    masks, problem = SETS["per-row"](SHAPE, 0.5), plain_layer(0).problem()
+    ends = [walk(problem, masks, Stochastic(seed=seed), OpenLoopStep(), 20).point.x for seed in (0, 0, 1)]
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+
+
+# All
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_a_rule_forgets_its_last_run(name: str) -> None:
+    rule, masks, ends = DIRECTIONS[name](), SETS["n:m"](SHAPE, 0.5), []
+    for seed in (0, 1, 0):
+        ends.append(walk(plain_layer(seed).problem(), masks, rule, step_for(name), 20).point.x)
+    assert torch.equal(ends[0], ends[2])
+    assert not torch.equal(ends[0], ends[1])
+    assert rule == DIRECTIONS[name]()
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_nothing_to_choose(name: str) -> None:
+    """One mask only: the way has no size, and the point stays."""
+    for keep in (0.0, 1.0):
+        masks = SETS["per-row"](SHAPE, keep)
+        for problem in (plain_layer(0).problem(), Layer(torch.zeros(SHAPE), torch.ones(8, 2), "").problem()):
+            end = walk(problem, masks, DIRECTIONS[name](), step_for(name), 6).point.x
+            assert torch.equal(end, masks.center(SHAPE, problem.dtype, CPU))
+
+
+def test_starts_at_vertices() -> None:
+    problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
+    for name, rule in DIRECTIONS.items():
+        assert rule().from_vertex == (name in ACTIVE)
+        assert rule().exact == (name != "stochastic")
+        if name in ACTIVE:
+            assert masks.contains(starts(problem, masks, rule()).bool())
+    for rule in (Lazy(), Away(), Momentum(), Stochastic()):
+        with pytest.raises(AssertionError, match="begin first"):
+            rule.way(view_at(problem, masks, random(*SHAPE)))
+
+
+def test_the_work_is_counted() -> None:
+    """Oracle calls and products of ten iterations, gradients carried."""
+    problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
+    expected = {
+        "vanilla": (10, 10), "conjugate": (10, 10), "away": (10, 10), "pairwise": (10, 10),
+        "blended-pairwise": (10, 10), "dicg": (10, 10), "blended-dicg": (10, 10), "block-coordinate": (10, 10),
+        "momentum": (11, 10), "fully-corrective": (10, 21),
+    }  # fmt: skip
+    for name, (oracle, products) in expected.items():
+        watch = Watch("test", None, None)
+        walk(problem, masks, DIRECTIONS[name](), step_for(name), 10, watch=watch)
+        assert (watch.counters["lmo"], watch.counters["products"]) == (oracle, products), name

@@ -1,0 +1,206 @@
+"""What is recorded: columns, the best mask with where it came from, and histories of blocks added up."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskopt.problems import Function
+from maskopt.solvers import (
+    COLUMNS,
+    ContinuationFrankWolfe,
+    FrankWolfe,
+    GapKind,
+    OneSwap,
+    Pool,
+    SparseFW,
+    Status,
+    Wanda,
+    solve,
+)
+from maskopt.solvers.certificate import tangent
+from maskopt.solvers.history import Recorder, merged
+from tests.helpers import SETS
+from tests.walks import function_case, layer_case, normal, plain_layer, random
+
+SHAPE = (4, 8)
+
+
+def falls(column: list[float]) -> bool:
+    return all(b <= a for a, b in zip(column, column[1:], strict=False))
+
+
+@pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "blocks", "protected rows"])
+@pytest.mark.parametrize("record", [1, 3, "doubling"])
+@pytest.mark.parametrize("memory", [2**30, 1])
+def test_columns(set_name: str, record: object, memory: int) -> None:
+    problem, masks = plain_layer(1).problem(), SETS[set_name](SHAPE, 0.5)
+    solver = FrankWolfe(direction="conjugate", iterations=20, relative_gap=0.0)
+    result = solve(problem, masks, solver, record=record, memory=memory)
+    history = result.history
+    assert tuple(history) == COLUMNS
+    assert len({len(column) for column in history.values()}) == 1
+    planned = {1: list(range(20)), 3: list(range(0, 20, 3)), "doubling": [0, 1, 2, 4, 8, 16]}[record]
+    planned = [t for t in planned if t < result.iterations]
+    assert history["iteration"] == sorted(history["iteration"])
+    assert set(history["iteration"]) >= {*planned, result.iterations}
+    assert memory == 1 or set(history["iteration"]) == {*planned, result.iterations}
+    assert falls([-t for t in history["seconds"]])
+    assert falls(history["incumbent"])
+    assert falls([-bound for bound in history["bound"]])
+    assert history["incumbent"][-1] == pytest.approx(result.total, rel=1e-12)
+    assert history["bound"][-1] == pytest.approx(float(result.lower_bound.sum()), rel=1e-12)
+    assert all(a <= b for a, b in zip(history["incumbent"], history["rounded"], strict=True))
+    assert sum(result.sources.values()) == SHAPE[0] // masks.band(SHAPE)
+    assert set(result.sources) <= {"round", "vertex", "swap", "polish"}
+
+
+def test_figures_of_a_point_are_those_of_its_tangent() -> None:
+    problem, masks = plain_layer(1).problem(torch.float32), SETS["blocks"](SHAPE, 0.5)
+    pool = Pool(masks.band(SHAPE))
+    recorder = Recorder(problem, masks, pool, 1)
+    points = [masks.center(SHAPE, torch.float32, torch.device("cpu")), masks.vertex(normal(*SHAPE)).float()]
+    best = math.inf
+    for number, x in enumerate(points):
+        recorder.relaxed(problem, x, number, 0.5 * number)
+        exact = problem.double()
+        point = exact.at(x.double())
+        gap = (point.gradient * (x.double() - masks.vertex(point.gradient))).sum()
+        row = {name: column[-1] for name, column in recorder.history.items()}
+        assert row["iteration"] == number
+        assert row["seconds"] == 0.5 * number
+        assert row["value"] == pytest.approx(float(exact.value(point).sum()), rel=1e-12)
+        assert row["gap"] == pytest.approx(float(gap), rel=1e-9)
+        assert row["rounded"] == pytest.approx(float(problem.objective(masks.round(x)).sum()), rel=1e-12)
+        best = min(best, row["rounded"])
+        assert row["incumbent"] <= best
+    assert recorder.bound is not None
+    single = [tangent(problem.double(), masks, pool, x.double()).bound for x in points]
+    assert torch.equal(recorder.bound, torch.maximum(*single))
+
+
+def test_the_incumbent_is_the_best_of_every_band() -> None:
+    """Offered masks are mixed band by band, and each band remembers its source."""
+    case, masks = layer_case(plain_layer(2, (6, 4))), SETS["bands"]((6, 4), 0.5)
+    pool = Pool(masks.band((6, 4)))
+    recorder = Recorder(case.problem, masks, pool, 1)
+    offered = [masks.lmo(random(6, 4, seed=seed)) for seed in range(8)]
+    totals = torch.stack([case.problem.objective(mask).view(3, 2).sum(1) for mask in offered])
+    for number, mask in enumerate(offered):
+        assert recorder.offer(mask, "odd" if number % 2 else "even") == pytest.approx(float(totals[number].sum()))
+        assert torch.equal(recorder.error, totals[: number + 1].amin(0))
+        assert masks.contains(recorder.mask)
+        assert torch.equal(case.problem.objective(recorder.mask).view(3, 2).sum(1), recorder.error)
+    best = totals.argmin(0).tolist()
+    assert recorder.sources == Counter("odd" if number % 2 else "even" for number in best)
+
+
+def test_ties_stay_with_the_first() -> None:
+    problem, masks = Function(lambda x: 0 * x.sum(1), (2, 4)), SETS["per-row"]((2, 4), 0.5)
+    recorder = Recorder(problem, masks, Pool(1), 1)
+    first, second = masks.lmo(normal(2, 4)), masks.lmo(-normal(2, 4))
+    recorder.offer(first, "first")
+    recorder.offer(second, "second")
+    assert torch.equal(recorder.mask, first)
+    assert recorder.sources == {"first": 2}
+
+
+def test_what_is_due() -> None:
+    problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
+
+    def due(record: object) -> list[int]:
+        return [t for t in range(20) if Recorder(problem, masks, Pool(1), record).due(t)]
+
+    assert due("doubling") == [0, 1, 2, 4, 8, 16]
+    assert due(0) == []
+    assert due(1) == list(range(20))
+    assert due(6) == [0, 6, 12, 18]
+
+
+def test_nothing_recorded_nothing_said() -> None:
+    problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
+    result = solve(problem, masks, FrankWolfe(iterations=10, polish=False), record=0)
+    assert (result.history, result.sources, result.lower_bound) == ({}, {}, None)
+    assert result.gap_kind is GapKind.NONE
+    assert solve(problem, masks, FrankWolfe(iterations=10)).history["iteration"][:5] == [0, 1, 2, 4, 8]  # its own choice
+    assert solve(problem, masks, SparseFW(iterations=10)).history == {}
+
+
+@pytest.mark.parametrize("memory", [2**30, 1])
+@pytest.mark.parametrize("set_name", ["per-row", "unstructured"])
+@pytest.mark.parametrize("solver", [SparseFW(iterations=12), OneSwap(), ContinuationFrankWolfe(iterations=20)], ids=repr)
+def test_any_iterative_solver_can_be_recorded(solver: object, set_name: str, memory: int) -> None:
+    """The result is the best mask seen, never worse than without; bounds hold where the objective was shifted too."""
+    case, masks = layer_case(plain_layer(3, (2, 6))), SETS[set_name]((2, 6), 0.5)
+    plain = solve(case.problem, masks, solver, memory=memory)
+    result = solve(case.problem, masks, solver, record=1, memory=memory)
+    best, size = case.least(masks)
+    assert result.total <= plain.total
+    assert result.status is plain.status
+    history = result.history
+    assert history["iteration"] == sorted(history["iteration"])
+    assert falls(history["incumbent"])
+    assert history["incumbent"][-1] == pytest.approx(result.total, rel=1e-12)
+    if not isinstance(solver, OneSwap):
+        assert result.gap_kind is GapKind.PROVEN
+        assert bool((result.lower_bound <= best + 1e-14 * size).all())
+    else:
+        assert all(map(math.isnan, history["value"] + history["gap"] + history["bound"]))
+
+
+def test_greedy_solvers_have_one_row() -> None:
+    problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
+    result = solve(problem, masks, Wanda(), record=1)
+    assert result.history["incumbent"] == [result.total]
+    assert result.sources == {"solver": 4}
+
+
+def test_recorded_seconds_are_the_solvers() -> None:
+    """A recorder that takes long does not use up the time limit."""
+    problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
+    result = solve(problem, masks, FrankWolfe(iterations=50, relative_gap=0.0), record=1, time_limit=60)
+    assert result.status is not Status.TIME_LIMIT
+    assert result.history["seconds"][-1] <= result.seconds
+
+
+def test_merged_histories() -> None:
+    def history(iterations: list[int], incumbents: list[float]) -> dict[str, list[float]]:
+        columns: dict[str, list[float]] = {name: [1.0] * len(iterations) for name in COLUMNS}
+        return columns | {"iteration": list(map(float, iterations)), "incumbent": incumbents}
+
+    one, two = history([0, 1, 2, 2], [9.0, 7.0, 6.0, 5.0]), history([0, 1, 2, 4, 5], [4.0, 4.0, 3.0, 2.0, 1.0])
+    both = merged([one, two])
+    assert both["iteration"] == [0, 1, 2, 4, 5]
+    assert both["incumbent"] == [13.0, 11.0, 8.0, 7.0, 6.0]
+    assert both["value"] == [2.0] * 5
+    assert merged([one]) is one
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_bounds_of_functions_are_the_callers_word(declared: bool) -> None:
+    for coupled in (False, True):
+        case = function_case("softplus", SHAPE, coupled=coupled, declared=declared)
+        for set_name in ("per-row", "unstructured"):
+            result = solve(case.problem, SETS[set_name](SHAPE, 0.5), FrankWolfe(iterations=10))
+            assert result.gap_kind is (GapKind.PROVEN if declared else GapKind.STATIONARY)
+            assert (result.lower_bound is not None) == declared
+            assert any(map(math.isnan, result.history["bound"])) != declared
+            assert not any(map(math.isnan, result.history["gap"][:-1]))
+
+
+def test_a_recorder_looks_at_copies() -> None:
+    """What is recorded changes nothing of the walk."""
+    problem, masks, ends = plain_layer(0).problem(), SETS["n:m"](SHAPE, 0.5), []
+    for record in (0, 1):
+        last: list[Tensor] = []
+        solve(
+            problem,
+            masks,
+            FrankWolfe(direction="pairwise", iterations=30),
+            record=record,
+            callback=lambda state, last=last: last.append(state.point.x.clone()) if state.point else None,
+        )
+        ends.append(last[-1])
+    assert torch.equal(*ends)

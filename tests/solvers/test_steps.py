@@ -1,0 +1,353 @@
+"""Step rules against grids, scipy, formulas and each other."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from maskopt.problems import Function, Move, Problem
+from maskopt.solvers import (
+    STEPS,
+    AdaptiveStep,
+    ExactStep,
+    LogStep,
+    MonotoneStep,
+    OpenLoopStep,
+    Pool,
+    SecantStep,
+    ShortStep,
+    Step,
+    Vanilla,
+    View,
+)
+from tests.helpers import SETS, Layer, examples, layers, magnitudes
+from tests.walks import CONVEX, WAVY, Bowl, function_case, normal, plain_layer, random, walk
+
+SHAPE = (4, 8)
+BANDS = pytest.mark.parametrize("together", [False, True], ids=["rows apart", "rows together"])
+AMOUNTS = st.sampled_from([0.0, 0.4, 1.0, 3.0, -1.0])
+
+
+def view_of(problem: Problem, x: Tensor, together: bool, iteration: int = 0) -> View:
+    band = problem.shape[0] if together else 1
+    return View(problem, SETS["per-row"](problem.shape, 0.5), Pool(band), iteration, problem.at(x), Counter())
+
+
+def along(problem: Problem, x: Tensor, share: Tensor, way: Tensor, together: bool) -> Tensor:
+    """Return the objective at some shares of the way, in bands."""
+    value = problem.value(problem.at(x + share.unsqueeze(1) * way))
+    return value.sum().expand_as(value) if together else value
+
+
+def grid(problem: Problem, x: Tensor, limit: Tensor, way: Tensor, together: bool) -> Tensor:
+    return torch.stack([along(problem, x, limit * at, way, together) for at in np.linspace(0, 1, 101)])
+
+
+def share_of(step: Step, problem: Problem, x: Tensor, way: Tensor, limit: Tensor, together: bool = False) -> Tensor:
+    """Ask a rule for its first step; nothing it sees may change."""
+    view = view_of(problem, x.clone(), together)
+    move = problem.along(way.clone())
+    share = step.begin(view).share(view, move, limit)
+    assert share.shape == (problem.shape[0],)
+    assert share.dtype == problem.dtype
+    assert bool(((share >= 0) & (share <= limit)).all())
+    assert torch.equal(view.point.x, x)
+    assert torch.equal(move.x, way)
+    if together:
+        assert bool((share == share[0]).all())
+    return share
+
+
+@BANDS
+@given(layers(rows=(1, 4), d=(1, 6)), AMOUNTS, st.integers(0, 99), st.sampled_from([1.0, 0.3, 2.5, 0.0]))
+@examples(200)
+def test_exact_step_is_the_best_of_the_segment(
+    together: bool, layer: Layer, amount: float, seed: int, most: float
+) -> None:
+    base = layer.problem()
+    problem = base.shifted(base.diagonal(), amount)  # convex, in between, concave
+    x = random(*base.shape, seed=seed)
+    way = random(*base.shape, seed=seed + 100) - x
+    limit = torch.full((base.shape[0],), most, dtype=torch.float64)
+    share = share_of(ExactStep(), problem, x, way, limit, together)
+    size = magnitudes(base.scaled_weight, base.scaled_gram) * (1 + abs(amount)) * (1 + most) ** 2
+    size = size.sum() if together else size
+    best = grid(problem, x, limit, way, together).amin(0)
+    assert bool((along(problem, x, share, way, together) <= best + 1e-12 * size).all())
+
+
+@BANDS
+@given(layers(rows=(1, 4), d=(1, 6)), AMOUNTS, st.integers(0, 99))
+@examples(150)
+def test_short_step_lowers_what_it_promises(together: bool, layer: Layer, amount: float, seed: int) -> None:
+    """f(x + s d) <= f(x) + s <g, d> + s^2 L |d|^2 / 2, and the short step minimises the right-hand side."""
+    base = layer.problem()
+    problem = base.shifted(base.diagonal(), amount)
+    x = random(*base.shape, seed=seed)
+    way = random(*base.shape, seed=seed + 100) - x
+    limit = torch.ones(base.shape[0], dtype=torch.float64)
+    share = share_of(ShortStep(), problem, x, way, limit, together)
+    smoothness = problem.smoothness()
+    slope, square = (problem.gradient(problem.at(x.clone())) * way).sum(1), way.square().sum(1)
+    if together:
+        smoothness, slope, square = (v.expand(len(x)) for v in (smoothness.max(), slope.sum(), square.sum()))
+    model = share * slope + 0.5 * share**2 * smoothness * square
+    size = magnitudes(base.scaled_weight, base.scaled_gram) * (1 + abs(amount)) * 10
+    size = size.sum() if together else size
+    change = along(problem, x, share, way, together) - along(problem, x, 0 * share, way, together)
+    assert bool((change <= model + 1e-12 * size).all())
+    for other in np.linspace(0, 1, 41):
+        assert bool((model <= other * slope + 0.5 * other**2 * smoothness * square + 1e-12 * size).all())
+
+
+@given(layers(rows=(1, 4), d=(1, 7)), AMOUNTS)
+@examples(150)
+def test_smoothness_bounds_every_curvature(layer: Layer, amount: float) -> None:
+    base = layer.problem()
+    problem = base.shifted(base.diagonal(), amount)
+    for row, bound in enumerate(problem.smoothness().tolist()):
+        weight = base.scaled_weight[row]
+        matrix = 2 * weight.unsqueeze(1) * base.scaled_gram * weight - 2 * amount * torch.diag(base.diagonal()[row])
+        assert float(torch.linalg.eigvalsh(matrix).abs().max()) <= bound * (1 + 1e-12) + 1e-300
+
+
+@BANDS
+@pytest.mark.parametrize("name", STEPS)
+def test_a_move_of_no_size_stays(name: str, together: bool) -> None:
+    nothing = torch.zeros(SHAPE, dtype=torch.float64)
+    for problem in (plain_layer(0).problem(), function_case("softplus", SHAPE).problem):
+        if name in ("exact", "short") and isinstance(problem, Function):
+            continue
+        for most in (1.0, math.inf, 0.0):
+            limit = torch.full((4,), most, dtype=torch.float64)
+            share = share_of(STEPS[name](), problem, random(*SHAPE), nothing, limit, together)
+            assert bool(torch.isfinite(share).all())
+            if name not in ("open-loop", "log"):
+                assert share.tolist() == [0.0] * 4
+
+
+@BANDS
+@pytest.mark.parametrize("name", STEPS)
+def test_no_room_no_step(name: str, together: bool) -> None:
+    x, way = random(*SHAPE), normal(*SHAPE)
+    for problem in (plain_layer(0).problem(), function_case("softplus", SHAPE).problem):
+        if name in ("exact", "short") and isinstance(problem, Function):
+            continue
+        share = share_of(STEPS[name](), problem, x, way, torch.zeros(4, dtype=torch.float64), together)
+        assert share.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("name", ["exact", "short", "secant", "adaptive", "monotone"])
+def test_uphill_stays(name: str) -> None:
+    limit = torch.ones(4, dtype=torch.float64)
+    for seed in range(5):
+        for problem in (plain_layer(seed).problem(), function_case("softplus", SHAPE, seed).problem):
+            if name in ("exact", "short") and isinstance(problem, Function):
+                continue
+            x = random(*SHAPE, seed=seed)
+            way = 0.1 * problem.gradient(problem.at(x.clone()))
+            assert share_of(STEPS[name](), problem, x, way, limit).tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("name", ["exact", "short", "secant", "adaptive"])
+def test_a_linear_objective_goes_all_the_way(name: str) -> None:
+    problem = Bowl(torch.zeros(8, 8, dtype=torch.float64), normal(*SHAPE))
+    limit = torch.tensor([1.0, 0.25, 0.0, 3.0], dtype=torch.float64)
+    share = share_of(STEPS[name](), problem, random(*SHAPE), -problem.linear, limit)
+    assert torch.equal(share, limit)
+    assert share_of(STEPS[name](), problem, random(*SHAPE), problem.linear.clone(), limit).tolist() == [0.0] * 4
+
+
+def test_open_loop_step() -> None:
+    problem = plain_layer(0).problem()
+    x, move = random(*SHAPE), problem.along(random(*SHAPE))
+    limit = torch.tensor([1.0, 0.6, 0.1, 0.0], dtype=torch.float64)
+    for iteration in (0, 1, 2, 5, 1000):
+        view = view_of(problem, x, False, iteration)
+        expected = [min(2 / (iteration + 2), most) for most in limit.tolist()]
+        assert OpenLoopStep().share(view, move, limit).tolist() == expected
+        expected = [min(2 / (iteration + 4), most) for most in limit.tolist()]
+        assert OpenLoopStep(offset=4).share(view, move, limit).tolist() == expected
+
+
+def test_log_step() -> None:
+    problem = plain_layer(0).problem()
+    x, move, limit = random(*SHAPE), problem.along(random(*SHAPE)), torch.tensor([1.0, 0.6, 0.1, 0.0])
+    for t in (0, 1, 2, 5, 1000):
+        size = (2 + math.log(t + 1)) / (t + 2 + math.log(t + 1))
+        share = LogStep().share(view_of(problem, x, False, t), move, limit.double())
+        assert share.tolist() == pytest.approx([min(size, most) for most in limit.double().tolist()], rel=1e-15)
+        assert size <= 1
+
+
+@BANDS
+@pytest.mark.parametrize("kind", CONVEX)
+def test_secant_step_finds_the_minimum(kind: str, together: bool) -> None:
+    for seed in range(8):
+        for coupled in (False, True) if together else (False,):
+            problem = function_case(kind, SHAPE, seed, coupled=coupled).problem
+            x = random(*SHAPE, seed=seed)
+            way = random(*SHAPE, seed=seed + 50) - x
+            most = [1.0, 0.4, 0.05][seed % 3]
+            limit = torch.full((4,), most, dtype=torch.float64)
+            share = share_of(SecantStep(evaluations=40), problem, x, way, limit, together)
+            for row in range(1 if together else 4):
+
+                def value(at: float, row: int = row) -> float:
+                    return float(along(problem, x, torch.full_like(limit, at), way, together)[row])
+
+                best = minimize_scalar(value, bounds=(0, most), method="bounded", options={"xatol": 1e-12})
+                ends = min(best.fun, value(0.0), value(most))
+                assert value(float(share[row])) <= ends + 1e-10 * (1 + abs(ends))
+
+
+@BANDS
+@given(layers(rows=(1, 4), d=(1, 6)), st.sampled_from([0.0, 0.4, -1.0]), st.integers(0, 99))
+@examples(80)
+def test_secant_is_exact_for_convex_quadratics(together: bool, layer: Layer, amount: float, seed: int) -> None:
+    base = layer.problem()
+    problem = base.shifted(base.diagonal(), amount) if amount <= 0 else base
+    x = random(*base.shape, seed=seed)
+    way = random(*base.shape, seed=seed + 100) - x
+    limit = torch.ones(base.shape[0], dtype=torch.float64)
+    values = [
+        along(problem, x, share_of(step, problem, x, way, limit, together), way, together)
+        for step in (SecantStep(), ExactStep())
+    ]
+    size = magnitudes(base.scaled_weight, base.scaled_gram) * 2
+    size = size.sum() if together else size
+    torch.testing.assert_close(values[0] / size.clamp_min(1e-300), values[1] / size.clamp_min(1e-300), rtol=0, atol=1e-10)
+
+
+@BANDS
+@pytest.mark.parametrize("name", ["secant", "adaptive", "monotone"])
+@pytest.mark.parametrize("kind", [*CONVEX, "layer", "concave"])
+def test_steps_that_look_do_not_climb(kind: str, name: str, together: bool) -> None:
+    """One rule through a walk of ways, as its memory makes later steps differ; the default number of evaluations."""
+    for seed in range(4):
+        if kind in CONVEX:
+            problem = function_case(kind, SHAPE, seed, coupled=together).problem
+        else:
+            base = plain_layer(seed).problem()
+            problem = base.shifted(base.diagonal(), 4.0) if kind == "concave" else base
+        x = random(*SHAPE, seed=seed)
+        view = view_of(problem, x.clone(), together)
+        rule = STEPS[name]().begin(view)
+        first = along(problem, x, torch.zeros(4).double(), x, together)
+        moved = 0
+        for iteration in range(12):
+            view = View(problem, view.masks, view.pool, iteration, problem.at(x.clone()), Counter())
+            way = random(*SHAPE, seed=100 * seed + iteration) - x
+            slope = (view.gradient * way).sum(1, keepdim=True)
+            way = -way * torch.sign(slope.sum() if together else slope)
+            limit = torch.full((4,), [1.0, 0.2][iteration % 2], dtype=torch.float64)
+            share = rule.share(view, problem.along(way.clone()), limit)
+            assert bool(((share >= 0) & (share <= limit)).all())
+            before, after = (along(problem, x, s, way, together) for s in (0 * share, share))
+            assert bool((after <= before + 1e-12 * first.abs().clamp_min(1.0)).all())
+            moved += int((share > 0).sum())
+            x = x + share.unsqueeze(1) * way
+        assert moved >= 40
+
+
+@pytest.mark.parametrize("kind", WAVY)
+@pytest.mark.parametrize("name", ["secant", "adaptive", "monotone"])
+def test_functions_that_are_not_convex_do_not_stop_a_step(kind: str, name: str) -> None:
+    """Where the curvature is negative first and positive later, a downhill way leads somewhere."""
+    going = 0
+    for seed in range(10):
+        problem = function_case(kind, SHAPE, seed).problem
+        x = random(*SHAPE, seed=seed)
+        gradient = problem.gradient(problem.at(x.clone()))
+        way = -gradient / gradient.norm(dim=1, keepdim=True)
+        share = share_of(STEPS[name](), problem, x, way, torch.full((4,), 3.0, dtype=torch.float64))
+        assert bool((share > 0).all())
+        going += 4
+    assert going == 40
+
+
+def test_adaptive_steps_recover_from_any_estimate() -> None:
+    """Long stretches at the limit let the estimate of the smoothness sink; one steep way must not cost the step."""
+    problem = function_case("softplus", SHAPE).problem
+    x, limit = random(*SHAPE), torch.full((4,), 1e-3, dtype=torch.float64)
+    view = view_of(problem, x, False)
+    rule = AdaptiveStep().begin(view)
+    downhill = -problem.gradient(view.point)
+    for _ in range(500):
+        assert torch.equal(rule.share(view, problem.along(downhill), limit), limit)
+    share = rule.share(view, problem.along(1e4 * downhill), torch.ones(4, dtype=torch.float64))
+    assert bool((share > 0).all())
+
+
+@pytest.mark.parametrize("kind", ["softplus", "powers", "waves"])
+@pytest.mark.parametrize("name", ["secant", "adaptive", "monotone"])
+def test_steps_stay_where_functions_are_defined(kind: str, name: str) -> None:
+    """However little room there is, nothing is evaluated outside the segment from x to x + limit * way."""
+    case = function_case(kind, SHAPE)
+    x = random(*SHAPE)
+    way = 1000.0 * normal(*SHAPE)
+    slopes = (case.problem.gradient(case.problem.at(x.clone())) * way).sum(1, keepdim=True)
+    way = -way * torch.sign(slopes)
+    limit = torch.tensor([0.0, 1e-6, 1e-4, 1e-5], dtype=torch.float64)
+    ends = x + limit.unsqueeze(1) * way
+    low, high, seen = torch.minimum(x, ends) - 1e-12, torch.maximum(x, ends) + 1e-12, []
+
+    def guarded(inside: Tensor) -> Tensor:
+        seen.append(bool(((inside >= low) & (inside <= high)).all()))
+        return case.problem.call(inside)
+
+    problem = Function(guarded, SHAPE)
+    seen.clear()
+    share_of(STEPS[name](), problem, x, way, limit)
+    assert len(seen) >= 2
+    assert all(seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", STEPS)
+def test_a_rule_forgets_its_last_run(name: str, dtype: torch.dtype) -> None:
+    step, masks = STEPS[name](), SETS["per-row"](SHAPE, 0.5)
+    ends = []
+    for seed in (0, 1, 0):
+        problem = plain_layer(seed).problem(dtype)
+        ends.append(walk(problem, masks, Vanilla(), step, 15).point.x)
+    assert torch.equal(ends[0], ends[2])
+    assert not torch.equal(ends[0], ends[1])
+    assert step == STEPS[name]()
+
+
+@pytest.mark.parametrize("name", ["short", "adaptive", "monotone"])
+def test_what_a_rule_remembers_goes_with_its_rows(name: str) -> None:
+    """Two iterations, some rows taken, a third: as if these rows had been alone from the start."""
+    problem, rows = plain_layer(3).problem(), torch.tensor([3, 1])
+    alone = problem.rows(rows)
+    masks, pool = SETS["per-row"](SHAPE, 0.5), Pool(1)
+    x, limit = random(*SHAPE), torch.ones(4, dtype=torch.float64)
+    views = [View(p, masks, pool, 0, p.at(y), Counter()) for p, y in ((problem, x), (alone, x[rows]))]
+    rules = [STEPS[name]().begin(view) for view in views]
+    for turn in range(2):
+        way = random(*SHAPE, seed=turn) - x
+        rules[0].share(views[0], problem.along(way), limit)
+        rules[1].share(views[1], alone.along(way[rows]), limit[:2])
+    way = random(*SHAPE, seed=7)[rows] - x[rows]
+    taken = rules[0].take(rows, rows)
+    shares = [rule.share(views[1], alone.along(way), limit[:2]) for rule in (taken, rules[1])]
+    torch.testing.assert_close(*shares, rtol=1e-12, atol=0)
+
+
+def test_monotone_halves_for_good() -> None:
+    """f = x^2 / 2 from x = 1 along -4: half of the open-loop step overshoots, a quarter does not."""
+    problem = Bowl(torch.eye(1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64))
+    view = view_of(problem, torch.ones(1, 1, dtype=torch.float64), False)
+    rule = MonotoneStep().begin(view)
+    move, limit = Move(torch.full((1, 1), -4.0).double(), torch.full((1, 1), -4.0).double()), torch.ones(1).double()
+    assert rule.share(view, move, limit).tolist() == [0.5]  # f(-1) = f(1) is no rise
+    longer = Move(move.x * 1.5, move.gradient * 1.5)
+    assert rule.share(view, longer, limit).tolist() == [0.25]
+    assert rule.share(view, move, limit).tolist() == [0.25]

@@ -1,0 +1,325 @@
+"""What the suites of the Frank-Wolfe loop share: objectives with an independent evaluation, and walks that tell all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import LinearConstraint, minimize
+from torch import Tensor
+
+from maskopt.oracles import MaskSet
+from maskopt.problems import Function, Move, Point, Problem, Quadratic
+from maskopt.problems.base import shift_deficit
+from maskopt.solvers import Direction, Pool, Step, View, Walk, Watch, frank_wolfe
+from maskopt.solvers.base import band_of
+from tests.helpers import Layer, errors_of, every_mask, magnitudes
+
+Shape = tuple[int, int]
+CPU = torch.device("cpu")
+
+
+class Bowl(Quadratic):
+    """x^T Q x / 2 + c^T x for every row x: an objective of one's own takes no more than this."""
+
+    def __init__(self, matrix: Tensor, linear: Tensor) -> None:
+        self.matrix, self.linear = matrix, linear
+
+    @property
+    def shape(self) -> Shape:
+        return self.linear.shape[0], self.linear.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.linear.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.linear.device
+
+    def at(self, x: Tensor) -> Point:
+        return Point(x, x @ self.matrix + self.linear)
+
+    def along(self, x: Tensor) -> Move:
+        return Move(x, x @ self.matrix)
+
+    def value(self, point: Point) -> Tensor:
+        return ((point.gradient + self.linear) * point.x).sum(1, dtype=torch.float64) / 2
+
+    def diagonal(self) -> Tensor:
+        return (self.matrix.diagonal() / 2).expand(self.shape).clone()
+
+    def smoothness(self) -> Tensor:
+        return torch.linalg.eigvalsh(self.matrix)[-1].expand(len(self.linear)) * 1.0001
+
+    def rows(self, index: slice | Tensor) -> Bowl:
+        return Bowl(self.matrix, self.linear[index])
+
+    def objective(self, mask: Tensor) -> Tensor:
+        exact = self.double()
+        return exact.value(exact.at(mask.double()))
+
+    def scale(self) -> Tensor:
+        return torch.zeros(len(self.linear), dtype=torch.float64)
+
+    def double(self) -> Bowl:
+        return Bowl(self.matrix.double(), self.linear.double())
+
+    def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor:
+        size = self.matrix.double().abs().sum() + self.linear.double().abs().sum(1)
+        return 1e-13 * size + shift_deficit(point, shift)
+
+
+class Steady(Bowl):
+    """A bowl whose rows are computed alike however many there are: a matrix product rounds by its shape."""
+
+    def at(self, x: Tensor) -> Point:
+        return Point(x, self._product(x) + self.linear)
+
+    def along(self, x: Tensor) -> Move:
+        return Move(x, self._product(x))
+
+    def _product(self, x: Tensor) -> Tensor:
+        return torch.stack([row.unsqueeze(1).mul(self.matrix).sum(0) for row in x])
+
+    def rows(self, index: slice | Tensor) -> Steady:
+        return Steady(self.matrix, self.linear[index])
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def plain_layer(seed: int, shape: Shape = (4, 8)) -> Layer:
+    """Return a layer without ties, of ordinary condition."""
+    mixing = normal(shape[1], shape[1], seed=seed)
+    return Layer(normal(*shape, seed=seed + 1000), mixing @ normal(shape[1], 2 * shape[1], seed=seed + 2000), "normal")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem and its objective evaluated by other means.
+
+    Attributes
+    ----------
+    problem : Problem
+    errors : callable
+        Each row's objective (in full) of masks of shape (number, rows, d), float64; one column where rows share one.
+    size : Tensor
+        What is added up in each row: rounding is measured by it.
+    bounded : bool
+        Whether solvers are to prove bounds for it.
+    """
+
+    problem: Problem
+    errors: Callable[[Tensor], Tensor]
+    size: Tensor
+    bounded: bool
+
+    def least(self, masks: MaskSet) -> tuple[Tensor, Tensor]:
+        """Return the optimum of every band by enumeration, and the size of what was added up."""
+        rows, d = self.problem.shape
+        band = band_of(self.problem, masks)
+        best = []
+        for first in range(0, rows, band):
+            part = masks if band == rows else masks.rows(slice(first, first + band), (rows, d))
+            chosen = every_mask(part, (band, d))
+            errors = self.errors(_at_rows(chosen, first, rows))
+            mine = errors.sum(1) if self.problem.coupled else errors[:, first : first + band].sum(1)
+            best.append(mine.min())
+        return torch.stack(best), self.size.view(-1, band).sum(1)
+
+
+def _at_rows(chosen: Tensor, first: int, rows: int) -> Tensor:
+    """Return masks of all rows that are `chosen` from row `first` on; what the others are does not matter."""
+    whole = torch.ones((len(chosen), rows, chosen.shape[2]), dtype=torch.bool)
+    whole[:, first : first + chosen.shape[1]] = chosen
+    return whole
+
+
+def layer_case(layer: Layer, shift: float = 0.0, dtype: torch.dtype = torch.float64) -> Case:
+    problem = base = layer.problem(dtype)
+    if shift:
+        problem = base.shifted(base.diagonal(), shift)
+
+    def errors(chosen: Tensor) -> Tensor:
+        return errors_of(base.weight, base.gram, chosen)
+
+    return Case(problem, errors, magnitudes(base.weight, base.gram), True)
+
+
+# (rowwise terms in torch, the same in numpy), of z = x A + b, shape (..., k).
+_TERMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[np.ndarray], np.ndarray]]] = {
+    "softplus": (
+        lambda z: torch.nn.functional.softplus(z, threshold=1e9).sum(-1),
+        lambda z: np.logaddexp(0.0, z).sum(-1),
+    ),
+    "logistic": (lambda z: -torch.nn.functional.logsigmoid(-z).sum(-1), lambda z: np.logaddexp(0.0, z).sum(-1)),
+    "powers": (lambda z: z.pow(4).sum(-1), lambda z: (z**4).sum(-1)),
+    "root": (lambda z: (z.square() + 0.25).sqrt().sum(-1), lambda z: np.hypot(z, 0.5).sum(-1)),
+    "log-sum-exp": (lambda z: torch.logsumexp(z, -1), lambda z: np.log(np.exp(z - z.max()).sum(-1)) + z.max()),
+    "waves": (lambda z: z.sin().sum(-1), lambda z: np.sin(z).sum(-1)),
+    "bumps": (lambda z: torch.sigmoid(z).sum(-1), lambda z: (1.0 / (1.0 + np.exp(-z))).sum(-1)),
+}
+CONVEX = ["softplus", "logistic", "powers", "root", "log-sum-exp"]
+WAVY = ["waves", "bumps"]
+
+
+def function_case(
+    kind: str,
+    shape: Shape,
+    seed: int = 0,
+    *,
+    coupled: bool = False,
+    declared: bool = True,
+    shift: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+) -> Case:
+    """Return a function of linear maps of the mask as a torch callable; bounds are due where it is declared convex."""
+    call, twin = _TERMS[kind]
+    rows, d = shape
+    maps, offset = normal(rows, d, 3, seed=seed), normal(rows, 1, 3, seed=seed + 1)
+    maps, offset = maps.to(dtype), offset.to(dtype)
+
+    def function(x: Tensor) -> Tensor:
+        z = torch.bmm(x.unsqueeze(1), maps.to(x.dtype)) + offset.to(x.dtype)
+        return call(z.flatten() if coupled else z.squeeze(1))
+
+    def errors(chosen: Tensor) -> Tensor:
+        z = np.einsum("nrd,rdk->nrk", chosen.double().numpy(), maps.double().numpy()) + offset.double().numpy()[:, 0]
+        values = twin(z.reshape(len(z), -1))[:, None] if coupled else np.stack([twin(z[:, r]) for r in range(rows)], 1)
+        return torch.from_numpy(values)
+
+    problem: Problem = Function(function, shape, convex=declared and kind in CONVEX, dtype=dtype)
+    if shift:
+        problem = problem.shifted((0.5 + random(*shape, seed=seed + 2)).to(dtype), shift)
+    size = (1 + maps.double().abs().sum((1, 2)) + offset.double().abs().sum((1, 2))) ** (4 if kind == "powers" else 1)
+    return Case(problem, errors, size, declared and kind in CONVEX and dtype == torch.float64)
+
+
+# Views and walks
+
+
+def view_at(problem: Problem, masks: MaskSet, x: Tensor, iteration: int = 0, band: int | None = None) -> View:
+    pool = Pool(band_of(problem, masks) if band is None else band)
+    return View(problem, masks, pool, iteration, problem.at(x), Counter())
+
+
+@dataclass
+class Event:
+    """One iteration of a walk: where it was, the way it chose, the limit, and the share it went."""
+
+    x: Tensor
+    gradient: Tensor
+    way: Tensor
+    limit: Tensor
+    share: Tensor
+
+
+class Diary(Direction):
+    """A direction that writes down what another one does; `rule` is the one that is running."""
+
+    def __init__(self, rule: Direction, events: list[Event] | None = None) -> None:
+        self.rule, self.events = rule, [] if events is None else events
+        self.requires, self.asks = rule.requires, rule.asks
+        self.from_vertex, self.exact = rule.from_vertex, rule.exact
+
+    def begin(self, view: View) -> Direction:
+        self.rule = self.rule.begin(view)
+        return self
+
+    def way(self, view: View):  # noqa: ANN201
+        way = self.rule.way(view)
+        limit = torch.ones(len(view.x), dtype=view.x.dtype) if way.limit is None else way.limit
+        event = Event(view.x.clone(), view.gradient.clone(), way.x.clone(), limit.clone(), torch.zeros_like(limit))
+        self.events.append(event)
+        return way
+
+    def bend(self, view: View, move: Move) -> Move:
+        bent = self.rule.bend(view, move)
+        self.events[-1].way = bent.x.clone()
+        return bent
+
+    def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
+        self.events[-1].share = share.clone()
+        self.rule.moved(view, move, share, limit)
+
+    def take(self, rows: Tensor, bands: Tensor) -> Direction:
+        return Diary(self.rule.take(rows, bands), self.events)
+
+
+def starts(problem: Problem, masks: MaskSet, direction: Direction) -> Tensor:
+    """Return a point that a direction may start from: the hull's center or a vertex."""
+    center = masks.center(problem.shape, problem.dtype, CPU)
+    return masks.vertex(problem.gradient(problem.at(center.clone()))) if direction.from_vertex else center
+
+
+def walk(
+    problem: Problem,
+    masks: MaskSet,
+    direction: Direction,
+    step: Step,
+    iterations: int,
+    *,
+    start: Tensor | None = None,
+    watch: Watch | None = None,
+    tolerance: float | Tensor | None = None,
+    refresh: int = 0,
+) -> Walk:
+    start = starts(problem, masks, direction) if start is None else start
+    before = start.clone()
+    if isinstance(tolerance, float):
+        tolerance = torch.full((problem.shape[0],), tolerance, dtype=problem.dtype)
+    end = frank_wolfe(
+        lambda _: problem,
+        masks,
+        start,
+        direction=direction,
+        step=step,
+        iterations=iterations,
+        watch=watch or Watch("test", None, None),
+        tolerance=tolerance,
+        refresh=refresh,
+    )
+    assert torch.equal(start, before)
+    return end
+
+
+def in_hull(masks: MaskSet, x: Tensor, tolerance: float = 1e-9) -> bool:
+    """Whether a relaxed mask fulfils the inequalities of the set's LP twin."""
+    rule = masks.milp_constraints((x.shape[0], x.shape[1]))
+    flat = x.double().flatten().numpy()
+    left = rule.A @ flat
+    size = 1.0 + np.abs(rule.A) @ np.ones(len(flat))
+    inside = (left >= rule.lb - tolerance * size) & (left <= rule.ub + tolerance * size)
+    return bool(inside.all()) and flat.min() >= -tolerance and flat.max() <= 1 + tolerance
+
+
+def relaxed_optimum(problem: Problem, masks: MaskSet) -> float:
+    """Solve min f(x) over the set's LP twin by a method that knows nothing of Frank-Wolfe."""
+    shape = problem.shape
+    rule = masks.milp_constraints(shape)
+
+    def value(flat: np.ndarray) -> float:
+        return float(problem.value(problem.at(torch.from_numpy(flat).view(shape))).sum())
+
+    def gradient(flat: np.ndarray) -> np.ndarray:
+        return problem.gradient(problem.at(torch.from_numpy(flat).view(shape))).flatten().numpy()
+
+    answer = minimize(
+        value,
+        masks.center(shape, torch.float64, CPU).flatten().numpy(),
+        jac=gradient,
+        method="SLSQP",
+        bounds=[(0, 1)] * (shape[0] * shape[1]),
+        constraints=[LinearConstraint(rule.A.toarray(), rule.lb, rule.ub)],
+        options={"maxiter": 500, "ftol": 1e-12},
+    )
+    return float(answer.fun)
