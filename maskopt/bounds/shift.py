@@ -26,9 +26,10 @@ def layer_shift(problem: LayerReconstruction, rounds: int = 40) -> Tensor:
     """Return the diagonal L >= 0 of largest sum of L_i / G_ii with G - L positive semidefinite.
 
     In the units of `gradient`, shape (d,). Every row i of the layer may then be shifted by D = w_i^2 L: the relaxation
-    stays convex and its minimum, the bound of any Frank-Wolfe method, grows. Newton's method with shrinking
-    weight on the barrier log det (G - L) + sum log L_i, whose Hessian is the elementwise square of (G - L)^-1 (Vandenberghe
-    and Boyd, SIAM Review 38, 1996, section 4; the program is that of minimum trace factor analysis). The result is checked by a Cholesky factorisation in float64.
+    stays convex and its minimum, the bound of any Frank-Wolfe method, grows. The program is that of minimum trace
+    factor analysis, by Newton's method with shrinking weight on the barrier log det (G - L) + sum log L_i, whose
+    Hessian is the elementwise square of (G - L)^-1 (Vandenberghe and Boyd, SIAM Review 38, 1996). A Cholesky
+    factorisation in float64 checks the result.
 
     Parameters
     ----------

@@ -39,7 +39,7 @@ def test_no_feasible_diagonal_is_much_larger(family: str) -> None:
     K, L = gram / unit / unit.unsqueeze(1), diagonal / unit.square()
     Z = torch.linalg.inv(K - torch.diag(L))
     Z = Z / Z.diagonal().sqrt() / Z.diagonal().sqrt().unsqueeze(1)
-    assert float((K * Z).sum()) * 0.995 <= float(L.sum()) <= float((K * Z).sum())
+    assert float((K * Z).sum()) * 0.98 <= float(L.sum()) <= float((K * Z).sum())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
