@@ -41,6 +41,8 @@ class FormBounds:
         y, shape (forms, d): Q - sum_i y_i A_i - bound / s I is positive semidefinite.
     primal : Tensor
         Value of the relaxation's best point found, an estimate of what `bound` can still become, shape (forms,).
+    point : Tensor
+        The last point of the relaxation, Z, shape (forms, d, d); nought where there is none.
     iterations : Tensor
         Shape (forms,), int64.
     """
@@ -48,7 +50,12 @@ class FormBounds:
     bound: Tensor
     tilt: Tensor
     primal: Tensor
+    point: Tensor
     iterations: Tensor
+
+    def take(self, index: Tensor) -> FormBounds:
+        """Return a copy for some forms."""
+        return FormBounds(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 @dataclass
@@ -104,7 +111,7 @@ def bound_forms(
     count, d = forms.shape[:2]
     bound = forms.new_full((count,), -torch.inf)
     primal = forms.new_full((count,), torch.inf)
-    tilt = forms.new_zeros((count, d))
+    tilt, point = forms.new_zeros((count, d)), forms.new_zeros((count, d, d))
     spent = torch.zeros(count, dtype=torch.int64, device=forms.device)
     # Nothing or everything pruned: there is one p, and its value is known up to the rounding of the sum.
     whole = (pruned == d).to(forms.dtype)
@@ -112,8 +119,9 @@ def bound_forms(
     only = whole * (forms.sum((1, 2)) - error)
     decided = (pruned == 0) | (pruned == d)
     bound[decided] = primal[decided] = only[decided]
+    point[decided] = whole[decided].view(-1, 1, 1)
 
-    basis = None if group is None or group == d else _basis(d, group, forms)
+    basis = face_basis(group, forms)
     index = (~decided).nonzero().flatten()
     rows = _start(forms[index], pruned[index].to(forms.dtype).unsqueeze(1), basis, group or d)
     started = torch.isfinite(rows.level)
@@ -121,7 +129,7 @@ def bound_forms(
     rows.place = index
     # Where the relaxation is worth nothing no relative accuracy can be reached.
     small = torch.full_like(primal, torch.inf)
-    small[index] = _NOTHING * (rows.Q * _lift(rows.X, basis)).sum((1, 2)).abs()
+    small[index] = _NOTHING * (rows.Q * lift(rows.X, basis)).sum((1, 2)).abs()
     for _ in range(iterations):
         if not len(rows.place) or (stop is not None and stop()):
             break
@@ -130,21 +138,27 @@ def bound_forms(
         better = proven > bound[rows.place]
         improved = rows.place[better]
         bound[improved], tilt[improved] = proven[better], rows.y[better]
-        value = (rows.Q * _lift(rows.X, basis)).sum((1, 2))
+        wide = lift(rows.X, basis)
+        value = (rows.Q * wide).sum((1, 2))
         primal[rows.place] = torch.minimum(primal[rows.place], value)
         spent[rows.place] += 1
         allowed = accuracy * torch.maximum(value.abs(), small[rows.place])
         going = moved & (value - rows.s[:, 0] * rows.level > allowed)
         if not bool(going.all()):
+            point[rows.place] = wide
             rows = rows.take(going.nonzero().flatten())
-    return FormBounds(bound, tilt, primal, spent)
+    point[rows.place] = lift(rows.X, basis)
+    return FormBounds(bound, tilt, primal, point, spent)
 
 
-def _basis(d: int, group: int, like: Tensor) -> Tensor:
+def face_basis(group: int | None, like: Tensor) -> Tensor | None:
     """Return an orthonormal basis of the span of all p with equally many ones in each group, shape (d, n).
 
-    (1, ..., 1) and, in each group, the vectors of Helmert that sum to nought.
+    (1, ..., 1) and, in each group, the vectors of Helmert that sum to nought. None where the span is everything.
     """
+    d = like.shape[-1]
+    if group is None or group == d:
+        return None
     k = torch.arange(1, group, dtype=like.dtype, device=like.device)
     helmert = torch.triu(like.new_ones(group, group))[:, : group - 1]
     helmert[1:] -= torch.diag(k)
@@ -153,11 +167,13 @@ def _basis(d: int, group: int, like: Tensor) -> Tensor:
     return torch.cat((like.new_full((d, 1), d**-0.5), inside), 1)
 
 
-def _lift(M: Tensor, basis: Tensor | None) -> Tensor:
+def lift(M: Tensor, basis: Tensor | None) -> Tensor:
+    """Return matrices given in the basis as matrices of all entries."""
     return M if basis is None else basis @ M @ basis.T
 
 
-def _drop(M: Tensor, basis: Tensor | None) -> Tensor:
+def drop(M: Tensor, basis: Tensor | None) -> Tensor:
+    """Return matrices of all entries as quadratic forms on the span of the basis."""
     return M if basis is None else basis.T @ M @ basis
 
 
@@ -175,7 +191,7 @@ def _start(Q: Tensor, s: Tensor, basis: Tensor | None, group: int) -> _Rows:
     size = torch.linalg.matrix_norm(Q)
     y = Q.new_zeros(count, d)
     place = torch.arange(count, device=Q.device)
-    rows = _Rows(place, Q, s, size, _drop(X, basis), y, level, Q, Q)
+    rows = _Rows(place, Q, s, size, drop(X, basis), y, level, Q, Q)
     rows.S, rows.L, good = _slack(rows, y, level, basis)
     for _ in range(_TRIALS):
         if bool(good.all()):
@@ -186,7 +202,7 @@ def _start(Q: Tensor, s: Tensor, basis: Tensor | None, group: int) -> _Rows:
     return rows
 
 
-def _combination(y: Tensor, level: Tensor, s: Tensor) -> Tensor:
+def combination(y: Tensor, level: Tensor, s: Tensor) -> Tensor:
     """Return sum_i y_i A_i + level I."""
     half = y / (2 * s)
     M = -(half.unsqueeze(1) + half.unsqueeze(2))
@@ -196,7 +212,7 @@ def _combination(y: Tensor, level: Tensor, s: Tensor) -> Tensor:
 
 def _slack(rows: _Rows, y: Tensor, level: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the dual slack, its Cholesky factor, and where there is one."""
-    S = _drop(rows.Q - _combination(y, level, rows.s), basis)
+    S = drop(rows.Q - combination(y, level, rows.s), basis)
     return S, *_factor(S)
 
 
@@ -223,14 +239,14 @@ def _margin(rows: _Rows, basis: Tensor | None) -> Tensor:
     return margin
 
 
-def _measure(M: Tensor, s: Tensor) -> Tensor:
+def measure(M: Tensor, s: Tensor) -> Tensor:
     """Return <I, M> and <A_i, M> of the symmetric part of M, shape (forms, 1 + d)."""
     diagonal = M.diagonal(dim1=1, dim2=2)
     beside = diagonal - (M.sum(1) + M.sum(2)) / (2 * s)
     return torch.cat((diagonal.sum(1, keepdim=True), beside), 1)
 
 
-def _schur(P: Tensor, X: Tensor, s: Tensor) -> Tensor:
+def schur(P: Tensor, X: Tensor, s: Tensor) -> Tensor:
     """Return tr(A_k P A_l X), I first, shape (forms, 1 + d, 1 + d).
 
     A_i = a_i a_i^T - u u^T with u = 1 / (2 s) and a_i = e_i - u, hence
@@ -242,28 +258,28 @@ def _schur(P: Tensor, X: Tensor, s: Tensor) -> Tensor:
     p_all, x_all = p.sum(1, keepdim=True) / (2 * s), x.sum(1, keepdim=True) / (2 * s)
     v = (p - p_all) * (x - x_all)
     bent_p, bent_x = p - 0.5 * p_all, x - 0.5 * x_all
-    schur = P.new_empty((len(P), d + 1, d + 1))
-    inner = schur[:, 1:, 1:]
+    complement = P.new_empty((len(P), d + 1, d + 1))
+    inner = complement[:, 1:, 1:]
     torch.mul(P - bent_p.unsqueeze(1) - bent_p.unsqueeze(2), X - bent_x.unsqueeze(1) - bent_x.unsqueeze(2), out=inner)
     v = v - 0.5 * p_all * x_all
     inner.sub_(v.unsqueeze(1)).sub_(v.unsqueeze(2))
     both = (P * X).sum(1)
     border = both - ((P @ x_one.unsqueeze(2) + X @ p_one.unsqueeze(2)).squeeze(2)) / (2 * s)
-    schur[:, 0, 0] = both.sum(1)
-    schur[:, 0, 1:] = border
-    schur[:, 1:, 0] = border
-    return schur
+    complement[:, 0, 0] = both.sum(1)
+    complement[:, 0, 1:] = border
+    complement[:, 1:, 0] = border
+    return complement
 
 
-def _factor_schur(schur: Tensor) -> Tensor:
+def factor_schur(complement: Tensor) -> Tensor:
     """Return the Cholesky factor, with as much added to the diagonal as it needs: constraints may be redundant."""
-    diagonal = schur.diagonal(dim1=1, dim2=2)
+    diagonal = complement.diagonal(dim1=1, dim2=2)
     plain = diagonal.clone()
     ridge = 1e-14
-    C, good = _factor(schur)
+    C, good = _factor(complement)
     while not bool(good.all()) and ridge < 1.0:
         diagonal.copy_(plain * (1 + ridge))
-        C, good = _factor(schur)
+        C, good = _factor(complement)
         ridge *= 100.0
     return C
 
@@ -290,16 +306,16 @@ def _iterate(rows: _Rows, basis: Tensor | None) -> Tensor:
     s, X = rows.s, rows.X
     n = X.shape[1]
     P = torch.cholesky_inverse(rows.L)
-    wide_P = _lift(P, basis)
-    C = _factor_schur(_schur(wide_P, _lift(X, basis), s))
+    wide_P = lift(P, basis)
+    C = factor_schur(schur(wide_P, lift(X, basis), s))
     target = torch.zeros((len(X), rows.y.shape[1] + 1), dtype=X.dtype, device=X.device)
     target[:, 0] = s[:, 0]
-    sides = torch.stack((target, _measure(wide_P, s)), 2)
+    sides = torch.stack((target, measure(wide_P, s)), 2)
     to_face, to_centre = torch.cholesky_solve(sides, C).unbind(2)
     centre = (X * rows.S).sum((1, 2)) / n
 
     def slack_change(multipliers: Tensor) -> Tensor:
-        return _drop(_combination(multipliers[:, 1:], multipliers[:, 0], s).neg_(), basis)
+        return drop(combination(multipliers[:, 1:], multipliers[:, 0], s).neg_(), basis)
 
     # Predictor: straight for the optimum. How far that goes says how much centring the real step needs.
     dS = slack_change(to_face)
@@ -313,7 +329,7 @@ def _iterate(rows: _Rows, basis: Tensor | None) -> Tensor:
 
     # Corrector: with the second-order term of the predictor.
     second = dX @ change
-    bend = torch.cholesky_solve(_measure(_lift(second, basis), s).unsqueeze(2), C).squeeze(2)
+    bend = torch.cholesky_solve(measure(lift(second, basis), s).unsqueeze(2), C).squeeze(2)
     multipliers = to_face - aim.unsqueeze(1) * to_centre + bend
     dS = slack_change(multipliers)
     R = (X @ (dS @ P)).add_(second)

@@ -63,6 +63,28 @@ def test_no_mask_is_better_at_any_stop(layer: Layer, steps: int, first: int) -> 
         assert found.bound[row] <= least_error(problem, row, d - int(keep[row])) * (1 + 1e-13)
 
 
+@given(layers(d=(1, 8)), st.integers(0, 60), st.integers(0, 8), st.integers(1, 30))
+@examples(150)
+def test_no_mask_is_better_with_cuts_at_any_stop(layer: Layer, steps: int, first: int, cuts: int) -> None:
+    problem = layer.problem()
+    rows, d = problem.shape
+    keep = (first + torch.arange(rows)) % (d + 1)
+    found = sdp_bound(problem, keep, cuts=cuts, stop=Countdown(steps))
+    assert (found.bound >= found.shifted).all()
+    for row in range(rows):
+        assert found.bound[row] <= least_error(problem, row, d - int(keep[row])) * (1 + 1e-13)
+
+
+@pytest.mark.parametrize(("group", "share"), [(None, 0.4), (4, 0.7), (2, 0.85)])
+def test_cuts_close_much_of_the_gap(group: int | None, share: float) -> None:
+    problem = synthetic("correlated", rows=8, d=12, seed=1).problem()
+    keep = torch.full((8,), 6)
+    found = sdp_bound(problem, keep, group=group, accuracy=1e-5, cuts=100)
+    best = torch.tensor([least_error(problem, row, 6, group) for row in range(8)], dtype=torch.float64)
+    assert (found.bound <= best).all()
+    assert float((found.bound - found.shifted).sum()) > share * float((best - found.shifted).sum())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("d", "group"), [(2, None), (7, None), (10, None), (8, 4), (8, 2), (9, 3)])
 def test_bounds_grow_and_end_near_the_relaxation(family: str, d: int, group: int | None) -> None:
@@ -122,14 +144,14 @@ def test_stronger_than_the_frank_wolfe_gap() -> None:
     assert float(found.bound.sum()) > 1.2 * float(relaxed.sum())
 
 
-@given(layers(d=(2, 6)), st.integers(1, 5))
+@given(layers(d=(2, 6)), st.integers(1, 5), st.sampled_from([0, 3]))
 @examples(80)
-def test_shift_explains_the_bound(layer: Layer, kept: int) -> None:
+def test_shift_explains_the_bound(layer: Layer, kept: int, cuts: int) -> None:
     problem = layer.problem()
     rows, d = problem.shape
     keep = torch.full((rows,), min(kept, d - 1))
     s = d - int(keep[0])
-    found = sdp_bound(problem, keep)
+    found = sdp_bound(problem, keep, cuts=cuts)
     pruned = indicators(d, s)
     for row in range(rows):
         C = convex_part(problem, keep, found, row)
@@ -138,7 +160,7 @@ def test_shift_explains_the_bound(layer: Layer, kept: int) -> None:
         size = float(C.abs().max() + Q.abs().max())
         assert float(torch.linalg.eigvalsh(C)[0]) >= -1e-13 * d * d * size
         error = torch.einsum("pi,ij,pj->p", pruned, Q, pruned)
-        there = torch.einsum("pi,ij,pj->p", pruned, C, pruned) + found.bound[row]
+        there = torch.einsum("pi,ij,pj->p", pruned, C, pruned) + found.shifted[row]
         torch.testing.assert_close(there, error, rtol=1e-11, atol=1e-12 * d * d * size + 1e-300)
         # The diagonal form of the same, convex along differences of masks.
         bent = torch.einsum("pi,ij,pj->p", pruned, Q - torch.diag(found.shift[row]), pruned) + pruned @ found.shift[row]
@@ -192,6 +214,7 @@ def test_nothing_to_decide() -> None:
     problem = synthetic("correlated", rows=3, d=8).problem()
     found = sdp_bound(problem, torch.tensor([8, 0, 0]))
     assert found.bound[0] == 0.0
+    assert torch.equal(found.point, (torch.arange(3) > 0).double().unsqueeze(1).expand(3, 8))
     torch.testing.assert_close(found.bound[1:], problem.scale()[1:], rtol=1e-10, atol=0.0)
     assert (found.bound[1:] <= problem.scale()[1:]).all()
     assert not found.shift.any()

@@ -1,0 +1,84 @@
+"""Multipliers of Z_ij >= 0, which the semidefinite relaxation forgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from maskopt.bounds.interior import FormBounds, combination, drop, face_basis, factor_schur, lift, measure, schur
+
+__all__ = ["pair_multipliers"]
+
+_STEP = 1.6  # of the multipliers; the method converges below (1 + sqrt 5) / 2
+_PENALTY = 3.0  # times |Z| / |slack|, at the start
+_REVIEW = 10  # iterations between changes of the penalty
+_DAMPED = 0.92
+
+
+def pair_multipliers(
+    forms: Tensor,
+    pruned: Tensor,
+    found: FormBounds,
+    iterations: int,
+    *,
+    group: int | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Tensor:
+    """Return N >= 0 with which the forms Q - N have a larger semidefinite bound, shape (forms, d, d).
+
+    As p^T N p >= 0, what is proven of Q - N holds for Q whatever N is. It comes from a few iterations of the
+    alternating direction method for semidefinite programs (Wen, Goldfarb and Yin, Mathematical Programming
+    Computation 2, 2010), whose own dual points are far from feasible for a long time: N is taken from it, and the
+    other multipliers are worked out anew by `bound_forms` on Q - N.
+
+    Parameters
+    ----------
+    forms, pruned, group
+        As for `bound_forms`; neither none nor all of the entries are pruned.
+    found : FormBounds
+        Its answer for them, with a finite bound.
+    iterations : int
+        Each costs one eigendecomposition of size d.
+    stop : callable, optional
+        Asked before every iteration; True ends the work.
+    """
+    d = forms.shape[1]
+    s = pruned.to(forms.dtype).unsqueeze(1)
+    unit = torch.eye(d, dtype=forms.dtype, device=forms.device).expand_as(forms)
+    basis = face_basis(group, forms)
+    C = factor_schur(schur(unit, unit, s))
+    target = torch.zeros((len(forms), d + 1), dtype=forms.dtype, device=forms.device)
+    target[:, 0] = s[:, 0]
+    Z, N = found.point, torch.zeros_like(forms)
+    S = forms - combination(found.tilt, found.bound / s[:, 0], s)
+    penalty = (_PENALTY * _norm(Z) / _norm(S)).view(-1, 1, 1)
+    size = _norm(forms)
+    for step in range(1, iterations + 1):
+        if stop is not None and stop():
+            break
+        missing = (target - measure(Z, s)) / penalty[:, 0] + measure(forms - S - N, s)
+        multipliers = torch.cholesky_solve(missing.unsqueeze(2), C).squeeze(2)
+        slack = forms - combination(multipliers[:, 1:], multipliers[:, 0], s)
+        held = Z / penalty
+        N = slack - S - held
+        N = (N + N.mT).mul_(0.5).clamp_min_(0.0)
+        N.diagonal(dim1=1, dim2=2).zero_()
+        split = slack - N - held
+        # Project on the cone of the relaxation, which lies in the span of all p, and on its dual.
+        values, vectors = torch.linalg.eigh(drop(split + split.mT, basis).mul_(0.5))
+        negative = lift((vectors * (-values).clamp_min(0.0).unsqueeze(1)) @ vectors.mT, basis)
+        S = split + negative
+        Z = torch.lerp(Z, penalty * negative, _STEP)
+        if step % _REVIEW == 0:
+            primal = _norm(target - measure(Z, s)) / s[:, 0] + _norm(Z.clamp_max(0.0)) / _norm(Z)
+            dual = _norm(slack - N - S) / size
+            change = torch.where(primal > 2 * dual, 1 / 1.3, torch.where(dual > 2 * primal, 1.3, 1.0))
+            penalty = penalty * change.view(-1, 1, 1)
+    return N.mul_(_DAMPED)
+
+
+def _norm(M: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(M.flatten(1), dim=1)
+    return norm

@@ -1,0 +1,72 @@
+"""Diagonals shared by a layer: valid, of largest trace, and what they prove holds for every mask."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maskopt import PerRow, solve, synthetic
+from maskopt.bounds import layer_shift, least_eigenvalue, shifted_bound
+from maskopt.problems import FAMILIES, LayerReconstruction
+from maskopt.solvers import FrankWolfe
+from tests.bounds.test_sdp import least_error
+from tests.helpers import Layer, examples, layers
+
+
+@given(layers(d=(1, 8)), st.integers(0, 8))
+@examples(120)
+def test_shifts_of_ugly_grams(layer: Layer, kept: int) -> None:
+    problem = layer.problem()
+    rows, d = problem.shape
+    gram = problem.scaled_gram.double()
+    size = float(gram.diagonal().sum())
+    keep = torch.full((rows,), min(kept, d))
+    for diagonal in (least_eigenvalue(problem), layer_shift(problem)):
+        assert (diagonal >= 0.0).all()
+        assert float(torch.linalg.eigvalsh(gram - torch.diag(diagonal))[0]) >= -1e-13 * d * d * size
+        bound = shifted_bound(problem, keep, diagonal, iterations=30)
+        for row in range(rows):
+            assert bound[row] <= least_error(problem, row, d - int(keep[0])) * (1 + 1e-13)
+
+
+@pytest.mark.parametrize("family", ["independent", "correlated", "outliers"])
+def test_no_feasible_diagonal_is_much_larger(family: str) -> None:
+    gram = synthetic(family, rows=1, d=20, seed=4).problem().double().gram
+    diagonal = layer_shift(LayerReconstruction(torch.ones(1, 20, dtype=torch.float64), gram))
+    # With unit diagonals: sum L = <Diag(L), Z> <= <K, Z> for every correlation matrix Z. The inverse of the slack,
+    # scaled to be one, comes close.
+    unit = gram.diagonal().sqrt()
+    K, L = gram / unit / unit.unsqueeze(1), diagonal / unit.square()
+    Z = torch.linalg.inv(K - torch.diag(L))
+    Z = Z / Z.diagonal().sqrt() / Z.diagonal().sqrt().unsqueeze(1)
+    assert float((K * Z).sum()) * 0.98 <= float(L.sum()) <= float((K * Z).sum())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_diagonals_strengthen_the_relaxation(family: str) -> None:
+    problem = synthetic(family, rows=3, d=10, seed=1).problem()
+    keep = torch.tensor([5, 2, 9])
+    plain = shifted_bound(problem, keep, torch.zeros(10, dtype=torch.float64), iterations=2000)
+    best = torch.tensor([least_error(problem, row, 10 - int(keep[row])) for row in range(3)], dtype=torch.float64)
+    slack = 1e-3 * best + 1e-12 * problem.scale()
+    for diagonal in (least_eigenvalue(problem), layer_shift(problem)):
+        shifted = shifted_bound(problem, keep, diagonal, iterations=2000)
+        assert (shifted >= plain - slack).all()
+        assert (shifted <= best + 1e-12 * problem.scale()).all()
+
+
+def test_plain_relaxation_agrees_with_the_solver() -> None:
+    problem = synthetic("correlated", rows=4, d=24, seed=0).problem()
+    plain = shifted_bound(problem, torch.full((4,), 12), torch.zeros(24, dtype=torch.float64), iterations=3000)
+    solved = solve(problem, PerRow(12), FrankWolfe("conjugate", iterations=500)).lower_bound
+    assert solved is not None
+    torch.testing.assert_close(plain, solved, rtol=1e-2, atol=0.0)
+    strong = shifted_bound(problem, torch.full((4,), 12), layer_shift(problem))
+    assert float(strong.sum()) > 1.1 * float(plain.sum())
+
+
+def test_zero_gram() -> None:
+    problem = LayerReconstruction(torch.ones(2, 3), torch.zeros(3, 3))
+    assert not layer_shift(problem).any()
+    assert not least_eigenvalue(problem).any()
+    assert not shifted_bound(problem, torch.tensor([1, 2]), layer_shift(problem)).any()
