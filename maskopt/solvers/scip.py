@@ -154,22 +154,31 @@ def _row(problem: Quadratic, row: int) -> _Row:
     return _Row((hessian + hessian.T) / 4, -alone.gradient(kept)[0].cpu(), float(alone.value(kept)))
 
 
-def _shift(row: _Row) -> Tensor:
-    """Return a diagonal D, shape (d,), such that Q - Diag(D) is positive semidefinite, proven.
+def _shift(matrix: Tensor) -> Tensor:
+    """Return a diagonal D, shape (d,), such that the matrix less Diag(D) is positive semidefinite, proven.
 
     The stronger D is, the tighter is SCIP's relaxation; whatever diagonal is aimed at here is made safe below.
     """
-    matrix = row.quadratic
     largest = float(matrix.abs().amax())
     if largest == 0.0:
         return torch.zeros(len(matrix), dtype=torch.float64)
     # The least eigenvalue of the matrix with unit diagonal is free of the channels' scales.
-    size = matrix.diagonal().clamp_min(2.0**-40 * largest)
+    size = matrix.diagonal().clone()
+    small = size <= 2.0**-40 * largest
+    size[small] = matrix.abs().sum(1)[small].clamp_min(2.0**-40 * largest)
     root = size.rsqrt()
     diagonal: Tensor = size * torch.linalg.eigvalsh(root.unsqueeze(1) * matrix * root)[0]
+    # What is left may be nothing but the rounding of these lines.
+    diagonal -= len(matrix) * 2.0**-48 * float(diagonal.abs().amax() + largest)
     floor = eigenvalue_floor(matrix - torch.diag(diagonal))
     assert floor is not None
     return diagonal + floor
+
+
+def _shifted(row: _Row) -> _Row:
+    """Return the same objective of masks, with a convex quadratic part."""
+    shift = _shift(row.quadratic)
+    return _Row(row.quadratic - torch.diag(shift), row.linear + shift, row.constant)
 
 
 @dataclass(frozen=True)
@@ -201,6 +210,8 @@ class _Model:
 
         self._expr, self._cons, self._term = Expr, ExprCons, Term
         self._shape, pruned = start.shape, (~start).double()
+        if settings.form == "convex":
+            rows = [_shifted(row) for row in rows]
         self._unit = _unit(rows, pruned)
         self._model = model = Model()
         model.hideOutput()
@@ -234,6 +245,10 @@ class _Model:
         ]
         self._pruned += pruned
         if form == "convex":
+            values, vectors = torch.linalg.eigh(matrix)
+            # Without directions that count for nothing: leaving out a square only lowers the relaxation.
+            some = values > len(matrix) * 2.0**-52 * float(values[-1])
+            parts = (vectors[:, some] * values[some].sqrt()).T
             images = (parts @ chosen).tolist()
             squares = {}
             for part, image in zip(parts.tolist(), images, strict=True):
