@@ -232,22 +232,13 @@ class _Model:
     def _add(self, row: _Row, chosen: Tensor, form: Form) -> None:
         """Add a row's variables, its part of the objective, and their values in the first incumbent."""
         matrix, linear = row.quadratic / self._unit, row.linear / self._unit
-        parts = matrix.new_empty((0, len(matrix)))
-        if form == "convex":
-            shift = _shift(row) / self._unit
-            matrix, linear = matrix - torch.diag(shift), linear + shift
-            values, vectors = torch.linalg.eigh(matrix)
-            # Directions that count for nothing; leaving out a square only lowers the relaxation.
-            some = values > len(matrix) * 2.0**-52 * float(values[-1])
-            parts = (vectors[:, some] * values[some].sqrt()).T
-        pruned = [
-            self._variable("B", cost, value) for cost, value in zip(linear.tolist(), chosen.tolist(), strict=True)
-        ]
+        pairs = zip(linear.tolist(), chosen.tolist(), strict=True)
+        pruned = [self._variable("B", cost, value) for cost, value in pairs]
         self._pruned += pruned
         if form == "convex":
             values, vectors = torch.linalg.eigh(matrix)
-            # Without directions that count for nothing: leaving out a square only lowers the relaxation.
-            some = values > len(matrix) * 2.0**-52 * float(values[-1])
+            # Squares left out only lower the relaxation, and all of these together by less than the tolerance.
+            some = values > _FEASIBLE / 1000
             parts = (vectors[:, some] * values[some].sqrt()).T
             images = (parts @ chosen).tolist()
             squares = {}
