@@ -235,7 +235,7 @@ class Diary(Direction):
         self.rule = self.rule.begin(view)
         return self
 
-    def way(self, view: View):  # noqa: ANN201
+    def way(self, view: View):
         way = self.rule.way(view)
         limit = torch.ones(len(view.x), dtype=view.x.dtype) if way.limit is None else way.limit
         event = Event(view.x.clone(), view.gradient.clone(), way.x.clone(), limit.clone(), torch.zeros_like(limit))

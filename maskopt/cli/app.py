@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from typer.core import TyperGroup
 
 from maskopt import __version__
+from maskopt.cli.certify import certify
 from maskopt.cli.compare import compare
 from maskopt.cli.demo import demo
 from maskopt.cli.evaluate import evaluate
@@ -16,6 +17,7 @@ from maskopt.cli.output import stderr
 from maskopt.cli.prune import prune
 from maskopt.cli.solve import solve
 from maskopt.cli.trace import trace
+from maskopt.cli.verify import verify
 from maskopt.errors import MaskoptError
 
 __all__ = ["app", "main"]
@@ -111,6 +113,12 @@ app.command(
     epilog=f"Example:  maskopt trace {_INSTANCE} --sparsity 0.5 --solvers away,pairwise,dicg --out trace.png "
     "--csv trace.csv"
 )(trace)
+app.command(
+    epilog=f"Example:  maskopt verify {_INSTANCE} --rows 0:8 --columns 48 --sparsity 0.5 --exact scip --time-limit 60"
+)(verify)
+app.command(epilog=f"Example:  maskopt certify {_INSTANCE} --mask mask.safetensors --pattern per-row --sparsity 0.5")(
+    certify
+)
 app.command(
     epilog="Example:  maskopt prune Qwen/Qwen3-0.6B pruned --calibration text.txt --pattern 2:4 --evaluate held-out.txt"
 )(prune)

@@ -3,6 +3,7 @@
 from maskopt.solvers.active import Away, BlendedPairwise, FullyCorrective, Lazy, Pairwise
 from maskopt.solvers.base import GapKind, Outcome, Result, Solver, State, Status, Stop, Watch, check_compatible, solve
 from maskopt.solvers.branch_and_bound import BranchAndBound, NodeLog
+from maskopt.solvers.brute_force import BruteForce
 from maskopt.solvers.continuation import ContinuationFrankWolfe
 from maskopt.solvers.directions import BlockCoordinate, Boosted, Conjugate, Momentum, Stochastic, Vanilla
 from maskopt.solvers.frank_wolfe import DIRECTIONS, STEPS, FrankWolfe
@@ -12,6 +13,7 @@ from maskopt.solvers.loop import Walk, frank_wolfe
 from maskopt.solvers.one_swap import OneSwap
 from maskopt.solvers.registry import SOLVERS, make_solver
 from maskopt.solvers.rules import Direction, Pool, Step, View, Way
+from maskopt.solvers.scip import Scip
 from maskopt.solvers.scores import RIA, Magnitude, Wanda
 from maskopt.solvers.sparsefw import SparseFW
 from maskopt.solvers.steps import (
@@ -37,6 +39,7 @@ __all__ = [
     "BlockCoordinate",
     "Boosted",
     "BranchAndBound",
+    "BruteForce",
     "Conjugate",
     "ContinuationFrankWolfe",
     "Direction",
@@ -57,6 +60,7 @@ __all__ = [
     "Pairwise",
     "Pool",
     "Result",
+    "Scip",
     "SecantStep",
     "ShortStep",
     "Solver",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -42,6 +43,7 @@ class Status(Enum):
     """Why a solver stopped, each member with the sentence users read; later members are weaker claims."""
 
     OPTIMAL = "The mask is proven optimal."
+    WITHIN_GAP = "The mask is proven to lie within the requested gap of the optimum."
     CONVERGED = "The relaxation was solved to the requested gap."
     LOCAL_OPTIMUM = "No single swap of a kept against a pruned entry lowers the error."
     COMPLETED = "All planned iterations were run; nothing is claimed about optimality."
@@ -121,6 +123,11 @@ class Watch:
     def seconds(self) -> float:
         """Since the start, without the time that recording took."""
         return time.perf_counter() - self._began - self._paused
+
+    @property
+    def left(self) -> float:
+        """Seconds until the time limit, infinite without one."""
+        return math.inf if self._limit is None else max(0.0, self._limit - self.seconds)
 
     def block(self, start: float, end: float, recorder: Recorder | None) -> None:
         """Say which share of the whole solve the coming work is, and who records it."""

@@ -6,9 +6,11 @@ from functools import partial
 from maskopt.errors import MaskoptError
 from maskopt.solvers.base import Solver
 from maskopt.solvers.branch_and_bound import BranchAndBound
+from maskopt.solvers.brute_force import BruteForce
 from maskopt.solvers.continuation import ContinuationFrankWolfe
 from maskopt.solvers.frank_wolfe import DIRECTIONS, FrankWolfe
 from maskopt.solvers.one_swap import OneSwap
+from maskopt.solvers.scip import Scip
 from maskopt.solvers.scores import RIA, Magnitude, Wanda
 from maskopt.solvers.sparsefw import SparseFW
 
@@ -24,6 +26,8 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "continuation": ContinuationFrankWolfe,
     "frank-wolfe": FrankWolfe,
     **{name: partial(FrankWolfe, direction=name) for name in DIRECTIONS if name != "vanilla"},
+    "brute-force": BruteForce,
+    "scip": Scip,
 }
 
 

@@ -18,7 +18,7 @@ from maskopt.problems import Move, Problem, Saliency
 from maskopt.solvers import DIRECTIONS, STEPS, FrankWolfe, GapKind, Status, View, Way, check_compatible, solve
 from maskopt.solvers.base import band_of
 from tests import helpers
-from tests.helpers import FRANK_WOLFE, SETS, Layer, examples, layers, magnitudes, sets
+from tests.helpers import FRANK_WOLFE, SETS, Layer, examples, layers, sets
 from tests.walks import CONVEX, WAVY, Bowl, Case, Diary, Steady, function_case, layer_case, normal, plain_layer
 
 ALL_SETS = getattr(helpers, "ALL_SETS", SETS)
@@ -33,7 +33,12 @@ NEEDS_OF_SET = {
     "blended-dicg": ["inface", "max_step"],
     "block-coordinate": ["groups", "ungroup"],
 }
-NEEDS_OF_PROBLEM = {"conjugate": ["hessian"], "fully-corrective": ["hessian"], "exact": ["hessian"], "short": ["smoothness"]}
+NEEDS_OF_PROBLEM = {
+    "conjugate": ["hessian"],
+    "fully-corrective": ["hessian"],
+    "exact": ["hessian"],
+    "short": ["smoothness"],
+}
 
 
 def cases(shape: tuple[int, int] = SHAPE) -> dict[str, Case]:
@@ -201,7 +206,9 @@ def checked_history(case: Case, masks: MaskSet, solver: FrankWolfe, tolerance: f
 
 @DTYPES
 @EVERY
-@given(st.data(), layers(rows=(1, 3), d=(1, 6), exact=True), st.sampled_from([0.0, 0.0, 0.3, 1.0, 4.0, -0.5, -3.0, -1e7]))
+@given(
+    st.data(), layers(rows=(1, 3), d=(1, 6), exact=True), st.sampled_from([0.0, 0.0, 0.3, 1.0, 4.0, -0.5, -3.0, -1e7])
+)
 @examples(40)
 def test_proven_at_every_iteration(
     name: str, dtype: torch.dtype, data: st.DataObject, layer: Layer, shift: float
@@ -305,8 +312,7 @@ def test_a_constant_in_the_gradient(name: str, seed: int, constant: float, set_n
     root, linear, masks = normal(8, 8, seed=seed), normal(*SHAPE, seed=seed + 1), SETS[set_name](SHAPE, 0.5)
     solver = FrankWolfe(direction=name, iterations=SENSITIVE.get(name, 6), gap=1e-9)
     results = [
-        solve(Bowl(root @ root.T, linear + c), masks, solver, record=1)
-        for c in (0.0, round(constant * 16) / 16)
+        solve(Bowl(root @ root.T, linear + c), masks, solver, record=1) for c in (0.0, round(constant * 16) / 16)
     ]
     more = round(constant * 16) / 16 * SHAPE[1] / 2 * SHAPE[0]
     for column in ("value", "bound", "rounded", "incumbent"):

@@ -91,7 +91,7 @@ def test_the_limit_is_where_the_hull_ends(name: str) -> None:
                 way, limit = event.way[row], float(event.limit[row])
                 if float(way.abs().max()) > 1e-6 and limit > 1e-9:
                     beyond = event.x[row] + way * (limit * 1.001 + 1e-6)
-                    inside = -1e-9 <= float(beyond.min()) and float(beyond.max()) <= 1 + 1e-9
+                    inside = float(beyond.min()) >= -1e-9 and float(beyond.max()) <= 1 + 1e-9
                     assert not inside
                     tight += 1
     assert name == "away" or tight > 50
@@ -186,7 +186,12 @@ def test_fully_corrective_points_are_the_best_of_their_atoms(set_name: str) -> N
                 assert bool((active >= 1).all())
 
 
-@given(layers(rows=(1, 3), d=(1, 8)), st.sampled_from(sorted(SETS)), st.floats(0, 1), st.sampled_from([0.0, -1.0, 1.0, 3.0]))
+@given(
+    layers(rows=(1, 3), d=(1, 8)),
+    st.sampled_from(sorted(SETS)),
+    st.floats(0, 1),
+    st.sampled_from([0.0, -1.0, 1.0, 3.0]),
+)
 @examples(120)
 def test_fully_corrective_never_climbs(layer: Layer, set_name: str, share: float, amount: float) -> None:
     """Also where the objective is flat or concave along some ways, and from any mask."""
@@ -216,7 +221,7 @@ def test_away_leaves_the_worst_atom() -> None:
     masks, seen = SETS["per-row"](SHAPE, 0.5), Counter()
 
     class Checked(Watched):
-        def way(self, view: View):  # noqa: ANN202
+        def way(self, view: View):
             atoms = self.rule.atoms
             slots = range(atoms.weight.shape[1])
             dense = [atoms.dense(torch.full((atoms.bands,), slot), torch.float64) for slot in slots]
@@ -496,7 +501,7 @@ def test_gaps_are_taken_with_true_gradients(name: str) -> None:
     rule, handed = {"momentum": Momentum(check=4), "stochastic": Stochastic(check=4)}[name], []
 
     class Spy(Diary):
-        def way(self, view: View):  # noqa: ANN202
+        def way(self, view: View):
             way = super().way(view)
             gap = view.certified_gap()
             if gap is not None:
@@ -519,7 +524,7 @@ def test_handed_gaps_are_gaps(name: str) -> None:
         pool = Pool(masks.band(SHAPE))
 
         class Spy(Diary):
-            def way(self, view: View):  # noqa: ANN202
+            def way(self, view: View):
                 way = super().way(view)
                 gap = view.certified_gap()
                 if gap is not None:

@@ -189,7 +189,9 @@ def test_converged_means_a_small_gap(name: str, set_name: str, dtype: torch.dtyp
 def test_no_tolerance_no_end() -> None:
     problem = plain_layer(0).problem()
     for name in ("vanilla", "away", "dicg"):
-        result = solve(problem, SETS["per-row"](SHAPE, 0.5), FrankWolfe(direction=name, relative_gap=0.0, iterations=30))
+        result = solve(
+            problem, SETS["per-row"](SHAPE, 0.5), FrankWolfe(direction=name, relative_gap=0.0, iterations=30)
+        )
         assert result.status is Status.ITERATION_LIMIT
         assert result.iterations == 30
 
@@ -272,7 +274,9 @@ def test_finished_rows_leave(name: str) -> None:
 def steady(seed: int = 0) -> Steady:
     """Rows of all sizes, computed to the last digit as they would be alone: slopes that exact steps made equal stay so."""
     root, linear = normal(12, 12, seed=seed), normal(8, 12, seed=seed + 1)
-    return Steady(root @ root.T / 12, linear * torch.tensor([[1.0], [0.0], [100.0], [1.0], [1.0], [10.0], [1.0], [0.1]]))
+    return Steady(
+        root @ root.T / 12, linear * torch.tensor([[1.0], [0.0], [100.0], [1.0], [1.0], [10.0], [1.0], [0.1]])
+    )
 
 
 def alone(problem: Problem, masks: object, bands: int, band: int) -> list[tuple[Problem, object, slice]]:

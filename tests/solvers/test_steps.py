@@ -222,7 +222,9 @@ def test_secant_is_exact_for_convex_quadratics(together: bool, layer: Layer, amo
     ]
     size = magnitudes(base.scaled_weight, base.scaled_gram) * 2
     size = size.sum() if together else size
-    torch.testing.assert_close(values[0] / size.clamp_min(1e-300), values[1] / size.clamp_min(1e-300), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        values[0] / size.clamp_min(1e-300), values[1] / size.clamp_min(1e-300), rtol=0, atol=1e-10
+    )
 
 
 @BANDS

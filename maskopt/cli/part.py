@@ -1,0 +1,50 @@
+"""Some rows and columns of a layer, as commands name them."""
+
+import re
+from typing import Annotated
+
+import typer
+
+from maskopt.errors import MaskoptError
+from maskopt.problems import LayerReconstruction
+
+__all__ = ["RowsOption", "parse_rows", "part_of"]
+
+RowsOption = Annotated[
+    str, typer.Option("--rows", metavar="A:B", help="Rows from A up to, but not including, B; 0:8 are the first eight.")
+]
+
+
+def parse_rows(text: str, rows: int) -> slice:
+    """Return the rows meant by "2:6", ":6", "2:", ":" or "2".
+
+    Raises
+    ------
+    MaskoptError
+        If it is none of these, or names no row of a layer with so many.
+    """
+    match = re.fullmatch(r"(\d*)(:?)(\d*)", text.strip())
+    if match is None or not (match[1] or match[2]):
+        raise MaskoptError(f"Rows have the form A:B, such as 0:8; got {text!r}.")
+    first = int(match[1] or 0)
+    last = int(match[3] or rows) if match[2] else first + 1
+    if not first < last <= rows:
+        raise MaskoptError(f"The rows {text} are none of the layer's, which are 0:{rows}.")
+    return slice(first, last)
+
+
+def part_of(problem: LayerReconstruction, rows: slice, columns: int | None = None) -> LayerReconstruction:
+    """Return a checked problem's rows, with its first columns only, as a problem that holds nothing else.
+
+    Raises
+    ------
+    MaskoptError
+        If there are not so many columns.
+    """
+    d = problem.shape[1]
+    columns = d if columns is None else columns
+    if not 1 <= columns <= d:
+        raise MaskoptError(f"The layer has {d} columns; --columns {columns} is out of range.")
+    # Copies: a view would take all of the layer along to other processes.
+    weight, gram = problem.weight[rows, :columns].clone(), problem.gram[:columns, :columns].clone()
+    return LayerReconstruction(weight, gram, problem.tokens, check=False)

@@ -1,0 +1,218 @@
+"""`maskopt verify`: a heuristic against an exact solver, row by row."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from maskopt.cli.layer import load_layer
+from maskopt.cli.options import JsonOption, PatternOption, QuietOption, SparsityOption
+from maskopt.cli.output import Bar, check_outputs, environment, facts, json_output, tables
+from maskopt.cli.part import RowsOption, parse_rows, part_of
+from maskopt.cli.solvers import parse_solver
+from maskopt.errors import MaskoptError
+from maskopt.oracles import MaskSet, parse_masks
+from maskopt.problems import LayerReconstruction
+from maskopt.solvers import Solver, Status, check_compatible
+from maskopt.solvers import solve as solve_problem
+
+__all__ = ["verify"]
+
+Figures = dict[str, Any]
+
+_SAME = 1e-12  # errors that differ by less are the same but for the order of sums
+
+
+def verify(
+    instance: Annotated[Path, typer.Argument(metavar="INSTANCE", help="Safetensors file with `weight`, `gram`.")],
+    rows: RowsOption = "0:8",
+    columns: Annotated[
+        int | None,
+        typer.Option("--columns", min=1, help="Only the first columns of the layer, which exact solvers can master."),
+    ] = None,
+    pattern: PatternOption = "per-row",
+    sparsity: SparsityOption = None,
+    solver: Annotated[
+        str, typer.Option("--solver", help="The heuristic to judge; settings as in 'sparsefw:iterations=500'.")
+    ] = "continuation",
+    exact: Annotated[
+        str, typer.Option("--exact", help="What judges it: scip, brute-force or any solver that proves bounds.")
+    ] = "scip",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", metavar="KEY=VALUE", help="Change a setting of --exact; may be repeated."),
+    ] = None,
+    time_limit: Annotated[float, typer.Option("--time-limit", help="Seconds for each row.")] = 60.0,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Rows verified at a time, each in its process.")] = 1,
+    json: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Hold a heuristic's mask against the optimum, row by row (or band of rows that the set couples)."""
+    check_outputs(json)
+    if not time_limit > 0:
+        raise MaskoptError(f"The time limit must be positive; got {time_limit}.")
+    masks, heuristic, judge = parse_masks(pattern, sparsity), parse_solver(solver), parse_solver(exact, option or ())
+    _, layer = load_layer(instance, "cpu")
+    chosen = parse_rows(rows, layer.shape[0])
+    problem = part_of(layer, chosen, columns)
+    masks.check(problem.shape)
+    for method in (heuristic, judge):
+        check_compatible(problem, masks, method)
+    verdicts = _verdicts(problem, masks, heuristic, judge, chosen.start, time_limit, jobs, Bar(quiet, solver))
+    summary = _summary(verdicts)
+    figures = {
+        "rows": verdicts,
+        "summary": summary,
+        "settings": {
+            "instance": str(instance),
+            "rows": f"{chosen.start}:{chosen.stop}",
+            "columns": problem.shape[1],
+            "pattern": pattern,
+            "masks": repr(masks),
+            "solver": repr(heuristic),
+            "exact": repr(judge),
+            "time_limit": time_limit,
+            "jobs": jobs,
+        },
+        "versions": environment(),
+    }
+    with json_output(json, figures):
+        console = tables(json)
+        console.print(_table(verdicts, f"{instance.stem}, {masks}: {solver} against {exact}, relative to pruning all"))
+        console.print(facts(_lines(summary)))
+
+
+def _verdicts(
+    problem: LayerReconstruction,
+    masks: MaskSet,
+    heuristic: Solver,
+    judge: Solver,
+    first: int,
+    time_limit: float,
+    jobs: int,
+    bar: Bar,
+) -> list[Figures]:
+    from joblib import Parallel, delayed
+
+    band = masks.band(problem.shape)
+    bands = [slice(start, start + band) for start in range(0, problem.shape[0], band)]
+    with bar:
+        mask = solve_problem(problem, masks, heuristic, callback=bar.step("heuristic")).mask
+        bar.tell(f"0 of {len(bands)} verified", 0.0)
+        tasks = (
+            delayed(_verdict)(
+                part_of(problem, index),
+                masks if len(bands) == 1 else masks.rows(index, problem.shape),
+                mask[index].clone(),
+                judge,
+                first + index.start,
+                time_limit,
+            )
+            for index in bands
+        )
+        verdicts: list[Figures] = []
+        for verdict in Parallel(n_jobs=min(jobs, len(bands)), return_as="generator_unordered")(tasks):
+            verdicts.append(verdict)
+            bar.tell(f"{len(verdicts)} of {len(bands)} verified", len(verdicts) / len(bands))
+    return sorted(verdicts, key=lambda verdict: int(verdict["row"]))
+
+
+def _verdict(
+    problem: LayerReconstruction, masks: MaskSet, mask: Tensor, judge: Solver, row: int, time_limit: float
+) -> Figures:
+    """Return what is found out about the heuristic's mask of one band, errors relative to pruning all of it."""
+    start = None if judge.start is None else mask
+    result = solve_problem(problem, masks, judge, start=start, time_limit=time_limit)
+    scale = float(problem.scale().sum())
+    error = float(problem.objective(mask).sum())
+    best = min(error, result.total)
+    bound = None if result.lower_bound is None else float(result.lower_bound.sum())
+    better = error - best > _SAME * error and not torch.equal(mask, result.mask)
+    return {
+        "row": row,
+        "rows": problem.shape[0],
+        "heuristic": _relative(error, scale),
+        "best": _relative(best, scale),
+        "bound": None if bound is None else _relative(bound, scale),
+        "gap": None if bound is None else max(0.0, 1.0 - bound / best) if best > 0.0 else 0.0,
+        "verdict": _judgement(error, best if better else error, bound, result.status),
+        "excess": _excess(error, best) if better else 0.0,
+        "status": result.status.name,
+        "status_text": result.status.value,
+        "iterations": result.iterations,
+        "seconds": result.seconds,
+        "scale": scale,
+    }
+
+
+def _judgement(error: float, best: float, bound: float | None, status: Status) -> str:
+    if best < error:
+        known = "" if status is Status.OPTIMAL else "at least "
+        return f"not optimal by {known}{_percent(_excess(error, best))}"
+    if status is Status.OPTIMAL:
+        return "proven optimal"
+    if bound is None or not bound > 0.0:
+        return "unknown"
+    return f"within {_percent(_excess(error, bound))}"
+
+
+def _relative(value: float, scale: float) -> float:
+    return value / scale if scale > 0.0 else 0.0
+
+
+def _excess(value: float, reference: float) -> float:
+    """Return by which share of the reference a value exceeds it."""
+    if value <= reference:
+        return 0.0
+    return value / reference - 1.0 if reference > 0.0 else math.inf
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %" if math.isfinite(share) else "all of it"
+
+
+def _summary(verdicts: Sequence[Figures]) -> Figures:
+    excesses = [verdict["excess"] for verdict in verdicts]
+    return {
+        "verified": len(verdicts),
+        "proven_optimal": sum(verdict["verdict"] == "proven optimal" for verdict in verdicts),
+        "not_optimal": sum(excess > 0.0 for excess in excesses),
+        "optima_known": sum(verdict["status"] == "OPTIMAL" for verdict in verdicts),
+        "mean_excess": sum(excesses) / len(excesses),
+        "largest_excess": max(excesses),
+        "seconds": sum(verdict["seconds"] for verdict in verdicts),
+    }
+
+
+def _table(verdicts: Sequence[Figures], title: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=Text(title), title_justify="left")
+    for name in ("row", "heuristic", "best known", "proven bound", "gap", "verdict", "seconds"):
+        table.add_column(name, justify="left" if name == "verdict" else "right")
+    for verdict in verdicts:
+        last = verdict["row"] + verdict["rows"]
+        table.add_row(
+            str(verdict["row"]) if verdict["rows"] == 1 else f"{verdict['row']}:{last}",
+            f"{verdict['heuristic']:.6f}",
+            f"{verdict['best']:.6f}",
+            "" if verdict["bound"] is None else f"{verdict['bound']:.6f}",
+            "" if verdict["gap"] is None else _percent(verdict["gap"]),
+            verdict["verdict"],
+            f"{verdict['seconds']:.2f}",
+        )
+    return table
+
+
+def _lines(summary: Figures) -> dict[str, str]:
+    worst = f", the worst by {_percent(summary['largest_excess'])}" if summary["not_optimal"] else ""
+    return {
+        "proven optimal": f"{summary['proven_optimal']} of {summary['verified']}",
+        "not optimal": f"{summary['not_optimal']}{worst}",
+        "time": f"{summary['seconds']:.1f} s",
+    }
