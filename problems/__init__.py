@@ -6,6 +6,7 @@ from maskopt.problems.function import Function
 from maskopt.problems.generators import FAMILIES, synthetic
 from maskopt.problems.instance import Instance, load_instance, save_instance
 from maskopt.problems.layer import LayerReconstruction
+from maskopt.problems.library import SolvedInstance, library
 from maskopt.problems.saliency import Saliency
 from maskopt.problems.shifted import Shifted, ShiftedQuadratic
 
@@ -22,6 +23,8 @@ __all__ = [
     "Saliency",
     "Shifted",
     "ShiftedQuadratic",
+    "SolvedInstance",
+    "library",
     "load_instance",
     "save_instance",
     "synthetic",

@@ -1,17 +1,20 @@
 """How good a mask can be at most: proven lower bounds on the error of every mask."""
 
 from maskopt.bounds.interior import FormBounds, bound_forms
+from maskopt.bounds.masks import BoundKind, mask_bound
 from maskopt.bounds.pairs import pair_multipliers
 from maskopt.bounds.sdp import RowBounds, convex_part, sdp_bound
 from maskopt.bounds.shift import layer_shift, least_eigenvalue, shifted_bound
 
 __all__ = [
+    "BoundKind",
     "FormBounds",
     "RowBounds",
     "bound_forms",
     "convex_part",
     "layer_shift",
     "least_eigenvalue",
+    "mask_bound",
     "pair_multipliers",
     "sdp_bound",
     "shifted_bound",

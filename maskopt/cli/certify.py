@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich import box
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from maskopt.bounds import BoundKind, mask_bound
 from maskopt.cli.layer import load_layer
 from maskopt.cli.mask_file import load_mask
 from maskopt.cli.options import (
@@ -47,7 +48,17 @@ def _gap(problem: LayerReconstruction, masks: MaskSet, callback: Callback | None
     return bound
 
 
-BOUNDS: dict[str, Callable[[LayerReconstruction, MaskSet, Callback | None, int], Tensor]] = {"gap": _gap}
+def _row_bound(kind: BoundKind) -> Callable[[LayerReconstruction, MaskSet, Callback | None, int], Tensor]:
+    def bound(problem: LayerReconstruction, masks: MaskSet, callback: Callback | None, memory: int) -> Tensor:
+        return mask_bound(problem, masks, kind, memory=memory)
+
+    return bound
+
+
+BOUNDS: dict[str, Callable[[LayerReconstruction, MaskSet, Callback | None, int], Tensor]] = {
+    "gap": _gap,
+    **{kind: _row_bound(kind) for kind in get_args(BoundKind)},
+}
 """What proves lower bounds, float64, one per band of rows, by the names people type."""
 
 
