@@ -1,7 +1,7 @@
 """How good a mask can be at most: proven lower bounds on the error of every mask."""
 
 from maskopt.bounds.interior import FormBounds, bound_forms
-from maskopt.bounds.masks import BoundKind, mask_bound
+from maskopt.bounds.masks import BoundKind, check_bound, mask_bound
 from maskopt.bounds.pairs import pair_multipliers
 from maskopt.bounds.sdp import RowBounds, convex_part, sdp_bound
 from maskopt.bounds.shift import layer_shift, least_eigenvalue, shifted_bound
@@ -11,6 +11,7 @@ __all__ = [
     "FormBounds",
     "RowBounds",
     "bound_forms",
+    "check_bound",
     "convex_part",
     "layer_shift",
     "least_eigenvalue",

@@ -14,11 +14,19 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction
 
-__all__ = ["BoundKind", "mask_bound"]
+__all__ = ["BoundKind", "check_bound", "mask_bound"]
 
 BoundKind = Literal["shift", "sdp", "cuts"]
 
 _CUTS = 100  # iterations of the multipliers of Z >= 0
+
+
+def check_bound(masks: MaskSet, kind: str) -> None:
+    """Raise MaskoptError, before any work, if there is no such bound for the set."""
+    if kind not in get_args(BoundKind):
+        raise MaskoptError(f"There is no bound {kind!r}; choose one of {', '.join(get_args(BoundKind))}.")
+    if not isinstance(masks, PartitionMatroid) or not masks.separable or masks.at_most:
+        raise MaskoptError(f"The {kind} bound needs a fixed number of kept entries in every row; got {masks}.")
 
 
 def mask_bound(
@@ -49,12 +57,8 @@ def mask_bound(
     MaskoptError
         If rows of the set are coupled or may keep fewer, or there is no such kind.
     """
-    if kind not in get_args(BoundKind):
-        raise MaskoptError(f"There is no bound {kind!r}; choose one of {', '.join(get_args(BoundKind))}.")
-    if not isinstance(masks, PartitionMatroid) or not masks.separable or masks.at_most:
-        raise MaskoptError(
-            f"The {kind} bound is for sets that keep a fixed number of every row's entries; got {masks}."
-        )
+    check_bound(masks, kind)
+    assert isinstance(masks, PartitionMatroid)
     keep = masks.kept_per_group(problem.shape)
     per_row = keep.view(problem.shape[0], -1).sum(1)
     if kind == "shift":

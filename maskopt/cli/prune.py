@@ -43,6 +43,14 @@ class Propagate(StrEnum):
     DENSE = "dense"
 
 
+class Certify(StrEnum):
+    """Which lower bound."""
+
+    SHIFT = "shift"
+    SDP = "sdp"
+    CUTS = "cuts"
+
+
 def prune(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make, for model, masks and report.")],
@@ -67,6 +75,10 @@ def prune(
     ] = None,
     evaluate: Annotated[
         Path | None, typer.Option("--evaluate", help="Text to measure perplexity on before and after.")
+    ] = None,
+    certify: Annotated[
+        Certify | None,
+        typer.Option("--certify", help="Prove how good any mask could be, layer by layer; takes longer than pruning."),
     ] = None,
     json: JsonOption = None,
     device: DeviceOption = "cpu",
@@ -111,6 +123,7 @@ def prune(
             propagate=propagate.value,
             include=include or (),
             exclude=exclude or (),
+            certify=None if certify is None else certify.value,
             memory=working,
             progress=show if bar.visible else None,
         )
@@ -155,7 +168,8 @@ def _opening(path: Path, characters: int) -> str | Path:
 def _layers(layers: list[dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("layer")
-    for name in ("shape", "sparsity", "relative error", "seconds", "status"):
+    certified = any(layer["lower_bound"] is not None for layer in layers)
+    for name in ("shape", "sparsity", "relative error", *(("proven",) if certified else ()), "seconds", "status"):
         table.add_column(name, justify="right")
     for layer in layers:
         table.add_row(
@@ -163,10 +177,18 @@ def _layers(layers: list[dict[str, Any]]) -> Table:
             f"{layer['rows']} x {layer['columns']}",
             f"{layer['sparsity']:.3f}",
             f"{layer['relative_error']:.5f}",
+            *((_proven(layer),) if certified else ()),
             f"{layer['seconds']:.2f}",
             layer["status"].lower().replace("_", " "),
         )
     return table
+
+
+def _proven(layer: dict[str, Any]) -> str:
+    """Return which share of a layer's error no mask can avoid."""
+    if layer["lower_bound"] is None:
+        return ""
+    return f"{layer['lower_bound'] / layer['objective']:.3f}" if layer["objective"] > 0 else "1.000"
 
 
 def _summary(figures: dict[str, Any], out: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from maskopt.bounds import BoundKind, check_bound, mask_bound
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch, prepare_batches
 from maskopt.models.gram import Gram, GramCollector
@@ -22,7 +23,7 @@ from maskopt.models.report import LayerRecord, PruneReport
 from maskopt.models.selection import LeftDense, Selection, select_layers
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
-from maskopt.solvers import ContinuationFrankWolfe, Result, Solver, State, solve
+from maskopt.solvers import ContinuationFrankWolfe, GapKind, Result, Solver, State, solve
 
 __all__ = ["Progress", "prune"]
 
@@ -33,7 +34,7 @@ Propagate = Literal["pruned", "dense"]
 class Progress:
     """Where `prune` is: sent before every step, about once per iteration of a solver, and at the end ("done")."""
 
-    stage: Literal["calibrate", "solve", "done"]
+    stage: Literal["calibrate", "solve", "certify", "done"]
     name: str
     """The block being run, or the layer being solved (several, joined by commas, where they read the same input)."""
     done: int
@@ -54,6 +55,7 @@ def prune(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     start: Mapping[str, Tensor] | None = None,
+    certify: BoundKind | None = None,
     device: str | torch.device | None = None,
     memory: int = 2**30,
     progress: Callable[[Progress], object] | None = None,
@@ -84,6 +86,9 @@ def prune(
         blocks are pruned. Layers outside the blocks come last.
     start : mapping of str to Tensor, optional
         A mask per layer to start from, as in ``report.masks``; layers without one start afresh.
+    certify : {"shift", "sdp", "cuts"}, optional
+        Prove for every layer how small the error of any mask could be, see `maskopt.bounds.mask_bound`; the record's
+        `lower_bound`. Meant for layers of up to a few hundred inputs.
     device : str or torch.device, optional
         Move the model there first (it stays there).
     memory : int
@@ -105,6 +110,8 @@ def prune(
     if propagate not in ("pruned", "dense"):
         raise MaskoptError(f"propagate must be 'pruned' or 'dense'; got {propagate!r}.")
     solver = ContinuationFrankWolfe() if solver is None else solver
+    if certify is not None:
+        check_bound(masks, certify)
     if device is not None:
         model.to(device)
     selection = select_layers(model, include, exclude)
@@ -113,7 +120,7 @@ def prune(
     with evaluation_mode(model):
         began = time.perf_counter()
         replay = Replay(model, list(selection.blocks), prepared)
-        work = _Work(masks, solver, starts, memory, progress, propagate, _stages(replay, selection))
+        work = _Work(masks, solver, starts, memory, progress, propagate, certify, _stages(replay, selection))
         work.report.calibration_seconds = time.perf_counter() - began
         work.run(replay)
     work.report.left_dense = [*selection.left_dense, *_unreached(replay, selection)]
@@ -161,6 +168,7 @@ class _Work:
     memory: int
     progress: Callable[[Progress], object] | None
     propagate: Propagate
+    certify: BoundKind | None
     stages: Sequence[_Stage]
     report: PruneReport = field(default_factory=PruneReport)
     solved: dict[Layer, tuple[LayerRecord, Tensor]] = field(default_factory=dict)
@@ -232,13 +240,17 @@ class _Work:
         except MaskoptError as error:
             raise MaskoptError(f"The layer {name} cannot be solved: {error}") from error
         self.report.solve_seconds += time.perf_counter() - began
+        if self.certify is not None:
+            self._tell("certify", name)
+            bound = mask_bound(problem, self.masks, self.certify, memory=self.memory)
+            result = replace(result, lower_bound=bound, gap_kind=GapKind.PROVEN)
         first = 0
         for layer in layers:
             part = result if len(layers) == 1 else result.part(slice(first, first + layer.shape[0]))
             first += layer.shape[0]
             self.solved[layer] = _record(layer, gram, part), layer.oriented(part.mask).cpu().contiguous()
 
-    def _tell(self, stage: Literal["calibrate", "solve", "done"], name: str, fraction: float = 0.0) -> None:
+    def _tell(self, stage: Literal["calibrate", "solve", "certify", "done"], name: str, fraction: float = 0.0) -> None:
         if self.progress is not None:
             total = sum(len(turn.layers) for turn in self.stages)
             done = len(self.report.layers) + len(self.solved)

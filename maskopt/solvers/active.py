@@ -209,7 +209,7 @@ class _CorrectiveRun(_Run):
         matrix, weight = self.atoms.matrix, self.atoms.weight.clone()
         assert matrix is not None
         slots = weight.shape[1]
-        # By a power of two, to the size of the ones that are about to stand beside them: the spread of the slopes, where
+        # By a power of two, to the size of the ones that are about to stand beside them: the spread of slopes, where
         # the objective is linear among the vertices.
         spread = torch.where(free, slope, -torch.inf).amax(1) - torch.where(free, slope, torch.inf).amin(1)
         size = torch.maximum(matrix.diagonal(dim1=1, dim2=2).abs().amax(1), spread)
