@@ -38,7 +38,9 @@ def test_gradients_are_finite_differences(kind: str, coupled: bool, shift: float
         x = 0.1 + 0.8 * random(*SHAPE, seed=seed)
         point = problem.at(x.clone())
         gradient = problem.gradient(point)
-        torch.testing.assert_close(gradient, difference(problem, x), rtol=1e-5, atol=1e-5 * float(1 + gradient.abs().max()))
+        torch.testing.assert_close(
+            gradient, difference(problem, x), rtol=1e-5, atol=1e-5 * float(1 + gradient.abs().max())
+        )
         assert torch.equal(point.x, x)
         assert problem.coupled == coupled
 

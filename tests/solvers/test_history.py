@@ -1,5 +1,6 @@
 """What is recorded: columns, the best mask with where it came from, and histories of blocks added up."""
 
+import itertools
 import math
 from collections import Counter
 
@@ -29,7 +30,7 @@ SHAPE = (4, 8)
 
 
 def falls(column: list[float]) -> bool:
-    return all(b <= a for a, b in zip(column, column[1:], strict=False))
+    return all(b <= a for a, b in itertools.pairwise(column))
 
 
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "blocks", "protected rows"])
@@ -124,13 +125,21 @@ def test_nothing_recorded_nothing_said() -> None:
     result = solve(problem, masks, FrankWolfe(iterations=10, polish=False), record=0)
     assert (result.history, result.sources, result.lower_bound) == ({}, {}, None)
     assert result.gap_kind is GapKind.NONE
-    assert solve(problem, masks, FrankWolfe(iterations=10)).history["iteration"][:5] == [0, 1, 2, 4, 8]  # its own choice
+    assert solve(problem, masks, FrankWolfe(iterations=10)).history["iteration"][:5] == [
+        0,
+        1,
+        2,
+        4,
+        8,
+    ]  # its own choice
     assert solve(problem, masks, SparseFW(iterations=10)).history == {}
 
 
 @pytest.mark.parametrize("memory", [2**30, 1])
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured"])
-@pytest.mark.parametrize("solver", [SparseFW(iterations=12), OneSwap(), ContinuationFrankWolfe(iterations=20)], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [SparseFW(iterations=12), OneSwap(), ContinuationFrankWolfe(iterations=20)], ids=repr
+)
 def test_any_iterative_solver_can_be_recorded(solver: object, set_name: str, memory: int) -> None:
     """The result is the best mask seen, never worse than without; bounds hold where the objective was shifted too."""
     case, masks = layer_case(plain_layer(3, (2, 6))), SETS[set_name]((2, 6), 0.5)
