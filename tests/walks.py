@@ -14,7 +14,7 @@ from torch import Tensor
 from maskopt.oracles import MaskSet
 from maskopt.problems import Function, Move, Point, Problem, Quadratic
 from maskopt.problems.base import shift_deficit
-from maskopt.solvers import Direction, Pool, Step, View, Walk, Watch, frank_wolfe
+from maskopt.solvers import Direction, Pool, Step, View, Walk, Watch, Way, frank_wolfe
 from maskopt.solvers.base import band_of
 from tests.helpers import Layer, errors_of, every_mask, magnitudes
 
@@ -23,7 +23,10 @@ CPU = torch.device("cpu")
 
 
 class Bowl(Quadratic):
-    """x^T Q x / 2 + c^T x for every row x: an objective of one's own takes no more than this."""
+    """x^T Q x / 2 + c^T x for every row x: an objective of one's own takes no more than this.
+
+    Q has shape (d, d), or (rows, d, d) where each row has its own.
+    """
 
     def __init__(self, matrix: Tensor, linear: Tensor) -> None:
         self.matrix, self.linear = matrix, linear
@@ -41,22 +44,25 @@ class Bowl(Quadratic):
         return self.linear.device
 
     def at(self, x: Tensor) -> Point:
-        return Point(x, x @ self.matrix + self.linear)
+        return Point(x, self._product(x) + self.linear)
 
     def along(self, x: Tensor) -> Move:
-        return Move(x, x @ self.matrix)
+        return Move(x, self._product(x))
+
+    def _product(self, x: Tensor) -> Tensor:
+        return x @ self.matrix if self.matrix.ndim == 2 else (x.unsqueeze(1) @ self.matrix).squeeze(1)
 
     def value(self, point: Point) -> Tensor:
         return ((point.gradient + self.linear) * point.x).sum(1, dtype=torch.float64) / 2
 
     def diagonal(self) -> Tensor:
-        return (self.matrix.diagonal() / 2).expand(self.shape).clone()
+        return (self.matrix.diagonal(dim1=-2, dim2=-1) / 2).expand(self.shape).clone()
 
     def smoothness(self) -> Tensor:
-        return torch.linalg.eigvalsh(self.matrix)[-1].expand(len(self.linear)) * 1.0001
+        return torch.linalg.eigvalsh(self.matrix)[..., -1].expand(len(self.linear)) * 1.0001
 
     def rows(self, index: slice | Tensor) -> Bowl:
-        return Bowl(self.matrix, self.linear[index])
+        return type(self)(self.matrix if self.matrix.ndim == 2 else self.matrix[index], self.linear[index])
 
     def objective(self, mask: Tensor) -> Tensor:
         exact = self.double()
@@ -69,24 +75,15 @@ class Bowl(Quadratic):
         return Bowl(self.matrix.double(), self.linear.double())
 
     def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor:
-        size = self.matrix.double().abs().sum() + self.linear.double().abs().sum(1)
+        size = self.matrix.double().abs().sum((-2, -1)) + self.linear.double().abs().sum(1)
         return 1e-13 * size + shift_deficit(point, shift)
 
 
 class Steady(Bowl):
     """A bowl whose rows are computed alike however many there are: a matrix product rounds by its shape."""
 
-    def at(self, x: Tensor) -> Point:
-        return Point(x, self._product(x) + self.linear)
-
-    def along(self, x: Tensor) -> Move:
-        return Move(x, self._product(x))
-
     def _product(self, x: Tensor) -> Tensor:
         return torch.stack([row.unsqueeze(1).mul(self.matrix).sum(0) for row in x])
-
-    def rows(self, index: slice | Tensor) -> Steady:
-        return Steady(self.matrix, self.linear[index])
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -235,7 +232,7 @@ class Diary(Direction):
         self.rule = self.rule.begin(view)
         return self
 
-    def way(self, view: View):
+    def way(self, view: View) -> Way:
         way = self.rule.way(view)
         limit = torch.ones(len(view.x), dtype=view.x.dtype) if way.limit is None else way.limit
         event = Event(view.x.clone(), view.gradient.clone(), way.x.clone(), limit.clone(), torch.zeros_like(limit))
@@ -292,14 +289,20 @@ def walk(
     return end
 
 
-def in_hull(masks: MaskSet, x: Tensor, tolerance: float = 1e-9) -> bool:
-    """Whether a relaxed mask fulfils the inequalities of the set's LP twin."""
-    rule = masks.milp_constraints((x.shape[0], x.shape[1]))
-    flat = x.double().flatten().numpy()
-    left = rule.A @ flat
-    size = 1.0 + np.abs(rule.A) @ np.ones(len(flat))
-    inside = (left >= rule.lb - tolerance * size) & (left <= rule.ub + tolerance * size)
-    return bool(inside.all()) and flat.min() >= -tolerance and flat.max() <= 1 + tolerance
+class Hull:
+    """The inequalities of a set's LP twin."""
+
+    def __init__(self, masks: MaskSet, shape: Shape) -> None:
+        rule = masks.milp_constraints(shape)
+        self.matrix, self.low, self.high = rule.A.toarray(), rule.lb, rule.ub
+        self.size = 1.0 + np.abs(self.matrix).sum(1)
+
+    def holds(self, x: Tensor, tolerance: float = 1e-9) -> bool:
+        """Whether a relaxed mask fulfils them."""
+        flat = x.double().flatten().numpy()
+        left, room = self.matrix @ flat, tolerance * self.size
+        inside = (left >= self.low - room) & (left <= self.high + room)
+        return bool(inside.all()) and flat.min() >= -tolerance and flat.max() <= 1 + tolerance
 
 
 def relaxed_optimum(problem: Problem, masks: MaskSet) -> float:

@@ -141,7 +141,7 @@ class _BlendedRun(_Run):
         self.local = (worst - best) * self.patience >= pool.first(view.gap)
         dtype = view.x.dtype
         within = atoms.dense(self.gain, dtype) - atoms.dense(self.drop, dtype)
-        outward = pool.flat(view.toward)
+        outward = pool.flat(view.vertex - view.x)
         way = torch.lerp(outward, within, self.local.to(dtype).unsqueeze(1))
         limit = torch.where(self.local, atoms.weight_of(self.drop), 1.0).to(dtype)
         return Way(_flat(view, way), pool.spread(limit))
@@ -209,8 +209,8 @@ class _CorrectiveRun(_Run):
         matrix, weight = self.atoms.matrix, self.atoms.weight.clone()
         assert matrix is not None
         slots = weight.shape[1]
-        # By a power of two, to the size of the ones that are about to stand beside them: the spread of slopes, where
-        # the objective is linear among the vertices.
+        # In a unit, a power of two, that suits the ones which are about to stand beside them: by the spread of the
+        # slopes where the objective is linear among the vertices.
         spread = torch.where(free, slope, -torch.inf).amax(1) - torch.where(free, slope, torch.inf).amin(1)
         size = torch.maximum(matrix.diagonal(dim1=1, dim2=2).abs().amax(1), spread)
         unit = torch.where(size > 0, size / torch.frexp(size).mantissa, 1.0)

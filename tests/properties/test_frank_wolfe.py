@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -15,7 +16,18 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid, PerRow
 from maskopt.problems import Move, Problem, Saliency
-from maskopt.solvers import DIRECTIONS, STEPS, FrankWolfe, GapKind, Status, View, Way, check_compatible, solve
+from maskopt.solvers import (
+    DIRECTIONS,
+    STEPS,
+    Direction,
+    FrankWolfe,
+    GapKind,
+    Status,
+    View,
+    Way,
+    check_compatible,
+    solve,
+)
 from maskopt.solvers.base import band_of
 from tests import helpers
 from tests.helpers import FRANK_WOLFE, SETS, Layer, examples, layers, sets
@@ -41,6 +53,7 @@ NEEDS_OF_PROBLEM = {
 }
 
 
+@functools.cache
 def cases(shape: tuple[int, int] = SHAPE) -> dict[str, Case]:
     layer = plain_layer(0, shape)
     return {
@@ -68,7 +81,7 @@ def member(masks: MaskSet, mask: Tensor) -> bool:
 @pytest.mark.parametrize("set_name", ALL_SETS)
 @EVERY
 def test_everything_with_everything(name: str, set_name: str, kind: str) -> None:
-    case, masks, solver = cases()[kind], ALL_SETS[set_name](SHAPE, 0.5), FrankWolfe(direction=name, iterations=4)
+    case, masks, solver = cases()[kind], ALL_SETS[set_name](SHAPE, 0.5), FrankWolfe(direction=name, iterations=3)
     for seen, needs in ((case.problem, NEEDS_OF_PROBLEM), (masks, NEEDS_OF_SET)):
         missing = [verb for verb in needs.get(name, []) if not hasattr(seen, verb)]
         if missing:
@@ -97,25 +110,25 @@ def test_everything_with_everything(name: str, set_name: str, kind: str) -> None
 def test_every_step_with_every_direction(name: str, step: str) -> None:
     """Whether they go together can be read off the two tables; the one other refusal is of stale gradients."""
     if name == "stochastic" and step not in ("open-loop", "log"):
-        with pytest.raises(MaskoptError, match="keeps no gradient for .*Step.* to look at; choose an open-loop step"):
+        with pytest.raises(MaskoptError, match=r"keeps no gradient for .*Step.* to look at; choose an open-loop step"):
             FrankWolfe(direction=name, step=step)
         return
-    solver = FrankWolfe(direction=name, step=step, iterations=6)
+    solver = FrankWolfe(direction=name, step=step, iterations=4)
     for kind, case in cases().items():
         missing = [
             verb
             for verb in (*NEEDS_OF_PROBLEM.get(name, []), *NEEDS_OF_PROBLEM.get(step, []))
             if not hasattr(case.problem, verb)
         ]
-        for masks in (SETS["n:m"](SHAPE, 0.5), SETS["unstructured"](SHAPE, 0.4)):
-            if missing:
-                with pytest.raises(MaskoptError, match=f"missing: {', '.join(missing)}"):
-                    check_compatible(case.problem, masks, solver)
-                continue
-            result = solve(case.problem, masks, solver)
-            assert member(masks, result.mask), kind
-            if case.bounded:
-                assert result.gap >= -1e-12 * float(case.size.sum())
+        masks = SETS["n:m" if len(kind) % 2 else "unstructured"](SHAPE, 0.5)
+        if missing:
+            with pytest.raises(MaskoptError, match=f"missing: {', '.join(missing)}"):
+                check_compatible(case.problem, masks, solver)
+            continue
+        result = solve(case.problem, masks, solver)
+        assert member(masks, result.mask), kind
+        if case.bounded:
+            assert result.gap >= -1e-12 * float(case.size.sum())
 
 
 def test_sentences_of_sets_name_the_protocol() -> None:
@@ -209,7 +222,7 @@ def checked_history(case: Case, masks: MaskSet, solver: FrankWolfe, tolerance: f
 @given(
     st.data(), layers(rows=(1, 3), d=(1, 6), exact=True), st.sampled_from([0.0, 0.0, 0.3, 1.0, 4.0, -0.5, -3.0, -1e7])
 )
-@examples(40)
+@examples(25)
 def test_proven_at_every_iteration(
     name: str, dtype: torch.dtype, data: st.DataObject, layer: Layer, shift: float
 ) -> None:
@@ -297,9 +310,9 @@ def test_scores_are_solved_at_once(name: str) -> None:
 
 # What may not matter
 
-# Exact steps make the slopes of two vertices, or entries, equal, and rounding decides which is next; ways conjugate
-# to the past amplify it. These are compared while nothing has been decided by rounding.
-SENSITIVE = {"pairwise": 1, "blended-pairwise": 1, "dicg": 1, "blended-dicg": 1, "conjugate": 3}
+# Exact steps make the slopes of two vertices, or entries, equal, and rounding decides which is next. These are compared
+# while nothing has been decided by rounding.
+SENSITIVE = {"pairwise": 1, "blended-pairwise": 1, "dicg": 1, "blended-dicg": 1, "fully-corrective": 2}
 
 
 @EVERY
@@ -310,7 +323,7 @@ def test_a_constant_in_the_gradient(name: str, seed: int, constant: float, set_n
     if name == "boosted":
         return  # pursues the negative gradient itself, of which the constant is a part
     root, linear, masks = normal(8, 8, seed=seed), normal(*SHAPE, seed=seed + 1), SETS[set_name](SHAPE, 0.5)
-    solver = FrankWolfe(direction=name, iterations=SENSITIVE.get(name, 6), gap=1e-9)
+    solver = FrankWolfe(direction=name, iterations=SENSITIVE.get(name, 3), gap=1e-9)
     results = [
         solve(Bowl(root @ root.T, linear + c), masks, solver, record=1) for c in (0.0, round(constant * 16) / 16)
     ]
@@ -345,7 +358,7 @@ def test_groups_in_another_order(name: str, seed: int) -> None:
     layer = plain_layer(seed)
     order = torch.cat((torch.arange(4, 8), torch.arange(4)))
     turned_layer = Layer(layer.weight[:, order], layer.x[order], "")
-    solver = FrankWolfe(direction=name, iterations=SENSITIVE.get(name, 5), polish=False)
+    solver = FrankWolfe(direction=name, iterations=SENSITIVE.get(name, 3), polish=False)
     plain, turned = (solve(part.problem(), masks, solver) for part in (layer, turned_layer))
     assert torch.equal(turned.mask, plain.mask[:, order])
     torch.testing.assert_close(turned.lower_bound, plain.lower_bound, rtol=1e-6, atol=1e-6 * float(plain.scale.max()))
@@ -354,7 +367,7 @@ def test_groups_in_another_order(name: str, seed: int) -> None:
 @DTYPES
 @EVERY
 @given(st.integers(0, 999), st.integers(-12, 12), st.sampled_from(["per-row", "unstructured", "n:m"]))
-@examples(8)
+@examples(4)
 def test_powers_of_two_scale_everything(name: str, dtype: torch.dtype, seed: int, power: int, set_name: str) -> None:
     """To the last digit, in every column."""
     layer, masks = plain_layer(seed), SETS[set_name](SHAPE, 0.5)
@@ -372,7 +385,7 @@ def test_powers_of_two_scale_everything(name: str, dtype: torch.dtype, seed: int
 
 @given(st.data(), layers(rows=(1, 4), d=(1, 10)))
 @EVERY
-@examples(10)
+@examples(4)
 def test_twice_is_the_same(name: str, data: st.DataObject, layer: Layer) -> None:
     masks = data.draw(sets(layer.shape))
     for dtype in (torch.float64, torch.float32):
@@ -389,7 +402,7 @@ def test_inputs_stay_as_they_are(name: str) -> None:
     problem = layer.problem()
     weight, gram = problem.weight.clone(), problem.gram.clone()
     diagonal = problem.diagonal()
-    for set_name in SETS:
+    for set_name in ("per-row", "unstructured", "protected blocks"):
         masks = SETS[set_name](SHAPE, 0.5)
         start = masks.lmo(normal(*SHAPE))
         before = start.clone()
@@ -419,10 +432,40 @@ def test_every_solver_takes_shifted_problems(name: str) -> None:
 # The experiment of the literature
 
 
-def hard_bowl(seed: int, n: int = 60) -> Bowl:
-    random = np.random.default_rng(seed)
-    root = random.standard_normal((n, n))
-    return Bowl(torch.from_numpy(root.T @ root / n), torch.from_numpy(random.standard_normal((1, n))))
+def hard_bowls(seeds: int, n: int = 60) -> Bowl:
+    """Return one quadratic per seed, as the rows of one problem."""
+    matrices, linear = [], []
+    for seed in range(seeds):
+        random = np.random.default_rng(seed)
+        root = random.standard_normal((n, n))
+        matrices.append(torch.from_numpy(root.T @ root / n))
+        linear.append(torch.from_numpy(random.standard_normal(n)))
+    return Bowl(torch.stack(matrices), torch.stack(linear))
+
+
+class Counting(Diary):
+    """Counts the iterations that every row moved in, and its active vertices after the last one."""
+
+    def begin(self, view: View) -> Direction:
+        self.ids = torch.arange(len(view.x))
+        self.moves, self.active = torch.zeros(len(view.x)), torch.zeros(len(view.x), dtype=torch.int64)
+        return super().begin(view)
+
+    def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
+        self.rule.moved(view, move, share, limit)
+        self.moves[self.ids] += (share > 0).float()
+        if hasattr(self.rule, "atoms"):
+            self.active[self.ids] = self.rule.atoms.active
+
+    def way(self, view: View) -> Way:
+        return self.rule.way(view)
+
+    def bend(self, view: View, move: Move) -> Move:
+        return self.rule.bend(view, move)
+
+    def take(self, rows: Tensor, bands: Tensor) -> Direction:
+        self.rule, self.ids = self.rule.take(rows, bands), self.ids[rows]
+        return self
 
 
 @pytest.mark.parametrize(
@@ -431,31 +474,16 @@ def hard_bowl(seed: int, n: int = 60) -> Bowl:
 )
 def test_iterations_to_a_gap_of_1e_8(name: str, most: int) -> None:
     """Keep 24 of 60 at random convex quadratics with exact steps: linear convergence, and how fast."""
-    needed, atoms = [], []
-
-    class Counting(Diary):
-        def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
-            self.rule.moved(view, move, share, limit)
-            self.active = int(self.rule.atoms.active) if name in ACTIVE else 0
-
-        def way(self, view: View) -> Way:
-            return self.rule.way(view)
-
-        def bend(self, view: View, move: Move) -> Move:
-            return self.rule.bend(view, move)
-
-    for seed in range(12):
-        counting = Counting(DIRECTIONS[name]())
-        solver = FrankWolfe(direction=counting, step="exact", gap=1e-8, relative_gap=0.0, iterations=6000)
-        result = solve(hard_bowl(seed), PerRow(24), solver, record=0)
-        assert result.status is Status.CONVERGED
-        needed.append(result.iterations)
-        atoms.append(counting.active)
-    assert np.median(needed) <= most
+    counting = Counting(DIRECTIONS[name]())
+    solver = FrankWolfe(direction=counting, step="exact", gap=1e-8, relative_gap=0.0, iterations=6000)
+    result = solve(hard_bowls(12), PerRow(24), solver, record=0)
+    assert result.status is Status.CONVERGED
+    assert 10 <= float(counting.moves.quantile(0.5)) <= most
+    assert result.iterations >= float(counting.moves.max())
     if name == "blended-pairwise":
-        assert np.median(atoms) <= 40
+        assert float(counting.active.double().quantile(0.5)) <= 40
 
 
 def test_vanilla_does_not_get_there() -> None:
     solver = FrankWolfe(step="exact", gap=1e-8, relative_gap=0.0, iterations=6000)
-    assert solve(hard_bowl(0), PerRow(24), solver, record=0).status is Status.ITERATION_LIMIT
+    assert solve(hard_bowls(1), PerRow(24), solver, record=0).status is Status.ITERATION_LIMIT

@@ -32,10 +32,12 @@ from maskopt.solvers import (
     Vanilla,
     View,
     Watch,
+    Way,
 )
+from maskopt.solvers.atoms import Atoms
 from tests import helpers
 from tests.helpers import SETS, Layer, every_mask, examples, layers
-from tests.walks import CPU, Bowl, Diary, function_case, in_hull, normal, plain_layer, random, starts, view_at, walk
+from tests.walks import CPU, Bowl, Diary, Hull, function_case, normal, plain_layer, random, starts, view_at, walk
 
 ALL_SETS = getattr(helpers, "ALL_SETS", SETS)
 SHAPE = (4, 8)
@@ -65,36 +67,34 @@ def test_ways_stay_in_the_hull_up_to_their_limit(name: str, set_name: str) -> No
     masks = ALL_SETS[set_name](SHAPE, 0.5)
     if not fits(name, masks):
         pytest.skip("the set has no such verbs")
-    for seed, problem in enumerate(problems(3)):
+    hull = Hull(masks, SHAPE)
+    for problem in problems(3):
         diary = Diary(DIRECTIONS[name]())
-        end = walk(problem, masks, diary, step_for(name), 25).point
-        assert len(diary.events) == 25
-        for event in diary.events[:: 1 + seed]:
-            assert in_hull(masks, event.x)
+        end = walk(problem, masks, diary, step_for(name), 15).point
+        assert len(diary.events) == 15
+        for event in diary.events:
+            assert hull.holds(event.x)
             assert bool((event.limit >= 0).all())
             far = event.limit.clamp(max=1e3).unsqueeze(1) * event.way
-            assert in_hull(masks, event.x + far, 1e-8)
-        assert in_hull(masks, end.x)
+            assert hull.holds(event.x + far, 1e-8)
+        assert hull.holds(end.x)
 
 
-@pytest.mark.parametrize("name", ["dicg", "blended-dicg", "away"])
+@pytest.mark.parametrize("name", ["dicg", "blended-dicg"])
 def test_the_limit_is_where_the_hull_ends(name: str) -> None:
-    """A little further and the point is outside, unless the set is the limit's own convention (away: weights)."""
+    """A little further and the point is outside."""
     masks, tight = SETS["per-row"](SHAPE, 0.5), 0
     for seed in range(3):
         diary = Diary(DIRECTIONS[name]())
         walk(plain_layer(seed).problem(), masks, diary, ExactStep(), 25)
         for event in diary.events:
-            if name == "away":
-                continue
             for row in range(SHAPE[0]):
                 way, limit = event.way[row], float(event.limit[row])
                 if float(way.abs().max()) > 1e-6 and limit > 1e-9:
                     beyond = event.x[row] + way * (limit * 1.001 + 1e-6)
-                    inside = float(beyond.min()) >= -1e-9 and float(beyond.max()) <= 1 + 1e-9
-                    assert not inside
+                    assert float(beyond.min()) < -1e-9 or float(beyond.max()) > 1 + 1e-9
                     tight += 1
-    assert name == "away" or tight > 50
+    assert tight > 50
 
 
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "protected blocks"])
@@ -120,9 +120,9 @@ def test_ways_lead_downhill_while_there_is_a_gap(name: str, set_name: str) -> No
 class Watched(Diary):
     """Also compares the point with its atoms after every iteration."""
 
-    def __init__(self, rule: Direction, problem: Problem) -> None:
+    def __init__(self, rule: Direction) -> None:
         super().__init__(rule)
-        self.problem, self.ends = problem, []
+        self.ends: list[tuple[Tensor, Tensor, Atoms]] = []
 
     def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
         super().moved(view, move, share, limit)
@@ -131,7 +131,7 @@ class Watched(Diary):
         torch.testing.assert_close(atoms.weight.sum(1), torch.ones_like(atoms.weight[:, 0]), rtol=0, atol=1e-12)
         combined = atoms.combined(atoms.weight, torch.float64)
         torch.testing.assert_close(combined, view.pool.flat(view.x), rtol=0, atol=1e-9)
-        for slot in range(atoms.weight.shape[1]):
+        for slot in range(atoms.weight.shape[1] if view.iteration % 4 == 3 else 0):
             dense = atoms.dense(torch.full((atoms.bands,), slot), torch.float64).reshape(view.x.shape)
             used = (atoms.weight[:, slot] > 0).repeat_interleave(view.pool.band)
             full = torch.where(used.unsqueeze(1), dense, view.vertex)
@@ -144,9 +144,9 @@ class Watched(Diary):
 def test_points_are_combinations_of_their_atoms(name: str, set_name: str) -> None:
     masks = ALL_SETS[set_name](SHAPE, 0.5)
     for problem in problems(2):
-        watched = Watched(DIRECTIONS[name](), problem)
-        walk(problem, masks, watched, ExactStep(), 40)
-        assert len(watched.ends) == 40
+        watched = Watched(DIRECTIONS[name]())
+        walk(problem, masks, watched, ExactStep(), 24)
+        assert len(watched.ends) == 24
 
 
 @given(layers(rows=(1, 4), d=(1, 8)), st.sampled_from(sorted(SETS)), st.floats(0, 1), st.sampled_from([0.0, -1.0, 2.0]))
@@ -155,7 +155,7 @@ def test_points_are_combinations_of_their_atoms(name: str, set_name: str) -> Non
 def test_ugly_combinations(name: str, layer: Layer, set_name: str, share: float, amount: float) -> None:
     base = layer.problem()
     problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, share)
-    watched = Watched(DIRECTIONS[name](), problem)
+    watched = Watched(DIRECTIONS[name]())
     walk(problem, masks, watched, ExactStep(), 12)
 
 
@@ -163,17 +163,17 @@ def test_ugly_combinations(name: str, layer: Layer, set_name: str, share: float,
 def test_combinations_of_functions_too(name: str) -> None:
     for coupled in (False, True):
         problem = function_case("logistic", SHAPE, coupled=coupled).problem
-        watched = Watched(DIRECTIONS[name](), problem)
+        watched = Watched(DIRECTIONS[name]())
         walk(problem, SETS["n:m"](SHAPE, 0.5), watched, OpenLoopStep(), 30)
 
 
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "blocks", "protected rows"])
 def test_fully_corrective_points_are_the_best_of_their_atoms(set_name: str) -> None:
-    """The variational inequality: at the minimiser over a hull no vertex of it lies downhill, and all have one slope."""
+    """The variational inequality: at the minimiser over a hull all vertices in use have the slope of the point."""
     masks = SETS[set_name](SHAPE, 0.5)
     for seed in range(4):
         for problem in problems(seed)[:2]:
-            watched = Watched(FullyCorrective(), problem)
+            watched = Watched(FullyCorrective())
             walk(problem, masks, watched, ExactStep(), 15)
             for x, active, atoms in watched.ends:
                 gradient = problem.gradient(problem.at(x.clone()))
@@ -221,7 +221,7 @@ def test_away_leaves_the_worst_atom() -> None:
     masks, seen = SETS["per-row"](SHAPE, 0.5), Counter()
 
     class Checked(Watched):
-        def way(self, view: View):
+        def way(self, view: View) -> Way:
             atoms = self.rule.atoms
             slots = range(atoms.weight.shape[1])
             dense = [atoms.dense(torch.full((atoms.bands,), slot), torch.float64) for slot in slots]
@@ -254,7 +254,7 @@ def test_away_leaves_the_worst_atom() -> None:
     for rule in (Away(), Pairwise()):
         for seed in range(2):
             problem = plain_layer(seed).problem()
-            checked = Checked(rule, problem)
+            checked = Checked(rule)
             checked.checked = rule
             walk(problem, masks, checked, ExactStep(), 40)
     assert seen["away"] > 20
@@ -267,7 +267,7 @@ def test_blended_pairwise_keeps_the_fewest_atoms() -> None:
     most = {}
     for rule in (Away(), Pairwise(), BlendedPairwise()):
         problem = plain_layer(0, (8, 24)).problem()
-        watched = Watched(rule, problem)
+        watched = Watched(rule)
         walk(problem, masks, watched, ExactStep(), 120)
         most[type(rule).__name__] = float(watched.ends[-1][1].double().mean())
     assert most["BlendedPairwise"] <= most["Pairwise"]
@@ -501,7 +501,7 @@ def test_gaps_are_taken_with_true_gradients(name: str) -> None:
     rule, handed = {"momentum": Momentum(check=4), "stochastic": Stochastic(check=4)}[name], []
 
     class Spy(Diary):
-        def way(self, view: View):
+        def way(self, view: View) -> Way:
             way = super().way(view)
             gap = view.certified_gap()
             if gap is not None:
@@ -524,7 +524,7 @@ def test_handed_gaps_are_gaps(name: str) -> None:
         pool = Pool(masks.band(SHAPE))
 
         class Spy(Diary):
-            def way(self, view: View):
+            def way(self, view: View) -> Way:
                 way = super().way(view)
                 gap = view.certified_gap()
                 if gap is not None:

@@ -1,5 +1,6 @@
 """What is recorded: columns, the best mask with where it came from, and histories of blocks added up."""
 
+import itertools
 import math
 from collections import Counter
 
@@ -29,7 +30,7 @@ SHAPE = (4, 8)
 
 
 def falls(column: list[float]) -> bool:
-    return all(b <= a for a, b in zip(column, column[1:], strict=False))
+    return all(b <= a for a, b in itertools.pairwise(column))
 
 
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "blocks", "protected rows"])

@@ -1,6 +1,6 @@
 """The loop: where it ends, when it stops, and that rows neither wait for each other nor notice each other."""
 
-from collections.abc import Callable
+import functools
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ from maskopt.solvers import (
     solve,
 )
 from tests.helpers import FREE_SETS, SETS, Layer
-from tests.walks import CPU, Diary, Steady, function_case, in_hull, normal, plain_layer, relaxed_optimum, starts, walk
+from tests.walks import CPU, Diary, Hull, Steady, function_case, normal, plain_layer, relaxed_optimum, starts, walk
 
 SHAPE = (4, 8)
 OPEN_LOOP = ("momentum", "stochastic")
@@ -58,18 +58,29 @@ def easy_and_hard(rows: int = 8, d: int = 12, seed: int = 0, dtype: torch.dtype 
     return layer.problem(dtype)
 
 
+@functools.cache
+def best_of_layer(seed: int, set_name: str) -> float:
+    return relaxed_optimum(plain_layer(seed).problem(), SETS[set_name](SHAPE, 0.5))
+
+
+@functools.cache
+def best_of_function(kind: str, set_name: str, coupled: bool) -> float:
+    return relaxed_optimum(function_case(kind, SHAPE, coupled=coupled).problem, SETS[set_name](SHAPE, 0.5))
+
+
 # Where it ends
 
 
-@pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "blocks", "columns", "row counts"])
+@pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "blocks"])
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_it_approaches_the_relaxed_optimum(name: str, set_name: str) -> None:
     accuracy = {"momentum": 1e-2, "stochastic": 6e-2, "vanilla": 3e-3, "lazy": 3e-3, "boosted": 2e-3}
-    problem, masks = plain_layer(len(name)).problem(), SETS[set_name](SHAPE, 0.5)
-    best, scale = relaxed_optimum(problem, masks), float(problem.scale().sum())
-    point = walk(problem, masks, DIRECTIONS[name](), step_for(name), 500).point
+    problem, masks = plain_layer(1).problem(), SETS[set_name](SHAPE, 0.5)
+    best, scale = best_of_layer(1, set_name), float(problem.scale().sum())
+    hull = Hull(masks, SHAPE)
+    point = walk(problem, masks, DIRECTIONS[name](), step_for(name), 400).point
     value = float(problem.value(problem.at(point.x)).sum())
-    assert in_hull(masks, point.x)
+    assert hull.holds(point.x)
     assert value >= best - 1e-6 * scale
     assert value <= best + accuracy.get(name, 1e-3) * scale
     if name != "stochastic":
@@ -92,7 +103,7 @@ def test_open_loops_approach_the_relaxed_optimum(step: Step) -> None:
 def test_functions_approach_the_relaxed_optimum(name: str, coupled: bool) -> None:
     for kind, set_name, accuracy in (("softplus", "n:m", 5e-3), ("root", "per-row", 3e-2)):
         problem, masks = function_case(kind, SHAPE, coupled=coupled).problem, SETS[set_name](SHAPE, 0.5)
-        best = relaxed_optimum(problem, masks)
+        best = best_of_function(kind, set_name, coupled)
         x = walk(problem, masks, DIRECTIONS[name](), step_for(name, problem), 120).point.x
         value = float(problem.value(problem.at(x)).sum())
         if name in ("away", "pairwise", "blended-pairwise", "dicg", "blended-dicg") and kind == "softplus":
@@ -160,30 +171,30 @@ def test_refreshed_gradients_are_new() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "blocks", "protected blocks"])
+@pytest.mark.parametrize("set_name", ["per-row", "unstructured", "blocks"])
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_converged_means_a_small_gap(name: str, set_name: str, dtype: torch.dtype) -> None:
     """Of every band, evaluated anew in float64."""
     masks, stopped, seen = SETS[set_name](SHAPE, 0.5), 0, []
-    for seed in range(3):
+    for seed in range(2):
         problem = plain_layer(seed).problem(dtype)
         relative = 5e-2 if name in (*OPEN_LOOP, "vanilla", "block-coordinate") else 1e-2
 
         def keep(state: State) -> None:
             seen[:] = [state.point.x.clone()]
 
-        solver = FrankWolfe(direction=name, relative_gap=relative, iterations=1000, polish=False)
+        solver = FrankWolfe(direction=name, relative_gap=relative, iterations=600, polish=False)
         result = solve(problem, masks, solver, callback=keep, record=0)
         if result.status is Status.CONVERGED:
             stopped += 1
-            assert result.iterations < 1000
+            assert result.iterations < 600
             scale = problem.scale().view(-1, masks.band(SHAPE)).sum(1)
             gap = true_gap(problem, masks, seen[0]) * problem.unit
             assert bool((gap <= relative * scale * (1 + (1e-4 if dtype == torch.float32 else 1e-9))).all())
         else:
             assert result.status is Status.ITERATION_LIMIT
-            assert result.iterations == 1000
-    assert stopped >= (0 if name == "stochastic" else 2)
+            assert result.iterations == 600
+    assert stopped >= (0 if name == "stochastic" else 1)
 
 
 def test_no_tolerance_no_end() -> None:
@@ -198,15 +209,13 @@ def test_no_tolerance_no_end() -> None:
 
 def test_absolute_gaps_are_those_of_the_objective() -> None:
     """In its full size: data that a unit is divided out of stops at the same place."""
-    layer = plain_layer(0)
+    layer, iterations = plain_layer(0), []
     for power in (0, 30):
         problem = Layer(layer.weight * 2.0**power, layer.x, "").problem()
         result = solve(problem, SETS["per-row"](SHAPE, 0.5), FrankWolfe(relative_gap=0.0, gap=1.0 * 4.0**power))
         assert result.status is Status.CONVERGED
-        if power:
-            assert result.iterations == before
-        before = result.iterations
-    assert before > 3
+        iterations.append(result.iterations)
+    assert iterations[0] == iterations[1] > 3
 
 
 @pytest.mark.parametrize("after", [0, 1, 7])
@@ -259,6 +268,7 @@ EXACT = [name for name in DIRECTIONS if name != "stochastic"]
 @pytest.mark.parametrize("name", EXACT)
 def test_finished_rows_leave(name: str) -> None:
     problem, masks, points = Spying.of(easy_and_hard()), SETS["per-row"]((8, 12), 0.5), []
+    hull = Hull(masks, (8, 12))
     tolerance = 1e-3 * problem.scale()
     watch = Watch("test", lambda state: points.append(state.point.x.clone()), None)
     walk(problem, masks, DIRECTIONS[name](), step_for(name), 400, tolerance=tolerance, watch=watch)
@@ -268,11 +278,11 @@ def test_finished_rows_leave(name: str) -> None:
     assert sizes == sorted(sizes, reverse=True)
     assert all(x.shape == (8, 12) for x in points)  # callbacks see all rows
     for x in points:
-        assert in_hull(masks, x)
+        assert hull.holds(x)
 
 
 def steady(seed: int = 0) -> Steady:
-    """Rows of all sizes, computed to the last digit as they would be alone: slopes that exact steps made equal stay so."""
+    """Rows of all sizes, to the last digit as they would be alone: slopes that exact steps made equal stay so."""
     root, linear = normal(12, 12, seed=seed), normal(8, 12, seed=seed + 1)
     return Steady(
         root @ root.T / 12, linear * torch.tensor([[1.0], [0.0], [100.0], [1.0], [1.0], [10.0], [1.0], [0.1]])
@@ -304,9 +314,9 @@ def test_a_batch_is_its_rows_alone(name: str, set_name: str) -> None:
     assert any(converged)
 
 
-@pytest.mark.parametrize("make", [lambda: "softplus", lambda: "powers"], ids=["softplus", "powers"])
-def test_a_batch_of_functions_is_its_rows_alone(make: Callable[[], str]) -> None:
-    problem, masks = function_case(make(), (6, 8)).problem, SETS["n:m"]((6, 8), 0.5)
+@pytest.mark.parametrize("kind", ["softplus", "powers"])
+def test_a_batch_of_functions_is_its_rows_alone(kind: str) -> None:
+    problem, masks = function_case(kind, (6, 8)).problem, SETS["n:m"]((6, 8), 0.5)
     tolerance = torch.full((6,), 1e-3, dtype=torch.float64) * 10.0 ** torch.arange(6).double().neg().add(3)
     for name in ("vanilla", "pairwise", "dicg", "lazy", "momentum", "block-coordinate"):
         step = step_for(name, problem)
