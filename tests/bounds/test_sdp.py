@@ -1,7 +1,9 @@
 """Semidefinite bounds against enumeration, at every stop; and that they are worth what the relaxation is worth."""
 
 import itertools
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from maskopt.oracles import NM
 from maskopt.problems import FAMILIES, LayerReconstruction
 from maskopt.solvers import FrankWolfe
 from tests.helpers import Layer, examples, layers
+from tests.problems.test_eigenvalue_floor import below_every_eigenvalue
 
 
 def indicators(d: int, s: int, group: int | None = None) -> Tensor:
@@ -61,6 +64,39 @@ def test_no_mask_is_better_at_any_stop(layer: Layer, steps: int, first: int) -> 
     assert (found.iterations <= steps).all()
     for row in range(rows):
         assert found.bound[row] <= least_error(problem, row, d - int(keep[row])) * (1 + 1e-13)
+
+
+class Exact:
+    """A symmetric matrix of fractions, as much of a tensor as the exact check looks at."""
+
+    def __init__(self, rows: list[list[Fraction]]) -> None:
+        self.rows = rows
+
+    @property
+    def T(self) -> "Exact":  # noqa: N802
+        return self
+
+    def tolist(self) -> list[list[Fraction]]:
+        return self.rows
+
+
+@given(layers(d=(2, 6)), st.integers(1, 5), st.integers(1, 25), st.booleans())
+@examples(120)
+def test_multipliers_prove_the_bound_in_rational_numbers(layer: Layer, pruned: int, steps: int, offset: bool) -> None:
+    weight, gram = layer.weight.double(), layer.gram.double()
+    rows, d = weight.shape
+    s = min(pruned, d - 1)
+    forms = weight.unsqueeze(2) * gram * weight.unsqueeze(1)
+    forms = (forms + forms.mT) / 2 + (1e9 * float(forms.abs().max()) if offset else 0.0)
+    found = bound_forms(forms, torch.full((rows,), s), accuracy=0.0, iterations=steps)
+    for row in range(rows):
+        if not math.isfinite(found.bound[row]):
+            continue
+        y = [Fraction(value) for value in found.tilt[row].tolist()]
+        slack = [[Fraction(q) for q in line] for line in forms[row].tolist()]
+        for i, j in itertools.product(range(d), repeat=2):
+            slack[i][j] += (y[i] + y[j]) / (2 * s) - (y[i] if i == j else 0)
+        assert below_every_eigenvalue(Exact(slack), Fraction(float(found.bound[row])) / s)
 
 
 @given(layers(d=(1, 8)), st.integers(0, 60), st.integers(0, 8), st.integers(1, 30))
