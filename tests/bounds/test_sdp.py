@@ -121,6 +121,18 @@ def test_cuts_close_much_of_the_gap(group: int | None, share: float) -> None:
     assert float((found.bound - found.shifted).sum()) > share * float((best - found.shifted).sum())
 
 
+def test_cuts_prove_something_where_the_relaxation_proves_nothing() -> None:
+    # The semidefinite relaxation of a singular Gram is often worth nought.
+    problem = synthetic("rank-deficient", rows=24, d=9, seed=0).problem()
+    keep = torch.full((24,), 6)
+    found = sdp_bound(problem, keep, accuracy=1e-5, cuts=100)
+    least = torch.tensor([least_error(problem, row, 3) for row in range(24)], dtype=torch.float64)
+    nothing = found.shifted < 1e-6 * least
+    assert nothing.any()
+    assert (found.bound[nothing] > 0.02 * least[nothing]).any()
+    assert (found.bound <= least + slack(problem)).all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("d", "group"), [(2, None), (7, None), (10, None), (8, 4), (8, 2), (9, 3)])
 def test_bounds_grow_and_end_near_the_relaxation(family: str, d: int, group: int | None) -> None:
@@ -244,6 +256,23 @@ def test_little_memory_changes_nothing() -> None:
         plain, single = sdp_bound(problem, keep), sdp_bound(problem, keep, memory=0)
         torch.testing.assert_close(single.bound, plain.bound, rtol=1e-9, atol=0.0)
         torch.testing.assert_close(single.shift, plain.shift, rtol=1e-6, atol=1e-9)
+
+
+def test_rows_stop_when_the_target_is_settled() -> None:
+    problem = synthetic("correlated", rows=6, d=16, seed=1).problem()
+    keep = torch.full((6,), 8)
+    plain = sdp_bound(problem, keep, accuracy=1e-6)
+    for factor in (0.5, 0.9, 1.1, 2.0):
+        target = plain.bound * factor
+        found = sdp_bound(problem, keep, accuracy=1e-6, target=target)
+        assert torch.equal(found.bound >= target, torch.full((6,), factor < 1.0))
+        assert (found.bound <= plain.primal).all()
+        assert (found.iterations < plain.iterations).all()
+    # What the relaxation alone cannot prove, cuts may.
+    target = plain.bound * 1.02
+    found = sdp_bound(problem, keep, target=target, cuts=50)
+    assert (found.bound >= target).sum() >= 3
+    assert all(found.bound[row] <= least_error(problem, row, 8) for row in range(6))
 
 
 def test_nothing_to_decide() -> None:
