@@ -83,6 +83,7 @@ def bound_forms(
     group: int | None = None,
     accuracy: float = 1e-3,
     iterations: int = 50,
+    target: Tensor | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> FormBounds:
     """Bound p^T Q p from below over p in {0, 1}^d with a given number of ones, for many Q at once.
@@ -105,6 +106,8 @@ def bound_forms(
         A form is done when its primal and dual values differ by this, relative to the primal one.
     iterations : int
         At most so many.
+    target : Tensor, optional
+        Shape (forms,). A form is done, too, as soon as its bound has reached this or its relaxation is known not to.
     stop : callable, optional
         Asked before every iteration; True ends the work with what is proven until then.
     """
@@ -144,6 +147,9 @@ def bound_forms(
         spent[rows.place] += 1
         allowed = accuracy * torch.maximum(value.abs(), small[rows.place])
         going = moved & (value - rows.s[:, 0] * rows.level > allowed)
+        if target is not None:
+            aim = target[rows.place]
+            going &= (bound[rows.place] < aim) & (value >= aim)
         if not bool(going.all()):
             point[rows.place] = wide
             rows = rows.take(going.nonzero().flatten())

@@ -62,6 +62,7 @@ def sdp_bound(
     accuracy: float = 1e-3,
     iterations: int = 50,
     cuts: int = 0,
+    target: Tensor | None = None,
     memory: int = 2**30,
     stop: Callable[[], bool] | None = None,
 ) -> RowBounds:
@@ -87,6 +88,9 @@ def sdp_bound(
     cuts : int
         Iterations of `pair_multipliers`, which adds Z >= 0: 50 close a third or more of what the bound lacks, at three
         times the cost.
+    target : Tensor, optional
+        Errors, in full units, shape (rows,): a row is done, too, as soon as its bound has reached this, which is all
+        branch and bound asks, or the relaxation is known not to.
     memory : int
         Bytes the work may take; at least one row is worked on at a time.
     stop : callable, optional
@@ -112,21 +116,28 @@ def sdp_bound(
         part = slice(start, min(start + chunk, rows))
         scaled, exponent = _balanced(wide.scaled_weight[part], gram)
         forms = scaled.unsqueeze(2) * gram * scaled.unsqueeze(1)
+        aim = None if target is None else torch.ldexp(torch.ldexp(target[part] / wide.unit, -exponent), -exponent)
         solve = functools.partial(bound_forms, group=group, accuracy=accuracy, iterations=iterations, stop=stop)
-        found = solve(forms, pruned[part])
+        found = solve(forms, pruned[part], target=aim)
         shifted[part], proven = _in_full(found.bound, exponent, wide.unit)
         bound[part] = shifted[part]
         primal[part] = _times(found.primal, exponent, wide.unit)
         point[part] = found.point.diagonal(dim1=1, dim2=2)
         spent[part] = found.iterations
         # Where nothing or everything is pruned there is nothing to be decided.
-        index = (proven & (pruned[part] < d)).nonzero().flatten()
+        inside = (pruned[part] > 0) & (pruned[part] < d)
+        index = (inside & proven).nonzero().flatten()
         level = found.bound[index] / pruned[part][index]
         shift[start + index] = _times(found.tilt[index] + level.unsqueeze(1), exponent[index].unsqueeze(1), wide.unit)
+        inside &= torch.isfinite(found.bound)
+        if target is not None:
+            inside &= bound[part] < target[part]
+        index = inside.nonzero().flatten()
         if cuts and len(index):
             forms, few = forms[index], pruned[part][index]
             forms -= pair_multipliers(forms, few, found.take(index), cuts, group=group, stop=stop)
-            cut = _in_full(solve(forms, few).bound, exponent[index], wide.unit)[0]
+            found = solve(forms, few, target=None if aim is None else aim[index])
+            cut = _in_full(found.bound, exponent[index], wide.unit)[0]
             bound[start + index] = torch.maximum(bound[start + index], cut)
     return RowBounds(bound, shift, shifted, primal, point, spent, time.perf_counter() - begin)
 

@@ -1,7 +1,9 @@
 """Semidefinite bounds against enumeration, at every stop; and that they are worth what the relaxation is worth."""
 
 import itertools
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from maskopt.oracles import NM
 from maskopt.problems import FAMILIES, LayerReconstruction
 from maskopt.solvers import FrankWolfe
 from tests.helpers import Layer, examples, layers
+from tests.problems.test_eigenvalue_floor import below_every_eigenvalue
 
 
 def indicators(d: int, s: int, group: int | None = None) -> Tensor:
@@ -63,6 +66,39 @@ def test_no_mask_is_better_at_any_stop(layer: Layer, steps: int, first: int) -> 
         assert found.bound[row] <= least_error(problem, row, d - int(keep[row])) * (1 + 1e-13)
 
 
+class Exact:
+    """A symmetric matrix of fractions, as much of a tensor as the exact check looks at."""
+
+    def __init__(self, rows: list[list[Fraction]]) -> None:
+        self.rows = rows
+
+    @property
+    def T(self) -> "Exact":  # noqa: N802
+        return self
+
+    def tolist(self) -> list[list[Fraction]]:
+        return self.rows
+
+
+@given(layers(d=(2, 6)), st.integers(1, 5), st.integers(1, 25), st.booleans())
+@examples(120)
+def test_multipliers_prove_the_bound_in_rational_numbers(layer: Layer, pruned: int, steps: int, offset: bool) -> None:
+    weight, gram = layer.weight.double(), layer.gram.double()
+    rows, d = weight.shape
+    s = min(pruned, d - 1)
+    forms = weight.unsqueeze(2) * gram * weight.unsqueeze(1)
+    forms = (forms + forms.mT) / 2 + (1e9 * float(forms.abs().max()) if offset else 0.0)
+    found = bound_forms(forms, torch.full((rows,), s), accuracy=0.0, iterations=steps)
+    for row in range(rows):
+        if not math.isfinite(found.bound[row]):
+            continue
+        y = [Fraction(value) for value in found.tilt[row].tolist()]
+        slack = [[Fraction(q) for q in line] for line in forms[row].tolist()]
+        for i, j in itertools.product(range(d), repeat=2):
+            slack[i][j] += (y[i] + y[j]) / (2 * s) - (y[i] if i == j else 0)
+        assert below_every_eigenvalue(Exact(slack), Fraction(float(found.bound[row])) / s)
+
+
 @given(layers(d=(1, 8)), st.integers(0, 60), st.integers(0, 8), st.integers(1, 30))
 @examples(150)
 def test_no_mask_is_better_with_cuts_at_any_stop(layer: Layer, steps: int, first: int, cuts: int) -> None:
@@ -83,6 +119,18 @@ def test_cuts_close_much_of_the_gap(group: int | None, share: float) -> None:
     best = torch.tensor([least_error(problem, row, 6, group) for row in range(8)], dtype=torch.float64)
     assert (found.bound <= best).all()
     assert float((found.bound - found.shifted).sum()) > share * float((best - found.shifted).sum())
+
+
+def test_cuts_prove_something_where_the_relaxation_proves_nothing() -> None:
+    # The semidefinite relaxation of a singular Gram is often worth nought.
+    problem = synthetic("rank-deficient", rows=24, d=9, seed=0).problem()
+    keep = torch.full((24,), 6)
+    found = sdp_bound(problem, keep, accuracy=1e-5, cuts=100)
+    least = torch.tensor([least_error(problem, row, 3) for row in range(24)], dtype=torch.float64)
+    nothing = found.shifted < 1e-6 * least
+    assert nothing.any()
+    assert (found.bound[nothing] > 0.02 * least[nothing]).any()
+    assert (found.bound <= least + slack(problem)).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -208,6 +256,23 @@ def test_little_memory_changes_nothing() -> None:
         plain, single = sdp_bound(problem, keep), sdp_bound(problem, keep, memory=0)
         torch.testing.assert_close(single.bound, plain.bound, rtol=1e-9, atol=0.0)
         torch.testing.assert_close(single.shift, plain.shift, rtol=1e-6, atol=1e-9)
+
+
+def test_rows_stop_when_the_target_is_settled() -> None:
+    problem = synthetic("correlated", rows=6, d=16, seed=1).problem()
+    keep = torch.full((6,), 8)
+    plain = sdp_bound(problem, keep, accuracy=1e-6)
+    for factor in (0.5, 0.9, 1.1, 2.0):
+        target = plain.bound * factor
+        found = sdp_bound(problem, keep, accuracy=1e-6, target=target)
+        assert torch.equal(found.bound >= target, torch.full((6,), factor < 1.0))
+        assert (found.bound <= plain.primal).all()
+        assert (found.iterations < plain.iterations).all()
+    # What the relaxation alone cannot prove, cuts may.
+    target = plain.bound * 1.02
+    found = sdp_bound(problem, keep, target=target, cuts=50)
+    assert (found.bound >= target).sum() >= 3
+    assert all(found.bound[row] <= least_error(problem, row, 8) for row in range(6))
 
 
 def test_nothing_to_decide() -> None:
