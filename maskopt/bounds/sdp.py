@@ -17,7 +17,7 @@ from maskopt.problems import LayerReconstruction
 
 __all__ = ["RowBounds", "convex_part", "sdp_bound"]
 
-_MATRICES = 24  # of size d x d in float64, alive at once for each row worked on
+_MATRICES = 32  # of size d x d in float64, alive at once for each row worked on
 
 
 @dataclass(frozen=True)
