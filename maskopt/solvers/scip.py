@@ -48,9 +48,9 @@ class Scip(Solver):
     share * diag(Q) that leaves it semidefinite, z = R p, and t >= sum z_i^2 (quadratic convex reformulation, Billionnet
     and Elloumi, Mathematical Programming 109, 2007); without z, SCIP would undo the shift, as p_i^2 = p_i.
 
-    SCIP works to tolerances: optimal means that no mask is better by more than about a hundred-thousandth of the
-    error (or 1e-8 of the size of the data, where the error is smaller than that). Lower bounds are lowered by as much;
-    masks are evaluated from scratch.
+    SCIP works in floating point to tolerances: optimal means that no mask is better by more than about a
+    hundred-thousandth of the first incumbent's error (or 1e-8 of the size of the data, where that is more). Lower
+    bounds are lowered by as much; masks are evaluated from scratch.
 
     Parameters
     ----------
@@ -220,6 +220,8 @@ class _Model:
                 "limits/gap": min(settings.gap, 1e20),
                 "limits/nodes": -1 if settings.nodes is None else settings.nodes,
                 "numerics/feastol": _FEASIBLE,
+                # Probing of SCIP 10.0 can cut off the optimum; a test has an example.
+                "propagating/probing/maxprerounds": 0,
                 "randomization/randomseedshift": settings.seed,
             }
         )

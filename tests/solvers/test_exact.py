@@ -179,6 +179,16 @@ def test_channels_of_very_different_sizes() -> None:
     assert float(result.lower_bound) <= best.total
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_an_optimum_that_probing_cuts_off(form: Any) -> None:
+    random = torch.Generator().manual_seed(470)
+    weight, x = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in ((1, 6), (6, 1)))
+    layer = LayerReconstruction(weight, 4 * x @ x.T)
+    best, result = solve(layer, PerRow(0.5), BruteForce()), solve(layer, PerRow(0.5), Scip(form=form, start=Wanda()))
+    assert torch.equal(result.mask, best.mask)
+    assert float(result.lower_bound) <= best.total  # type: ignore[arg-type]
+
+
 def test_the_same_twice() -> None:
     one, two = (solve(problem(rows=1), PerRow(0.5), Scip()) for _ in range(2))
     assert torch.equal(one.mask, two.mask)
