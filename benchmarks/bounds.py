@@ -5,7 +5,7 @@
 
 Every figure is a lower bound as a share of the best mask known (continuation from several schedules, 1-swaps), summed
 over the first rows on the first inputs (0: all of them), and the seconds it took for each row. `--check` also solves
-the semidefinite programs with the conic solver clarabel where it is installed (pip install clarabel), small ones only.
+the semidefinite programs with the conic solver clarabel where it is installed (pip install clarabel), small ones only. Writes benchmarks/results/bounds.{md,json}.
 """
 
 import argparse
@@ -108,7 +108,8 @@ def main() -> None:
     parser.add_argument("--cuts", type=int, default=50)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    table = []
+    torch.set_num_threads(1)
+    table: list[list[str]] = []
     for path in options.instances:
         whole = load_instance(path)
         for inputs in options.inputs:
@@ -127,7 +128,12 @@ def main() -> None:
                 figures = [float(bound.sum() / best.sum()), min(shares), max(shares), seconds]
                 table.append([f"{path.stem}, d = {d}, {name}", *(f"{figure:.3f}" for figure in figures)])
                 print(*table[-1], flush=True)
-    print(report.table(["method", "of the best known", "worst row", "best row", "seconds per row"], table))
+    text = report.table(["method", "of the best known", "worst row", "best row", "seconds per row"], table)
+    about = (
+        f"First {options.rows} rows, {options.keep:g} kept{'' if options.group is None else f' of {options.group}'}, "
+    )
+    about += f"{torch.get_num_threads()} thread(s). Lower bounds as shares of the best mask known."
+    report.write("bounds", "Lower bounds", f"{about}\n\n{text}", {"rows": table})
 
 
 if __name__ == "__main__":
