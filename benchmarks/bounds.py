@@ -5,7 +5,8 @@
 
 Every figure is a lower bound as a share of the best mask known (continuation from several schedules, 1-swaps), summed
 over the first rows on the first inputs (0: all of them), and the seconds it took for each row. `--check` also solves
-the semidefinite programs with the conic solver clarabel where it is installed (pip install clarabel), small ones only. Writes benchmarks/results/bounds.{md,json}.
+the semidefinite programs with the conic solver clarabel where it is installed (pip install clarabel), small
+ones only. Writes benchmarks/results/bounds.{md,json}.
 """
 
 import argparse
@@ -129,10 +130,9 @@ def main() -> None:
                 table.append([f"{path.stem}, d = {d}, {name}", *(f"{figure:.3f}" for figure in figures)])
                 print(*table[-1], flush=True)
     text = report.table(["method", "of the best known", "worst row", "best row", "seconds per row"], table)
-    about = (
-        f"First {options.rows} rows, {options.keep:g} kept{'' if options.group is None else f' of {options.group}'}, "
-    )
-    about += f"{torch.get_num_threads()} thread(s). Lower bounds as shares of the best mask known."
+    group = "" if options.group is None else f", groups of {options.group}"
+    about = f"First {options.rows} rows, {options.keep:g} kept{group}, one thread. "
+    about += "Lower bounds as shares of the error of the best mask known."
     report.write("bounds", "Lower bounds", f"{about}\n\n{text}", {"rows": table})
 
 
