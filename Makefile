@@ -32,6 +32,8 @@ format: $(VENV)/dev.stamp  ## Format and fix what can be fixed
 
 bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS="a.safetensors ..." and MODELS="folder:text ..." add your own)
 	$(BIN)/python benchmarks/layers.py $(LAYERS)
+	$(BIN)/python benchmarks/directions.py $(LAYERS)
+	$(BIN)/python benchmarks/iteration.py
 	$(BIN)/python benchmarks/perplexity.py $(MODELS)
 
 clean:  ## Remove the environment and all caches

@@ -3,11 +3,34 @@
 from typing import TYPE_CHECKING, Any
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles import NM, PartitionMatroid, PerRow, Protected, Unstructured
-from maskopt.problems import LayerReconstruction, Saliency, load_instance, save_instance, synthetic
+from maskopt.oracles import (
+    NM,
+    AtMost,
+    Blocks,
+    Budget,
+    Columns,
+    PartitionMatroid,
+    PerRow,
+    Protected,
+    Restricted,
+    Rows,
+    TransposableNM,
+    Units,
+    Unstructured,
+)
+from maskopt.problems import (
+    Function,
+    LayerReconstruction,
+    QuadraticForm,
+    Saliency,
+    load_instance,
+    save_instance,
+    synthetic,
+)
 from maskopt.solvers import (
     RIA,
     ContinuationFrankWolfe,
+    FrankWolfe,
     Magnitude,
     OneSwap,
     Result,
@@ -24,7 +47,13 @@ __version__ = "0.1.0"
 __all__ = [
     "NM",
     "RIA",
+    "AtMost",
+    "Blocks",
+    "Budget",
+    "Columns",
     "ContinuationFrankWolfe",
+    "FrankWolfe",
+    "Function",
     "LayerReconstruction",
     "Magnitude",
     "MaskoptError",
@@ -33,9 +62,14 @@ __all__ = [
     "PerRow",
     "Protected",
     "PruneReport",
+    "QuadraticForm",
+    "Restricted",
     "Result",
+    "Rows",
     "Saliency",
     "SparseFW",
+    "TransposableNM",
+    "Units",
     "Unstructured",
     "Wanda",
     "load_instance",

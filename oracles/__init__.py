@@ -9,22 +9,33 @@ from maskopt.oracles.base import (
     MaskSet,
     face_tolerance,
 )
-from maskopt.oracles.matroid import NM, PartitionMatroid, PerRow, Unstructured
+from maskopt.oracles.budget import Budget
+from maskopt.oracles.matroid import NM, AtMost, Blocks, PartitionMatroid, PerRow, Unstructured
 from maskopt.oracles.parse import parse_masks
-from maskopt.oracles.protected import Protected
+from maskopt.oracles.restricted import Protected, Restricted
 from maskopt.oracles.select import smallest
+from maskopt.oracles.transposable import TransposableNM
+from maskopt.oracles.units import Columns, Rows, Units
 
 __all__ = [
     "NM",
+    "AtMost",
+    "Blocks",
+    "Budget",
     "CanProject",
     "CanRestrict",
     "CanSwap",
+    "Columns",
     "HasFaces",
     "HasGroups",
     "MaskSet",
     "PartitionMatroid",
     "PerRow",
     "Protected",
+    "Restricted",
+    "Rows",
+    "TransposableNM",
+    "Units",
     "Unstructured",
     "face_tolerance",
     "parse_masks",

@@ -19,6 +19,7 @@ __all__ = [
     "Index",
     "MaskSet",
     "Shape",
+    "box_step",
     "face_tolerance",
 ]
 
@@ -31,6 +32,15 @@ Shape = tuple[int, int] | torch.Size
 def face_tolerance(dtype: torch.dtype) -> float:
     """Return how near to 0 or 1 an entry counts as being there: one number for in-face oracles and their users."""
     return 16.0 * torch.finfo(dtype).eps
+
+
+def box_step(at: Tensor, direction: Tensor) -> Tensor:
+    """Return the largest share of `direction` that keeps every entry in [0, 1], shape (rows,)."""
+    # Room is 1 - x where the direction rises and x where it falls; rising is 0 or 1.
+    rising = torch.gt(direction, 0.0, out=torch.empty_like(direction))
+    room = torch.lerp(at, 1.0 - at, rising)
+    # The tiny number makes 0 / 0 infinite: an entry that does not move limits nothing.
+    return room.clamp_(min=torch.finfo(at.dtype).tiny).div_(direction.abs()).amin(1)
 
 
 class MaskSet(ABC):

@@ -1,5 +1,8 @@
 """Partition matroids of tiles: one class behind almost every useful set of masks."""
 
+from __future__ import annotations
+
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -8,23 +11,25 @@ import numpy as np
 import torch
 from scipy.optimize import LinearConstraint
 from scipy.sparse import csr_array
+from scipy.special import gammaln
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles.base import Index, MaskSet, Shape, face_tolerance
+from maskopt.oracles.base import Index, MaskSet, Shape, box_step, face_tolerance
+from maskopt.oracles.project import capped_simplex
 from maskopt.oracles.select import smallest
 
-__all__ = ["NM", "PartitionMatroid", "PerRow", "Unstructured"]
+__all__ = ["NM", "AtMost", "Blocks", "PartitionMatroid", "PerRow", "Unstructured"]
 
 Tile = tuple[int | None, int | None]
 
 
 class PartitionMatroid(MaskSet):
-    """Masks whose tiles keep a fixed number of entries each.
+    """Masks whose tiles keep a fixed number of entries each, or at most so many.
 
-    The weight is cut into tiles of equal shape; every tile is a group and keeps exactly `keep` entries. Whole
-    matrix, per row, N:M, blocks and columns differ in the tile alone. Sets know no shape: every verb takes it from
-    its argument, so one object serves all layers of a model.
+    The weight is cut into tiles of equal shape; every tile is a group and keeps `keep` entries. Whole matrix,
+    per row, N:M, blocks and columns differ in the tile alone. Sets know no shape: every verb takes it from its
+    argument, so one object serves all layers of a model.
 
     Parameters
     ----------
@@ -35,6 +40,8 @@ class PartitionMatroid(MaskSet):
         Rows and columns of a tile; None stands for all of them.
     name : str
         What messages call the set.
+    at_most : bool
+        Whether groups may also keep fewer.
 
     Raises
     ------
@@ -43,7 +50,9 @@ class PartitionMatroid(MaskSet):
         the weight or a group is smaller than its count.
     """
 
-    def __init__(self, keep: float | int | Tensor, tile: Tile, name: str = "PartitionMatroid") -> None:
+    def __init__(
+        self, keep: float | int | Tensor, tile: Tile, name: str = "PartitionMatroid", *, at_most: bool = False
+    ) -> None:
         if isinstance(keep, bool) or not isinstance(keep, (int, float, Tensor)):
             raise MaskoptError(f"keep must be a fraction (float) or a count (int); got {keep!r}.")
         if isinstance(keep, Tensor):
@@ -60,11 +69,13 @@ class PartitionMatroid(MaskSet):
         self.keep = keep
         self.tile = tile
         self.name = name
+        self.at_most = at_most
 
     def __repr__(self) -> str:
         keep = f"{self.keep.numel()} counts" if isinstance(self.keep, Tensor) else self.keep
         group = f", group={self.tile[1]}" if self.tile[0] == 1 and self.tile[1] is not None else ""
-        return f"{self.name}(keep={keep}{group})"
+        plain = f"{self.name}(keep={keep}{group})"
+        return f"AtMost({plain})" if self.at_most else plain
 
     # Geometry
 
@@ -136,19 +147,23 @@ class PartitionMatroid(MaskSet):
     def check(self, shape: Shape) -> None:
         self.kept_per_group(shape)
 
-    def rows(self, index: Index, shape: Shape) -> "PartitionMatroid":
+    def rows(self, index: Index, shape: Shape) -> PartitionMatroid:
         if not isinstance(self.keep, Tensor):
             return self
         bands = shape[0] // self.tile_of(shape)[0]
         counts = self.keep.view(bands, -1)[self._bands_of(index, shape)].reshape(-1)
-        return PartitionMatroid(counts, self.tile, self.name)
+        return self._like(counts, self.tile)
+
+    def _like(self, keep: float | int | Tensor, tile: Tile) -> PartitionMatroid:
+        """Return a set of the same kind, without fixed entries."""
+        return PartitionMatroid(keep, tile, self.name, at_most=self.at_most)
 
     def _bands_of(self, index: Index, shape: Shape) -> Tensor:
         """Return the numbers of the bands that some rows (whole bands) are."""
         height = self.tile_of(shape)[0]
         return torch.arange(shape[0])[index.cpu() if isinstance(index, Tensor) else index][::height] // height
 
-    def rowwise(self, shape: Shape, mask: Tensor | None = None) -> "PartitionMatroid":
+    def rowwise(self, shape: Shape, mask: Tensor | None = None) -> PartitionMatroid:
         """Return the separable subset that fixes how many entries every row of every tile keeps.
 
         Parameters
@@ -165,13 +180,25 @@ class PartitionMatroid(MaskSet):
         else:
             keep = self.kept_per_group(shape).view(bands, 1, tiles)
             counts = keep // height + (torch.arange(height).view(1, -1, 1) < keep % height)
-        return PartitionMatroid(counts.reshape(-1), (1, width), self.name)
+        return self._like(counts.reshape(-1), (1, width))
 
     # Verbs
 
     def vertex(self, cost: Tensor) -> Tensor:
-        keep, _ = self._counts(cost.shape, cost.device)
-        return self.ungroup(smallest(self.groups(cost), keep), cost.shape)
+        return self._select(self.groups(self._fixed(cost)), cost.shape)
+
+    def _fixed(self, cost: Tensor) -> Tensor:
+        """Return the cost with fixed entries made infinitely good or bad; here there are none."""
+        return cost
+
+    def _select(self, groups: Tensor, shape: Shape, full: Tensor | None = None) -> Tensor:
+        """Return the cheapest entries of every group; those marked in `full` (groups, 1) are filled in any case."""
+        keep, _ = self._counts(shape, groups.device)
+        chosen = smallest(groups, keep)
+        if self.at_most:
+            worth = torch.lt(groups, 0.0, out=torch.empty_like(groups))
+            chosen.mul_(worth if full is None else torch.maximum(worth, full))
+        return self.ungroup(chosen, shape)
 
     def inface(self, cost: Tensor, at: Tensor) -> Tensor:
         """Return the vertex of least cost on the smallest face that contains `at`.
@@ -185,7 +212,13 @@ class PartitionMatroid(MaskSet):
         # Comparisons and sums of floats: several times faster than booleans and torch.where.
         inside = torch.ge(at, 1.0 - tolerance, out=torch.empty_like(cost))
         outside = torch.le(at, tolerance, out=torch.empty_like(cost))
-        return self.vertex(outside.sub_(inside).mul_(torch.finfo(cost.dtype).max / 4).add_(cost))
+        cost = outside.sub_(inside).mul_(torch.finfo(cost.dtype).max / 4).add_(cost)
+        if not self.at_most:
+            return self.vertex(cost)
+        # A full group stays full. What sums of floats lose grows with the sum.
+        _, keep = self._counts(cost.shape, cost.device)
+        full = self.groups(at).sum(1, dtype=torch.float64) >= keep - tolerance * (1.0 + keep.double())
+        return self._select(self.groups(self._fixed(cost)), cost.shape, full.to(cost.dtype).unsqueeze(1))
 
     def max_step(self, at: Tensor, direction: Tensor) -> Tensor:
         """Return the largest share of `direction` that stays in the hull, shape (rows,).
@@ -193,45 +226,111 @@ class PartitionMatroid(MaskSet):
         Parameters
         ----------
         at, direction : Tensor
-            Shape (rows, d); the direction keeps every group's sum.
+            Shape (rows, d); the direction keeps every group's sum, unless groups may keep fewer.
         """
-        # Room is 1 - x where the direction rises and x where it falls; rising is 0 or 1.
-        rising = torch.gt(direction, 0.0, out=torch.empty_like(direction))
-        room = torch.lerp(at, 1.0 - at, rising)
-        # The tiny number makes 0 / 0 infinite: an entry that does not move limits nothing.
-        return room.clamp_(min=torch.finfo(at.dtype).tiny).div_(direction.abs()).amin(1)
+        step = box_step(at, direction)
+        if not self.at_most:
+            return step
+        height, _ = self.tile_of(at.shape)
+        _, keep = self._counts(at.shape, at.device)
+        moves = self.groups(direction)
+        rise = moves.sum(1, dtype=torch.float64)
+        room = (keep - self.groups(at).sum(1, dtype=torch.float64)).clamp_min_(torch.finfo(torch.float64).tiny)
+        # What is left of entries that cancel is no rise.
+        rises = rise > face_tolerance(at.dtype) * moves.abs().sum(1, dtype=torch.float64)
+        limit = torch.where(rises, room / rise, torch.inf).view(len(at) // height, -1).amin(1)
+        return torch.minimum(step, limit.repeat_interleave(height).to(step.dtype))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return the point of the hull nearest to `x` (Euclidean).
+
+        Parameters
+        ----------
+        x : Tensor
+            Floating point, finite, shape (rows, d).
+        """
+        keep, counts = self._counts(x.shape, x.device)
+        groups = self.groups(x)
+        nearest = capped_simplex(groups, keep)
+        if self.at_most:
+            boxed = groups.clamp(0.0, 1.0)
+            fits = boxed.sum(1, keepdim=True, dtype=torch.float64) <= counts.unsqueeze(1)
+            nearest = torch.where(fits, boxed, nearest)
+        return self.ungroup(nearest, x.shape)
+
+    def restrict(self, kept: Tensor | None = None, pruned: Tensor | None = None) -> PartitionMatroid:
+        """Return the masks that keep all entries of `kept` and prune all of `pruned`, boolean, shape (rows, d).
+
+        Raises
+        ------
+        MaskoptError
+            If there is no such mask.
+        """
+        from maskopt.oracles.restricted import Restricted
+
+        return self if kept is None and pruned is None else Restricted(self, kept, pruned)
 
     def swap_tile(self, shape: Shape) -> tuple[int, int]:
         """Return rows and columns of the tiles within which entries may be exchanged."""
         return self.tile_of(shape)
 
+    def neighbours(self, mask: Tensor) -> Iterator[Tensor]:
+        """Yield every mask in which one kept entry is exchanged for a pruned one of its group; for small shapes."""
+        flat = mask.flatten()
+        movable = torch.ones_like(flat)
+        for fixed in (self.protected, self.forbidden):
+            if fixed is not None:
+                movable &= ~fixed.flatten().to(flat.device)
+        for group in self.groups(torch.arange(len(flat), device=flat.device).view(mask.shape)):
+            free = group[movable[group]]
+            for old, new in itertools.product(free[flat[free]].tolist(), free[~flat[free]].tolist()):
+                other = flat.clone()
+                other[old], other[new] = False, True
+                yield other.view(mask.shape)
+
     def round(self, x: Tensor) -> Tensor:
         """Return the mask nearest to the relaxed mask `x`: the largest entries of each group."""
+        if self.at_most:
+            return super().round(x)
         return self.lmo(-x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def contains(self, mask: Tensor) -> bool:
-        """Whether a boolean mask keeps exactly the right number in every group."""
+        """Whether a boolean mask keeps the right number in every group."""
         _, keep = self._counts(mask.shape, mask.device)
-        return mask.dtype == torch.bool and bool((self.groups(mask).sum(1) == keep).all())
+        kept = self.groups(mask).sum(1)
+        return mask.dtype == torch.bool and bool((kept <= keep if self.at_most else kept == keep).all())
 
     def center(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the relaxed mask that is uniform within each group, the mean of all masks."""
         height, width = self.tile_of(shape)
-        _, keep = self._counts(shape, device)
-        share = (keep.double() / (height * width)).to(dtype).unsqueeze(1)
+        size, keep = self._free(shape)
+        if self.at_most:
+            pairs = zip(size.tolist(), keep.tolist(), strict=True)
+            keep = torch.tensor([_mean_kept(*pair) for pair in pairs], dtype=torch.float64)
+        share = (keep.double() / size.clamp_min(1)).to(device=device, dtype=dtype).unsqueeze(1)
         return self.ungroup(share.expand(-1, height * width), shape).clone()
+
+    def _free(self, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Return how many entries of each group are free, and how many of these are kept, int64, on the CPU."""
+        height, width = self.tile_of(shape)
+        keep = self.kept_per_group(shape)
+        return torch.full_like(keep, height * width), keep
 
     def count(self, shape: Shape) -> int:
         """Return the number of masks for a weight of this shape, exactly."""
-        height, width = self.tile_of(shape)
-        return math.prod(math.comb(height * width, keep) for keep in self.kept_per_group(shape).tolist())
+        free = zip(*(numbers.tolist() for numbers in self._free(shape)), strict=True)
+        return math.prod(
+            sum(math.comb(size, kept) for kept in range(keep + 1)) if self.at_most else math.comb(size, keep)
+            for size, keep in free
+        )
 
     def enumerate(self, shape: Shape) -> Iterator[Tensor]:
         """Yield every mask, shape (rows, d), in lexicographic order of kept indices; for small shapes."""
         height, width = self.tile_of(shape)
-        choices = [
-            list(itertools.combinations(range(height * width), keep)) for keep in self.kept_per_group(shape).tolist()
-        ]
+        choices = []
+        for keep in self.kept_per_group(shape).tolist():
+            sizes = range(keep + 1) if self.at_most else [keep]
+            choices.append([kept for size in sizes for kept in itertools.combinations(range(height * width), size)])
         for chosen in itertools.product(*choices):
             groups = torch.zeros((len(chosen), height * width), dtype=torch.bool)
             for group, kept in enumerate(chosen):
@@ -239,12 +338,21 @@ class PartitionMatroid(MaskSet):
             yield self.ungroup(groups, shape)
 
     def milp_constraints(self, shape: Shape) -> LinearConstraint:
-        """Return the set's exact twin for scipy's LP and MILP solvers: A x = keep on the flattened mask."""
+        """Return the set's exact twin for scipy's LP and MILP solvers: A x = keep (or <=) on the flattened mask."""
         entries = self.groups(torch.arange(shape[0] * shape[1]).view(shape)).numpy()
         keep = self.kept_per_group(shape).numpy()
-        member = np.repeat(np.arange(len(entries)), entries.shape[1])
-        matrix = csr_array((np.ones(entries.size), (member, entries.ravel())), shape=(len(entries), entries.size))
-        return LinearConstraint(matrix, keep, keep)
+        group = np.repeat(np.arange(len(entries)), entries.shape[1])
+        matrix = csr_array((np.ones(entries.size), (group, entries.ravel())), shape=(len(entries), entries.size))
+        return LinearConstraint(matrix, np.zeros_like(keep) if self.at_most else keep, keep)
+
+
+@functools.lru_cache
+def _mean_kept(size: int, keep: int) -> float:
+    """Return how many of `size` entries a mask keeps on average that keeps at most `keep`."""
+    kept = np.arange(keep + 1)
+    masks = -gammaln(kept + 1) - gammaln(size - kept + 1)  # logarithms of binomials, but for a constant
+    weight = np.exp(masks - masks.max())
+    return float((kept * weight).sum() / weight.sum())
 
 
 def Unstructured(keep: float | int) -> PartitionMatroid:  # noqa: N802 - named like the sets it stands for
@@ -267,3 +375,16 @@ def NM(*, keep: int, group: int) -> PartitionMatroid:  # noqa: N802
     if not 0 <= keep <= group:
         raise MaskoptError(f"NM needs 0 <= keep <= group; got keep={keep}, group={group}.")
     return PartitionMatroid(keep, (1, group), "NM")
+
+
+def Blocks(keep: float | int | Tensor, tile: tuple[int, int]) -> PartitionMatroid:  # noqa: N802
+    """Masks that keep `keep` entries (a fraction, a count, or a count for each tile) of every tile of this shape."""
+    return PartitionMatroid(keep, tile, "Blocks")
+
+
+def AtMost(base: PartitionMatroid) -> PartitionMatroid:  # noqa: N802
+    """Masks whose groups keep at most what they keep in `base`; entries fixed there stay fixed."""
+    masks = PartitionMatroid(base.keep, base.tile, base.name, at_most=True)
+    if base.protected is None and base.forbidden is None:
+        return masks
+    return masks.restrict(base.protected, base.forbidden)

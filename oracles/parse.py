@@ -3,20 +3,27 @@
 import re
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles.matroid import NM, PartitionMatroid, PerRow, Unstructured
+from maskopt.oracles.base import MaskSet
+from maskopt.oracles.matroid import NM, AtMost, Blocks, PartitionMatroid, PerRow, Unstructured
+from maskopt.oracles.transposable import TransposableNM
+from maskopt.oracles.units import Columns, Rows
 
 __all__ = ["parse_masks"]
 
+_FAMILIES = {"per-row": PerRow, "unstructured": Unstructured, "columns": Columns, "rows": Rows}
 
-def parse_masks(pattern: str, sparsity: float | None = None) -> PartitionMatroid:
+
+def parse_masks(pattern: str, sparsity: float | None = None) -> MaskSet:
     """Return the set named by a pattern and the share of weights to prune.
 
     Parameters
     ----------
     pattern : str
-        "per-row", "unstructured", or "n:m" with n kept of every m ("2:4").
+        "per-row", "unstructured", "columns", "rows", "blocks-HxW" (tiles of H rows and W columns), "n:m" with n kept
+        of every m ("2:4"), or "transposable-n:m". "at-most-" before a set of single entries lets its groups keep
+        fewer.
     sparsity : float, optional
-        Share of the weights pruned, in [0, 1]; needed by the first two. With "n:m" it may be left out, and must
+        Share of the weights pruned, in [0, 1]; of each tile for "blocks-HxW". With "n:m" it may be left out, and must
         agree if given.
 
     Raises
@@ -26,9 +33,14 @@ def parse_masks(pattern: str, sparsity: float | None = None) -> PartitionMatroid
     """
     if sparsity is not None and not 0.0 <= sparsity <= 1.0:
         raise MaskoptError(f"The sparsity must lie between 0 and 1; got {sparsity}.")
-    ratio = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if pattern.startswith("at-most-"):
+        masks = parse_masks(pattern.removeprefix("at-most-"), sparsity)
+        if not isinstance(masks, PartitionMatroid):
+            raise MaskoptError(f"The pattern {pattern} is not offered; at-most- goes before sets of single entries.")
+        return AtMost(masks)
+    ratio = re.fullmatch(r"(transposable-)?([0-9]+):([0-9]+)", pattern)
     if ratio:
-        keep, group = int(ratio[1]), int(ratio[2])
+        keep, group = int(ratio[2]), int(ratio[3])
         if not 0 <= keep <= group or group == 0:
             raise MaskoptError(f"The pattern {pattern} keeps {keep} of every {group}, which is impossible.")
         if sparsity is not None and abs(sparsity - (1 - keep / group)) > 1e-9:
@@ -36,10 +48,14 @@ def parse_masks(pattern: str, sparsity: float | None = None) -> PartitionMatroid
                 f"The pattern {pattern} keeps {keep} of every {group}, a sparsity of {1 - keep / group:g}, not "
                 f"{sparsity:g}; leave the sparsity out."
             )
-        return NM(keep=keep, group=group)
-    families = {"per-row": PerRow, "unstructured": Unstructured}
-    if pattern not in families:
-        raise MaskoptError(f"There is no pattern {pattern!r}; choose per-row, unstructured, or n:m such as 2:4.")
+        return TransposableNM(keep=keep, group=group) if ratio[1] else NM(keep=keep, group=group)
+    tile = re.fullmatch(r"blocks-([0-9]+)x([0-9]+)", pattern)
+    if not tile and pattern not in _FAMILIES:
+        raise MaskoptError(
+            f"There is no pattern {pattern!r}; choose per-row, unstructured, columns, rows, blocks-HxW such as "
+            "blocks-4x4, n:m such as 2:4, or transposable-n:m such as transposable-2:4."
+        )
     if sparsity is None:
         raise MaskoptError(f"The pattern {pattern} needs a sparsity between 0 and 1.")
-    return families[pattern](float(1 - sparsity))
+    keep_share = float(1 - sparsity)
+    return Blocks(keep_share, (int(tile[1]), int(tile[2]))) if tile else _FAMILIES[pattern](keep_share)

@@ -1,6 +1,7 @@
 """What is minimised: objectives over masks, seen through one narrow interface."""
 
 from maskopt.problems.base import Move, Point, Problem, Quadratic
+from maskopt.problems.form import QuadraticForm
 from maskopt.problems.function import Function
 from maskopt.problems.generators import FAMILIES, synthetic
 from maskopt.problems.instance import Instance, load_instance, save_instance
@@ -17,6 +18,7 @@ __all__ = [
     "Point",
     "Problem",
     "Quadratic",
+    "QuadraticForm",
     "Saliency",
     "Shifted",
     "ShiftedQuadratic",

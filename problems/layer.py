@@ -8,7 +8,7 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.problems.base import Move, Point, Quadratic, shift_deficit
 
-__all__ = ["LayerReconstruction"]
+__all__ = ["LayerReconstruction", "eigenvalue_floor"]
 
 _BLOCK = 1024  # columns converted to float64 at a time, so that no float64 copy of a large Gram exists
 
@@ -146,7 +146,7 @@ class LayerReconstruction(Quadratic):
         if not self._floor:
             gram = self._g.double()
             gram = (gram + gram.T) / 2
-            floor = _eigenvalue_floor(gram)
+            floor = eigenvalue_floor(gram)
             if floor is None:  # only unchecked data gets here
                 floor = min(0.0, float(torch.linalg.eigvalsh(gram)[0])) - 1e-12 * float(torch.linalg.matrix_norm(gram))
             self._floor.append(floor)
@@ -170,7 +170,7 @@ class LayerReconstruction(Quadratic):
             gram = self._g.double()
             gram = (gram + gram.T) / 2
             gram.diagonal().sub_(lift)
-            floor = _eigenvalue_floor(gram) if bool(torch.isfinite(lift).all()) else None
+            floor = eigenvalue_floor(gram) if bool(torch.isfinite(lift).all()) else None
             if floor is not None:
                 convex = weight.square().mul_(farthest).sum(1).mul_(-floor)
                 deficit = torch.minimum(deficit, convex + (rise * farthest * dead).sum(1))
@@ -195,7 +195,7 @@ class LayerReconstruction(Quadratic):
         return total.clamp_min_(0.0) * self.unit
 
 
-def _eigenvalue_floor(matrix: Tensor) -> float | None:
+def eigenvalue_floor(matrix: Tensor) -> float | None:
     """Return a number <= 0 that no eigenvalue of a symmetric float64 matrix lies below; None: it is too indefinite."""
     size = float(torch.linalg.matrix_norm(matrix))
     # The factorisation of A + shift succeeding proves lambda_min >= -shift up to its backward error

@@ -1,6 +1,7 @@
 """What the suites share: registries of sets and solvers, ugly inputs, and slow independent answers.
 
-A new set of masks is covered by one line in `SETS`, a new solver by one line in `SOLVERS`.
+A new set of masks is covered by one line in `SETS` (or in `OTHER_SETS`, if its groups do not keep a fixed number each),
+a new solver by one line in `SOLVERS`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,20 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskopt.oracles import NM, PartitionMatroid, PerRow, Protected, Unstructured
+from maskopt.oracles import (
+    NM,
+    AtMost,
+    Budget,
+    Columns,
+    MaskSet,
+    PartitionMatroid,
+    PerRow,
+    Protected,
+    Rows,
+    TransposableNM,
+    Units,
+    Unstructured,
+)
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers import (
     DIRECTIONS,
@@ -87,7 +101,7 @@ def _block_counts(shape: Shape, share: float) -> PartitionMatroid:
 
 
 def _protected(base: Callable[[Shape, float], PartitionMatroid]) -> Callable[[Shape, float], PartitionMatroid]:
-    def make(shape: Shape, share: float) -> Protected:
+    def make(shape: Shape, share: float) -> PartitionMatroid:
         masks = base(shape, share)
         # Some member, of which every second row's and column's entries are protected.
         member = masks.lmo((torch.arange(shape[0] * shape[1]).view(shape) * 7919 % 101).double())
@@ -113,6 +127,62 @@ SETS: dict[str, Callable[[Shape, float], PartitionMatroid]] = {
 }
 FREE_SETS = [name for name in SETS if not name.startswith("protected")]
 PROTECTED_SETS = [name for name in SETS if name.startswith("protected")]
+
+
+def _restricted(base: Callable[[Shape, float], MaskSet]) -> Callable[[Shape, float], MaskSet]:
+    def make(shape: Shape, share: float) -> MaskSet:
+        masks = base(shape, share)
+        # Two members: half of what both keep is kept, half of what both prune is pruned.
+        order = torch.arange(shape[0] * shape[1]).view(shape)
+        one, other = masks.lmo((order * 7919 % 101 - 80).double()), masks.lmo((order * 31 % 17 - 9).double())
+        some = (order % 3 != 1) | (order < 2)
+        return masks.restrict(kept=one & other & some, pruned=~one & ~other & some)
+
+    return make
+
+
+def _units(shape: Shape, share: float) -> Units:
+    height, width = _divisor(shape[0], (2, 1)), _divisor(shape[1], (3, 2, 1))
+    return Units(_blocks((shape[0] // height, shape[1] // width), share), (height, width))
+
+
+def _transposable(shape: Shape, share: float) -> TransposableNM:
+    group = _divisor(math.gcd(*shape), (4, 3, 2, 1))
+    return TransposableNM(keep=round(share * group), group=group)
+
+
+def _budget(shape: Shape, share: float) -> Budget:
+    prices = (torch.arange(shape[0] * shape[1]).view(shape) * 5 % 7 + 0.75) * (torch.arange(shape[1]) % 4 != 3)
+    return Budget(prices, round(share * float(prices.sum()) * 4) / 4)
+
+
+# Sets of other kinds: their groups may keep fewer, entries are pruned in advance, or there are no groups.
+OTHER_SETS: dict[str, Callable[[Shape, float], MaskSet]] = {
+    "at most rows": lambda shape, share: AtMost(PerRow(share)),
+    "at most matrix": lambda shape, share: AtMost(Unstructured(share)),
+    "at most n:m": lambda shape, share: AtMost(_nm(shape, share)),
+    "at most counts": lambda shape, share: AtMost(_block_counts(shape, share)),
+    "restricted rows": _restricted(lambda shape, share: PerRow(share)),
+    "restricted blocks": _restricted(_blocks),
+    "restricted at most": _restricted(lambda shape, share: AtMost(PerRow(share))),
+    "restricted at most blocks": _restricted(lambda shape, share: AtMost(_blocks(shape, share))),
+    "whole columns": lambda _, share: Columns(share),
+    "whole rows": lambda _, share: Rows(share),
+    "units": _units,
+    "vectors": lambda shape, share: Units(PerRow(share), (1, _divisor(shape[1], (2, 3, 1)))),
+    "at most units": lambda shape, share: Units(AtMost(_units(shape, share).base), _units(shape, share).unit),
+    "restricted columns": _restricted(lambda _, share: Columns(share)),
+    "transposable": _transposable,
+    "restricted transposable": _restricted(_transposable),
+    "budget": _budget,
+    "bytes": lambda shape, share: Budget(torch.full(shape, 0.75), round(share * shape[0] * shape[1] * 2) * 0.375),
+}
+ALL_SETS: dict[str, Callable[[Shape, float], MaskSet]] = {**SETS, **OTHER_SETS}
+MATROIDS = [name for name in ALL_SETS if isinstance(ALL_SETS[name]((4, 4), 0.5), PartitionMatroid)]
+# Members have one size, so that a constant in the cost changes nothing.
+EQUAL_SETS = [name for name in ALL_SETS if "at most" not in name and name not in ("budget", "bytes")]
+# The LP twin's vertices are masks.
+INTEGRAL_SETS = [name for name in ALL_SETS if name not in ("budget", "bytes")]
 
 # Few iterations, so that everything can be tried with everything.
 SOLVERS: dict[str, Solver] = {
@@ -155,25 +225,73 @@ def counts_of(masks: PartitionMatroid, shape: Shape) -> list[int]:
     return [masks.keep] * len(groups)
 
 
-def held_of(masks: PartitionMatroid) -> set[int]:
+def _places(entries: Tensor | None) -> set[int]:
+    return set() if entries is None else set(entries.flatten().nonzero().flatten().tolist())
+
+
+def held_of(masks: MaskSet) -> set[int]:
     """Return the flat indices of protected entries."""
-    return set(masks.protected.flatten().nonzero().flatten().tolist()) if isinstance(masks, Protected) else set()
+    return _places(masks.protected)
 
 
-def feasible(masks: PartitionMatroid, mask: Tensor) -> bool:
-    shape = (mask.shape[0], mask.shape[1])
-    kept = set(mask.flatten().nonzero().flatten().tolist())
-    counts = [len(kept.intersection(group)) for group in groups_of(masks, shape)]
-    return mask.dtype == torch.bool and counts == counts_of(masks, shape) and held_of(masks) <= kept
+def banned_of(masks: MaskSet) -> set[int]:
+    """Return the flat indices of forbidden entries."""
+    return _places(masks.forbidden)
+
+
+def belong(masks: MaskSet, patterns: Tensor) -> Tensor:
+    """Return which boolean matrices, shape (number, rows, d), are members, by the definition of the set."""
+    shape = (patterns.shape[1], patterns.shape[2])
+    flat = patterns.flatten(1)
+    member = torch.ones(len(patterns), dtype=torch.bool)
+    for index in held_of(masks):
+        member &= flat[:, index]
+    for index in banned_of(masks):
+        member &= ~flat[:, index]
+    if isinstance(masks, Units):
+        height, width = masks.unit[0] or shape[0], masks.unit[1] or shape[1]
+        units = patterns[:, ::height, ::width]
+        for row in range(shape[0]):
+            for column in range(shape[1]):
+                member &= patterns[:, row, column] == units[:, row // height, column // width]
+        return member & belong(masks.base, units)
+    if isinstance(masks, TransposableNM):
+        size = masks.group
+        for top in range(0, shape[0], size):
+            for left in range(0, shape[1], size):
+                tile = patterns[:, top : top + size, left : left + size]
+                for line in range(size):
+                    member &= (tile[:, line].sum(1) == masks.keep) & (tile[:, :, line].sum(1) == masks.keep)
+        return member
+    if isinstance(masks, Budget):
+        # Floats are fractions of a power of two: multiplied by it, they are whole and add up exactly.
+        prices = [Fraction(price) for price in masks.price.flatten().tolist()]
+        unit = math.lcm(*(price.denominator for price in prices), Fraction(masks.budget).denominator)
+        whole = np.array([int(price * unit) for price in prices], dtype=object)
+        return torch.from_numpy((flat.numpy() @ whole <= int(Fraction(masks.budget) * unit)).astype(bool))
+    assert isinstance(masks, PartitionMatroid)
+    for group, keep in zip(groups_of(masks, shape), counts_of(masks, shape), strict=True):
+        kept = flat[:, group].sum(1)
+        member &= (kept <= keep) if masks.at_most else (kept == keep)
+    return member
+
+
+def feasible(masks: MaskSet, mask: Tensor) -> bool:
+    return mask.dtype == torch.bool and bool(belong(masks, mask.unsqueeze(0)))
 
 
 def cheapest(masks: PartitionMatroid, cost: Tensor) -> Tensor:
     """Return the member of least cost, ties to the lower index, by sorting."""
     shape = (cost.shape[0], cost.shape[1])
-    costs, held = cost.flatten().tolist(), held_of(masks)
+    held, banned = held_of(masks), banned_of(masks)
+    if held or banned:  # where entries are fixed, infinity is the largest number
+        cost = cost.clamp(torch.finfo(cost.dtype).min, torch.finfo(cost.dtype).max)
+    costs = cost.flatten().tolist()
     mask = torch.zeros(cost.numel(), dtype=torch.bool)
     for group, keep in zip(groups_of(masks, shape), counts_of(masks, shape), strict=True):
-        order = sorted(group, key=lambda index: (index not in held, costs[index], index))
+        order = sorted(group, key=lambda index: (index not in held, index in banned, costs[index], index))
+        if masks.at_most:
+            order = [index for index in order if index in held or (costs[index] < 0 and index not in banned)]
         mask[order[:keep]] = True
     return mask.view(shape)
 
@@ -183,16 +301,10 @@ def _patterns(size: int) -> Tensor:
     return (torch.arange(2**size).unsqueeze(1) >> torch.arange(size)) % 2 == 1
 
 
-def every_mask(masks: PartitionMatroid, shape: Shape) -> Tensor:
+def every_mask(masks: MaskSet, shape: Shape) -> Tensor:
     """Return all members, shape (number, rows, d): those of the 2^(rows d) patterns that belong."""
-    patterns = _patterns(shape[0] * shape[1])
-    member = torch.ones(len(patterns), dtype=torch.bool)
-    for group, keep in zip(groups_of(masks, shape), counts_of(masks, shape), strict=True):
-        member &= patterns[:, group].sum(1) == keep
-    held = sorted(held_of(masks))
-    if held:
-        member &= patterns[:, held].all(1)
-    return patterns[member].view(-1, *shape)
+    patterns = _patterns(shape[0] * shape[1]).view(-1, *shape)
+    return patterns[belong(masks, patterns)]
 
 
 def errors_of(weight: Tensor, gram: Tensor, chosen: Tensor) -> Tensor:
@@ -357,8 +469,8 @@ shares = st.one_of(st.sampled_from([0.0, 1.0, 0.5, 1 / 3, 0.29]), st.floats(0.0,
 
 
 def sets(shape: Shape, names: list[str] | None = None) -> st.SearchStrategy[PartitionMatroid]:
-    """Sets that fit a shape, of every registered kind and any share."""
-    return st.builds(lambda name, share: SETS[name](shape, share), st.sampled_from(names or list(SETS)), shares)
+    """Sets that fit a shape, of the kinds named (by default those of `SETS`) and any share."""
+    return st.builds(lambda name, share: ALL_SETS[name](shape, share), st.sampled_from(names or list(SETS)), shares)
 
 
 _SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.0, 1e30, -1e30, 1e-30, -1e-30]

@@ -47,7 +47,7 @@ def _commands() -> list[list[str]]:
 
 def test_commands_exist_with_their_options() -> None:
     commands = _commands()
-    assert {words[0] for words in commands} == {"prune", "evaluate", "solve", "compare"}
+    assert {words[0] for words in commands} == {"prune", "evaluate", "solve", "compare", "trace"}
     for words in commands:
         shown = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "300", "NO_COLOR": "1"})
         assert shown.exit_code == 0
@@ -60,7 +60,7 @@ def test_layer_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     maskopt.save_instance(tmp_path / "layer.safetensors", maskopt.synthetic(rows=8, d=16))
     monkeypatch.chdir(tmp_path)
     for words in _commands():
-        if words[0] in ("solve", "compare"):
+        if words[0] in ("solve", "compare", "trace"):
             words = ["layer.safetensors" if "*" in word else word for word in words]
             done = CliRunner().invoke(app, [*words, "--json", f"{words[0]}.json"])
             assert done.exit_code == 0, done.output

@@ -15,6 +15,7 @@ from maskopt.cli.evaluate import evaluate
 from maskopt.cli.output import stderr
 from maskopt.cli.prune import prune
 from maskopt.cli.solve import solve
+from maskopt.cli.trace import trace
 from maskopt.errors import MaskoptError
 
 __all__ = ["app", "main"]
@@ -106,6 +107,10 @@ app.command(
     epilog=f"Example:  maskopt compare {_INSTANCE} --pattern per-row --pattern 2:4 --sparsity 0.5 --sparsity 0.6 "
     "--solvers 'wanda,sparsefw:iterations=500;alpha=0.5,one-swap,continuation'"
 )(compare)
+app.command(
+    epilog=f"Example:  maskopt trace {_INSTANCE} --sparsity 0.5 --solvers away,pairwise,dicg --out trace.png "
+    "--csv trace.csv"
+)(trace)
 app.command(
     epilog="Example:  maskopt prune Qwen/Qwen3-0.6B pruned --calibration text.txt --pattern 2:4 --evaluate held-out.txt"
 )(prune)

@@ -25,7 +25,7 @@ from maskopt.cli.options import (
 from maskopt.cli.output import Bar, check_outputs, environment, json_output, tables
 from maskopt.cli.solvers import parse_solvers
 from maskopt.errors import MaskoptError
-from maskopt.oracles import PartitionMatroid, parse_masks
+from maskopt.oracles import MaskSet, parse_masks
 from maskopt.problems import LayerReconstruction, synthetic
 from maskopt.solvers import Solver, solve
 
@@ -40,7 +40,7 @@ class _Set:
 
     pattern: str
     sparsity: float | None
-    masks: PartitionMatroid
+    masks: MaskSet
 
     def __str__(self) -> str:
         return self.pattern if self.sparsity is None else f"{self.pattern} {100 * self.sparsity:g} %"
@@ -120,14 +120,14 @@ def _check(paths: Sequence[Path], sets: Sequence[_Set], device: str) -> None:
         _, problem = load_layer(path, device)
         for one in sets:
             try:
-                one.masks.kept_per_group(problem.shape)
+                one.masks.check(problem.shape)
             except MaskoptError as error:
                 raise MaskoptError(f"The masks {one} do not fit {path}: {error}") from error
 
 
 def _measure(
     problem: LayerReconstruction,
-    masks: PartitionMatroid,
+    masks: MaskSet,
     method: Solver,
     repeat: int,
     memory: int,

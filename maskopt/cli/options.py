@@ -34,7 +34,10 @@ __all__ = [
     "require_transformers",
 ]
 
-PATTERN_HELP = "per-row, unstructured (whole matrix), or n:m such as 2:4, which keeps 2 of every 4 inputs."
+PATTERN_HELP = (
+    "per-row, unstructured (whole matrix), columns, rows, blocks-HxW, n:m such as 2:4, which keeps 2 of every 4 "
+    "inputs, or transposable-n:m."
+)
 
 PatternOption = Annotated[str, typer.Option("--pattern", "-p", help=PATTERN_HELP)]
 SparsityOption = Annotated[

@@ -3,10 +3,10 @@
 import inspect
 from collections.abc import Sequence
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from maskopt.errors import MaskoptError
-from maskopt.solvers import SOLVERS, Solver, make_solver
+from maskopt.solvers import SOLVERS, Direction, Solver, Step, make_solver
 
 __all__ = ["parse_solver", "parse_solvers"]
 
@@ -69,7 +69,8 @@ def parse_solver(spec: str, settings: Sequence[str] = ()) -> Solver:
 
 def _read(text: str, kind: Any) -> Any:
     """Read a value of an annotated type; the ValueError of a misfit says what would fit."""
-    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    kinds = get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
+    kinds = tuple(one for one in kinds if not _is_rule(one))
     for one in kinds:
         if one is NoneType and text.lower() == "none":
             return None
@@ -85,6 +86,11 @@ def _read(text: str, kind: Any) -> Any:
             except ValueError:
                 continue
     raise ValueError(" or ".join(_describe(one) for one in kinds))
+
+
+def _is_rule(kind: Any) -> bool:
+    """Whether values are objects that can only be made in Python."""
+    return isinstance(kind, type) and issubclass(kind, (Direction, Step))
 
 
 def _describe(kind: Any) -> str:

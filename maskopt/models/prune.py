@@ -20,7 +20,7 @@ from maskopt.models.layers import Layer
 from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.report import LayerRecord, PruneReport
 from maskopt.models.selection import LeftDense, Selection, select_layers
-from maskopt.oracles import PartitionMatroid
+from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers import ContinuationFrankWolfe, Result, Solver, State, solve
 
@@ -47,7 +47,7 @@ class Progress:
 def prune(
     model: PreTrainedModel,
     batches: Iterable[Any],
-    masks: PartitionMatroid,
+    masks: MaskSet,
     solver: Solver | None = None,
     *,
     propagate: Propagate = "pruned",
@@ -73,7 +73,7 @@ def prune(
     batches : iterable of dict or Tensor
         Keyword arguments of the model's forward (``input_ids``, ``attention_mask``, ...) or tensors of token ids, shape
         (sequences, positions); pixels likewise for vision models. Positions where ``attention_mask`` is 0 are padding.
-    masks : PartitionMatroid
+    masks : MaskSet
         The set of masks, the same for every layer, such as ``PerRow(keep=0.5)`` or ``NM(keep=2, group=4)``.
     solver : Solver, optional
         ContinuationFrankWolfe() by default.
@@ -155,7 +155,7 @@ def _stages(replay: Replay, selection: Selection) -> list[_Stage]:
 class _Work:
     """The loop over the blocks and what it needs."""
 
-    masks: PartitionMatroid
+    masks: MaskSet
     solver: Solver
     starts: Mapping[Layer, Tensor]
     memory: int
@@ -245,12 +245,12 @@ class _Work:
             self.progress(Progress(stage, name, done, total, fraction))
 
 
-def _check_fit(layers: Sequence[Layer], masks: PartitionMatroid, start: Mapping[str, Tensor]) -> dict[Layer, Tensor]:
+def _check_fit(layers: Sequence[Layer], masks: MaskSet, start: Mapping[str, Tensor]) -> dict[Layer, Tensor]:
     """Refuse misfits before any work; return the starting masks as (rows, d)."""
     named = {layer.name: layer for layer in layers}
     for layer in layers:
         try:
-            masks.kept_per_group(layer.shape)
+            masks.check(layer.shape)
         except MaskoptError as error:
             raise MaskoptError(f"The masks do not fit the layer {layer.name}: {error}") from error
     for name, mask in start.items():

@@ -141,7 +141,7 @@ class _BlendedRun(_Run):
         self.local = (worst - best) * self.patience >= pool.first(view.gap)
         dtype = view.x.dtype
         within = atoms.dense(self.gain, dtype) - atoms.dense(self.drop, dtype)
-        outward = pool.flat(view.vertex - view.x)
+        outward = pool.flat(view.toward)
         way = torch.lerp(outward, within, self.local.to(dtype).unsqueeze(1))
         limit = torch.where(self.local, atoms.weight_of(self.drop), 1.0).to(dtype)
         return Way(_flat(view, way), pool.spread(limit))

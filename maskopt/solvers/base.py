@@ -138,8 +138,8 @@ class Watch:
         mask: Tensor | None = None,
     ) -> bool:
         """Report an iteration, with the relaxed point or the mask it has; True if the solver has to return."""
-        if self.recorder is not None and self.recorder.due(iteration):
-            self._record(self.recorder, problem, iteration, point, mask)
+        if self.recorder is not None and self.recorder.due():
+            self._record(self.recorder, problem, point, mask)
         if self.ended is None and self._limit is not None and self.seconds > self._limit:
             self.ended = Status.TIME_LIMIT
         if self.ended is None and self._callback is not None:
@@ -156,28 +156,27 @@ class Watch:
         self,
         recorder: Recorder,
         problem: Problem,
-        iteration: int,
         point: Callable[[], Point] | None,
         mask: Tensor | None,
     ) -> None:
         since, now = self.seconds - self._block_began, time.perf_counter()
         if point is not None:
-            recorder.relaxed(problem, point().x, iteration, since)
+            recorder.relaxed(problem, point().x, since)
         elif mask is not None:
-            recorder.whole(mask, iteration, since, "swap")
+            recorder.whole(mask, since, "swap")
         self._paused += time.perf_counter() - now
 
-    def last(self, problem: Problem, point: Point, iteration: int) -> None:
+    def last(self, problem: Problem, point: Point) -> None:
         """Record where a method ended, whether or not it is that iteration's turn."""
         if self.recorder is not None:
-            self._record(self.recorder, problem, iteration, lambda: point, None)
+            self._record(self.recorder, problem, lambda: point, None)
 
     def finish(self, outcome: Outcome) -> Outcome:
         """Return the outcome with the best mask and bound that were seen in its block."""
         recorder = self.recorder
         if recorder is None:
             return outcome
-        recorder.whole(outcome.mask, outcome.iterations, self.seconds - self._block_began, outcome.source)
+        recorder.whole(outcome.mask, self.seconds - self._block_began, outcome.source)
         bound = outcome.lower_bound
         if recorder.bound is not None:
             bound = recorder.bound if bound is None else torch.maximum(bound, recorder.bound)
@@ -462,13 +461,16 @@ def _solve(
     proven = all(bound is not None for bound in bounds)
     nothing = GapKind.NONE if record == 0 or all(recorder.convex for recorder in recorders) else GapKind.STATIONARY
     weakest = max((outcome.status for outcome in outcomes), key=list(Status).index)
+    objective = problem.objective(mask)
+    bound = torch.cat([bound for bound in bounds if bound is not None]) if proven else None
+    optimal = bound is not None and bool((objective.view(len(bound), -1).sum(1) <= bound).all())
     return Result(
         mask=mask,
-        objective=problem.objective(mask),
+        objective=objective,
         scale=problem.scale(),
-        status=watch.ended or weakest,
+        status=Status.OPTIMAL if optimal else watch.ended or weakest,
         gap_kind=GapKind.PROVEN if proven else nothing,
-        lower_bound=torch.cat([bound for bound in bounds if bound is not None]) if proven else None,
+        lower_bound=bound,
         iterations=max(outcome.iterations for outcome in outcomes),
         seconds=watch.seconds,
         counters=dict(watch.counters),

@@ -21,7 +21,7 @@ class Vanilla(Direction):
     """Go to the oracle's vertex (Frank and Wolfe, 1956)."""
 
     def way(self, view: View) -> Way:
-        return Way(view.vertex - view.x)
+        return Way(view.toward)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class _ConjugateRun(Direction):
     """From the point to where the last move would have ended at full length."""
 
     def way(self, view: View) -> Way:
-        return Way(view.vertex - view.x)
+        return Way(view.toward)
 
     def bend(self, view: View, move: Move) -> Move:
         if self.previous is not None:
@@ -96,7 +96,7 @@ class Boosted(Direction):
     def way(self, view: View) -> Way:
         goal = view.gradient.neg()
         length = view.dot(goal, goal).sqrt()
-        toward = view.vertex - view.x
+        toward = view.toward
         sum_, total = torch.zeros_like(toward), length.new_zeros(len(length))
         cosine = length.new_full((len(length),), -1.0)
         open_ = torch.ones_like(cosine)
@@ -235,7 +235,7 @@ class BlockCoordinate(Direction):
 
     def way(self, view: View) -> Way:
         assert isinstance(view.masks, HasGroups)
-        way = view.vertex - view.x
+        way = view.toward
         groups = view.masks.groups(way)
         # Counted within a band, so that a band's answer does not depend on which others are solved with it.
         within = len(groups) * view.pool.band // len(way)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid
-from maskopt.problems import LayerReconstruction, Problem, Quadratic
+from maskopt.problems import LayerReconstruction, Point, Problem, Quadratic
 from maskopt.solvers.active import Away, BlendedPairwise, FullyCorrective, Lazy, Pairwise
 from maskopt.solvers.base import Outcome, Solver, Status, Watch, band_of
 from maskopt.solvers.directions import BlockCoordinate, Boosted, Conjugate, Momentum, Stochastic, Vanilla
@@ -18,6 +18,7 @@ from maskopt.solvers.history import Record
 from maskopt.solvers.inface import BlendedInFace, InFace
 from maskopt.solvers.loop import frank_wolfe
 from maskopt.solvers.one_swap import descend
+from maskopt.solvers.rounding import best_weight
 from maskopt.solvers.rules import Direction, Pool, Step
 from maskopt.solvers.steps import (
     AdaptiveStep,
@@ -80,9 +81,9 @@ _REFRESH = 100  # iterations after which carried gradients are computed anew
 class FrankWolfe(Solver):
     """Minimise over the hull of the masks, and return the best mask met.
 
-    Candidates are the rounded points and the oracle's vertices (each of which is a mask) of the recorded
-    iterations, then the 1-swap optimum near the best of them. Where the objective is convex the recorded points prove
-    lower bounds.
+    Candidates are the rounded points and the oracle's vertices (each of which is a mask) of the recorded iterations,
+    the last point rounded with regard to its gradient, then the 1-swap optimum near the best of them. Where the
+    objective is convex the recorded points prove lower bounds.
 
     Parameters
     ----------
@@ -167,17 +168,22 @@ class FrankWolfe(Solver):
             tolerance=tolerance,
             refresh=_REFRESH if isinstance(problem, Quadratic) else 0,
         )
-        mask, source = masks.round(walk.point.x), "round"
+        mask, source = self._rounded(problem, masks, walk.point), "gradient"
         if watch.recorder is not None:
-            watch.last(problem, walk.point, walk.iterations)
+            watch.last(problem, walk.point)
             watch.recorder.offer(mask, source)
-            mask, source = watch.recorder.mask, "polish"
+            mask = watch.recorder.mask
         layer = problem.unshifted()
         if self.polish and isinstance(layer, LayerReconstruction) and isinstance(masks, PartitionMatroid):
             mask, _, _ = descend(layer, masks, mask, watch)
             source = "polish"
         status = Status.CONVERGED if walk.converged else Status.ITERATION_LIMIT
         return Outcome(mask, status, walk.iterations, source=source)
+
+    def _rounded(self, problem: Problem, masks: MaskSet, point: Point) -> Tensor:
+        # Of the gradients that may order nearly equal entries the one that knows their curvature harms least.
+        curved = problem.shifted(problem.diagonal()) if isinstance(problem, Quadratic) else problem
+        return best_weight(problem, masks, point.x, curved.gradient(point))
 
     def _begin(self, problem: Problem, masks: MaskSet, start: Tensor | None) -> Tensor:
         if start is not None:

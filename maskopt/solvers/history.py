@@ -22,8 +22,7 @@ Record = int | Literal["doubling"]
 
 COLUMNS = ("iteration", "seconds", "value", "gap", "bound", "rounded", "incumbent")
 """Of a history: the relaxed objective, its Frank-Wolfe gap, the best proven bound so far, the error of the rounded
-point and that of the best mask so far; summed over rows, nan where there is none. Iterations never go back: swaps after
-a walk stand at its last one."""
+point and that of the best mask so far; summed over rows, nan where there is none."""
 
 
 class Recorder:
@@ -51,15 +50,17 @@ class Recorder:
         self.convex = True
         self._source = torch.zeros(bands, dtype=torch.int64, device=problem.device)
         self._names: list[str] = []
+        self._count = -1  # iterations of all stages of a method
         self._exact: tuple[Problem, Problem] | None = None
 
-    def due(self, iteration: int) -> bool:
-        """Whether an iteration is to be recorded."""
+    def due(self) -> bool:
+        """Count an iteration; whether it is to be recorded."""
+        self._count += 1
         if self.record == "doubling":
-            return iteration & (iteration - 1) == 0
-        return self.record > 0 and iteration % self.record == 0
+            return self._count & (self._count - 1) == 0
+        return self.record > 0 and self._count % self.record == 0
 
-    def relaxed(self, objective: Problem, x: Tensor, iteration: int, seconds: float) -> None:
+    def relaxed(self, objective: Problem, x: Tensor, seconds: float) -> None:
         """Record a relaxed point; objectives may differ by shifts from one call to the next."""
         if self._exact is None or self._exact[0] is not objective:
             self._exact = objective, objective.double()
@@ -71,11 +72,11 @@ class Recorder:
             self.bound = here.bound if self.bound is None else torch.maximum(self.bound, here.bound)
         rounded = self.offer(self.masks.round(x), "round")
         self.offer(here.vertex, "vertex")
-        self._append(iteration, seconds, float(here.value.sum()), float(here.gap.sum()), rounded)
+        self._append(seconds, float(here.value.sum()), float(here.gap.sum()), rounded)
 
-    def whole(self, mask: Tensor, iteration: int, seconds: float, source: str) -> None:
+    def whole(self, mask: Tensor, seconds: float, source: str) -> None:
         """Record a mask."""
-        self._append(iteration, seconds, math.nan, math.nan, self.offer(mask, source))
+        self._append(seconds, math.nan, math.nan, self.offer(mask, source))
 
     def offer(self, mask: Tensor, source: str) -> float:
         """Keep a mask in the bands where it is the best so far; return its error in all."""
@@ -94,12 +95,9 @@ class Recorder:
         """In how many bands the best mask came from where."""
         return dict(Counter(self._names[number] for number in self._source.tolist()))
 
-    def _append(self, iteration: int, seconds: float, value: float, gap: float, rounded: float) -> None:
+    def _append(self, seconds: float, value: float, gap: float, rounded: float) -> None:
         bound = math.nan if self.bound is None else float(self.bound.sum())
-        # A method's stages may count anew; blocks are added up by this column.
-        past = self.history["iteration"]
-        iteration = max(iteration, int(past[-1])) if past else iteration
-        row = (iteration, seconds, value, gap, bound, rounded, float(self.error.sum()))
+        row = (max(self._count, 0), seconds, value, gap, bound, rounded, float(self.error.sum()))
         for name, figure in zip(COLUMNS, row, strict=True):
             self.history[name].append(figure)
 

@@ -44,7 +44,7 @@ class BlendedInFace(Direction):
         way = _limited(view, local)
         assert way.limit is not None
         return Way(
-            torch.lerp(view.vertex - view.x, local, stays.to(local.dtype).unsqueeze(1)),
+            torch.lerp(view.toward, local, stays.to(local.dtype).unsqueeze(1)),
             torch.where(stays, way.limit, 1.0),
         )
 

@@ -73,6 +73,7 @@ class View:
         """Forget what was computed from the point's gradient."""
         self._gradient: Tensor | None = None
         self._vertex: Tensor | None = None
+        self._toward: Tensor | None = None
         self.known_gap: Tensor | None = None
 
     @property
@@ -94,10 +95,17 @@ class View:
         return self._vertex
 
     @property
+    def toward(self) -> Tensor:
+        """The way from the point to the vertex, shape (rows, d); the direction may make it its own."""
+        if self._toward is None:
+            self._toward = self.vertex - self.x
+        return self._toward
+
+    @property
     def gap(self) -> Tensor:
         """The Frank-Wolfe gap <gradient, x - vertex>, per row; `known_gap` from then on."""
         if self.known_gap is None:
-            self.known_gap = self.dot(self.gradient, self.x - self.vertex)
+            self.known_gap = -self.dot(self.gradient, self.toward)
         return self.known_gap
 
     def certified_gap(self) -> Tensor | None:

@@ -40,7 +40,7 @@ class SwapSearch:
         self.columns = problem.shape[1]
         self.segments = self.columns // self.width
         self.own = problem.diagonal()
-        self.protected = masks.protected
+        self.protected, self.forbidden = masks.protected, masks.forbidden
         self.eps = 8 * torch.finfo(problem.dtype).eps
         device = problem.device
         self.local = torch.arange(self.columns, device=device)
@@ -81,7 +81,8 @@ class SwapSearch:
         change = 2.0 * self.weight[index] * carried[index]
         error = self.eps * (change.abs() + own)
         movable = mask if self.protected is None else mask & ~self.protected[index]
-        return torch.where(mask, torch.inf, own - change), torch.where(movable, own + change, torch.inf), error
+        closed = mask if self.forbidden is None else mask | self.forbidden[index]
+        return torch.where(closed, torch.inf, own - change), torch.where(movable, own + change, torch.inf), error
 
     def _within_rows(self, kept: Tensor, carried: Tensor, dirty: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         index = dirty.nonzero().flatten()

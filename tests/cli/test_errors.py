@@ -96,7 +96,7 @@ def test_files_that_are_no_layers(fails, tmp_path):
         (("-p", "2:4", "-s", "0.6"), "leave the sparsity out"),
         (("-p", "2:5"), "divisible by 5"),
         (("-p", "5:4"), "impossible"),
-        (("-p", "columns", "-s", "0.5"), "no pattern 'columns'"),
+        (("-p", "column", "-s", "0.5"), "no pattern 'column'"),
         (("-s", "0.5", "--solver", "best"), "no solver 'best'; choose one of magnitude"),
         (("-s", "0.5", "-o", "steps=3"), "no setting 'steps'; it has iterations"),
         (("-s", "0.5", "-o", "iterations"), "key=value"),

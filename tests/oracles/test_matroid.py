@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles import NM, PartitionMatroid, PerRow, Unstructured
+from maskopt.oracles import NM, AtMost, Blocks, PartitionMatroid, PerRow, Unstructured
 from tests.helpers import SETS, feasible, groups_of
 
 COST = torch.tensor([[3.0, 1.0, 2.0, 1.0], [0.0, 9.0, 1.0, 1.0]])
@@ -26,6 +26,8 @@ COST = torch.tensor([[3.0, 1.0, 2.0, 1.0], [0.0, 9.0, 1.0, 1.0]])
         (PartitionMatroid(1, (None, 1)), [[0, 1, 0, 1], [1, 0, 1, 0]]),
         (Unstructured(0), [[0, 0, 0, 0], [0, 0, 0, 0]]),
         (Unstructured(1.0), [[1, 1, 1, 1], [1, 1, 1, 1]]),
+        (Blocks(2, (2, 2)), [[0, 1, 0, 1], [1, 0, 1, 0]]),
+        (AtMost(PerRow(2)), [[0, 0, 0, 0], [0, 0, 0, 0]]),
     ],
     ids=repr,
 )
@@ -178,3 +180,25 @@ def test_nm_wants_a_count() -> None:
     for keep, group in ((0.5, 4), (1.0, 4), (2.0, 4), (2, 4.0)):
         with pytest.raises(MaskoptError, match="NM needs whole numbers"):
             NM(keep=keep, group=group)
+
+
+def test_at_most_takes_what_pays() -> None:
+    cost = torch.tensor([[-3.0, 1.0, 0.0, -1.0], [-1.0, -1.0, -1.0, -2.0]])
+    assert AtMost(PerRow(2)).lmo(cost).int().tolist() == [[1, 0, 0, 1], [1, 0, 0, 1]]
+    assert AtMost(Unstructured(1)).lmo(cost).int().tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_at_most_counts_and_averages() -> None:
+    masks = AtMost(PerRow(50))
+    assert masks.count((2, 100)) == sum(math.comb(100, kept) for kept in range(51)) ** 2
+    assert "AtMost(PerRow(keep=50))" in repr(masks)
+    for size, keep in ((100, 50), (100, 3), (1001, 400), (7, 7)):
+        weights = [math.comb(size, kept) for kept in range(keep + 1)]
+        mean = Fraction(sum(kept * weight for kept, weight in enumerate(weights)), sum(weights) * size)
+        center = AtMost(PerRow(keep)).center((1, size), torch.float64, torch.device("cpu"))
+        torch.testing.assert_close(center, torch.full_like(center, float(mean)), rtol=1e-10, atol=0)
+
+
+def test_the_center_of_a_big_matrix() -> None:
+    share = AtMost(Unstructured(0.5)).center((2048, 2048), torch.float64, torch.device("cpu"))[0, 0]
+    assert 0.4995 < float(share) < 0.5

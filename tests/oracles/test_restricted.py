@@ -1,4 +1,4 @@
-"""Protected entries: what the wrapper promises beyond the set it wraps."""
+"""Fixed entries: what the wrapper promises beyond the set it wraps."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles import NM, PartitionMatroid, PerRow, Protected, Unstructured
+from maskopt.oracles import NM, AtMost, PartitionMatroid, PerRow, Protected, Restricted, Unstructured
 
 
 def held(shape: tuple[int, int], *entries: tuple[int, int]) -> torch.Tensor:
@@ -69,3 +69,43 @@ def test_rowwise_spreads_evenly() -> None:
 
 def test_the_name_says_protected() -> None:
     assert "rotected" in repr(Protected(PerRow(2), held((1, 4), (0, 3))))
+
+
+@pytest.mark.parametrize(
+    ("base", "entries", "sentence"),
+    [
+        (PerRow(3), [(1, 0), (1, 2)], "Group 1 forbids 1 more entries than PerRow"),
+        (Unstructured(8), [(0, 0)], "Group 0 forbids 1 more entries than Unstructured"),
+        (NM(keep=1, group=2), [(1, 3), (1, 2)], "Group 3 forbids 1 more"),
+    ],
+    ids=str,
+)
+def test_too_many_forbidden(base: PartitionMatroid, entries: list[tuple[int, int]], sentence: str) -> None:
+    with pytest.raises(MaskoptError, match=sentence):
+        base.restrict(pruned=held((2, 4), *entries))
+    assert AtMost(base).restrict(pruned=held((2, 4), *entries)).count((2, 4)) > 0
+
+
+def test_a_restriction_restricts_something() -> None:
+    with pytest.raises(MaskoptError, match="got neither"):
+        Restricted(PerRow(2))
+
+
+def test_a_restriction_has_a_shape() -> None:
+    masks = PerRow(2).restrict(held((2, 4), (0, 0)))
+    for verb in (lambda: masks.check((3, 4)), lambda: masks.vertex(torch.zeros(3, 4))):
+        with pytest.raises(MaskoptError, match=r"fixes entries of a weight of shape \(2, 4\); got \(3, 4\)"):
+            verb()
+    with pytest.raises(MaskoptError, match="divisible by 4"):
+        NM(keep=2, group=4).restrict(held((2, 6), (0, 0)))
+
+
+def test_at_most_of_a_restriction_stays_restricted() -> None:
+    masks = AtMost(PerRow(2).restrict(held((1, 4), (0, 3)), held((1, 4), (0, 0))))
+    assert masks.lmo(torch.tensor([[-9.0, 1.0, -1.0, 5.0]])).int().tolist() == [[0, 0, 1, 1]]
+    assert masks.count((1, 4)) == 3
+
+
+def test_rowwise_of_fixed_rows() -> None:
+    masks = Unstructured(4).restrict(held((2, 4), (0, 0), (0, 1), (0, 2)), held((2, 4), (1, 3)))
+    assert masks.rowwise((2, 4)).kept_per_group((2, 4)).sum() == 4

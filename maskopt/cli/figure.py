@@ -1,0 +1,92 @@
+"""Figures of trajectories."""
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Literal
+
+from maskopt.errors import MaskoptError
+
+__all__ = ["check_figure", "draw_traces"]
+
+_KINDS = (".png", ".svg", ".pdf")
+_LINES: dict[str, tuple[Literal["-", "--", ":"], str]] = {
+    "rounded": ("-", "rounded mask"),
+    "value": ("--", "relaxed value"),
+    "bound": (":", "proven bound"),
+}
+# Okabe and Ito's palette, which people with any colour vision can tell apart.
+_COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#F0E442",
+    "#7A7A7A",
+    "#7B3294",
+)
+
+
+def check_figure(path: Path) -> None:
+    """Refuse, before any work, a figure that could not be drawn after it.
+
+    Raises
+    ------
+    MaskoptError
+        If the suffix is unknown or matplotlib is missing.
+    """
+    if path.suffix not in _KINDS:
+        raise MaskoptError(f"A figure is a {', '.join(_KINDS[:-1])} or {_KINDS[-1]} file; got {path}.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MaskoptError('Figures need matplotlib, which is missing: pip install "maskopt[report]".')
+
+
+def draw_traces(traces: dict[str, dict[str, list[float]]], path: Path, kind: str, title: str) -> None:
+    """Draw rounded errors, relaxed values and bounds against iterations and against seconds.
+
+    Parameters
+    ----------
+    traces : dict
+        Histories (columns as in `maskopt.solvers.COLUMNS`) by solver.
+    path : Path
+        Where to.
+    kind : str
+        ".png", ".svg" or ".pdf".
+    title : str
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for number, history in enumerate(traces.values()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        for axis, panel in zip(("iteration", "seconds"), panels, strict=True):
+            for name, (style, _) in _LINES.items():
+                at = [i for i, y in enumerate(history[name]) if y > 0 and math.isfinite(y)]
+                if not at:
+                    continue
+                # Nothing takes no time, and a logarithmic axis has no nought.
+                x = [max(history[axis][i], 1e-3 if axis == "seconds" else 0.0) for i in at]
+                marker = "o" if len(at) == 1 else ""
+                panel.plot(x, [history[name][i] for i in at], style, color=colour, marker=marker, linewidth=1.4)
+    for axis, panel in zip(("iterations", "seconds"), panels, strict=True):
+        panel.set_xscale("symlog", linthresh=1.0) if axis == "iterations" else panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_xlabel(axis)
+        panel.grid(alpha=0.3, which="both", linewidth=0.5)
+    panels[0].set_xlim(left=0)
+    panels[0].set_ylabel("error relative to pruning all")
+    # Early bounds are as near to nought as they like; what matters is where they end.
+    ends = [history[name][-1] for history in traces.values() for name in ("incumbent", "bound")]
+    lowest = min((end for end in ends if end > 1e-6), default=1e-6)
+    panels[0].set_ylim(bottom=lowest / 5)
+    handles = [Line2D([], [], color=_COLOURS[i % len(_COLOURS)]) for i in range(len(traces))]
+    handles += [Line2D([], [], color="grey", linestyle=style) for style, _ in _LINES.values()]
+    labels = [*traces, *(label for _, label in _LINES.values())]
+    figure.legend(handles, labels, fontsize=8, loc="outside right upper")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, format=kind[1:], dpi=150)

@@ -1,0 +1,141 @@
+"""`maskopt trace`: what solvers do over iterations and seconds, as a figure and as a table of numbers."""
+
+import csv
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from maskopt.cli.figure import check_figure, draw_traces
+from maskopt.cli.layer import load_layer
+from maskopt.cli.options import (
+    DeviceOption,
+    JsonOption,
+    MemoryOption,
+    PatternOption,
+    QuietOption,
+    SparsityOption,
+    check_device,
+    parse_memory,
+)
+from maskopt.cli.output import Bar, check_outputs, environment, json_output, tables
+from maskopt.cli.solvers import parse_solvers
+from maskopt.errors import MaskoptError
+from maskopt.files import atomic_path
+from maskopt.oracles import parse_masks
+from maskopt.solvers import COLUMNS, check_compatible, solve
+
+__all__ = ["trace"]
+
+
+def trace(
+    instance: Annotated[Path, typer.Argument(metavar="INSTANCE", help="Safetensors file with `weight`, `gram`.")],
+    solvers: Annotated[
+        str, typer.Option("--solvers", help="Comma-separated; settings as in 'pairwise:step=short;iterations=500'.")
+    ] = "sparsefw,blended-pairwise,dicg,continuation",
+    pattern: PatternOption = "per-row",
+    sparsity: SparsityOption = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=1, help="Only the first rows of the layer (a quick look).")
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option("--every", min=1, help="Record every so many iterations; by default 0, 1, 2, 4, 8 ..."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Draw into a new .png, .svg or .pdf file.")] = None,
+    table: Annotated[Path | None, typer.Option("--csv", help="Write the trajectories to a new .csv file.")] = None,
+    time_limit: Annotated[
+        float | None, typer.Option("--time-limit", help="Seconds for each solver, without the recording.")
+    ] = None,
+    json: JsonOption = None,
+    device: DeviceOption = "cpu",
+    memory: MemoryOption = "1G",
+    quiet: QuietOption = False,
+) -> None:
+    """Follow solvers: relaxed value, proven bound and rounded error against iterations and seconds."""
+    check_outputs(json, out, table)
+    if out is not None:
+        check_figure(out)
+    masks, methods, working = parse_masks(pattern, sparsity), parse_solvers(solvers), parse_memory(memory)
+    _, problem = load_layer(instance, check_device(device))
+    if rows is not None:
+        problem = problem.rows(slice(0, rows))
+    for method in methods.values():
+        check_compatible(problem, masks, method)
+    scale = float(problem.scale().sum())
+    if scale == 0.0:
+        raise MaskoptError(f"The layer {instance} has no output to lose, so there is nothing to follow.")
+    traces: dict[str, dict[str, list[float]]] = {}
+    with Bar(quiet, steps=len(methods)) as bar:
+        for spec, method in methods.items():
+            result = solve(
+                problem,
+                masks,
+                method,
+                callback=bar.step(spec),
+                time_limit=time_limit,
+                memory=working,
+                record="doubling" if every is None else every,
+            )
+            traces[spec] = {
+                name: column if name in ("iteration", "seconds") else [figure / scale for figure in column]
+                for name, column in result.history.items()
+            }
+    figures = {
+        "traces": traces,
+        "settings": {
+            "instance": str(instance),
+            "rows": problem.shape[0],
+            "columns": problem.shape[1],
+            "masks": repr(masks),
+            "solvers": {spec: repr(method) for spec, method in methods.items()},
+            "every": "doubling" if every is None else every,
+            "time_limit": time_limit,
+            "device": device,
+            "memory": working,
+        },
+        "versions": environment(),
+    }
+    with json_output(json, figures):
+        if table is not None:
+            with atomic_path(table) as aside:
+                _write(aside, traces)
+        if out is not None:
+            with atomic_path(out) as aside:
+                draw_traces(traces, aside, out.suffix, f"{instance.stem}, {masks}")
+    tables(json).print(_summary(traces))
+
+
+def _write(path: Path, traces: dict[str, dict[str, list[float]]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("solver", *COLUMNS))
+        for spec, history in traces.items():
+            writer.writerows((spec, *row) for row in zip(*(history[name] for name in COLUMNS), strict=True))
+
+
+def _summary(traces: dict[str, dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=Text("Where each ended, relative to pruning all"), title_justify="left")
+    for name in ("solver", "iterations", "seconds", "relaxed value", "gap", "proven bound", "rounded", "best mask"):
+        table.add_column(name, justify="left" if name == "solver" else "right")
+    for spec, history in traces.items():
+        # The last record of all is the mask handed back; the relaxed point is in the one before.
+        relaxed = [index for index, value in enumerate(history["value"]) if value == value]
+        at = relaxed[-1] if relaxed else -1
+        table.add_row(
+            Text(spec),
+            f"{history['iteration'][-1]:.0f}",
+            f"{history['seconds'][-1]:.2f}",
+            *(_number(history[name][at]) for name in ("value", "gap")),
+            _number(history["bound"][-1]),
+            _number(history["rounded"][at]),
+            _number(history["incumbent"][-1]),
+        )
+    return table
+
+
+def _number(value: float) -> str:
+    return "" if value != value else f"{value:.6f}"

@@ -1,0 +1,256 @@
+"""Rounding: from a relaxed mask, a point of the hull, to masks of the set.
+
+Every rule ends in an oracle call, so that its answer lies in the set whatever the input, and every rule leaves masks as
+they are. Which of several masks is best is decided by float64 evaluations (`best`); a mask that an oracle returned on
+the way is as good a candidate as a rounded point.
+"""
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+from maskopt.oracles.base import HasGroups, MaskSet, face_tolerance
+from maskopt.problems import LayerReconstruction, Problem
+from maskopt.solvers.base import band_of
+
+__all__ = ["WEIGHTS", "best", "best_of", "best_weight", "dependent", "gradient_aware", "lemma2_slack", "top_k"]
+
+WEIGHTS = (0.0, 1 / 256, 1 / 64, 1 / 16, 1 / 4, 1.0)
+"""Weights of the gradient worth trying; the first is `top_k`."""
+
+
+def top_k(masks: MaskSet, x: Tensor) -> Tensor:
+    """Return the mask nearest to the relaxed mask `x`, boolean, shape (rows, d): the largest entries of each group."""
+    return masks.round(x)
+
+
+def gradient_aware(masks: MaskSet, x: Tensor, gradient: Tensor, weight: float = 1 / 256) -> Tensor:
+    """Return the mask nearest to x - eta * gradient: of nearly equal entries those stay that the objective misses most.
+
+    It minimises <gradient, m> + |m - x|^2 / (2 eta) over masks m, a first-order model and a proximity term, since
+    m^2 = m. eta is `weight` over the spread of a band's gradient: the mean distance of entries from their mean, both
+    weighted by x (1 - x), as only undecided entries compete. Scaling the objective, or adding a constant to the
+    gradient where groups keep fixed numbers, changes nothing, and a band that is a mask already stays.
+
+    At a minimiser of a convex relaxation the gradient is constant on a group's fractional entries and orders none of
+    them; short of one it says which entries still rise. The gradient of `problem.shifted(problem.diagonal())` knows
+    the curvature of each entry besides, and harms less where the weight is too large.
+
+    Parameters
+    ----------
+    masks : MaskSet
+        The set.
+    x, gradient : Tensor
+        A relaxed mask and the gradient there, finite, shape (rows, d).
+    weight : float
+        0 rounds as `top_k` does.
+
+    Returns
+    -------
+    Tensor
+        Boolean, shape (rows, d).
+    """
+    bands = gradient.double().reshape(-1, masks.band(x.shape) * x.shape[1])
+    share = x.double().reshape(bands.shape)
+    open_ = (share * (1.0 - share) - _tolerance(x)).clamp_(min=0.0)
+    open_ /= open_.sum(1, keepdim=True)
+    mean = (open_ * bands).sum(1, keepdim=True)
+    spread = (open_ * (bands - mean).abs_()).sum(1, keepdim=True)
+    spread *= spread > 1e-12 * bands.abs().amax(1, keepdim=True)  # less is the rounding of the mean
+    # A band without spread, or without open entries (0 / 0), has no preference and no eta.
+    eta = (weight / spread).nan_to_num_(0.0, 0.0, 0.0)
+    return masks.round((share - eta * bands).view_as(x))
+
+
+def best_weight(
+    problem: Problem, masks: MaskSet, x: Tensor, gradient: Tensor, weights: Iterable[float] = WEIGHTS
+) -> Tensor:
+    """Return, for each band, the best mask of `gradient_aware` over some weights; never worse than any of them."""
+    return _best(problem, masks, (gradient_aware(masks, x, gradient, weight) for weight in weights))[0]
+
+
+def dependent(
+    masks: MaskSet,
+    x: Tensor,
+    generator: torch.Generator,
+    samples: int | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
+    """Draw masks whose mean is `x`: dependent rounding by the pivotal method.
+
+    Two fractional entries of a group duel: one of them becomes 0 or 1, the other takes over the rest of their sum, with
+    the probabilities that keep both means (the pivotal method of Deville and Tillé, Biometrika 85(1), 1998; Srinivasan,
+    FOCS 2001). As every duel keeps the group's sum, counts come out exactly, and entries of a group are negatively
+    correlated. Duels are arranged as a tournament, so that all groups take log2(entries) steps together. A group that
+    need not be full, and whose sum is fractional, ends with the sum rounded up or down.
+
+    Parameters
+    ----------
+    masks : MaskSet
+        A set with the verbs of `HasGroups`.
+    x : Tensor
+        A point of the hull, shape (rows, d). An entry within `face_tolerance` of 0 or 1 is decided and stays there.
+    generator : torch.Generator
+        Source of all randomness; drawn from on its own device, so that equal seeds give equal masks everywhere.
+    samples : int, optional
+        Draw so many masks at once.
+    order : Tensor, optional
+        Shape (rows, d): within each group entries sit in rising order of it, and neighbours meet first, so that of two
+        neighbours rarely both stay or go. Random by default, anew for every sample.
+
+    Returns
+    -------
+    Tensor
+        Boolean, shape (rows, d), or (samples, rows, d).
+
+    Raises
+    ------
+    MaskoptError
+        If the set has no groups.
+    """
+    if not isinstance(masks, HasGroups):
+        missing = " and ".join(verb for verb in ("groups", "ungroup") if not hasattr(masks, verb))
+        raise MaskoptError(f"Dependent rounding works on groups, but {type(masks).__name__} does not have {missing}.")
+    number = 1 if samples is None else samples
+    share = masks.groups(x).double().clamp(0.0, 1.0)
+    near = share.round()
+    fractional = (share - near).abs() > _tolerance(x)
+    share = near + (share - near) * fractional
+    # Only seats of fractional entries are filled; groups with fewer of them seat decided ones, whom no duel changes.
+    most = int(fractional.sum(1).max())
+    seats = fractional.byte().argsort(dim=1, descending=True, stable=True)[:, :most].expand(number, -1, -1)
+    if order is None:
+        keys = _uniform(seats.shape, generator, x.device)
+    else:
+        keys = masks.groups(order).expand(number, -1, -1).gather(2, seats)
+    seats = seats.gather(2, keys.argsort(dim=2, stable=True))
+    settled = share.repeat(number, 1, 1)
+    _play(settled, seats, generator, decide_last=getattr(masks, "at_most", False))
+    # A full group's last entry is near 0 or 1: the oracle decides it by the count. Should rounding have moved a large
+    # group's sum by more than one entry, a thousandth of x says which entries make up for it.
+    settled.add_(masks.groups(x), alpha=1e-3)
+    drawn = torch.stack([masks.round(masks.ungroup(sample, x.shape)) for sample in settled])
+    return drawn[0] if samples is None else drawn
+
+
+def _play(share: Tensor, seats: Tensor, generator: torch.Generator, *, decide_last: bool) -> None:
+    """Play the tournament of the entries `seats`, shape (..., entries), in place; one entry each stays fractional.
+
+    With `decide_last` that entry becomes 1 with the probability it has, else 0.
+    """
+    value = share.gather(-1, seats)
+    while value.shape[-1] > 1:
+        pairs = value.shape[-1] // 2
+        one, two = value[..., : 2 * pairs : 2], value[..., 1 : 2 * pairs : 2]
+        total = one + two
+        # Up to a sum of 1 the loser becomes 0, above it becomes 1; its probability to be the other one is its distance.
+        end = torch.ge(total, 1.0, out=torch.empty_like(total))
+        far = (one - end).abs_()
+        first = _uniform(total.shape, generator, share.device) * (far + (two - end).abs_()) < far
+        left, right = seats[..., : 2 * pairs : 2], seats[..., 1 : 2 * pairs : 2]
+        winner = right + (left - right) * first
+        share.scatter_(-1, left + right - winner, end)
+        value = torch.cat((total - end, value[..., 2 * pairs :]), -1)
+        seats = torch.cat((winner, seats[..., 2 * pairs :]), -1)
+    if decide_last:
+        value = (_uniform(value.shape, generator, share.device) < value).double()
+    share.scatter_(-1, seats, value)
+
+
+def _tolerance(x: Tensor) -> float:
+    # Half precision is no excuse: its entries are numbers like others.
+    return face_tolerance(torch.promote_types(x.dtype, torch.float32))
+
+
+def _uniform(shape: torch.Size, generator: torch.Generator, device: torch.device) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device).to(device)
+
+
+def best_of(problem: Problem, masks: MaskSet, x: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    """Return, for each band, the best of `top_k` and `samples` dependent roundings, boolean, shape (rows, d)."""
+    drawn = (dependent(masks, x, generator) for _ in range(samples))  # one at a time: memory stays what it is
+    return _best(problem, masks, itertools.chain((top_k(masks, x),), drawn))[0]
+
+
+def best(problem: Problem, masks: MaskSet, *candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose among masks, for each band of rows on its own, by the objective in float64.
+
+    Parameters
+    ----------
+    problem : Problem
+        Evaluates.
+    masks : MaskSet
+        Says how many consecutive rows form a band; any mix of members by bands is a member.
+    *candidates : Tensor
+        Members, boolean, shape (rows, d), at least one.
+
+    Returns
+    -------
+    mask : Tensor
+        Boolean, shape (rows, d).
+    index : Tensor
+        Number of the chosen candidate, int64, shape (bands,); the first of equals.
+    """
+    return _best(problem, masks, candidates)
+
+
+def _best(problem: Problem, masks: MaskSet, candidates: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    band = band_of(problem, masks)
+    numbered = iter(enumerate(candidates))
+    mask = next(numbered)[1].clone()
+    error = problem.objective(mask).view(-1, band).sum(1)
+    index = torch.zeros(len(error), dtype=torch.int64, device=error.device)
+    for number, candidate in numbered:
+        other = problem.objective(candidate).view(-1, band).sum(1)
+        better = other < error
+        error = torch.minimum(error, other)
+        index[better] = number
+        rows = better.repeat_interleave(band)
+        mask[rows] = candidate[rows]
+    return mask, index
+
+
+def lemma2_slack(problem: LayerReconstruction, masks: MaskSet, x: Tensor) -> Tensor:
+    """Return a proven bound on how much worse the rounded `x` is than the best mask: f(top_k(x)) - min f <= slack.
+
+    The data-dependent form of Lemma 2 of SparseFW (arXiv 2510.13713), from numbers of the relaxed point alone. For a
+    row let p = 1 - x, Q = Diag(w) G Diag(w) with eigenvalues of size at most lambda, and delta the change of x by
+    rounding. Then f(top_k(x)) - f(x) = -2 <delta, Q p> + <delta, Q delta> <= 2 lambda |p| |delta| + lambda |delta|^2.
+    Entries of p and delta have size at most 1, so that |p|^2 <= r, the sum of p (what the row prunes), and |delta|^2
+    <= 2 tau, the sum of |delta|. Where the row's groups keep fixed numbers, tau is the mass of x outside the rounded
+    mask. Hence
+
+        f(top_k(x)) - f(x) <= 2 tau lambda + 2 lambda sqrt(r) sqrt(2 tau).
+
+    Convexity adds f(x) - min f <= eps, the Frank-Wolfe gap at x; a Gram indefinite by rounding is allowed for.
+    lambda is Gershgorin's max_i |w_i| sum_j |G_ij| |w_j|: one product for all rows, and never too small.
+
+    Parameters
+    ----------
+    problem : LayerReconstruction
+        The layer.
+    masks : MaskSet
+        The set.
+    x : Tensor
+        A point of its hull, shape (rows, d).
+
+    Returns
+    -------
+    Tensor
+        In units of `problem.objective`, float64, shape (bands,): of each row where rows are independent, else summed
+        over the rows of a band. Sums are rounded as float64 rounds them.
+    """
+    exact, x = problem.double(), x.double()
+    gradient = exact.gradient(exact.at(x))
+    size = exact.scaled_weight.abs()
+    largest = (size @ exact.scaled_gram.abs()).mul_(size).amax(1)
+    moved = (top_k(masks, x).double() - x).abs_().sum(1)  # 2 tau
+    pruned = (1.0 - x).sum(1)
+    per_row = largest * (moved + 2.0 * (pruned * moved).clamp_min_(0.0).sqrt())
+    # What convexity lacks: no mask differs from x by more than this.
+    per_row -= exact.eigenvalue_floor() * (size * torch.maximum(x, 1.0 - x)).square().sum(1)
+    per_row += torch.linalg.vecdot(gradient, x)
+    return (per_row.view(-1, masks.band(x.shape)).sum(1) - masks.least(gradient)) * exact.unit

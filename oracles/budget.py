@@ -1,0 +1,183 @@
+"""A budget: kept entries cost FLOPs, bytes or time, and their sum is limited."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import torch
+from scipy.optimize import LinearConstraint
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+from maskopt.oracles.base import Index, MaskSet, Shape
+
+__all__ = ["Budget"]
+
+_SMALL = 20  # wanted entries up to which the oracle is exact: at most 2^20 subsets, in practice a few hundred
+_ROUNDS = 64  # of filling what the budget leaves
+
+
+class Budget(MaskSet):
+    """Masks whose kept entries cost at most a budget in total: sum_ij price_ij m_ij <= budget.
+
+    Minimising over it is a knapsack problem. Up to 20 priced entries, and where all prices are equal, `vertex`
+    is exact. Beyond, it fills the budget in the order of cost per price, and loses at most what one entry is worth:
+    the one at which the budget ran out (Dantzig, Operations Research 5, 1957). `least` is the linear relaxation's
+    bound, so the difference from it bounds the error of each call. The hull's faces are not known.
+
+    Parameters
+    ----------
+    price : Tensor
+        What keeping an entry costs, finite, >= 0, shape (rows, d) of the weights this set is for.
+    budget : float
+        Finite, >= 0. Entries dearer than the budget are never kept.
+
+    Raises
+    ------
+    MaskoptError
+        If prices or the budget are negative, infinite or NaN, or if prices are no matrix.
+    """
+
+    def __init__(self, price: Tensor, budget: float) -> None:
+        if price.ndim != 2 or price.numel() == 0:
+            raise MaskoptError(f"Prices are a matrix with one entry per weight; got shape {tuple(price.shape)}.")
+        self.price = price.double()
+        self.budget = float(budget)
+        if not bool((self.price >= 0).all()) or bool(self.price.isinf().any()):
+            raise MaskoptError("Prices must be finite and not negative.")
+        if not 0.0 <= self.budget < math.inf:
+            raise MaskoptError(f"The budget must be finite and not negative; got {budget}.")
+        able = self.price[(self.price > 0) & (self.price <= self.budget)]
+        self.exact = len(able) <= _SMALL or float(able.min()) == float(able.max())
+
+    def __repr__(self) -> str:
+        rows, columns = self.price.shape
+        return f"Budget({self.budget:g} of {float(self.price.sum()):g}, weight {rows} x {columns})"
+
+    def check(self, shape: Shape) -> None:
+        if tuple(shape) != tuple(self.price.shape):
+            raise MaskoptError(
+                f"{self} has prices for a weight of shape {tuple(self.price.shape)}; got {tuple(shape)}."
+            )
+
+    def rows(self, index: Index, shape: Shape) -> Budget:
+        return self  # one band: all rows
+
+    def contains(self, mask: Tensor) -> bool:
+        self.check(mask.shape)
+        return mask.dtype == torch.bool and self._affordable(self.price[mask.to(self.price.device)].tolist())
+
+    def _affordable(self, prices: list[float]) -> bool:
+        # The sum of floats is rounded once, so its sign is exact.
+        return math.fsum([*prices, -self.budget]) <= 0.0
+
+    def vertex(self, cost: Tensor) -> Tensor:
+        self.check(cost.shape)
+        flat, price = cost.flatten().double(), self.price.flatten().to(cost.device)
+        chosen = ((flat < 0) & (price == 0)).double()
+        wanted = ((flat < 0) & (price > 0) & (price <= self.budget)).nonzero().flatten()
+        # Infinitely good entries: as good as numbers get.
+        worth, price = -flat[wanted].clamp_min(-(2.0**1000)), price[wanted]
+        order = (-worth / price).argsort(stable=True)
+        wanted, worth, price = wanted[order], worth[order], price[order]
+        take = self._filled(price)
+        if len(wanted) <= _SMALL:
+            take = self._best(worth, price, float(worth[take].sum()))
+        chosen[wanted[take]] = 1.0
+        return chosen.to(cost.dtype).view(cost.shape)
+
+    def _filled(self, price: Tensor) -> Tensor:
+        """Mark what is taken, in the order given, until the budget runs out; then smaller ones that still fit."""
+        if len(price) == 0:
+            return torch.zeros_like(price, dtype=torch.bool)
+        whole_price, dearest = float(price.sum()), float(price.max())
+        budget = min(self.budget, 2.0 * whole_price)
+        # Multiples of this unit add up exactly; others may not use the last bits of the budget.
+        unit = math.ldexp(1.0, math.frexp(whole_price)[1] - 52)
+        if float(price.min()) == dearest:
+            left = dearest * (Fraction(budget) // Fraction(dearest) + 0.5)
+        elif bool((price.remainder(unit) == 0).all()):
+            left = math.floor(budget / unit) * unit
+        else:
+            left = budget * (1.0 - len(price) * 2.0**-51)
+        taken = torch.zeros_like(price, dtype=torch.bool)
+        for _ in range(_ROUNDS):
+            rest = (~taken & (price <= left)).nonzero().flatten()
+            if len(rest) == 0:
+                break
+            total = price[rest].cumsum(0)
+            fits = int((total <= left).sum())
+            taken[rest[:fits]] = True
+            left -= float(total[fits - 1]) if fits else 0.0
+        return taken
+
+    def _best(self, worth: Tensor, price: Tensor, known: float) -> Tensor:
+        """Return which of a few entries, in falling order of worth per price, are worth most within the budget.
+
+        Carried along are all undominated pairs of price and worth (Nemhauser and Ullmann, Management Science 15,
+        1969), less those that by the linear relaxation stay below the worth that is known. Of equal worth the
+        lower price wins.
+        """
+        values, prices = worth.cpu().numpy(), price.cpu().numpy()
+        rates = np.append(values / prices, 0.0)
+        slack = 1e-12 * self.budget  # for the rounding of sums; at the end they are taken exactly
+        total, value, bits = np.zeros(1), np.zeros(1), np.zeros(1, dtype=np.int64)
+        for i in range(len(values)):
+            fits = total + prices[i] <= self.budget + slack
+            total = np.concatenate((total, total[fits] + prices[i]))
+            value = np.concatenate((value, value[fits] + values[i]))
+            bits = np.concatenate((bits, bits[fits] | 1 << i))
+            hopeful = value + (self.budget + slack - total) * rates[i + 1] >= known * (1.0 - 1e-12)
+            total, value, bits = total[hopeful], value[hopeful], bits[hopeful]
+            order = np.lexsort((bits, -value, total))
+            total, value, bits = total[order], value[order], bits[order]
+            better = np.append(True, value[1:] > np.maximum.accumulate(value)[:-1])
+            total, value, bits = total[better], value[better], bits[better]
+        for subset in bits[::-1].tolist():  # worth falls
+            taken = [bool(subset >> i & 1) for i in range(len(values))]
+            if self._affordable(prices[taken].tolist()):
+                break
+        return torch.tensor(taken, dtype=torch.bool, device=worth.device)
+
+    def least(self, cost: Tensor) -> Tensor:
+        """Return a lower bound of the least cost of any mask, float64, shape (1,); tight for exact sets.
+
+        Parameters
+        ----------
+        cost : Tensor
+            Finite, shape (rows, d).
+        """
+        if self.exact:
+            return (cost.double() * self.vertex(cost)).sum().view(1)
+        flat, price = cost.flatten().double(), self.price.flatten().to(cost.device)
+        flat = torch.where(price <= self.budget, flat, 0.0)
+        # The rate at which the linear relaxation runs out of budget; any rate gives a bound (duality).
+        wanted = ((flat < 0) & (price > 0)).nonzero().flatten()
+        rates, order = (-flat[wanted] / price[wanted]).sort(descending=True)
+        over = (price[wanted[order]].cumsum(0) > self.budget).nonzero().flatten()
+        rate = float(rates[over[0]]) if len(over) else 0.0
+        reduced = (flat + rate * price).clamp_max(0.0)
+        bound = float(reduced.sum()) - rate * self.budget
+        size = float(((flat.abs() + rate * price) * (reduced < 0)).sum()) + rate * self.budget
+        return torch.tensor([bound - size * (len(flat) + 8) * 2.0**-53], dtype=torch.float64, device=cost.device)
+
+    def center(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a point in the relative interior of the hull.
+
+        Where the budget binds, the affordable entries fit into at most 1 + 2 total / budget bags of one budget each
+        (first fit leaves one bag at most less than half full). The mean of these bags is in the hull, and so
+        is, in its interior, everything between it and zero.
+        """
+        self.check(shape)
+        able = self.price <= self.budget
+        total = float(self.price[able].sum())
+        share = 0.5 if total <= self.budget else 1.0 / (2.0 + 2.0 * total / self.budget)
+        free = self.price == 0
+        return (0.5 * free.double() + share * (able & ~free).double()).to(device=device, dtype=dtype)
+
+    def milp_constraints(self, shape: Shape) -> LinearConstraint:
+        self.check(shape)
+        return LinearConstraint(csr_array(self.price.flatten().cpu().numpy()[None]), -np.inf, self.budget)

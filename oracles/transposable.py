@@ -1,0 +1,222 @@
+"""Transposable N:M: tiles that keep a fixed number in each of their rows and each of their columns."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from scipy.optimize import LinearConstraint
+from scipy.sparse import csr_array, vstack
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+from maskopt.oracles.base import Index, MaskSet, Shape, box_step, face_tolerance
+from maskopt.oracles.fixed import fixed_rows, joined, refuse_contradiction, respects
+from maskopt.oracles.regular import cheapest_regular, count_regular, every_regular, regular_table
+
+__all__ = ["TransposableNM"]
+
+
+class TransposableNM(MaskSet):
+    """Masks that are N:M for the weight and for its transpose, as sparse training needs them.
+
+    Every `group` x `group` tile keeps `keep` entries in each of its rows and each of its columns (Hubara et al.,
+    Accelerated Sparse Neural Training, NeurIPS 2021, section 3). The hull is a transportation polytope with
+    capacities: its faces are given by entries fixed at 0 and 1, and its vertices are masks. Costs of a tile may be
+    infinite: the mask then holds as few infinite and as many minus-infinite entries as the set allows, net of each
+    other, and is cheapest among those.
+
+    Parameters
+    ----------
+    keep, group : int
+        0 <= keep <= group, 1 <= group. Keywords only, as for `NM`.
+
+    Raises
+    ------
+    MaskoptError
+        If they are no such numbers. The verbs raise it where tiles do not divide the weight.
+    """
+
+    def __init__(self, *, keep: int, group: int) -> None:
+        if any(isinstance(number, bool) or not isinstance(number, int) for number in (keep, group)):
+            raise MaskoptError(f"TransposableNM counts entries; got keep={keep!r}, group={group!r}.")
+        if group < 1 or not 0 <= keep <= group:
+            raise MaskoptError(f"TransposableNM needs 0 <= keep <= group and 1 <= group; got {keep} and {group}.")
+        self.keep = keep
+        self.group = group
+
+    def __repr__(self) -> str:
+        return f"TransposableNM(keep={self.keep}, group={self.group})"
+
+    # Geometry
+
+    def check(self, shape: Shape) -> None:
+        if shape[0] % self.group or shape[1] % self.group:
+            raise MaskoptError(f"{self} needs rows and columns divisible by {self.group}; this weight has {shape}.")
+        for fixed in (self.protected, self.forbidden):
+            if fixed is not None and tuple(fixed.shape) != tuple(shape):
+                raise MaskoptError(f"{self} fixes entries of shape {tuple(fixed.shape)}; got {tuple(shape)}.")
+
+    def band(self, shape: Shape) -> int:
+        self.check(shape)
+        return self.group
+
+    @property
+    def separable(self) -> bool:
+        return self.group == 1
+
+    def _tiles(self, matrix: Tensor) -> Tensor:
+        """Rearrange (rows, d) into (tiles, group, group), tiles in row-major order."""
+        self.check(matrix.shape)
+        tiles = matrix.reshape(matrix.shape[0] // self.group, self.group, -1, self.group)
+        return tiles.transpose(1, 2).reshape(-1, self.group, self.group)
+
+    def _untile(self, tiles: Tensor, shape: Shape) -> Tensor:
+        bands = tiles.view(shape[0] // self.group, -1, self.group, self.group)
+        return bands.transpose(1, 2).reshape(shape[0], shape[1])
+
+    def rows(self, index: Index, shape: Shape) -> TransposableNM:
+        if self.protected is None and self.forbidden is None:
+            return self
+        return self._with(*(None if fixed is None else fixed[index] for fixed in (self.protected, self.forbidden)))
+
+    def _with(self, protected: Tensor | None, forbidden: Tensor | None) -> TransposableNM:
+        masks = copy.copy(self)
+        masks.protected, masks.forbidden = protected, forbidden
+        return masks
+
+    # Verbs
+
+    def vertex(self, cost: Tensor) -> Tensor:
+        return self._cheapest(cost, self.protected, self.forbidden)
+
+    def _cheapest(self, cost: Tensor, kept: Tensor | None, pruned: Tensor | None) -> Tensor:
+        tiles = self._tiles(cost).double()
+        infinite = not math.isfinite(float(tiles.abs().sum()))
+        if infinite or kept is not None or pruned is not None:
+            tiles = self._leveled(tiles, kept, pruned)
+        return self._untile(cheapest_regular(tiles, self.keep), cost.shape).to(cost.dtype)
+
+    def _leveled(self, tiles: Tensor, kept: Tensor | None, pruned: Tensor | None) -> Tensor:
+        """Return finite costs in which infinite entries, and above them fixed ones, outweigh all others of a tile."""
+        finite = torch.where(tiles.isinf(), 0.0, tiles).abs().amax((1, 2), keepdim=True)
+        # A power of two, so that equal sums stay equal.
+        tiles = tiles * torch.ldexp(torch.ones_like(finite), -torch.frexp(finite).exponent)
+        weight = 2.0 * self.group**2 + 1.0
+        tiles = tiles.clamp(-weight, weight)
+        for fixed, sign in ((kept, -1.0), (pruned, 1.0)):
+            if fixed is not None:
+                tiles += sign * weight**2 * self._tiles(fixed.to(tiles.device)).double()
+        return tiles
+
+    def inface(self, cost: Tensor, at: Tensor) -> Tensor:
+        """Return the vertex of least cost on the smallest face that contains `at`.
+
+        Parameters
+        ----------
+        cost, at : Tensor
+            Finite, shape (rows, d); `at` in the hull.
+        """
+        tolerance = face_tolerance(at.dtype)
+        return self._cheapest(cost, at >= 1.0 - tolerance, at <= tolerance)
+
+    def max_step(self, at: Tensor, direction: Tensor) -> Tensor:
+        """Return the largest share of `direction`, which keeps all sums, that stays in the hull, shape (rows,)."""
+        return box_step(at, direction)
+
+    def round(self, x: Tensor) -> Tensor:
+        return self.lmo(-x.to(torch.promote_types(x.dtype, torch.float32)))
+
+    def contains(self, mask: Tensor) -> bool:
+        tiles = self._tiles(mask)
+        right = bool((tiles.sum(1) == self.keep).all()) and bool((tiles.sum(2) == self.keep).all())
+        return mask.dtype == torch.bool and right and respects(mask, self.protected, self.forbidden)
+
+    def center(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+        self.check(shape)
+        if self.protected is None and self.forbidden is None:
+            return torch.full((shape[0], shape[1]), self.keep / self.group, dtype=dtype, device=device)
+        table = regular_table(self.group, self.keep)
+        if table is not None:
+            wrong = torch.zeros((shape[0] * shape[1] // self.group**2, len(table)), dtype=torch.float64)
+            if self.protected is not None:
+                wrong += self._tiles(self.protected).flatten(1).double().cpu() @ (1.0 - table).T
+            if self.forbidden is not None:
+                wrong += self._tiles(self.forbidden).flatten(1).double().cpu() @ table.T
+            fits = (wrong == 0).double()
+            return self._untile((fits @ table) / fits.sum(1, keepdim=True), shape).to(device=device, dtype=dtype)
+        # A mean of masks in which every entry that can be kept is kept once, and pruned once if it can be.
+        total = torch.zeros((shape[0], shape[1]), dtype=torch.float64, device=device)
+        places = torch.arange(self.group, device=device)
+        rows, columns = places.repeat(shape[0] // self.group), places.repeat(shape[1] // self.group)
+        for row, column, sign in itertools.product(range(self.group), range(self.group), (-1.0, 1.0)):
+            total += self.vertex(sign * ((rows == row).unsqueeze(1) & (columns == column)).double())
+        return (total / (2 * self.group**2)).to(dtype)
+
+    def restrict(self, kept: Tensor | None = None, pruned: Tensor | None = None) -> TransposableNM:
+        """Return the masks that keep all entries of `kept` and prune all of `pruned`, boolean, shape (rows, d).
+
+        Raises
+        ------
+        MaskoptError
+            If there is no such mask.
+        """
+        kept, pruned = joined(self.protected, kept), joined(self.forbidden, pruned)
+        some = kept if kept is not None else pruned
+        if some is None:
+            return self
+        refuse_contradiction(kept, pruned)
+        masks = self._with(kept, pruned)
+        best = masks.vertex(torch.zeros(some.shape, device=some.device)).bool()
+        if not respects(best, kept, pruned):
+            wrong = torch.zeros_like(some)
+            if kept is not None:
+                wrong |= kept & ~best
+            if pruned is not None:
+                wrong |= pruned & best
+            row, column = wrong.nonzero()[0].tolist()
+            raise MaskoptError(f"No mask of {self} is fixed so in the tile of entry ({row}, {column}).")
+        return masks
+
+    def _fixed_of(self, shape: Shape) -> list[tuple[tuple[int, ...], ...]]:
+        """Return the kept and the pruned places of every tile."""
+        number = shape[0] * shape[1] // self.group**2
+        fixed: list[list[tuple[int, ...]]] = []
+        for entries in (self.protected, self.forbidden):
+            tiles: list[Tensor] = [] if entries is None else list(self._tiles(entries).flatten(1).cpu())
+            fixed.append([tuple(tile.nonzero().flatten().tolist()) for tile in tiles] or [()] * number)
+        return list(zip(*fixed, strict=True))
+
+    def count(self, shape: Shape) -> int:
+        """Return the number of masks, exactly; tiles with fixed entries are enumerated."""
+        self.check(shape)
+        return math.prod(
+            sum(1 for _ in every_regular(self.group, self.keep, *fixed))
+            if any(fixed)
+            else count_regular(self.group, self.keep)
+            for fixed in self._fixed_of(shape)
+        )
+
+    def enumerate(self, shape: Shape) -> Iterator[Tensor]:
+        self.check(shape)
+        choices = [list(every_regular(self.group, self.keep, *fixed)) for fixed in self._fixed_of(shape)]
+        for chosen in itertools.product(*choices):
+            tiles = torch.zeros((len(chosen), self.group**2), dtype=torch.bool)
+            for tile, ones in enumerate(chosen):
+                tiles[tile, list(ones)] = True
+            yield self._untile(tiles, shape)
+
+    def milp_constraints(self, shape: Shape) -> LinearConstraint:
+        tiles = self._tiles(torch.arange(shape[0] * shape[1]).view(shape[0], shape[1])).numpy()
+        sums = np.concatenate((tiles.reshape(-1, self.group), tiles.transpose(0, 2, 1).reshape(-1, self.group)))
+        row = np.repeat(np.arange(len(sums)), self.group)
+        matrix = csr_array((np.ones(sums.size), (row, sums.ravel())), shape=(len(sums), tiles.size))
+        right = np.full(len(sums), float(self.keep))
+        if self.protected is not None or self.forbidden is not None:
+            fixed, values = fixed_rows(self.protected, self.forbidden)
+            matrix, right = vstack((matrix, fixed)), np.concatenate((right, values))
+        return LinearConstraint(matrix, right, right)

@@ -1,0 +1,210 @@
+"""Structured sets: whole columns, rows, heads or vectors of entries stand or fall together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from scipy.optimize import LinearConstraint
+from scipy.sparse import eye_array, vstack
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+from maskopt.oracles.base import Index, MaskSet, Shape
+from maskopt.oracles.fixed import joined, refuse_contradiction
+from maskopt.oracles.matroid import PartitionMatroid
+
+__all__ = ["Columns", "Rows", "Units"]
+
+Unit = tuple[int | None, int | None]
+
+
+class Units(MaskSet):
+    """Masks whose entries stand or fall together in units of one shape.
+
+    A unit's cost is the sum of its entries'; `base` chooses among units on the reduced weight, which has one entry
+    for each unit, and its answer is repeated. Every verb of the base is there but the exchange of single entries.
+
+    Parameters
+    ----------
+    base : PartitionMatroid
+        Which units may be kept together: a set of masks of the reduced weight, without fixed entries.
+    unit : (int or None, int or None)
+        Rows and columns of a unit; None stands for all of them.
+
+    Raises
+    ------
+    MaskoptError
+        If a side of the unit is below one, or the base has fixed entries. The verbs raise it where units do not
+        divide the weight, or the base does not fit the reduced one.
+    """
+
+    def __init__(self, base: PartitionMatroid, unit: Unit) -> None:
+        if any(side is not None and side < 1 for side in unit):
+            raise MaskoptError(f"A unit needs at least one row and one column; got {unit}.")
+        if base.protected is not None or base.forbidden is not None:
+            raise MaskoptError(f"Units restrict themselves: give {base} without fixed entries, then call restrict.")
+        self.base = base
+        self.unit = unit
+
+    def __repr__(self) -> str:
+        names = {(None, 1): "columns", (1, None): "rows"}
+        height, width = ("all" if side is None else side for side in self.unit)
+        return f"Units({self.base}, {names.get(self.unit, f'{height} x {width}')})"
+
+    # Geometry
+
+    def unit_of(self, shape: Shape) -> tuple[int, int]:
+        """Return the unit's rows and columns on a weight of this shape.
+
+        Raises
+        ------
+        MaskoptError
+            If units do not fit the weight without a rest.
+        """
+        rows, columns = shape
+        height, width = self.unit[0] or rows, self.unit[1] or columns
+        if columns % width:
+            raise MaskoptError(
+                f"{self} needs a number of input features divisible by {width}; this weight has {columns}."
+            )
+        if rows % height:
+            raise MaskoptError(f"{self} needs a number of rows divisible by {height}; this weight has {rows}.")
+        return height, width
+
+    def _reduced(self, shape: Shape) -> tuple[int, int]:
+        height, width = self.unit_of(shape)
+        return shape[0] // height, shape[1] // width
+
+    def _units(self, matrix: Tensor) -> Tensor:
+        """Rearrange (rows, d) into (units down, rows, units across, columns)."""
+        height, width = self.unit_of(matrix.shape)
+        return matrix.reshape(matrix.shape[0] // height, height, matrix.shape[1] // width, width)
+
+    def _first(self, matrix: Tensor) -> Tensor:
+        """Return the first entry of every unit, which stands for all where they are equal."""
+        height, width = self.unit_of(matrix.shape)
+        return matrix[::height, ::width]
+
+    def _repeat(self, reduced: Tensor, shape: Shape) -> Tensor:
+        height, width = self.unit_of(shape)
+        units = reduced.view(len(reduced), 1, -1, 1).expand(-1, height, -1, width)
+        return units.reshape(shape[0], shape[1])
+
+    def _sum(self, cost: Tensor) -> Tensor:
+        return self._units(cost).sum((1, 3), dtype=torch.promote_types(cost.dtype, torch.float32))
+
+    @property
+    def separable(self) -> bool:
+        return self.base.separable and self.unit[0] == 1
+
+    def band(self, shape: Shape) -> int:
+        return self.base.band(self._reduced(shape)) * self.unit_of(shape)[0]
+
+    def check(self, shape: Shape) -> None:
+        self.base.check(self._reduced(shape))
+        for fixed in (self.protected, self.forbidden):
+            if fixed is not None and tuple(fixed.shape) != tuple(shape):
+                raise MaskoptError(f"{self} fixes entries of shape {tuple(fixed.shape)}; got {tuple(shape)}.")
+
+    def rows(self, index: Index, shape: Shape) -> Units:
+        height, _ = self.unit_of(shape)
+        bands = torch.arange(shape[0])[index.cpu() if isinstance(index, Tensor) else index][::height] // height
+        base = self.base.rows(bands, self._reduced(shape))
+        if base is self.base:
+            return self
+        fixed = (None if entries is None else entries[index] for entries in (self.protected, self.forbidden))
+        return self._with(base, *fixed)
+
+    def _with(self, base: PartitionMatroid, protected: Tensor | None, forbidden: Tensor | None) -> Units:
+        units = copy.copy(self)
+        units.base, units.protected, units.forbidden = base, protected, forbidden
+        return units
+
+    # Verbs
+
+    def vertex(self, cost: Tensor) -> Tensor:
+        return self._repeat(self.base.vertex(self._sum(cost)).to(cost.dtype), cost.shape)
+
+    def inface(self, cost: Tensor, at: Tensor) -> Tensor:
+        """Return the vertex of least cost on the smallest face that contains `at`; finite, shape (rows, d)."""
+        chosen = self.base.inface(self._sum(cost), self._first(at))
+        return self._repeat(chosen.to(cost.dtype), cost.shape)
+
+    def max_step(self, at: Tensor, direction: Tensor) -> Tensor:
+        """Return the largest share of `direction`, equal within units, that stays in the hull, shape (rows,)."""
+        step = self.base.max_step(self._first(at), self._first(direction))
+        return step.repeat_interleave(self.unit_of(at.shape)[0])
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return the point of the hull nearest to `x`, shape (rows, d): that nearest to the means of the units."""
+        return self._repeat(self.base.project(self._units(x).mean((1, 3))), x.shape)
+
+    def round(self, x: Tensor) -> Tensor:
+        wide = self._units(x.to(torch.promote_types(x.dtype, torch.float32)))
+        return self._repeat(self.base.round(wide.mean((1, 3))), x.shape)
+
+    def contains(self, mask: Tensor) -> bool:
+        first = self._first(mask)
+        return self.base.contains(first) and bool((self._repeat(first, mask.shape) == mask).all())
+
+    def center(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self._repeat(self.base.center(self._reduced(shape), dtype, device), shape)
+
+    def count(self, shape: Shape) -> int:
+        return self.base.count(self._reduced(shape))
+
+    def enumerate(self, shape: Shape) -> Iterator[Tensor]:
+        return (self._repeat(mask, shape) for mask in self.base.enumerate(self._reduced(shape)))
+
+    def neighbours(self, mask: Tensor) -> Iterator[Tensor]:
+        """Yield every mask in which one kept unit is exchanged for a pruned one of its group; for small shapes."""
+        return (self._repeat(other, mask.shape) for other in self.base.neighbours(self._first(mask)))
+
+    def restrict(self, kept: Tensor | None = None, pruned: Tensor | None = None) -> Units:
+        """Return the masks that keep all entries of `kept` and prune all of `pruned`, boolean, shape (rows, d).
+
+        A fixed entry fixes its unit.
+
+        Raises
+        ------
+        MaskoptError
+            If there is no such mask.
+        """
+        if kept is None and pruned is None:
+            return self
+        kept, pruned = joined(self.protected, kept), joined(self.forbidden, pruned)
+        refuse_contradiction(kept, pruned)
+        parts = [None if entries is None else self._units(entries).any(3).any(1) for entries in (kept, pruned)]
+        if parts[0] is not None and parts[1] is not None and bool((parts[0] & parts[1]).any()):
+            row, column = (parts[0] & parts[1]).nonzero()[0].tolist()
+            raise MaskoptError(f"Unit ({row}, {column}) holds entries to keep and entries to prune.")
+        shapes = [entries.shape for entries in (kept, pruned) if entries is not None]
+        whole = [None if part is None else self._repeat(part, shapes[0]) for part in parts]
+        return self._with(self.base.restrict(*parts), *whole)
+
+    def milp_constraints(self, shape: Shape) -> LinearConstraint:
+        base = self.base.milp_constraints(self._reduced(shape))
+        flat = torch.arange(shape[0] * shape[1]).view(shape[0], shape[1])
+        first = self._first(flat).flatten().numpy()
+        leader = self._repeat(self._first(flat), shape).flatten().numpy()
+        others = np.flatnonzero(leader != np.arange(leader.size))
+        identity = eye_array(leader.size, format="csr")
+        none = np.zeros(others.size)
+        return LinearConstraint(
+            vstack((base.A @ identity[first], identity[others] - identity[leader[others]])),
+            np.concatenate((base.lb, none)),
+            np.concatenate((base.ub, none)),
+        )
+
+
+def Columns(keep: float | int) -> Units:  # noqa: N802 - named like the sets they stand for
+    """Masks that keep `keep` whole columns (a fraction or a count): input features."""
+    return Units(PartitionMatroid(keep, (None, None), "Columns"), (None, 1))
+
+
+def Rows(keep: float | int) -> Units:  # noqa: N802
+    """Masks that keep `keep` whole rows (a fraction or a count): output features."""
+    return Units(PartitionMatroid(keep, (None, None), "Rows"), (1, None))

@@ -1,0 +1,96 @@
+"""A plain quadratic: the objective of textbooks and of other solvers' test problems."""
+
+import torch
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+from maskopt.problems.base import Move, Point, Quadratic, shift_deficit
+from maskopt.problems.layer import eigenvalue_floor
+
+__all__ = ["QuadraticForm"]
+
+
+class QuadraticForm(Quadratic):
+    """x^T Q x + <c, x> for each row x of the mask, with the same Q for all rows.
+
+    Parameters
+    ----------
+    quadratic : Tensor
+        Q, shape (d, d), symmetric, not necessarily convex; bounds are given where it is, up to rounding.
+    linear : Tensor
+        c, shape (rows, d).
+
+    Raises
+    ------
+    MaskoptError
+        If shapes disagree, an entry is not finite, or Q is not symmetric.
+    """
+
+    def __init__(self, quadratic: Tensor, linear: Tensor) -> None:
+        if linear.ndim != 2 or quadratic.shape != (linear.shape[1], linear.shape[1]):
+            raise MaskoptError(
+                f"A quadratic form needs Q (d, d) and c (rows, d); got {tuple(quadratic.shape)} and "
+                f"{tuple(linear.shape)}."
+            )
+        if not bool(torch.isfinite(quadratic).all()) or not bool(torch.isfinite(linear).all()):
+            raise MaskoptError("A quadratic form needs finite entries.")
+        if not torch.allclose(quadratic, quadratic.T, rtol=1e-5, atol=1e-6 * float(quadratic.abs().max())):
+            raise MaskoptError("The matrix of a quadratic form must be symmetric; take (Q + Q^T) / 2.")
+        self.quadratic, self.linear = quadratic, linear
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.linear.shape[0], self.linear.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.linear.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.linear.device
+
+    def at(self, x: Tensor) -> Point:
+        return Point(x, torch.addmm(self.linear, x, self.quadratic, alpha=2.0))
+
+    def along(self, x: Tensor) -> Move:
+        return Move(x, (x @ self.quadratic).mul_(2.0))
+
+    def value(self, point: Point) -> Tensor:
+        return (point.gradient + self.linear).mul_(point.x).sum(1, dtype=torch.float64).mul_(0.5)
+
+    def objective(self, mask: Tensor) -> Tensor:
+        x, exact = mask.double(), self.double()
+        return ((x @ exact.quadratic).add_(exact.linear)).mul_(x).sum(1)
+
+    def scale(self) -> Tensor:
+        # Pruning everything leaves nothing; the size of all terms says what a small gap is.
+        exact = self.double()
+        return exact.quadratic.abs().sum() + exact.linear.abs().sum(1)
+
+    def rows(self, index: slice | Tensor) -> "QuadraticForm":
+        return self._with(self.quadratic, self.linear[index])
+
+    def double(self) -> "QuadraticForm":
+        return self._with(self.quadratic.double(), self.linear.double())
+
+    def _with(self, quadratic: Tensor, linear: Tensor) -> "QuadraticForm":
+        form = object.__new__(QuadraticForm)
+        form.quadratic, form.linear = quadratic, linear
+        return form
+
+    def diagonal(self) -> Tensor:
+        return self.quadratic.diagonal().expand(self.shape)
+
+    def smoothness(self) -> Tensor:
+        return self.quadratic.abs().sum(1).amax().mul(2.0).expand(self.shape[0])
+
+    def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor:
+        matrix = (self.quadratic.double() + self.quadratic.double().T) / 2
+        floor = eigenvalue_floor(matrix)
+        if floor is None:
+            # Gershgorin: no eigenvalue lies further below nought.
+            floor = -float(matrix.abs().sum(1).amax())
+        farthest = torch.maximum(point.x, 1.0 - point.x).double().square().sum(1)
+        rounding = self.shape[1] * 2.0**-52 * self.scale()
+        return shift_deficit(point, shift) - floor * farthest + rounding
