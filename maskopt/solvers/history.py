@@ -22,8 +22,7 @@ Record = int | Literal["doubling"]
 
 COLUMNS = ("iteration", "seconds", "value", "gap", "bound", "rounded", "incumbent")
 """Of a history: the relaxed objective, its Frank-Wolfe gap, the best proven bound so far, the error of the rounded
-point and that of the best mask so far; summed over rows, nan where there is none. Iterations never go back: swaps after
-a walk stand at its last one."""
+point and that of the best mask so far; summed over rows, nan where there is none."""
 
 
 class Recorder:
