@@ -37,10 +37,13 @@ from maskopt.problems import LayerReconstruction
 from maskopt.solvers import (
     DIRECTIONS,
     RIA,
+    BranchAndBound,
+    BruteForce,
     ContinuationFrankWolfe,
     FrankWolfe,
     Magnitude,
     OneSwap,
+    Scip,
     Solver,
     SparseFW,
     Wanda,
@@ -195,6 +198,9 @@ SOLVERS: dict[str, Solver] = {
     "continuation": ContinuationFrankWolfe(iterations=40),
     "continuation alone": ContinuationFrankWolfe(iterations=30, second=0.0, polish=False),
 }
+# Tested against each other and enumeration in tests/properties/test_exact.py and test_branch_and_bound.py.
+EXACT: dict[str, Solver] = {"brute-force": BruteForce(), "scip": Scip(), "branch-and-bound": BranchAndBound()}
+
 FRANK_WOLFE: dict[str, Solver] = {name: FrankWolfe(direction=name, iterations=25) for name in DIRECTIONS}
 ITERATIVE = [name for name in SOLVERS if name not in ("magnitude", "wanda", "ria")]
 SWAPPED = ["one-swap", "continuation"]  # these promise a 1-swap optimum

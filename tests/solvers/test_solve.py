@@ -31,7 +31,7 @@ from maskopt.solvers import (
 from maskopt.solvers import (
     SOLVERS as NAMES,
 )
-from tests.helpers import FRANK_WOLFE, ITERATIVE, SETS, SOLVERS, feasible
+from tests.helpers import EXACT, FRANK_WOLFE, ITERATIVE, SETS, SOLVERS, feasible
 
 SHAPE = (6, 24)
 
@@ -45,7 +45,7 @@ def any_member(masks: PartitionMatroid, shape: tuple[int, int] = SHAPE) -> Tenso
 
 
 def test_every_named_solver_is_tested() -> None:
-    tested = {type(solver) for solver in SOLVERS.values()} | {type(solver) for solver in FRANK_WOLFE.values()}
+    tested = {type(solver) for registry in (SOLVERS, FRANK_WOLFE, EXACT) for solver in registry.values()}
     assert {type(make()) for make in NAMES.values()} == tested
     directions = {make().direction for make in NAMES.values() if isinstance(make(), FrankWolfe)}
     assert directions == set(FRANK_WOLFE) == set(DIRECTIONS)
