@@ -46,8 +46,9 @@ def test_columns(set_name: str, record: object, memory: int) -> None:
     planned = {1: list(range(20)), 3: list(range(0, 20, 3)), "doubling": [0, 1, 2, 4, 8, 16]}[record]
     planned = [t for t in planned if t < result.iterations]
     assert history["iteration"] == sorted(history["iteration"])
-    assert set(history["iteration"]) >= {*planned, result.iterations}
-    assert memory == 1 or set(history["iteration"]) == {*planned, result.iterations}
+    assert set(history["iteration"]) >= set(planned)
+    late = {t for t in history["iteration"] if t < result.iterations - 1} - set(planned)
+    assert memory == 1 or not late  # then come the last point, the swaps and the answer
     assert falls([-t for t in history["seconds"]])
     assert falls(history["incumbent"])
     assert falls([-bound for bound in history["bound"]])
@@ -55,7 +56,7 @@ def test_columns(set_name: str, record: object, memory: int) -> None:
     assert history["bound"][-1] == pytest.approx(float(result.lower_bound.sum()), rel=1e-12)
     assert all(a <= b for a, b in zip(history["incumbent"], history["rounded"], strict=True))
     assert sum(result.sources.values()) == SHAPE[0] // masks.band(SHAPE)
-    assert set(result.sources) <= {"round", "vertex", "swap", "polish"}
+    assert set(result.sources) <= {"round", "vertex", "gradient", "swap", "polish"}
 
 
 def test_figures_of_a_point_are_those_of_its_tangent() -> None:
@@ -65,7 +66,8 @@ def test_figures_of_a_point_are_those_of_its_tangent() -> None:
     points = [masks.center(SHAPE, torch.float32, torch.device("cpu")), masks.vertex(normal(*SHAPE)).float()]
     best = math.inf
     for number, x in enumerate(points):
-        recorder.relaxed(problem, x, number, 0.5 * number)
+        assert recorder.due()
+        recorder.relaxed(problem, x, 0.5 * number)
         exact = problem.double()
         point = exact.at(x.double())
         gap = (point.gradient * (x.double() - masks.vertex(point.gradient))).sum()
@@ -112,7 +114,8 @@ def test_what_is_due() -> None:
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
 
     def due(record: object) -> list[int]:
-        return [t for t in range(20) if Recorder(problem, masks, Pool(1), record).due(t)]
+        recorder = Recorder(problem, masks, Pool(1), record)
+        return [t for t in range(20) if recorder.due()]
 
     assert due("doubling") == [0, 1, 2, 4, 8, 16]
     assert due(0) == []
