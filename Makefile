@@ -34,6 +34,8 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS="a.safetensors ...
 	$(BIN)/python benchmarks/layers.py $(LAYERS)
 	$(BIN)/python benchmarks/directions.py $(LAYERS)
 	$(BIN)/python benchmarks/iteration.py
+	$(if $(LAYERS),$(BIN)/python benchmarks/bounds.py $(LAYERS))
+	$(BIN)/python benchmarks/make_library.py
 	$(BIN)/python benchmarks/perplexity.py $(MODELS)
 
 clean:  ## Remove the environment and all caches
