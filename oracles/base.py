@@ -10,6 +10,8 @@ import torch
 from scipy.optimize import LinearConstraint
 from torch import Tensor
 
+from maskopt.errors import MaskoptError
+
 __all__ = [
     "CanProject",
     "CanRestrict",
@@ -21,6 +23,7 @@ __all__ = [
     "Shape",
     "box_step",
     "face_tolerance",
+    "fitted",
 ]
 
 Index = slice | Tensor
@@ -32,6 +35,23 @@ Shape = tuple[int, int] | torch.Size
 def face_tolerance(dtype: torch.dtype) -> float:
     """Return how near to 0 or 1 an entry counts as being there: one number for in-face oracles and their users."""
     return 16.0 * torch.finfo(dtype).eps
+
+
+def fitted(masks: MaskSet, tile: tuple[int | None, int | None], shape: Shape) -> tuple[int, int]:
+    """Return a tile's rows and columns on a weight of this shape, None standing for all of them.
+
+    Raises
+    ------
+    MaskoptError
+        If tiles do not fit the weight without a rest.
+    """
+    rows, columns = shape
+    height, width = tile[0] or rows, tile[1] or columns
+    if columns % width:
+        raise MaskoptError(f"{masks} needs a number of input features divisible by {width}; this weight has {columns}.")
+    if rows % height:
+        raise MaskoptError(f"{masks} needs a number of rows divisible by {height}; this weight has {rows}.")
+    return height, width
 
 
 def box_step(at: Tensor, direction: Tensor) -> Tensor:

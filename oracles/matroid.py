@@ -15,7 +15,7 @@ from scipy.special import gammaln
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles.base import Index, MaskSet, Shape, box_step, face_tolerance
+from maskopt.oracles.base import Index, MaskSet, Shape, box_step, face_tolerance, fitted
 from maskopt.oracles.project import capped_simplex
 from maskopt.oracles.select import smallest
 
@@ -87,15 +87,7 @@ class PartitionMatroid(MaskSet):
         MaskoptError
             If tiles do not fit the weight without a rest.
         """
-        rows, columns = shape
-        height, width = self.tile[0] or rows, self.tile[1] or columns
-        if columns % width:
-            raise MaskoptError(
-                f"{self} needs a number of input features divisible by {width}; this weight has {columns}."
-            )
-        if rows % height:
-            raise MaskoptError(f"{self} needs a number of rows divisible by {height}; this weight has {rows}.")
-        return height, width
+        return fitted(self, self.tile, shape)
 
     def groups(self, matrix: Tensor) -> Tensor:
         """Rearrange (rows, d) into (groups, entries), groups in row-major order of tiles."""

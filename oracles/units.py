@@ -12,7 +12,7 @@ from scipy.sparse import eye_array, vstack
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles.base import Index, MaskSet, Shape
+from maskopt.oracles.base import Index, MaskSet, Shape, fitted
 from maskopt.oracles.fixed import joined, refuse_contradiction
 from maskopt.oracles.matroid import PartitionMatroid
 
@@ -64,15 +64,7 @@ class Units(MaskSet):
         MaskoptError
             If units do not fit the weight without a rest.
         """
-        rows, columns = shape
-        height, width = self.unit[0] or rows, self.unit[1] or columns
-        if columns % width:
-            raise MaskoptError(
-                f"{self} needs a number of input features divisible by {width}; this weight has {columns}."
-            )
-        if rows % height:
-            raise MaskoptError(f"{self} needs a number of rows divisible by {height}; this weight has {rows}.")
-        return height, width
+        return fitted(self, self.unit, shape)
 
     def _reduced(self, shape: Shape) -> tuple[int, int]:
         height, width = self.unit_of(shape)
