@@ -14,12 +14,14 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid, Restricted
 from maskopt.problems import LayerReconstruction, Problem
 from maskopt.solvers.base import Outcome, Solver, Status, Watch
+from maskopt.solvers.certificate import tangent
 from maskopt.solvers.continuation import ContinuationFrankWolfe
 from maskopt.solvers.directions import Conjugate
 from maskopt.solvers.fixing import fixable
 from maskopt.solvers.loop import frank_wolfe
 from maskopt.solvers.nodes import Nodes, Relaxation
 from maskopt.solvers.one_swap import descend
+from maskopt.solvers.rules import Pool
 from maskopt.solvers.steps import ExactStep
 
 __all__ = ["BranchAndBound", "NodeLog"]
@@ -208,20 +210,16 @@ class _Search:
             watch=Watch("node", None, None),
             tolerance=enough.repeat_interleave(nodes.kept.shape[1]),
         )
-        x = walk.point.x
-        gradient = relaxation.gradient(relaxation.at(x))
-        vertex = masks.vertex(gradient)
-        shape = nodes.kept.shape
-        reach = (gradient * (vertex - x)).view(shape).sum((1, 2))
-        value = relaxation.value(relaxation.at(x)).view(shape[:2]).sum(1)
-        own = value + reach - self.relaxation.lost
-        bound = torch.maximum(own, nodes.bound)
+        x, shape = walk.point.x, nodes.kept.shape
+        here = tangent(relaxation, masks, Pool(shape[1]), x)
+        assert here.bound is not None
+        bound = torch.maximum(here.bound, nodes.bound)
         self._offer(masks.round(x).view(shape))
-        self._offer(vertex.bool().view(shape))
+        self._offer(here.vertex.view(shape))
         target = self._target()
         # Exchanges raise the tangent's own bound, not one that was inherited.
-        slack = (target - own).repeat_interleave(shape[1])
-        keep, prune = fixable(stacked, gradient, vertex, masks, slack)
+        slack = (target - here.bound).repeat_interleave(shape[1])
+        keep, prune = fixable(stacked, here.gradient, here.vertex, masks, slack)
         nodes.kept |= keep.view(shape)
         nodes.pruned |= prune.view(shape)
         nodes.bound, nodes.x = bound, x.view(shape)

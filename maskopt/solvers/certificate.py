@@ -26,12 +26,15 @@ class Tangent:
         No mask of the set has a smaller objective; None where convexity is not known.
     vertex : Tensor
         The oracle's mask, boolean, shape (rows, d).
+    gradient : Tensor
+        Of the objective at the point, in the problem's unit, shape (rows, d).
     """
 
     value: Tensor
     gap: Tensor
     bound: Tensor | None
     vertex: Tensor
+    gradient: Tensor
 
 
 def tangent(objective: Problem, masks: MaskSet, pool: Pool, x: Tensor) -> Tangent:
@@ -65,4 +68,4 @@ def tangent(objective: Problem, masks: MaskSet, pool: Pool, x: Tensor) -> Tangen
     bound: Tensor | None = None
     if deficit is not None:
         bound = ((value + reach - per_band(deficit)) * objective.unit).clamp_min(objective.lowest)
-    return Tangent(value * objective.unit, -reach * objective.unit, bound, vertex.bool())
+    return Tangent(value * objective.unit, -reach * objective.unit, bound, vertex.bool(), gradient)

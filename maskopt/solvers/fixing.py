@@ -26,7 +26,7 @@ def fixable(
     gradient : Tensor
         Of the convex objective at the relaxed point, float64, shape (rows, d).
     vertex : Tensor
-        The cheapest mask of `fixed`, zeros and ones, shape (rows, d).
+        The cheapest mask of `fixed`, boolean or zeros and ones, shape (rows, d).
     fixed : Restricted
         The masks in question.
     slack : Tensor

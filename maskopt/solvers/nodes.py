@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from maskopt.bounds import sdp_bound
 from maskopt.oracles import PartitionMatroid
 from maskopt.problems import LayerReconstruction, Move, Point, Quadratic
+from maskopt.problems.base import shift_deficit
 from maskopt.problems.layer import eigenvalue_floor
 
 __all__ = ["Nodes", "Relaxation"]
@@ -128,12 +130,13 @@ class Relaxation(Quadratic):
 
     def repeated(self, copies: int) -> Relaxation:
         """Return the relaxation of many nodes."""
-        return Relaxation(self.forms, self.shift, copies, self.lost)
+        many = copy.copy(self)
+        many.copies = copies
+        return many
 
     def error(self, masks: Tensor) -> Tensor:
         """Return the error of masks of the band, shape (number, rows, d) -> (number,)."""
-        pruned = (~masks).double()
-        return (torch.einsum("nrd,rde->nre", pruned, self.forms) * pruned).sum((1, 2)).clamp_min(0.0)
+        return self.objective(masks.flatten(0, 1)).view(masks.shape[:2]).sum(1).clamp_min(0.0)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -187,8 +190,10 @@ class Relaxation(Quadratic):
     def double(self) -> Relaxation:
         return self
 
-    def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor | None:
-        return None  # for bands as a whole it is `lost`
+    def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor:
+        # What is known of a band as a whole, spread over its rows.
+        band = len(self.shift)
+        return shift_deficit(point, shift) + self.lost / band
 
 
 def _directions(masks: PartitionMatroid, shape: tuple[int, int]) -> Tensor:
