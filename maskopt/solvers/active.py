@@ -22,9 +22,6 @@ class _OnAtoms(Direction):
 
     from_vertex: ClassVar[bool] = True
 
-    def way(self, view: View) -> Way:
-        raise AssertionError("begin first")
-
 
 @dataclass
 class _Run(Direction):
@@ -68,7 +65,7 @@ class _AwayRun(_Run):
         away = (gain > pool.first(view.gap)) & (weight < 1.0)
         self.slot, self.away = slot, away
         back = x - atoms.dense(slot, x.dtype)
-        way = torch.lerp(pool.flat(view.vertex) - x, back, away.to(x.dtype).unsqueeze(1))
+        way = torch.lerp(pool.flat(view.toward), back, away.to(x.dtype).unsqueeze(1))
         limit = torch.where(away, weight / (1.0 - weight), 1.0)
         return Way(_flat(view, way), pool.spread(limit.to(x.dtype)))
 
@@ -141,7 +138,7 @@ class _BlendedRun(_Run):
         self.local = (worst - best) * self.patience >= pool.first(view.gap)
         dtype = view.x.dtype
         within = atoms.dense(self.gain, dtype) - atoms.dense(self.drop, dtype)
-        outward = pool.flat(view.vertex - view.x)
+        outward = pool.flat(view.toward)
         way = torch.lerp(outward, within, self.local.to(dtype).unsqueeze(1))
         limit = torch.where(self.local, atoms.weight_of(self.drop), 1.0).to(dtype)
         return Way(_flat(view, way), pool.spread(limit))
@@ -272,9 +269,6 @@ class Lazy(Direction):
     def begin(self, view: View) -> Direction:
         estimate = view.pool.first(view.gap).double().clamp_min(0.0) / 2
         return _LazyRun(self, Atoms(view.pool.flat(view.vertex)), estimate)
-
-    def way(self, view: View) -> Way:
-        raise AssertionError("begin first")
 
 
 @dataclass

@@ -45,9 +45,6 @@ class Conjugate(Direction):
     def begin(self, view: View) -> Direction:
         return _ConjugateRun(self.slack)
 
-    def way(self, view: View) -> Way:
-        raise AssertionError("begin first")
-
 
 @dataclass
 class _ConjugateRun(Direction):
@@ -145,9 +142,6 @@ class Momentum(Direction):
     def begin(self, view: View) -> Direction:
         return _MomentumRun(self.check, torch.zeros_like(view.x))
 
-    def way(self, view: View) -> Way:
-        raise AssertionError("begin first")
-
 
 @dataclass
 class _MomentumRun(Direction):
@@ -188,9 +182,6 @@ class Stochastic(Direction):
 
     def begin(self, view: View) -> Direction:
         return _StochasticRun(self, view.gradient.clone(), torch.Generator().manual_seed(self.seed))
-
-    def way(self, view: View) -> Way:
-        raise AssertionError("begin first")
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
@@ -147,7 +146,7 @@ class Way:
         return Way(self.x[rows], None if self.limit is None else self.limit[rows], self.best)
 
 
-class Direction(ABC):
+class Direction:
     """Chooses the way to go.
 
     Rules are settings only. One that has to remember something between iterations returns an object that does from
@@ -174,15 +173,15 @@ class Direction(ABC):
         """Return the object that serves one run."""
         return self
 
-    @abstractmethod
     def way(self, view: View) -> Way:
-        """Return a way inside the hull."""
+        """Return a way inside the hull; rules that remember leave it to what `begin` returns."""
+        raise AssertionError("begin first")
 
     def bend(self, view: View, move: Move) -> Move:
         """Return another move inside the hull once the Hessian along the way is known; may overwrite `move`."""
         return move
 
-    def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:  # noqa: B027 - nothing to learn
+    def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
         """Learn how far the point has gone, and could have, per row; `move` may be overwritten."""
 
     def take(self, rows: Tensor, bands: Tensor) -> Direction:
@@ -190,7 +189,7 @@ class Direction(ABC):
         return self
 
 
-class Step(ABC):
+class Step:
     """Chooses how far to go; `begin` and `take` as for a `Direction`."""
 
     requires: ClassVar[tuple[str, ...]] = ()
@@ -201,9 +200,9 @@ class Step(ABC):
         """Return the object that serves one run."""
         return self
 
-    @abstractmethod
     def share(self, view: View, move: Move, limit: Tensor) -> Tensor:
-        """Return shares of the move in [0, limit], per row."""
+        """Return shares of the move in [0, limit], per row; rules that remember leave it to what `begin` returns."""
+        raise AssertionError("begin first")
 
     def take(self, rows: Tensor, bands: Tensor) -> Step:
         """Return what goes on with some rows only."""

@@ -47,9 +47,6 @@ class ShortStep(Step):
         # Rows of a band are blocks of one Hessian: the largest bound holds for all.
         return _ShortRun(-view.pool.least(-view.objective.smoothness()))
 
-    def share(self, view: View, move: Move, limit: Tensor) -> Tensor:
-        raise AssertionError("begin first")
-
 
 @dataclass
 class _ShortRun(Step):
@@ -149,9 +146,6 @@ class AdaptiveStep(Step):
     def begin(self, view: View) -> Step:
         return _AdaptiveRun(self, None)
 
-    def share(self, view: View, move: Move, limit: Tensor) -> Tensor:
-        raise AssertionError("begin first")
-
 
 @dataclass
 class _AdaptiveRun(Step):
@@ -188,9 +182,6 @@ class MonotoneStep(Step):
 
     def begin(self, view: View) -> Step:
         return _MonotoneRun(torch.ones(len(view.x), dtype=view.x.dtype, device=view.x.device))
-
-    def share(self, view: View, move: Move, limit: Tensor) -> Tensor:
-        raise AssertionError("begin first")
 
 
 @dataclass
