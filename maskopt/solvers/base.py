@@ -452,21 +452,21 @@ def _solve(
     seen = problem if solver.relaxes else problem.unshifted()
     band = band_of(problem, masks)
     apart = solver.solves_rows_apart(masks) or (solver.row_wise and solver.bandwise)
-    outcomes, recorders = [], []
+    outcomes, recorders = [], list[Recorder]()
     for index in _blocks(seen, solver.arrays, memory, band) if apart else [slice(0, problem.shape[0])]:
         whole = index == slice(0, problem.shape[0])
         part = seen if whole else seen.rows(index)
         part_masks = masks if whole else masks.rows(index, problem.shape)
-        recorder = Recorder(part, part_masks, Pool(problem.shape[0] if whole and problem.coupled else band), record)
-        watch.block(index.start / problem.shape[0], index.stop / problem.shape[0], recorder if record != 0 else None)
-        recorders.append(recorder)
+        recorder = None if record == 0 else Recorder(part, part_masks, Pool(band), record)
+        watch.block(index.start / problem.shape[0], index.stop / problem.shape[0], recorder)
+        recorders += [] if recorder is None else [recorder]
         outcomes.append(watch.finish(solver.run(part, part_masks, None if first is None else first[index], watch)))
     mask = torch.cat([outcome.mask for outcome in outcomes])
     if not masks.contains(mask):
         raise RuntimeError(f"{type(solver).__name__} returned a mask outside {masks}; this is a bug in the solver.")
     bounds = [outcome.lower_bound for outcome in outcomes]
     proven = all(bound is not None for bound in bounds)
-    nothing = GapKind.NONE if record == 0 or all(recorder.convex for recorder in recorders) else GapKind.STATIONARY
+    nothing = GapKind.NONE if all(recorder.convex for recorder in recorders) else GapKind.STATIONARY
     weakest = max((outcome.status for outcome in outcomes), key=list(Status).index)
     objective = problem.objective(mask)
     bound = torch.cat([bound for bound in bounds if bound is not None]) if proven else None
@@ -482,8 +482,8 @@ def _solve(
         seconds=watch.seconds,
         counters=dict(watch.counters),
         solver=repr(solver),
-        history={} if record == 0 else merged([recorder.history for recorder in recorders]),
-        sources={} if record == 0 else dict(sum((Counter(recorder.sources) for recorder in recorders), Counter())),
+        history=merged([recorder.history for recorder in recorders]),
+        sources=dict(sum((Counter(recorder.sources) for recorder in recorders), Counter())),
     )
 
 

@@ -53,19 +53,15 @@ def tangent(objective: Problem, masks: MaskSet, pool: Pool, x: Tensor) -> Tangen
     x : Tensor
         Float64.
     """
-
-    def per_band(per_row: Tensor) -> Tensor:
-        return per_row.view(-1, pool.band).sum(1)
-
     point = objective.at(x)
     gradient = objective.gradient(point)
     vertex = masks.vertex(gradient)
-    reach = per_band((gradient * (vertex - x)).sum(1))
+    reach = pool.total((gradient * (vertex - x)).sum(1))
     if not masks.exact:
-        least = masks.least(gradient).view(len(reach), -1).sum(1) - per_band((gradient * x).sum(1))
+        least = masks.least(gradient).view(len(reach), -1).sum(1) - pool.total((gradient * x).sum(1))
         reach = torch.minimum(reach, least)
-    value, deficit = per_band(objective.value(point)), objective.deficit(point)
+    value, deficit = pool.total(objective.value(point)), objective.deficit(point)
     bound: Tensor | None = None
     if deficit is not None:
-        bound = ((value + reach - per_band(deficit)) * objective.unit).clamp_min(objective.lowest)
+        bound = ((value + reach - pool.total(deficit)) * objective.unit).clamp_min(objective.lowest)
     return Tangent(value * objective.unit, -reach * objective.unit, bound, vertex.bool(), gradient)

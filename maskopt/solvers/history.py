@@ -80,7 +80,7 @@ class Recorder:
 
     def offer(self, mask: Tensor, source: str) -> float:
         """Keep a mask in the bands where it is the best so far; return its error in all."""
-        error = self.problem.objective(mask).view(-1, self.pool.band).sum(1)
+        error = self.pool.total(self.problem.objective(mask))
         better = error < self.error
         if source not in self._names:
             self._names.append(source)
@@ -105,10 +105,10 @@ class Recorder:
 def merged(histories: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
     """Add up the histories of blocks of rows that were solved one after the other.
 
-    A block that ended earlier stands where it ended.
+    A block that ended earlier stands where it ended; nothing recorded is no history.
     """
-    if len(histories) == 1:
-        return histories[0]
+    if len(histories) < 2:
+        return histories[0] if histories else {}
     rows: dict[str, list[float]] = {name: [] for name in COLUMNS}
     for iteration in sorted({number for history in histories for number in history["iteration"]}):
         last = [

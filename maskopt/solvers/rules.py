@@ -34,7 +34,11 @@ class Pool:
         """Sum over each band's rows; per row."""
         if self.band == 1:
             return per_row
-        return self.spread(per_row.view(-1, self.band).sum(1, dtype=torch.float64).to(per_row.dtype))
+        return self.spread(self.total(per_row).to(per_row.dtype))
+
+    def total(self, per_row: Tensor) -> Tensor:
+        """Sum over each band's rows; per band, float64."""
+        return per_row.view(-1, self.band).sum(1, dtype=torch.float64)
 
     def least(self, per_row: Tensor) -> Tensor:
         """Return the least of each band's rows; per row."""
