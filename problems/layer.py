@@ -138,14 +138,18 @@ class LayerReconstruction(Quadratic):
         wide._g = wide.gram if self._g is self.gram else self._g.double()
         return wide
 
+    def symmetric_gram(self) -> Tensor:
+        """Return a float64 copy of the scaled Gram, symmetric to the last digit, shape (d, d)."""
+        gram = self._g.double()
+        return (gram + gram.T) / 2
+
     def eigenvalue_floor(self) -> float:
         """Return a number <= 0 that no eigenvalue of the scaled Gram lies below, proven by a Cholesky factorisation.
 
         A Gram summed in float32 may be indefinite by rounding; bounds that rely on convexity subtract this.
         """
         if not self._floor:
-            gram = self._g.double()
-            gram = (gram + gram.T) / 2
+            gram = self.symmetric_gram()
             floor = eigenvalue_floor(gram)
             if floor is None:  # only unchecked data gets here
                 floor = min(0.0, float(torch.linalg.eigvalsh(gram)[0])) - 1e-12 * float(torch.linalg.matrix_norm(gram))
@@ -167,8 +171,7 @@ class LayerReconstruction(Quadratic):
             # Diag(w) (G - Diag(l)) Diag(w) lies below the shifted Hessian if l is at least shift / w^2 in every row.
             dead = weight == 0
             lift = torch.where(dead, 0.0, rise / weight.square()).amax(0)
-            gram = self._g.double()
-            gram = (gram + gram.T) / 2
+            gram = self.symmetric_gram()
             gram.diagonal().sub_(lift)
             floor = eigenvalue_floor(gram) if bool(torch.isfinite(lift).all()) else None
             if floor is not None:

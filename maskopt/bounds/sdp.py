@@ -111,7 +111,7 @@ def sdp_bound(
     shift, point = bound.new_zeros((rows, d)), bound.new_zeros((rows, d))
     spent = torch.zeros(rows, dtype=torch.int64, device=wide.device)
     chunk = max(1, memory // (_MATRICES * 8 * d * d))
-    gram = (wide.scaled_gram + wide.scaled_gram.T) / 2
+    gram = wide.symmetric_gram()
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         scaled, exponent = _balanced(wide.scaled_weight[part], gram)

@@ -17,7 +17,7 @@ _ACCURACY = 1e-3  # of the sum
 
 def least_eigenvalue(problem: LayerReconstruction) -> Tensor:
     """Return L = lambda I with G - L positive semidefinite, the diagonal in the units of `gradient`, shape (d,)."""
-    gram = _symmetric(problem)
+    gram = problem.symmetric_gram()
     lowest = torch.linalg.eigvalsh(gram)[0].clamp_min(0.0)
     return _safe(gram, lowest.expand(len(gram)))
 
@@ -37,7 +37,7 @@ def layer_shift(problem: LayerReconstruction, rounds: int = 40) -> Tensor:
     rounds : int
         Newton steps, each one inverse and one factorisation of size d.
     """
-    gram = _symmetric(problem)
+    gram = problem.symmetric_gram()
     scale = gram.diagonal().clamp_min(0.0).sqrt()
     alive = (scale > 0).nonzero().flatten()
     if not len(alive):
@@ -85,7 +85,7 @@ def shifted_bound(problem: LayerReconstruction, keep: Tensor, diagonal: Tensor, 
     iterations : int
     """
     wide, masks = problem.double(), PerRow(keep)
-    floor = eigenvalue_floor(_symmetric(problem) - torch.diag(diagonal))
+    floor = eigenvalue_floor(problem.symmetric_gram() - torch.diag(diagonal))
     best = torch.zeros(problem.shape[0], dtype=torch.float64, device=problem.device)
     if floor is None:
         return best
@@ -104,11 +104,6 @@ def shifted_bound(problem: LayerReconstruction, keep: Tensor, diagonal: Tensor, 
         share = torch.where(curvature > 0, -descent / curvature, 1.0).clamp(0.0, 1.0)
         objective.advance(point, move, share.unsqueeze(1))
     return best
-
-
-def _symmetric(problem: LayerReconstruction) -> Tensor:
-    gram = problem.double().scaled_gram
-    return (gram + gram.T) / 2
 
 
 def _inside(matrix: Tensor, part: Tensor) -> bool:

@@ -94,8 +94,7 @@ class Relaxation(Quadratic):
     @staticmethod
     def of(problem: LayerReconstruction, masks: PartitionMatroid, incumbent: Tensor) -> Relaxation:
         """Return the relaxation of a band, with the diagonal moved as far as convexity allows."""
-        weight, gram = problem.scaled_weight.double(), problem.scaled_gram.double()
-        gram = (gram + gram.T) / 2
+        weight, gram = problem.scaled_weight.double(), problem.symmetric_gram()
         forms = weight.unsqueeze(2) * gram * weight.unsqueeze(1)
         width = masks.tile_of(problem.shape)[1]
         alike = masks.separable and not masks.at_most and not isinstance(masks.keep, Tensor)
