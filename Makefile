@@ -34,7 +34,8 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS="a.safetensors ...
 	$(BIN)/python benchmarks/layers.py $(LAYERS)
 	$(BIN)/python benchmarks/directions.py $(LAYERS)
 	$(BIN)/python benchmarks/iteration.py
-	$(if $(LAYERS),$(BIN)/python benchmarks/bounds.py $(LAYERS))
+	$(if $(LAYERS),$(BIN)/python benchmarks/bounds.py $(LAYERS) --rows 8 --inputs 96 0 --cuts 100)
+	$(if $(LAYERS),$(BIN)/python benchmarks/exact.py $(LAYERS))
 	$(BIN)/python benchmarks/make_library.py
 	$(BIN)/python benchmarks/perplexity.py $(MODELS)
 
