@@ -85,6 +85,11 @@ class LayerReconstruction(Quadratic):
         return self._g
 
     @property
+    def weight_unit(self) -> float:
+        """`weight` over `scaled_weight`: a power of two."""
+        return self._weight_unit
+
+    @property
     def shape(self) -> tuple[int, int]:
         return self.weight.shape[0], self.weight.shape[1]
 
@@ -182,6 +187,16 @@ class LayerReconstruction(Quadratic):
 
     def objective(self, mask: Tensor) -> Tensor:
         return self._quadratic_form(self._w.double().masked_fill(mask, 0.0))
+
+    def error(self, weight: Tensor) -> Tensor:
+        """Return each row's output error ||(W - V) X||^2 of other weights V, float64, shape (rows,).
+
+        Parameters
+        ----------
+        weight : Tensor
+            V, shape (rows, d).
+        """
+        return self._quadratic_form(self._w.double() - weight.double() / self._weight_unit)
 
     def scale(self) -> Tensor:
         if self._scale is None:

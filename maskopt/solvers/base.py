@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maskopt.errors import MaskoptError
 from maskopt.oracles import CanProject, CanRestrict, CanSwap, HasFaces, HasGroups, MaskSet
-from maskopt.problems import Point, Problem
+from maskopt.problems import LayerReconstruction, Point, Problem
 from maskopt.threads import sized_threads
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class Watch:
     def finish(self, outcome: Outcome) -> Outcome:
         """Return the outcome with the best mask and bound that were seen in its block."""
         recorder = self.recorder
-        if recorder is None:
+        if recorder is None or outcome.weight is not None:  # masks are compared with their weights as they were
             return outcome
         recorder.whole(outcome.mask, self.seconds - self._block_began, outcome.source)
         bound = outcome.lower_bound
@@ -199,6 +199,8 @@ class Outcome:
     iterations: int
     lower_bound: Tensor | None = None
     source: str = "solver"
+    weight: Tensor | None = None
+    """The surviving weights, zero where pruned, shape (rows, d), where the solver moves them."""
 
 
 class Solver(ABC):
@@ -260,7 +262,7 @@ class Result:
     mask : Tensor
         Boolean, shape (rows, d); True is kept.
     objective : Tensor
-        Error of each row, float64, evaluated from scratch on the final mask.
+        Error of each row, float64, evaluated from scratch on the final mask and weights.
     scale : Tensor
         Error of pruning the whole row, float64: what relative errors divide by.
     status : Status
@@ -278,6 +280,11 @@ class Result:
         Columns `maskopt.solvers.COLUMNS`, where the solve was recorded.
     sources : dict of str to int
         In how many bands the mask came from rounding, a vertex, ..., where the solve was recorded.
+    weight : Tensor or None
+        The weights that go with the mask, zero where pruned, shape (rows, d) in the problem's type, where the solver
+        moves them (`maskopt.weights`); None: they stay as they were.
+    kept_objective : Tensor or None
+        Error of each row, float64, of the same mask with the weights as they were; None where they still are.
     """
 
     mask: Tensor
@@ -292,6 +299,8 @@ class Result:
     solver: str = ""
     history: dict[str, list[float]] = field(default_factory=dict)
     sources: dict[str, int] = field(default_factory=dict)
+    weight: Tensor | None = None
+    kept_objective: Tensor | None = None
 
     @property
     def total(self) -> float:
@@ -301,8 +310,16 @@ class Result:
     @property
     def relative_error(self) -> float:
         """Error of the layer over that of pruning everything; 0 where both vanish."""
+        return self._relative(self.objective)
+
+    @property
+    def kept_error(self) -> float:
+        """Relative error of the mask with the weights as they were: before they moved, if they did."""
+        return self._relative(self.objective if self.kept_objective is None else self.kept_objective)
+
+    def _relative(self, objective: Tensor) -> float:
         scale = float(self.scale.sum())
-        return self.total / scale if scale > 0 else 0.0
+        return float(objective.sum()) / scale if scale > 0 else 0.0
 
     @property
     def sparsity(self) -> float:
@@ -323,6 +340,8 @@ class Result:
             objective=self.objective[index],
             scale=self.scale[index],
             lower_bound=None if self.lower_bound is None else self.lower_bound[index],
+            weight=None if self.weight is None else self.weight[index],
+            kept_objective=None if self.kept_objective is None else self.kept_objective[index],
             seconds=self.seconds * len(mask) / len(self.mask),
         )
 
@@ -330,6 +349,7 @@ class Result:
         """Return the figures as plain numbers and strings for JSON."""
         return {
             "relative_error": self.relative_error,
+            "kept_error": self.kept_error,
             "objective": self.total,
             "sparsity": self.sparsity,
             "seconds": self.seconds,
@@ -468,7 +488,19 @@ def _solve(
     proven = all(bound is not None for bound in bounds)
     nothing = GapKind.NONE if all(recorder.convex for recorder in recorders) else GapKind.STATIONARY
     weakest = max((outcome.status for outcome in outcomes), key=list(Status).index)
-    objective = problem.objective(mask)
+    weight, before, objective = None, None, problem.objective(mask)
+    if all(outcome.weight is not None for outcome in outcomes):
+        assert isinstance(problem, LayerReconstruction), "only layers have weights"
+        weight = torch.cat([outcome.weight for outcome in outcomes if outcome.weight is not None])
+        if bool((weight != 0).logical_and(~mask).any()):
+            raise RuntimeError(
+                f"{type(solver).__name__} returned weights outside its mask; this is a bug in the solver."
+            )
+        before, objective = objective, problem.error(weight)
+        # What a ridge or rounding made worse than it was stays as it was.
+        worse = ~(objective <= before)
+        weight = torch.where(worse.unsqueeze(1), problem.weight * mask, weight)
+        objective = torch.where(worse, before, objective)
     bound = torch.cat([bound for bound in bounds if bound is not None]) if proven else None
     optimal = bound is not None and bool((objective.view(len(bound), -1).sum(1) <= bound).all())
     return Result(
@@ -484,6 +516,8 @@ def _solve(
         solver=repr(solver),
         history=merged([recorder.history for recorder in recorders]),
         sources=dict(sum((Counter(recorder.sources) for recorder in recorders), Counter())),
+        weight=weight,
+        kept_objective=before,
     )
 
 
