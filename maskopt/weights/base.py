@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
@@ -50,13 +52,22 @@ class System:
         # A float32 Gram may be asymmetric in its last digits, which factorisations and their users see differently.
         gram = (problem.scaled_gram + problem.scaled_gram.T).mul_(0.5)
         diagonal = gram.diagonal()
-        diagonal.clamp_(min=0.0).add_(ridge * float(diagonal.mean()))
-        # Inputs that are always zero: any positive number will do, their weights do not matter.
-        diagonal.masked_fill_(diagonal <= 0, 1.0)
+        mean = float(diagonal.clamp_(min=0.0).mean())
+        diagonal.add_(ridge * mean)
+        dead = diagonal <= 0
+        # Inputs that are always zero: their weights do not matter, so nobody shall keep them for their size.
+        diagonal.masked_fill_(dead, mean * 2.0**-40 if mean > 0 else 1.0)
         size = diagonal.sqrt()
-        gram.div_(size).div_(size.unsqueeze(1))
-        diagonal.fill_(1.0)
+        inverse = size.reciprocal().masked_fill_(dead, 0.0)
+        gram.mul_(inverse).mul_(inverse.unsqueeze(1))
+        # No correlation exceeds one; those of inputs that are almost zero may, by rounding.
+        gram.clamp_(-1.0, 1.0).diagonal().fill_(1.0)
         return cls(problem.scaled_weight * size, gram, size)
+
+    def error(self, scaled: Tensor) -> Tensor:
+        """Return (w - v)^T H (w - v) for each row v of scaled weights, shape (rows,): one matrix product."""
+        off = self.weight - scaled
+        return torch.linalg.vecdot(off @ self.gram, off)
 
     def finish(self, problem: LayerReconstruction, scaled: Tensor) -> Tensor:
         """Return scaled weights in the units of the layer's own."""
@@ -79,5 +90,5 @@ class Joint(Solver):
     arrays: ClassVar[float] = 12.0
 
     def __post_init__(self) -> None:
-        if not self.ridge >= 0:
-            raise MaskoptError(f"{self.name} needs a ridge >= 0; got {self.ridge}.")
+        if not 0 <= self.ridge < math.inf:
+            raise MaskoptError(f"{self.name} needs a finite ridge >= 0; got {self.ridge}.")

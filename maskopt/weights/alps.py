@@ -1,0 +1,108 @@
+"""ALPS: operator splitting for mask and weights, then conjugate gradients on the mask."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+from maskopt.oracles import MaskSet
+from maskopt.problems import LayerReconstruction, Problem
+from maskopt.solvers.base import Outcome, Status, Watch
+from maskopt.weights.base import Joint, System
+from maskopt.weights.least_squares import conjugate_gradients
+
+__all__ = ["ALPS"]
+
+
+@dataclass(frozen=True)
+class ALPS(Joint):
+    """ADMM on weights b and sparse copies d = b, with a penalty that grows until the mask stands still.
+
+    In inputs of unit diagonal, with H's eigenvectors found once:
+
+        b = argmin (w - b)^T H (w - b) / 2 + dual^T (b - d) + penalty / 2 ||b - d||^2
+        d = the point of the set nearest to b + dual / penalty
+        dual += penalty * (b - d)
+
+    The weights are d, improved by conjugate gradients on the last mask. Two matrix products per iteration. Meng et
+    al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models" (arXiv
+    2406.07831), which keeps a fixed number of the whole matrix or N of M; any set works.
+
+    Parameters
+    ----------
+    ridge : float
+        See `System.of`.
+    penalty : float
+        At the start.
+    growth : (float, float, float)
+        Factors of the penalty where, since the last look, at least a tenth of the kept entries changed, at least
+        one in 200, or fewer.
+    every : int
+        Iterations from one look at the mask to the next.
+    iterations : int
+        At most; the method ends when the mask has not changed between two looks.
+    polish : int
+        Steps of conjugate gradients at the end.
+    """
+
+    penalty: float = 0.1
+    growth: tuple[float, float, float] = (1.3, 1.2, 1.1)
+    every: int = 3
+    iterations: int = 300
+    polish: int = 10
+
+    row_wise: ClassVar[bool] = False  # all rows share the penalty and the stop
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.penalty < math.inf or len(self.growth) != 3 or not all(1 <= g < 100 for g in self.growth):
+            raise MaskoptError(
+                f"ALPS needs a penalty > 0 and three growth factors from 1 to 100; got {self.penalty}, {self.growth}."
+            )
+        if self.every < 1 or self.iterations < 1 or self.polish < 0:
+            raise MaskoptError(
+                "ALPS needs every >= 1, iterations >= 1 and polish >= 0; got "
+                f"{self.every}, {self.iterations}, {self.polish}."
+            )
+
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+        assert isinstance(problem, LayerReconstruction)
+        system = System.of(problem, self.ridge)
+        w = system.weight
+        values, vectors = torch.linalg.eigh(system.gram)
+        values.clamp_(min=0.0)
+        target = w @ system.gram
+        mask = masks.vertex(w.square().neg_()) if start is None else start.to(w.dtype)
+        seen, d = mask, w * mask
+        dual, b, near, cost = (torch.zeros_like(w) for _ in range(4))
+        penalty, done = self.penalty, 0
+        status = Status.ITERATION_LIMIT
+        # The planned number is an upper limit that is rarely reached.
+        while done < self.iterations and not watch.stops(problem, masks, done, self.iterations):
+            torch.sub(target, dual, out=near).add_(d, alpha=penalty)
+            torch.mm(near, vectors, out=b).div_(values + penalty)
+            torch.mm(b, vectors.T, out=near)
+            b, near = near, b
+            torch.add(b, dual, alpha=1.0 / penalty, out=near)
+            mask = masks.vertex(torch.mul(near, near, out=cost).neg_())
+            torch.mul(near, mask, out=d)
+            # dual / penalty + b - d is what d leaves of `near`.
+            torch.sub(near, d, out=dual).mul_(penalty)
+            done += 1
+            watch.counters["products"] += 2
+            if done % self.every == 0:
+                changed, kept = int((mask != seen).sum()) / 2, float(mask.sum(dtype=torch.float64))
+                if changed == 0:
+                    status = Status.COMPLETED
+                    break
+                seen = mask
+                penalty *= self.growth[0 if changed >= 0.1 * kept else 1 if changed >= 0.005 * kept else 2]
+        if watch.ended is None:
+            d = conjugate_gradients(system, mask, d, self.polish)
+            watch.counters["products"] += self.polish + 1
+        return Outcome(mask.bool(), status, done, weight=system.finish(problem, d))
