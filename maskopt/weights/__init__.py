@@ -1,6 +1,8 @@
 """What the surviving weights become: least squares on a mask, and methods that choose mask and weights together."""
 
+from maskopt.weights.admm import ADMM
 from maskopt.weights.alps import ALPS
 from maskopt.weights.base import Joint, System
+from maskopt.weights.sparsegpt import SparseGPT
 
-__all__ = ["ALPS", "Joint", "System"]
+__all__ = ["ADMM", "ALPS", "Joint", "SparseGPT", "System"]

@@ -1,0 +1,131 @@
+"""SparseGPT: prune from the first input to the last, the later ones making up for each loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+from maskopt.oracles import MaskSet, PartitionMatroid
+from maskopt.oracles.base import Shape
+from maskopt.problems import LayerReconstruction, Problem
+from maskopt.solvers.base import Outcome, Status, Watch
+from maskopt.weights.base import Joint, System
+from maskopt.weights.least_squares import definite_factor
+
+__all__ = ["SparseGPT"]
+
+
+@dataclass(frozen=True)
+class SparseGPT(Joint):
+    """One pass over the inputs: prune where it costs least, move the weights of all later inputs.
+
+    With U^T U = H^-1, U upper triangular, removing w_j costs w_j^2 / U_jj^2 when inputs before j stay as they
+    are; the best answer of the later ones is w - w_j / U_jj * U_j. Frantar and Alistarh, "SparseGPT: Massive Language
+    Models Can Be Accurately Pruned in One-Shot" (ICML 2023, arXiv 2301.00774).
+
+    Entries are chosen when the pass reaches their group. Wider groups, such as rows or the whole matrix, are cut into
+    spans of `block` inputs, and each keeps its share: of 50 % of the whole matrix, half of every rows x 128 entries.
+
+    Parameters
+    ----------
+    ridge : float
+        See `System.of`.
+    block : int
+        Inputs whose weights are chosen together at most, and after which the later ones are moved.
+
+    Raises
+    ------
+    MaskoptError
+        In `solve`, if the set is no `PartitionMatroid`: others cannot be chosen block by block.
+    """
+
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block < 1:
+            raise MaskoptError(f"SparseGPT needs a block of at least one input; got {self.block}.")
+
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+        assert isinstance(problem, LayerReconstruction)
+        if not isinstance(masks, PartitionMatroid):
+            raise MaskoptError(f"SparseGPT chooses block by block, which needs a PartitionMatroid; got {masks}.")
+        system = System.of(problem, self.ridge)
+        columns = problem.shape[1]
+        # H = R R^T with R upper triangular is the factorisation of H turned by half a circle, and U = R^-1.
+        factor = definite_factor(system.gram.flip((0, 1))).flip((0, 1))
+        push = torch.linalg.solve_triangular(factor, torch.eye(columns).to(factor), upper=True)
+        size = push.diagonal().clone()
+        push.div_(size.unsqueeze(1))
+        # Inputs first: the pass works on one after the other.
+        v = system.weight.T.contiguous()
+        keep, lost = torch.ones_like(v), torch.empty_like(v)
+        for spans in _blocks(masks, problem.shape, self.block):
+            begin, end = spans[0][0], spans[-1][1]
+            stopped = watch.stops(problem, masks, begin, columns)
+            for first, last, choice in spans:
+                cost = (v[first:last] / size[first:last].unsqueeze(1)).square_().neg_()
+                keep[first:last] = choice.vertex(cost.T.contiguous()).T
+                if stopped:
+                    continue
+                pruned = 1.0 - keep[first:last]
+                for j in range(first, last):
+                    torch.mul(v[j], pruned[j - first], out=lost[j])
+                    v[j + 1 : end].addr_(push[j, j + 1 : end], lost[j], alpha=-1.0)
+            if not stopped and end < columns:
+                v[end:].addmm_(push[begin:end, end:].T, lost[begin:end], alpha=-1.0)
+        watch.counters["products"] += 1
+        weight = system.finish(problem, v.mul_(keep).T).contiguous()
+        return Outcome(keep.T.bool().contiguous(), Status.COMPLETED, columns, weight=weight)
+
+
+_Span = tuple[int, int, PartitionMatroid]
+
+
+def _blocks(masks: PartitionMatroid, shape: Shape, block: int) -> Iterator[list[_Span]]:
+    """Yield blocks of consecutive spans, each with its columns and the set its entries are chosen from."""
+    spans: list[_Span] = []
+    for span in _spans(masks, shape, block):
+        if spans and span[1] - spans[0][0] > block:
+            yield spans
+            spans = []
+        spans.append(span)
+    yield spans
+
+
+def _spans(masks: PartitionMatroid, shape: Shape, block: int) -> Iterator[_Span]:
+    """Yield the columns of every tile, cut where they are more than `block`, each part with its share of the counts."""
+    height, width = masks.tile_of(shape)
+    rows, columns = shape
+    bands = rows // height
+    counts = masks.kept_per_group(shape).view(bands, columns // width)
+    held, banned = (_per_band(entries, bands, shape) for entries in (masks.protected, masks.forbidden))
+    free = height - held - banned
+    for tile, begin in enumerate(range(0, columns, width)):
+        end = begin + width
+        total = free[:, begin:end].sum(1)
+        # Sets of at most so many may count more than there are.
+        open_ = torch.minimum(counts[:, tile] - held[:, begin:end].sum(1), total)
+        before, seen = torch.zeros_like(total), torch.zeros_like(total)
+        for first in range(begin, end, block):
+            last = min(first + block, end)
+            seen = seen + free[:, first:last].sum(1)
+            # The share of the free entries so far, rounded: differences never exceed what is free in a span.
+            after = (2 * open_ * seen + total).div(2 * total.clamp_min(1), rounding_mode="floor")
+            number = held[:, first:last].sum(1) + after - before
+            before = after
+            same = bool((number == number[0]).all())
+            part = PartitionMatroid(int(number[0]) if same else number, (height, last - first), masks.name)
+            fixed = (None if entries is None else entries[:, first:last] for entries in (masks.protected, masks.forbidden))
+            yield first, last, part.restrict(*fixed)
+
+
+def _per_band(entries: Tensor | None, bands: int, shape: Shape) -> Tensor:
+    """Return how many entries of each column are marked in each band, int64, on the CPU, shape (bands, d)."""
+    if entries is None:
+        return torch.zeros((bands, shape[1]), dtype=torch.int64)
+    return entries.cpu().view(bands, -1, shape[1]).sum(1)
