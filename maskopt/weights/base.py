@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
@@ -63,11 +62,6 @@ class System:
         # No correlation exceeds one; those of inputs that are almost zero may, by rounding.
         gram.clamp_(-1.0, 1.0).diagonal().fill_(1.0)
         return cls(problem.scaled_weight * size, gram, size)
-
-    def error(self, scaled: Tensor) -> Tensor:
-        """Return (w - v)^T H (w - v) for each row v of scaled weights, shape (rows,): one matrix product."""
-        off = self.weight - scaled
-        return torch.linalg.vecdot(off @ self.gram, off)
 
     def finish(self, problem: LayerReconstruction, scaled: Tensor) -> Tensor:
         """Return scaled weights in the units of the layer's own."""

@@ -62,6 +62,7 @@ def definite_factor(gram: Tensor) -> Tensor:
         Symmetric, diagonal of about one: what a positive ridge left definite is not shifted. Rounding and rank
         deficiency without a ridge are.
     """
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(gram)
     shift = torch.finfo(gram.dtype).eps * len(gram)
     while int(info) != 0:

@@ -120,7 +120,9 @@ def _spans(masks: PartitionMatroid, shape: Shape, block: int) -> Iterator[_Span]
             before = after
             same = bool((number == number[0]).all())
             part = PartitionMatroid(int(number[0]) if same else number, (height, last - first), masks.name)
-            fixed = (None if entries is None else entries[:, first:last] for entries in (masks.protected, masks.forbidden))
+            fixed = (
+                None if entries is None else entries[:, first:last] for entries in (masks.protected, masks.forbidden)
+            )
             yield first, last, part.restrict(*fixed)
 
 

@@ -1,0 +1,123 @@
+"""FISTAPruner: a convex relaxation of the mask, least squares with an l1 penalty on the weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+from maskopt.oracles import MaskSet, PartitionMatroid
+from maskopt.problems import LayerReconstruction, Problem
+from maskopt.solvers.base import Outcome, Status, Watch
+from maskopt.weights.base import Joint
+from maskopt.weights.sparsegpt import SparseGPT
+
+__all__ = ["FISTAPruner"]
+
+_LEAST = 1e-8  # least penalty tried, as a share of the one that prunes everything
+
+
+@dataclass(frozen=True)
+class FISTAPruner(Joint):
+    """Accelerated proximal gradients on an l1 penalty, then rounding; the penalty by bisection.
+
+    Each round minimises 1/2 ||(W - V) X||^2 + penalty * sum |V_ij| from the best weights so far and rounds V to the
+    nearest member R of the set. Where ||(R - V) X|| is a large share of ||(R - W) X||, V was not sparse enough, and
+    the penalty grows, else it shrinks. The answer is the best R, whose weights stay shrunk as they are. Zhao et al.,
+    "A Convex-optimization-based Layer-wise Post-training Pruner for Large Language Models" (arXiv 2408.03728).
+
+    Where the paper leaves it open: bisection is geometric, between the penalty that prunes everything and 1e-8 of it;
+    all rounds are run. The pruned layer gets the same inputs X as the dense one.
+
+    Parameters
+    ----------
+    ridge : float
+        Of `SparseGPT`, whose weights are the first; on sets it does not know, or from a `start`, these are the dense
+        ones where the mask keeps. The problem itself has no ridge.
+    threshold : float
+        The share above which the penalty grows.
+    rounds : int
+    iterations : int
+        Of each round.
+    """
+
+    threshold: float = 0.3
+    rounds: int = 20
+    iterations: int = 20
+
+    row_wise: ClassVar[bool] = False  # all rows share the penalty
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.threshold < 1 or self.rounds < 1 or self.iterations < 1:
+            raise MaskoptError(
+                "FISTAPruner needs a threshold between 0 and 1, rounds >= 1 and iterations >= 1; got "
+                f"{self.threshold}, {self.rounds}, {self.iterations}."
+            )
+
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+        assert isinstance(problem, LayerReconstruction)
+        w = problem.scaled_weight
+        gram = (problem.scaled_gram + problem.scaled_gram.T).mul_(0.5)
+        mask, v = self._first(problem, masks, start, watch)
+        least, best = _energy(w - v, gram), v
+        # A little more than the largest eigenvalue, which is rounded.
+        steepness = 1.001 * float(torch.linalg.eigvalsh(gram)[-1])
+        target = w @ gram
+        low, high = (math.log(share) for share in (_LEAST, 1.0))
+        most = float(target.abs().max())
+        done, planned = 0, self.rounds * self.iterations
+        while done < planned and least > 0 and steepness > 0 and not watch.stops(problem, masks, done, planned):
+            middle = (low + high) / 2
+            v = self._proximal(best, gram, target, steepness, math.exp(middle) * most, watch)
+            done += self.iterations
+            chosen = masks.vertex(v.square().neg_())
+            rounded = v * chosen
+            error, loss = _energy(w - rounded, gram), _energy(v - rounded, gram)
+            watch.counters["products"] += 2
+            if loss > self.threshold**2 * error:
+                low = middle
+            else:
+                high = middle
+            if error < least:
+                least, best, mask = error, rounded, chosen.bool()
+        weight = (best * problem.weight_unit).mul_(mask)
+        return Outcome(mask, Status.COMPLETED, done, weight=weight)
+
+    def _first(
+        self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, watch: Watch
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mask and the scaled weights to start from."""
+        if start is None and isinstance(masks, PartitionMatroid):
+            # Its own clock: progress is reported in this method's iterations.
+            clock = Watch("SparseGPT", None, None if math.isinf(watch.left) else watch.left)
+            first = SparseGPT(self.ridge).run(problem, masks, None, clock)
+            assert first.weight is not None
+            return first.mask, first.weight / problem.weight_unit
+        mask = masks.lmo(problem.diagonal().neg()) if start is None else start
+        return mask, problem.scaled_weight * mask
+
+    def _proximal(
+        self, v: Tensor, gram: Tensor, target: Tensor, steepness: float, penalty: float, watch: Watch
+    ) -> Tensor:
+        """Return what the iterations of one round make of v."""
+        ahead, free, momentum, limit = v.clone(), torch.empty_like(v), 1.0, penalty / steepness
+        for _ in range(self.iterations):
+            torch.addmm(ahead, ahead, gram, alpha=-1.0 / steepness, out=free)
+            free.add_(target, alpha=1.0 / steepness)
+            # Soft thresholding: what lies beyond the limits.
+            new = free - free.clamp(-limit, limit)
+            following = (1.0 + math.sqrt(1.0 + 4.0 * momentum**2)) / 2.0
+            torch.lerp(v, new, 1.0 + (momentum - 1.0) / following, out=ahead)
+            v, momentum = new, following
+            watch.counters["products"] += 1
+        return v
+
+
+def _energy(off: Tensor, gram: Tensor) -> float:
+    """Return the error of a layer whose weights are off by so much, in scaled units."""
+    return float((off @ gram).mul_(off).sum(dtype=torch.float64))
