@@ -94,7 +94,7 @@ def _loosened(masks: MaskSet, cost: Tensor, share: float) -> Tensor:
     if share == 1.0:
         return chosen
     band = masks.band(cost.shape)
-    first = chosen.view(len(cost) // band, -1)
+    first = chosen.reshape(len(cost) // band, -1)
     pruned = ((first.shape[1] - first.sum(1, dtype=torch.float64)) * share).long()
     cost = cost.masked_fill_(chosen.bool(), -torch.inf).view_as(first)
     loose = smallest(cost, first.shape[1] - pruned).view_as(chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from maskopt.errors import MaskoptError
 from maskopt.weights.base import System
 
 __all__ = ["conjugate_gradients", "definite_factor"]
@@ -66,6 +67,8 @@ def definite_factor(gram: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(gram)
     shift = torch.finfo(gram.dtype).eps * len(gram)
     while int(info) != 0:
+        if not shift < 64 * len(gram):  # no row sum is larger
+            raise MaskoptError("The Gram must be finite to be factorised, but an entry is NaN or infinite.")
         shifted = gram.clone()
         shifted.diagonal().add_(shift)
         factor, info = torch.linalg.cholesky_ex(shifted)
