@@ -304,8 +304,7 @@ def test_sparsegpt_spreads_wide_groups_over_blocks() -> None:
     protected[:, 8:11] = True
     some, _ = unchecked(problem, Protected(PerRow(0.25), protected), SparseGPT(block=8))
     assert bool(some[protected].all())
-    assert torch.equal(per_block(some)[:, 1], torch.full((6,), 4)) or int(per_block(some)[:, 1].min()) == 3
-    assert torch.equal(some.sum(1), torch.full((6,), 5))
+    assert torch.equal(per_block(some), torch.tensor([1, 4, 0]).expand(6, 3))
 
 
 def test_admm_ends_at_least_squares_on_its_mask() -> None:
@@ -323,11 +322,8 @@ def test_admm_prunes_gradually_and_fixes_its_mask() -> None:
     for iterations in (15, 18, 40):
         mask, _ = unchecked(problem, PerRow(0.5), ADMM(iterations=iterations))
         assert torch.equal(mask, fixed)
-    gradual, at_once = (
-        solve(problem, masks, ADMM(gradual=gradual)).relative_error
-        for masks in [PerRow(0.5)]
-        for gradual in (True, False)
-    )
+    methods = ADMM(), ADMM(gradual=False)
+    gradual, at_once = (solve(problem, PerRow(0.5), method).relative_error for method in methods)
     assert gradual < at_once
 
 
