@@ -15,6 +15,7 @@ from rich.text import Text
 from maskopt.cli.layer import load_layer
 from maskopt.cli.options import (
     PATTERN_HELP,
+    WEIGHTS_HELP,
     DeviceOption,
     JsonOption,
     MemoryOption,
@@ -23,7 +24,7 @@ from maskopt.cli.options import (
     parse_memory,
 )
 from maskopt.cli.output import Bar, check_outputs, environment, json_output, tables
-from maskopt.cli.solvers import parse_solvers
+from maskopt.cli.solvers import parse_comparison
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, parse_masks
 from maskopt.problems import LayerReconstruction, synthetic
@@ -61,6 +62,9 @@ def compare(
     solvers: Annotated[
         str, typer.Option("--solvers", help="Comma-separated; settings as in 'sparsefw:iterations=500;alpha=0.5'.")
     ] = "wanda,sparsefw,one-swap,continuation",
+    weights: Annotated[
+        str, typer.Option("--weights", help=f"Comma-separated; every solver is run with keep and lsq. {WEIGHTS_HELP}")
+    ] = "keep",
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Solve so often and take the median time.")] = 1,
     json: JsonOption = None,
     device: DeviceOption = "cpu",
@@ -69,7 +73,7 @@ def compare(
 ) -> None:
     """Compare solvers: errors relative to the first one's, and seconds."""
     check_outputs(json)
-    methods, working = parse_solvers(solvers), parse_memory(memory)
+    methods, working = parse_comparison(solvers, weights), parse_memory(memory)
     sets = _sets(pattern or ["per-row"], sparsity or [])
     paths = list(dict.fromkeys(instance))
     check_device(device)
@@ -91,6 +95,7 @@ def compare(
         "rows": rows,
         "summary": summary,
         "settings": {
+            "weights": weights,
             "solvers": {spec: repr(method) for spec, method in methods.items()},
             "repeat": repeat,
             "device": device,

@@ -16,9 +16,11 @@ from maskopt.errors import MaskoptError
 __all__ = ["load_mask", "mask_bytes"]
 
 
-def mask_bytes(mask: Tensor, about: Mapping[str, Any]) -> bytes:
-    """Return the content of a mask file; `about` becomes the metadata `maskopt`."""
-    return save({"mask": mask.cpu().contiguous()}, metadata={"maskopt": json.dumps(about)})
+def mask_bytes(mask: Tensor, about: Mapping[str, Any], weight: Tensor | None = None) -> bytes:
+    """Return the content of a mask file, with the new weights where they moved; `about` becomes its metadata."""
+    tensors = {"mask": mask} if weight is None else {"mask": mask, "weight": weight}
+    contents = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    return save(contents, metadata={"maskopt": json.dumps(about)})
 
 
 def load_mask(path: Path) -> Tensor:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PATTERN_HELP",
+    "WEIGHTS_HELP",
     "BatchOption",
     "DeviceOption",
     "JsonOption",
@@ -43,10 +44,21 @@ PatternOption = Annotated[str, typer.Option("--pattern", "-p", help=PATTERN_HELP
 SparsityOption = Annotated[
     float | None, typer.Option("--sparsity", "-s", help="Share of the weights to prune, 0 to 1; not needed by n:m.")
 ]
-SolverOption = Annotated[str, typer.Option("--solver", help=f"One of {', '.join(SOLVERS)}.")]
+SolverOption = Annotated[
+    str | None, typer.Option("--solver", help=f"One of {', '.join(SOLVERS)}.", show_default="continuation")
+]
+WEIGHTS_HELP = (
+    "What becomes of the surviving weights: keep, lsq (least squares on the solver's mask), or a method that chooses "
+    "mask and weights together: sparsegpt, admm, alps, fista, best."
+)
 SettingsOption = Annotated[
     list[str] | None,
-    typer.Option("--option", "-o", metavar="KEY=VALUE", help="Change a setting of the solver; may be repeated."),
+    typer.Option(
+        "--option",
+        "-o",
+        metavar="KEY=VALUE",
+        help="Change a setting of the solver (of the method where --weights chooses the mask); may be repeated.",
+    ),
 ]
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write every figure as JSON to a new file; - prints it.")

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from maskopt.cli.evaluate import measure
 from maskopt.cli.options import (
+    WEIGHTS_HELP,
     BatchOption,
     DeviceOption,
     JsonOption,
@@ -30,7 +31,7 @@ from maskopt.cli.options import (
     require_transformers,
 )
 from maskopt.cli.output import Bar, check_outputs, environment, facts, finite, json_output, tables
-from maskopt.cli.solvers import parse_solver
+from maskopt.cli.solvers import parse_weights
 from maskopt.oracles import parse_masks
 
 __all__ = ["prune"]
@@ -57,7 +58,10 @@ def prune(
     calibration: Annotated[Path, typer.Option("--calibration", help="Text, or JSONL with a field `text`.")],
     pattern: PatternOption = "per-row",
     sparsity: SparsityOption = None,
-    solver: SolverOption = "continuation",
+    solver: SolverOption = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help=WEIGHTS_HELP, show_default="best, or keep where --solver is given")
+    ] = None,
     option: SettingsOption = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration windows.")] = 128,
     seqlen: SeqlenOption = None,
@@ -87,7 +91,9 @@ def prune(
 ) -> None:
     """Prune a language model and save it."""
     check_outputs(json, out)
-    masks, method, working = parse_masks(pattern, sparsity), parse_solver(solver, option or ()), parse_memory(memory)
+    treatment = weights or ("best" if solver is None and certify is None else "keep")
+    method = parse_weights(treatment, solver, option or ())
+    masks, working = parse_masks(pattern, sparsity), parse_memory(memory)
     require_file("calibration text", calibration)
     if evaluate is not None:
         require_file("evaluation text", evaluate)
@@ -136,6 +142,7 @@ def prune(
             "out": str(out),
             "pattern": pattern,
             "sparsity": sparsity,
+            "weights": treatment,
             "batch_size": batch_size,
             "device": device,
             "memory": working,
@@ -168,14 +175,24 @@ def _opening(path: Path, characters: int) -> str | Path:
 def _layers(layers: list[dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("layer")
+    moved = any(layer["kept_error"] != layer["relative_error"] for layer in layers)
     certified = any(layer["lower_bound"] is not None for layer in layers)
-    for name in ("shape", "sparsity", "relative error", *(("proven",) if certified else ()), "seconds", "status"):
+    for name in (
+        "shape",
+        "sparsity",
+        *(("before",) if moved else ()),
+        "relative error",
+        *(("proven",) if certified else ()),
+        "seconds",
+        "status",
+    ):
         table.add_column(name, justify="right")
     for layer in layers:
         table.add_row(
             Text(layer["name"]),
             f"{layer['rows']} x {layer['columns']}",
             f"{layer['sparsity']:.3f}",
+            *((f"{layer['kept_error']:.5f}",) if moved else ()),
             f"{layer['relative_error']:.5f}",
             *((_proven(layer),) if certified else ()),
             f"{layer['seconds']:.2f}",

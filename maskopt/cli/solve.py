@@ -8,6 +8,7 @@ import typer
 from maskopt.cli.layer import load_layer
 from maskopt.cli.mask_file import load_mask, mask_bytes
 from maskopt.cli.options import (
+    WEIGHTS_HELP,
     DeviceOption,
     JsonOption,
     MemoryOption,
@@ -20,7 +21,7 @@ from maskopt.cli.options import (
     parse_memory,
 )
 from maskopt.cli.output import Bar, check_outputs, environment, facts, json_output, tables
-from maskopt.cli.solvers import parse_solver
+from maskopt.cli.solvers import parse_weights
 from maskopt.errors import MaskoptError
 from maskopt.files import atomic_path
 from maskopt.oracles import parse_masks
@@ -33,12 +34,15 @@ def solve(
     instance: Annotated[Path, typer.Argument(metavar="INSTANCE", help="Safetensors file with `weight`, `gram`.")],
     pattern: PatternOption = "per-row",
     sparsity: SparsityOption = None,
-    solver: SolverOption = "continuation",
+    solver: SolverOption = None,
+    weights: Annotated[str, typer.Option("--weights", help=WEIGHTS_HELP)] = "keep",
     option: SettingsOption = None,
     start: Annotated[
         Path | None, typer.Option("--start", help="Mask file to start from, for solvers that improve a mask.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the mask to a new safetensors file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the mask, and weights that moved, to a new safetensors file.")
+    ] = None,
     time_limit: Annotated[
         float | None, typer.Option("--time-limit", help="Seconds after which the best mask so far is taken.")
     ] = None,
@@ -47,11 +51,12 @@ def solve(
     memory: MemoryOption = "1G",
     quiet: QuietOption = False,
 ) -> None:
-    """Choose the mask of one layer."""
+    """Choose the mask of one layer, and what becomes of the surviving weights."""
     check_outputs(json, out)
-    masks, method = parse_masks(pattern, sparsity), parse_solver(solver, option or ())
+    name = solver or ("continuation" if weights.startswith("keep") else weights)
+    masks, method = parse_masks(pattern, sparsity), parse_weights(weights, solver, option or ())
     if start is not None and method.start is None:
-        raise MaskoptError(f"The solver {solver} does not start from a mask; leave --start out.")
+        raise MaskoptError(f"The solver {name} does not start from a mask; leave --start out.")
     first = None if start is None else load_mask(start)
     working = parse_memory(memory)
     layer, problem = load_layer(instance, check_device(device))
@@ -61,7 +66,7 @@ def solve(
             masks,
             method,
             start=first,
-            callback=bar.step(solver),
+            callback=bar.step(name),
             time_limit=time_limit,
             memory=working,
         )
@@ -73,6 +78,7 @@ def solve(
         "pattern": pattern,
         "masks": repr(masks),
         "solver": repr(method),
+        "weights": weights,
         "start": None if start is None else str(start),
         "time_limit": time_limit,
         "device": device,
@@ -82,7 +88,7 @@ def solve(
     with json_output(json, figures):
         if out is not None:
             with atomic_path(out) as aside:
-                aside.write_bytes(mask_bytes(result.mask, figures))
+                aside.write_bytes(mask_bytes(result.mask, figures, result.weight))
     tables(json).print(facts(_lines(figures, out)))
 
 
@@ -92,7 +98,7 @@ def _lines(figures: dict[str, Any], out: Path | None) -> dict[str, str]:
         "layer": f"{settings['instance']}, {settings['rows']} x {settings['columns']}",
         "masks": settings["masks"],
         "solver": settings["solver"],
-        "relative error": f"{figures['relative_error']:.6g}",
+        "relative error": _errors(figures),
         "objective": f"{figures['objective']:.6g}",
         "lower bound": "none" if bound is None else f"{bound:.6g} ({figures['gap_kind'].lower()})",
         "sparsity": f"{figures['sparsity']:.4f}",
@@ -100,3 +106,9 @@ def _lines(figures: dict[str, Any], out: Path | None) -> dict[str, str]:
         "status": figures["status_text"],
     }
     return lines if out is None else {**lines, "mask": str(out)}
+
+
+def _errors(figures: dict[str, Any]) -> str:
+    after, before = figures["relative_error"], figures["kept_error"]
+    updated = figures["settings"]["weights"] != "keep"
+    return f"{after:.6g}" + (f" ({before:.6g} with the weights as they were)" if updated else "")

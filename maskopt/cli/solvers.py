@@ -1,14 +1,15 @@
 """Solvers from the words people type: `sparsefw`, `sparsefw:iterations=500;start=ria`."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from maskopt.errors import MaskoptError
 from maskopt.solvers import SOLVERS, Direction, Solver, Step, make_solver
+from maskopt.weights import WEIGHTS, make_weights
 
-__all__ = ["parse_solver", "parse_solvers"]
+__all__ = ["parse_comparison", "parse_solver", "parse_solvers", "parse_weights"]
 
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -21,13 +22,73 @@ def parse_solvers(text: str) -> dict[str, Solver]:
     MaskoptError
         If one is unknown, its settings are wrong, or it occurs twice.
     """
+    return {spec: parse_solver(spec) for spec in _split(text, "solver", SOLVERS)}
+
+
+def parse_comparison(solvers: str, weights: str) -> dict[str, Solver]:
+    """Return every solver with its weights kept and refitted, as far as asked for, and the joint methods.
+
+    Parameters
+    ----------
+    solvers, weights : str
+        Comma-separated lists; `weights` of the names in `WEIGHTS`, with settings as solvers have them.
+
+    Raises
+    ------
+    MaskoptError
+        If one is unknown, its settings are wrong, or it occurs twice.
+    """
+    methods: dict[str, Solver] = {}
+    for spec in _split(weights, "method for weights", WEIGHTS):
+        name = spec.partition(":")[0]
+        if name not in ("keep", "lsq"):
+            methods[spec] = parse_weights(spec)
+            continue
+        for solver in _split(solvers, "solver", SOLVERS):
+            methods[solver if name == "keep" else f"{solver} + {spec}"] = parse_weights(spec, solver)
+    return methods
+
+
+def _split(text: str, noun: str, known: Iterable[str]) -> list[str]:
     specs = [spec.strip() for spec in text.split(",") if spec.strip()]
     if not specs:
-        raise MaskoptError(f"At least one solver is needed; choose from {', '.join(SOLVERS)}.")
+        raise MaskoptError(f"At least one {noun} is needed; choose from {', '.join(known)}.")
     for spec in specs:
         if specs.count(spec) > 1:
-            raise MaskoptError(f"The solver {spec} is listed twice.")
-    return {spec: parse_solver(spec) for spec in specs}
+            raise MaskoptError(f"The {noun} {spec} is listed twice.")
+    return specs
+
+
+def parse_weights(spec: str, solver: str | None = None, settings: Sequence[str] = ()) -> Solver:
+    """Return what chooses the mask and does with the weights what `spec` says.
+
+    Parameters
+    ----------
+    spec : str
+        "name" or "name:key=value;key=value", a name in `WEIGHTS`.
+    solver : str, optional
+        Spec of what chooses the mask, for methods that do not do so themselves.
+    settings : sequence of str
+        More "key=value": of the solver where the method is keep or lsq, else of the method.
+
+    Raises
+    ------
+    MaskoptError
+        If there is no such method, solver or setting, or a solver is named that has nothing to do.
+    """
+    name, _, rest = spec.partition(":")
+    own = [item for item in rest.split(";") if item]
+    chooses = name in ("keep", "lsq")
+    first = (
+        None
+        if solver is None and not (chooses and settings)
+        else parse_solver("continuation" if solver is None else solver, settings if chooses else ())
+    )
+    method = WEIGHTS.get(name)
+    if method is None or (first is not None and not chooses):
+        return make_weights(name, first, **dict.fromkeys(own))  # or the sentence that says what is wrong
+    values = _settings(f"method {name}", method, own if chooses else [*own, *settings])
+    return make_weights(name, first, **values)
 
 
 def parse_solver(spec: str, settings: Sequence[str] = ()) -> Solver:
@@ -49,22 +110,27 @@ def parse_solver(spec: str, settings: Sequence[str] = ()) -> Solver:
     name, _, rest = spec.partition(":")
     if name not in SOLVERS:
         return make_solver(name)  # raises the sentence that lists the names
-    known = inspect.signature(SOLVERS[name], eval_str=True).parameters
+    return make_solver(name, **_settings(f"solver {name}", SOLVERS[name], [*filter(None, rest.split(";")), *settings]))
+
+
+def _settings(what: str, make: Callable[..., Solver], items: Sequence[str]) -> dict[str, Any]:
+    """Read "key=value" items as what makes the solver wants them."""
+    known = inspect.signature(make, eval_str=True).parameters
     values: dict[str, Any] = {}
-    for item in [*filter(None, rest.split(";")), *settings]:
+    for item in items:
         key, equals, text = (part.strip() for part in item.partition("="))
         key = key.replace("-", "_")
         if not equals:
             raise MaskoptError(f"A setting has the form key=value; got {item!r}.")
         if key not in known:
-            raise MaskoptError(f"The solver {name} has no setting {key!r}; it has {', '.join(known) or 'none'}.")
+            raise MaskoptError(f"The {what} has no setting {key!r}; it has {', '.join(known) or 'none'}.")
         try:
             values[key] = _read(text, known[key].annotation)
         except ValueError as error:
             if isinstance(error, MaskoptError):
                 raise
-            raise MaskoptError(f"The setting {key} of {name} takes {error}; got {text!r}.") from error
-    return make_solver(name, **values)
+            raise MaskoptError(f"The setting {key} of {what.split()[-1]} takes {error}; got {text!r}.") from error
+    return values
 
 
 def _read(text: str, kind: Any) -> Any:

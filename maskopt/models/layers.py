@@ -46,8 +46,18 @@ class Layer:
         """Turn a tensor from the stored orientation to (rows, d), or back; a view."""
         return tensor.T if isinstance(self.module, Conv1D) else tensor
 
-    def apply(self, mask: Tensor) -> None:
-        """Set the pruned weights to zero in place; `mask` is boolean, as the weight is stored, True = kept."""
+    def apply(self, mask: Tensor, weight: Tensor | None = None) -> None:
+        """Set the pruned weights to zero in place, and the others to those of `weight`, if there is one.
+
+        Parameters
+        ----------
+        mask : Tensor
+            Boolean, as the weight is stored, True = kept.
+        weight : Tensor, optional
+            New values, as the weight is stored; rounded to its type.
+        """
+        if weight is not None:
+            self.weight.data.copy_(weight)
         # masked_fill_ rather than a product: it leaves no -0.0 and cannot change the dtype.
         self.weight.data.masked_fill_(~mask.to(self.weight.device), 0.0)
 

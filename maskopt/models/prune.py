@@ -24,6 +24,7 @@ from maskopt.models.selection import LeftDense, Selection, select_layers
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers import ContinuationFrankWolfe, GapKind, Result, Solver, State, solve
+from maskopt.weights import Joint
 
 __all__ = ["Progress", "prune"]
 
@@ -62,6 +63,8 @@ def prune(
 ) -> PruneReport:
     """Choose a mask for every linear layer in a model's blocks and set the pruned weights to zero, in place.
 
+    Where the solver moves the surviving weights too (`maskopt.weights`), these are replaced.
+
     Block by block, in order of execution: the calibration batches run through the block, the Gram matrices of its
     layers' inputs are summed in float32 without padded positions, every layer is solved on its own, and the
     block runs again to make the next one's inputs. Only one block's Gram matrices exist at a time. Should an error or
@@ -78,7 +81,7 @@ def prune(
     masks : MaskSet
         The set of masks, the same for every layer, such as ``PerRow(keep=0.5)`` or ``NM(keep=2, group=4)``.
     solver : Solver, optional
-        ContinuationFrankWolfe() by default.
+        ContinuationFrankWolfe() by default: masks alone. `maskopt.weights.ConditionalADMM()` moves weights as well.
     propagate : {"pruned", "dense"}
         Whether a block is calibrated on what the pruned blocks before it give out, or on the dense model's states.
     include, exclude : sequence of str
@@ -111,6 +114,8 @@ def prune(
         raise MaskoptError(f"propagate must be 'pruned' or 'dense'; got {propagate!r}.")
     solver = ContinuationFrankWolfe() if solver is None else solver
     if certify is not None:
+        if isinstance(solver, Joint):
+            raise MaskoptError("certify proves bounds on masks whose weights stay; choose a solver that moves none.")
         check_bound(masks, certify)
     if device is not None:
         model.to(device)
@@ -158,6 +163,9 @@ def _stages(replay: Replay, selection: Selection) -> list[_Stage]:
     return stages
 
 
+_Solved = tuple[LayerRecord, Tensor, Tensor | None]
+
+
 @dataclass
 class _Work:
     """The loop over the blocks and what it needs."""
@@ -171,7 +179,9 @@ class _Work:
     certify: BoundKind | None
     stages: Sequence[_Stage]
     report: PruneReport = field(default_factory=PruneReport)
-    solved: dict[Layer, tuple[LayerRecord, Tensor]] = field(default_factory=dict)
+    solved: dict[Layer, _Solved] = field(default_factory=dict)
+    moved: dict[Layer, Tensor] = field(default_factory=dict)
+    """New weights that wait for being applied, as the layers store theirs."""
 
     def run(self, replay: Replay) -> None:
         dense = self.propagate == "dense"
@@ -184,8 +194,10 @@ class _Work:
                     self._solve(layers, grams[layers[0]])
                 del grams  # before the next stage's come into being
                 for layer in stage.layers:
-                    record, self.report.masks[layer.name] = self.solved.pop(layer)
+                    record, self.report.masks[layer.name], weight = self.solved.pop(layer)
                     self.report.layers.append(record)
+                    if weight is not None:
+                        self.moved[layer] = weight
                 if not dense:
                     self._apply(stage)
             if stage is not self.stages[-1] and not (stage.layers and dense):
@@ -202,7 +214,7 @@ class _Work:
 
     def _apply(self, stage: _Stage) -> None:
         for layer in stage.layers:
-            layer.apply(self.report.masks[layer.name])
+            layer.apply(self.report.masks[layer.name], self.moved.pop(layer, None))
 
     def _together(self, layers: Sequence[Layer], grams: GramCollector) -> list[list[Layer]]:
         """Group the layers that read the same input, where stacking their rows changes nothing but the speed."""
@@ -248,7 +260,10 @@ class _Work:
         for layer in layers:
             part = result if len(layers) == 1 else result.part(slice(first, first + layer.shape[0]))
             first += layer.shape[0]
-            self.solved[layer] = _record(layer, gram, part), layer.oriented(part.mask).cpu().contiguous()
+            mask = layer.oriented(part.mask).cpu().contiguous()
+            # In the layer's own type: it is rounded to that in any case, and waits for the end where nothing is.
+            moved = None if part.weight is None else layer.oriented(part.weight).to(layer.weight.dtype)
+            self.solved[layer] = _record(layer, gram, part), mask, moved
 
     def _tell(self, stage: Literal["calibrate", "solve", "certify", "done"], name: str, fraction: float = 0.0) -> None:
         if self.progress is not None:
@@ -285,6 +300,7 @@ def _record(layer: Layer, gram: Gram, result: Result) -> LayerRecord:
         rows=rows,
         columns=columns,
         relative_error=result.relative_error,
+        kept_error=result.kept_error,
         objective=result.total,
         lower_bound=None if result.lower_bound is None else float(result.lower_bound.sum()),
         gap_kind=result.gap_kind.name,

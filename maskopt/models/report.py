@@ -24,9 +24,11 @@ class LayerRecord:
     rows, columns : int
         Out and in features.
     relative_error : float
-        ||W X - (M * W) X||^2 / ||W X||^2 on the inputs it was calibrated with.
+        ||W X - V X||^2 / ||W X||^2 on the inputs it was calibrated with; V is M * W where the weights stay.
+    kept_error : float
+        The same with V = M * W: before the surviving weights moved, if they did.
     objective : float
-        ||W X - (M * W) X||^2, summed over the rows.
+        ||W X - V X||^2, summed over the rows.
     lower_bound : float or None
         Bound on the objective of any mask of the set, where the solver proves one.
     gap_kind : str
@@ -47,6 +49,7 @@ class LayerRecord:
     rows: int
     columns: int
     relative_error: float
+    kept_error: float
     objective: float
     lower_bound: float | None
     gap_kind: str

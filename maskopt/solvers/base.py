@@ -109,7 +109,8 @@ Callback = Callable[[State], Stop | None]
 class Watch:
     """Clock, callback and counters of one solve, handed to the solver."""
 
-    def __init__(self, solver: str, callback: Callback | None, time_limit: float | None) -> None:
+    def __init__(self, solver: str, callback: Callback | None, time_limit: float | None, memory: int = 2**30) -> None:
+        self.memory = memory  # bytes of working memory
         self.counters: Counter[str] = Counter()
         self.ended: Status | None = None
         self._solver, self._callback, self._limit = solver, callback, time_limit
@@ -413,7 +414,7 @@ def solve(
         solver = ContinuationFrankWolfe()
     check_compatible(problem, masks, solver)
     masks.check(problem.shape)  # raises here, before any work, where the set does not fit
-    watch = Watch(type(solver).__name__, callback, time_limit)
+    watch = Watch(type(solver).__name__, callback, time_limit, memory)
     rows, columns = problem.shape
     with sized_threads(rows * columns * columns):
         return _solve(problem, masks, solver, start, watch, memory, solver.record if record is None else record)

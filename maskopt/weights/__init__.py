@@ -3,7 +3,23 @@
 from maskopt.weights.admm import ADMM
 from maskopt.weights.alps import ALPS
 from maskopt.weights.base import Joint, System
+from maskopt.weights.conditional import ConditionalADMM
 from maskopt.weights.fista import FISTAPruner
+from maskopt.weights.least_squares import LeastSquares, conjugate_gradients, exact_weights
+from maskopt.weights.registry import WEIGHTS, make_weights
 from maskopt.weights.sparsegpt import SparseGPT
 
-__all__ = ["ADMM", "ALPS", "FISTAPruner", "Joint", "SparseGPT", "System"]
+__all__ = [
+    "ADMM",
+    "ALPS",
+    "WEIGHTS",
+    "ConditionalADMM",
+    "FISTAPruner",
+    "Joint",
+    "LeastSquares",
+    "SparseGPT",
+    "System",
+    "conjugate_gradients",
+    "exact_weights",
+    "make_weights",
+]

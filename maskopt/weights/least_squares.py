@@ -2,13 +2,114 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.weights.base import System
+from maskopt.oracles import MaskSet
+from maskopt.problems import LayerReconstruction, Problem
+from maskopt.solvers import ContinuationFrankWolfe
+from maskopt.solvers.base import Outcome, Solver, Watch
+from maskopt.weights.base import Joint, System
 
-__all__ = ["conjugate_gradients", "definite_factor"]
+__all__ = ["LeastSquares", "conjugate_gradients", "definite_factor", "exact_weights"]
+
+_DENSE = 512  # inputs up to which a factorisation per row beats conjugate gradients
+
+
+@dataclass(frozen=True)
+class LeastSquares(Joint):
+    """The mask of another solver, then the best weights on it.
+
+    Parameters
+    ----------
+    ridge : float
+        See `System.of`.
+    solver : Solver
+        Chooses the mask, as if the weights stayed as they are.
+    method : {"auto", "cholesky", "cg"}
+        One factorisation for each row, in float64, or preconditioned conjugate gradients for all rows at once; by
+        default the former up to 512 inputs.
+    steps : int
+        Of conjugate gradients.
+    """
+
+    solver: Solver = field(default_factory=ContinuationFrankWolfe)
+    method: Literal["auto", "cholesky", "cg"] = "auto"
+    steps: int = 100
+    start: Solver | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in ("auto", "cholesky", "cg") or self.steps < 0:
+            raise MaskoptError(
+                f"LeastSquares needs method auto, cholesky or cg and steps >= 0; got {self.method!r}, {self.steps}."
+            )
+        # What the solver takes holds for the pair.
+        object.__setattr__(self, "start", self.solver.start)
+        object.__setattr__(self, "arrays", max(self.solver.arrays, Joint.arrays))
+
+    def solves_rows_apart(self, masks: MaskSet) -> bool:
+        return self.solver.solves_rows_apart(masks)
+
+    def needs(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        requires, asks = self.solver.needs()
+        return tuple(dict.fromkeys((*requires, *self.requires))), asks
+
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+        outcome = self.solver.run(problem, masks, start, watch)
+        assert isinstance(problem, LayerReconstruction)
+        system = System.of(problem, self.ridge)
+        if self.method == "cholesky" or (self.method == "auto" and problem.shape[1] <= _DENSE):
+            v = exact_weights(system, outcome.mask, watch.memory)
+        else:
+            v = conjugate_gradients(system, outcome.mask, system.weight * outcome.mask, self.steps)
+            watch.counters["products"] += self.steps + 1
+        # A bound on masks alone is none on masks with weights.
+        return replace(outcome, lower_bound=None, weight=system.finish(problem, v))
+
+
+def exact_weights(system: System, mask: Tensor, memory: int = 2**28) -> Tensor:
+    """Return the scaled weights of least error on a mask: H_SS v = (H w)_S for each row, in float64.
+
+    Parameters
+    ----------
+    system : System
+    mask : Tensor
+        Boolean, shape (rows, d).
+    memory : int
+        Bytes for the rows' own matrices, which are of size kept x kept: so many rows are solved at a time.
+
+    Returns
+    -------
+    Tensor
+        Shape (rows, d), zero where pruned, in the system's type. Where entries explain each other exactly (duplicate
+        inputs without a ridge), one of the best.
+    """
+    gram = system.gram.double()
+    target = system.weight.double() @ gram
+    counts = mask.sum(1)
+    order = torch.argsort(mask, dim=1, descending=True, stable=True)
+    v = torch.zeros_like(target)
+    # Rows that keep about as many entries together: their matrices are padded to the largest.
+    ranked = torch.argsort(counts)
+    most = max(1, int(counts.max()))
+    chunk = max(1, int(memory / (4 * 8 * most**2)))
+    for rows in torch.split(ranked, chunk):
+        size = int(counts[rows].max())
+        if size == 0:
+            continue
+        index = order[rows, :size]
+        real = (torch.arange(size, device=mask.device) < counts[rows].unsqueeze(1)).double()
+        matrix = gram[index.unsqueeze(2), index.unsqueeze(1)].mul_(real.unsqueeze(1)).mul_(real.unsqueeze(2))
+        matrix.diagonal(dim1=1, dim2=2).add_(1.0 - real)
+        right = target[rows].gather(1, index).mul_(real).unsqueeze(2)
+        solution = torch.cholesky_solve(right, definite_factor(matrix)).squeeze(2)
+        v[rows] = v[rows].scatter_(1, index, solution.mul_(real))
+    return v.to(system.weight.dtype)
 
 
 def conjugate_gradients(system: System, mask: Tensor, v: Tensor, steps: int) -> Tensor:
@@ -54,23 +155,30 @@ def conjugate_gradients(system: System, mask: Tensor, v: Tensor, steps: int) -> 
     return v
 
 
-def definite_factor(gram: Tensor) -> Tensor:
-    """Return the lower Cholesky factor of a symmetric matrix, shape (d, d), shifted as little as that takes.
+def definite_factor(matrices: Tensor) -> Tensor:
+    """Return the lower Cholesky factors of symmetric matrices, each shifted as little as that takes.
 
     Parameters
     ----------
-    gram : Tensor
-        Symmetric, diagonal of about one: what a positive ridge left definite is not shifted. Rounding and rank
-        deficiency without a ridge are.
+    matrices : Tensor
+        Symmetric, diagonal of about one, shape (..., d, d): what a positive ridge left definite is not shifted.
+        Rounding and rank deficiency without a ridge are.
+
+    Raises
+    ------
+    MaskoptError
+        If an entry is NaN or infinite.
     """
     factor: Tensor
-    factor, info = torch.linalg.cholesky_ex(gram)
-    shift = torch.finfo(gram.dtype).eps * len(gram)
-    while int(info) != 0:
-        if not shift < 64 * len(gram):  # no row sum is larger
+    factor, info = torch.linalg.cholesky_ex(matrices)
+    shift = torch.finfo(matrices.dtype).eps * matrices.shape[-1]
+    while bool((info != 0).any()):
+        if not shift < 64 * matrices.shape[-1]:  # no row sum is larger
             raise MaskoptError("The Gram must be finite to be factorised, but an entry is NaN or infinite.")
-        shifted = gram.clone()
-        shifted.diagonal().add_(shift)
-        factor, info = torch.linalg.cholesky_ex(shifted)
+        shifted = matrices.clone()
+        shifted.diagonal(dim1=-2, dim2=-1).add_(((info != 0) * shift).unsqueeze(-1))
+        again, found = torch.linalg.cholesky_ex(shifted)
+        factor = torch.where((info == 0)[..., None, None], factor, again)
+        info = torch.where(info == 0, info, found)
         shift *= 8.0
     return factor

@@ -1,0 +1,61 @@
+"""What may become of the surviving weights, by the names people type."""
+
+from collections.abc import Callable
+
+from maskopt.errors import MaskoptError
+from maskopt.solvers import ContinuationFrankWolfe, Solver
+from maskopt.weights.admm import ADMM
+from maskopt.weights.alps import ALPS
+from maskopt.weights.base import Joint
+from maskopt.weights.conditional import ConditionalADMM
+from maskopt.weights.fista import FISTAPruner
+from maskopt.weights.least_squares import LeastSquares
+from maskopt.weights.sparsegpt import SparseGPT
+
+__all__ = ["WEIGHTS", "make_weights"]
+
+_METHODS: dict[str, Callable[..., Joint]] = {
+    "lsq": LeastSquares,
+    "sparsegpt": SparseGPT,
+    "admm": ADMM,
+    "alps": ALPS,
+    "fista": FISTAPruner,
+    "best": ConditionalADMM,
+}
+
+WEIGHTS: dict[str, Callable[..., Joint] | None] = {"keep": None, **_METHODS}
+"""What makes the solver; None: nothing is done to the weights."""
+
+
+def make_weights(name: str, solver: Solver | None = None, **settings: object) -> Solver:
+    """Return the solver that does with the weights what the name says.
+
+    Parameters
+    ----------
+    name : str
+        keep: `solver`, weights stay; lsq: `solver`, then least squares; others choose the mask themselves.
+    solver : Solver, optional
+        What chooses the mask for keep and lsq; `ContinuationFrankWolfe()` by default.
+    **settings
+        Of the method.
+
+    Raises
+    ------
+    MaskoptError
+        If there is no such method or setting, or a solver is given to a method that chooses the mask itself.
+    """
+    if name not in WEIGHTS:
+        raise MaskoptError(f"There is no method {name!r} for weights; choose one of {', '.join(WEIGHTS)}.")
+    method = WEIGHTS[name]
+    if method is None:
+        if settings:
+            raise MaskoptError(f"Weights that are kept have no setting {next(iter(settings))!r}.")
+        return ContinuationFrankWolfe() if solver is None else solver
+    if solver is not None:
+        if name != "lsq":
+            raise MaskoptError(f"The method {name} chooses the mask itself; leave the solver out, or refit with lsq.")
+        settings["solver"] = solver
+    try:
+        return method(**settings)
+    except TypeError as error:
+        raise MaskoptError(f"The method {name} does not take these settings: {error}.") from error
