@@ -27,6 +27,9 @@ class LayerReconstruction(Quadratic):
         Sum of x x^T over the calibration tokens, shape (d, d), symmetric positive semidefinite.
     tokens : int, optional
         How many tokens were summed; a record only.
+    target : Tensor, optional
+        Weights T whose output is aimed at, shape (rows, d); by default `weight`. With others the objective is
+        ||T X - (M * W) X||_F^2: see `towards`.
     check : bool
         Validate the data; finding an indefinite Gram costs one Cholesky factorisation.
 
@@ -38,7 +41,15 @@ class LayerReconstruction(Quadratic):
 
     lowest = 0.0
 
-    def __init__(self, weight: Tensor, gram: Tensor, tokens: int | None = None, *, check: bool = True) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        gram: Tensor,
+        tokens: int | None = None,
+        *,
+        target: Tensor | None = None,
+        check: bool = True,
+    ) -> None:
         if weight.ndim != 2 or gram.ndim != 2 or 0 in weight.shape:
             raise MaskoptError(
                 f"A layer needs a non-empty weight (rows, d) and a Gram (d, d); got shapes {tuple(weight.shape)} "
@@ -53,12 +64,19 @@ class LayerReconstruction(Quadratic):
             raise MaskoptError(f"Weight and Gram must be floating point; got {weight.dtype} and {gram.dtype}.")
         if weight.device != gram.device:
             raise MaskoptError(f"Weight lies on {weight.device} and Gram on {gram.device}; put both on one device.")
+        if target is not None and (target.shape != weight.shape or target.device != weight.device):
+            raise MaskoptError(
+                f"The target must have the weight's shape {tuple(weight.shape)} and device {weight.device}; got "
+                f"{tuple(target.shape)} on {target.device}."
+            )
         dtype = torch.promote_types(torch.promote_types(weight.dtype, gram.dtype), torch.float32)
         self.weight = weight.detach().to(dtype)
         self.gram = gram.detach().to(dtype)
         self.tokens = tokens
         if check:
             _check_finite("weight", self.weight)
+            if target is not None:
+                _check_finite("target", target)
             _check_finite("Gram", self.gram)
             _check_positive_semidefinite(self.gram)
         # Powers of two change no digit; they keep squares and sums of extreme data inside the float range.
@@ -71,13 +89,59 @@ class LayerReconstruction(Quadratic):
         self.unit = self._weight_unit**2 * self._gram_unit
         self._w = _divided(self.weight, self._weight_unit)
         self._g = _divided(self.gram, self._gram_unit)
+        # What the aim lies beyond the weight, in the units of both; its product is a part of every gradient.
+        self._beyond = None if target is None else _divided(target.detach().to(dtype), self._weight_unit) - self._w
+        self._pull = None if self._beyond is None else self._beyond @ self._g
         self._scale: Tensor | None = None  # filled on demand
         self._floor: list[float] = []  # filled on demand, shared by all row blocks
+
+    @classmethod
+    def towards(
+        cls, weight: Tensor, gram: Tensor, cross: Tensor, tokens: int | None = None, *, ridge: float = 0.01
+    ) -> "LayerReconstruction":
+        """Return the problem of a layer whose inputs Y come from pruned layers, while the dense one's were X.
+
+        ||W X - V Y||^2 is, up to what no weights on Y can reach, ||(T - V) Y||^2 with T = W C G^-1, C = X Y^T and
+        G = Y Y^T: the best weights without a mask. Where Y says little, T is drawn towards W.
+
+        Parameters
+        ----------
+        weight : Tensor
+            W, shape (rows, d).
+        gram : Tensor
+            G, the sum of y y^T, shape (d, d).
+        cross : Tensor
+            C, the sum of x y^T over the same tokens, shape (d, d).
+        tokens : int, optional
+        ridge : float
+            Added to the diagonal of G, as a share of its mean.
+        """
+        wide = gram.double()
+        wide = (wide + wide.T) / 2
+        diagonal = wide.diagonal()
+        diagonal.add_(ridge * float(diagonal.mean()) + torch.finfo(torch.float64).tiny)
+        size = diagonal.sqrt()
+        # Unit diagonal: outlier channels would spoil the factorisation.
+        scaled = wide / size / size.unsqueeze(1)
+        factor = torch.linalg.cholesky(scaled)
+        drift = (cross.double() - gram.double()) / size
+        step = torch.cholesky_solve((weight.double() @ drift).T, factor).T / size
+        return cls(weight, gram, tokens, target=(weight.double() + step).to(weight.dtype), check=False)
 
     @property
     def scaled_weight(self) -> Tensor:
         """Weight in the units of `gradient`, shape (rows, d)."""
         return self._w
+
+    @property
+    def scaled_target(self) -> Tensor:
+        """What is aimed at, in the units of `scaled_weight`, shape (rows, d)."""
+        return self._w if self._beyond is None else self._w + self._beyond
+
+    @property
+    def aims_elsewhere(self) -> bool:
+        """Whether another output than the weight's own is aimed at."""
+        return self._beyond is not None
 
     @property
     def scaled_gram(self) -> Tensor:
@@ -108,8 +172,9 @@ class LayerReconstruction(Quadratic):
         return Move(x, ((self._w * x) @ self._g).mul_(self._w).mul_(2.0))
 
     def product(self, x: Tensor) -> Tensor:
-        """Return (W * (1 - x)) G in scaled units, shape (rows, d): the one expensive operation."""
-        return torch.addcmul(self._w, self._w, x, value=-1.0) @ self._g
+        """Return (T - W * x) G in scaled units, shape (rows, d): the one expensive operation."""
+        product = torch.addcmul(self._w, self._w, x, value=-1.0) @ self._g
+        return product if self._pull is None else product.add_(self._pull)
 
     def sampled(self, x: Tensor, share: float, random: torch.Generator) -> Tensor:
         # Of the sum over inputs, a sample without replacement, scaled up.
@@ -117,11 +182,18 @@ class LayerReconstruction(Quadratic):
         size = max(1, round(share * columns))
         chosen = torch.randperm(columns, generator=random)[:size].to(self.device)
         pruned = torch.addcmul(self._w, self._w, x, value=-1.0)[:, chosen]
-        return (pruned @ self._g[chosen]).mul_(self._w).mul_(-2.0 * columns / size)
+        estimate = (pruned @ self._g[chosen]).mul_(columns / size)
+        if self._pull is not None:
+            estimate.add_(self._pull)
+        return estimate.mul_(self._w).mul_(-2.0)
 
     def value(self, point: Point) -> Tensor:
-        # f = p^T Q p and gradient = -2 Q p with p = 1 - x.
-        return (point.gradient * (point.x - 1)).sum(1, dtype=torch.float64).mul_(0.5)
+        # f = p^T Q p and gradient = -2 Q p with p = 1 - x; and with b = T - W, c = W * (b G):
+        # f = p^T Q p + 2 c^T p + b^T G b and gradient = -2 Q p - 2 c.
+        value = (point.gradient * (point.x - 1)).sum(1, dtype=torch.float64).mul_(0.5)
+        if self._beyond is not None and self._pull is not None:
+            value += ((self._w * (1 - point.x)).add_(self._beyond) * self._pull).sum(1, dtype=torch.float64)
+        return value
 
     def diagonal(self) -> Tensor:
         return self._w.square() * self._g.diagonal()
@@ -132,6 +204,8 @@ class LayerReconstruction(Quadratic):
         part._weight_unit, part._gram_unit, part.unit = self._weight_unit, self._gram_unit, self.unit
         part._w, part._g, part._floor = self._w[index], self._g, self._floor
         part._scale = None if self._scale is None else self._scale[index]
+        part._beyond = None if self._beyond is None else self._beyond[index]
+        part._pull = None if self._pull is None else self._pull[index]
         return part
 
     def double(self) -> "LayerReconstruction":
@@ -141,6 +215,9 @@ class LayerReconstruction(Quadratic):
         # Where no unit was divided out the two are one tensor, and stay so.
         wide._w = wide.weight if self._w is self.weight else self._w.double()
         wide._g = wide.gram if self._g is self.gram else self._g.double()
+        if self._beyond is not None:
+            wide._beyond = self._beyond.double()
+            wide._pull = wide._beyond @ wide._g
         return wide
 
     def symmetric_gram(self) -> Tensor:
@@ -183,24 +260,32 @@ class LayerReconstruction(Quadratic):
                 convex = weight.square().mul_(farthest).sum(1).mul_(-floor)
                 deficit = torch.minimum(deficit, convex + (rise * farthest * dead).sum(1))
         # Rounding of the sums themselves: d terms, each exact to 2^-53.
-        return deficit + self.shape[1] * 2.0**-52 * self.scale() / self.unit
+        size = self.scale()
+        if self.aims_elsewhere:
+            size = size + self._quadratic_form(self._w.double())
+        return deficit + self.shape[1] * 2.0**-52 * size / self.unit
 
     def objective(self, mask: Tensor) -> Tensor:
-        return self._quadratic_form(self._w.double().masked_fill(mask, 0.0))
+        return self._quadratic_form(self._off(self._w.double().masked_fill(~mask, 0.0)))
 
     def error(self, weight: Tensor) -> Tensor:
-        """Return each row's output error ||(W - V) X||^2 of other weights V, float64, shape (rows,).
+        """Return each row's output error ||(T - V) X||^2 of other weights V, float64, shape (rows,).
 
         Parameters
         ----------
         weight : Tensor
             V, shape (rows, d).
         """
-        return self._quadratic_form(self._w.double() - weight.double() / self._weight_unit)
+        return self._quadratic_form(self._off(weight.double() / self._weight_unit))
+
+    def _off(self, weight: Tensor) -> Tensor:
+        """Return how far scaled weights, float64, are from what is aimed at."""
+        off = self._w.double() - weight
+        return off if self._beyond is None else off.add_(self._beyond)
 
     def scale(self) -> Tensor:
         if self._scale is None:
-            self._scale = self._quadratic_form(self._w.double())
+            self._scale = self._quadratic_form(self.scaled_target.double())
         return self._scale
 
     def _quadratic_form(self, rows: Tensor) -> Tensor:

@@ -99,9 +99,14 @@ def sdp_bound(
     Raises
     ------
     MaskoptError
-        If `keep` is no vector of integers from 0 to d, or does not spread evenly over groups.
+        If `keep` is no vector of integers from 0 to d or does not spread evenly over groups, or if the problem aims at
+        other weights' output.
     """
     begin = time.perf_counter()
+    if problem.aims_elsewhere:
+        raise MaskoptError(
+            "The semidefinite bound needs a problem that aims at its own weights' output; this one aims at others."
+        )
     rows, d = problem.shape
     _check(keep, group, rows, d)
     wide = problem.double()

@@ -40,6 +40,7 @@ __all__ = ["prune"]
 class Propagate(StrEnum):
     """What later blocks are calibrated on."""
 
+    CORRECTED = "corrected"
     PRUNED = "pruned"
     DENSE = "dense"
 
@@ -68,7 +69,11 @@ def prune(
     batch_size: BatchOption = 8,
     seed: Annotated[int, typer.Option("--seed", help="Of the choice of calibration windows.")] = 0,
     propagate: Annotated[
-        Propagate, typer.Option("--propagate", help="Calibrate later blocks on the pruned or the dense model's states.")
+        Propagate,
+        typer.Option(
+            "--propagate",
+            help="Calibrate on the pruned or the dense model's states, or aim at the latter on the former.",
+        ),
     ] = Propagate.PRUNED,
     include: Annotated[
         list[str] | None,

@@ -16,7 +16,7 @@ from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch
 from maskopt.models.layers import Layer
 
-__all__ = ["Gram", "GramCollector"]
+__all__ = ["DenseInputs", "Gram", "GramCollector"]
 
 
 @dataclass(eq=False)
@@ -27,6 +27,49 @@ class Gram:
     leader: Layer
     """The layer that adds to it; others that see the same tensors share it."""
     tokens: int = 0
+    cross: Tensor | None = None
+    """Sum of x y^T, where y is what the layers see and x what they saw in the dense model; None where not asked for,
+    or where the two are not the same tokens (experts chosen anew)."""
+
+
+class DenseInputs:
+    """Context manager that hooks layers and remembers the inputs of one batch, for a `GramCollector` to pair.
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+        The layers to watch.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = layers
+        self._seen: dict[Layer, list[Tensor]] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> DenseInputs:
+        for layer in self._layers:
+
+            def hook(module: Any, args: Any, kwargs: Any, layer: Layer = layer) -> None:
+                self._seen.setdefault(layer, []).append(_input(args, kwargs))
+
+            self._hooks.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def clear(self) -> None:
+        """Forget the batch."""
+        self._seen.clear()
+
+    def pop(self, layer: Layer) -> Tensor | None:
+        """Return what a layer saw first of all that has not been asked for."""
+        calls = self._seen.get(layer)
+        return calls.pop(0) if calls else None
 
 
 class GramCollector:
@@ -39,10 +82,13 @@ class GramCollector:
     ----------
     layers : sequence of Layer
         The layers to watch; call `begin` before every batch.
+    dense : DenseInputs, optional
+        What the layers saw of the same batch in the dense model; then cross terms are summed, too.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[Layer], dense: DenseInputs | None = None) -> None:
         self._layers = layers
+        self._dense = dense
         self._grams: dict[Layer, Gram] = {}
         self._calls: dict[Layer, int] = dict.fromkeys(layers, 0)
         # Holding on to the tensors of a batch keeps their addresses from being used again.
@@ -54,7 +100,7 @@ class GramCollector:
         for layer in self._layers:
 
             def hook(module: Any, args: Any, kwargs: Any, layer: Layer = layer) -> None:
-                self._see(layer, args[0] if args else next(iter(kwargs.values())))
+                self._see(layer, _input(args, kwargs))
 
             self._hooks.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
@@ -64,6 +110,7 @@ class GramCollector:
     ) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._hooks.clear()
         self._seen.clear()
 
     def begin(self, batch: Batch) -> None:
@@ -91,6 +138,7 @@ class GramCollector:
 
     def _see(self, layer: Layer, x: Tensor) -> None:
         self._calls[layer] += 1
+        before = None if self._dense is None else self._dense.pop(layer)
         key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
         gram = self._grams.get(layer)
         if key in self._seen:
@@ -101,12 +149,15 @@ class GramCollector:
                 return
         if gram is None:
             size = x.shape[-1]
-            gram = self._grams[layer] = Gram(torch.zeros(size, size, device=x.device), layer)
+            cross = None if self._dense is None else torch.zeros(size, size, device=x.device)
+            gram = self._grams[layer] = Gram(torch.zeros(size, size, device=x.device), layer, cross=cross)
         if gram.leader is not layer:
             raise _inseparable(layer, gram.leader)
         rows = self._token_rows(layer, x).float()
         with _full_precision():
             gram.matrix.addmm_(rows.T, rows)
+            if gram.cross is not None:
+                gram.cross = self._paired(gram.cross, layer, before, x, rows)
         gram.tokens += len(rows)
         self._seen[key] = x, gram
         if not bool(torch.isfinite(gram.matrix.diagonal()).all()):
@@ -114,6 +165,12 @@ class GramCollector:
                 f"The inputs of {layer.name} hold NaN or infinite values (or their squares exceed float32) on the "
                 f"calibration data; the model already fails there before any pruning of this layer."
             )
+
+    def _paired(self, cross: Tensor, layer: Layer, before: Tensor | None, x: Tensor, rows: Tensor) -> Tensor | None:
+        """Return the cross term with this call's share, None if the dense model's call was about other tokens."""
+        if before is None or before.shape != x.shape:
+            return None
+        return cross.addmm_(self._token_rows(layer, before).float().T, rows)
 
     def _token_rows(self, layer: Layer, x: Tensor) -> Tensor:
         """Return the inputs at the positions that are not padding, shape (tokens, d)."""
@@ -133,6 +190,13 @@ class GramCollector:
             f"{tuple(real.shape)}, where padding cannot be told apart; calibrate on sequences of one length or exclude "
             f"this layer."
         )
+
+
+def _input(args: Any, kwargs: Any) -> Tensor:
+    """Return the input of a linear layer's call."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(x, Tensor)
+    return x
 
 
 def _longer_axes(shape: torch.Size) -> list[int]:

@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from maskopt.bounds import BoundKind, check_bound, mask_bound
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch, prepare_batches
-from maskopt.models.gram import Gram, GramCollector
+from maskopt.models.gram import DenseInputs, Gram, GramCollector
 from maskopt.models.layers import Layer
 from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.report import LayerRecord, PruneReport
@@ -28,7 +28,7 @@ from maskopt.weights import Joint
 
 __all__ = ["Progress", "prune"]
 
-Propagate = Literal["pruned", "dense"]
+Propagate = Literal["corrected", "pruned", "dense"]
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,11 @@ def prune(
         The set of masks, the same for every layer, such as ``PerRow(keep=0.5)`` or ``NM(keep=2, group=4)``.
     solver : Solver, optional
         ContinuationFrankWolfe() by default: masks alone. `maskopt.weights.ConditionalADMM()` moves weights as well.
-    propagate : {"pruned", "dense"}
-        Whether a block is calibrated on what the pruned blocks before it give out, or on the dense model's states.
+    propagate : {"corrected", "pruned", "dense"}
+        Whether a block is calibrated on what the pruned blocks before it give out, or on the dense model's states; or
+        ("corrected") on the former, aiming at the outputs of the dense model on the latter: see
+        `LayerReconstruction.towards`. That takes twice the calibration time and a second copy of the states; where
+        a model's blocks cannot be run one at a time it is refused.
     include, exclude : sequence of str
         Patterns of `fnmatch` on full layer names, see `select_layers`. By default all linear layers inside the
         blocks are pruned. Layers outside the blocks come last.
@@ -110,8 +113,8 @@ def prune(
         If there is nothing to prune or to calibrate with, a pattern matches nothing, expert weights are neither
         pruned nor excluded, `masks` does not fit a layer, or activations are not finite.
     """
-    if propagate not in ("pruned", "dense"):
-        raise MaskoptError(f"propagate must be 'pruned' or 'dense'; got {propagate!r}.")
+    if propagate not in get_args(Propagate):
+        raise MaskoptError(f"propagate must be one of {', '.join(get_args(Propagate))}; got {propagate!r}.")
     solver = ContinuationFrankWolfe() if solver is None else solver
     if certify is not None:
         if isinstance(solver, Joint):
@@ -127,7 +130,15 @@ def prune(
         replay = Replay(model, list(selection.blocks), prepared)
         work = _Work(masks, solver, starts, memory, progress, propagate, certify, _stages(replay, selection))
         work.report.calibration_seconds = time.perf_counter() - began
-        work.run(replay)
+        dense = None
+        if propagate == "corrected":
+            dense = Replay(model, list(selection.blocks), prepared)
+            if not dense.shortcut:
+                raise MaskoptError(
+                    f"The blocks of {type(model).__name__} cannot be run one at a time, so its dense states are "
+                    "lost once blocks are pruned; use propagate='pruned'."
+                )
+        work.run(replay, dense)
     work.report.left_dense = [*selection.left_dense, *_unreached(replay, selection)]
     work.report.settings = {
         "masks": repr(masks),
@@ -183,13 +194,13 @@ class _Work:
     moved: dict[Layer, Tensor] = field(default_factory=dict)
     """New weights that wait for being applied, as the layers store theirs."""
 
-    def run(self, replay: Replay) -> None:
+    def run(self, replay: Replay, beside: Replay | None) -> None:
+        """Prune stage by stage; `beside` has the dense model's states where they are aimed at."""
         dense = self.propagate == "dense"
         for stage in self.stages:
             self._tell("calibrate", stage.name)
             if stage.layers:
-                with GramCollector(stage.layers) as grams:
-                    self._timed(replay, stage, store=dense, before=grams.begin)
+                grams = self._collect(replay, beside, stage)
                 for layers in self._together(stage.layers, grams):
                     self._solve(layers, grams[layers[0]])
                 del grams  # before the next stage's come into being
@@ -202,10 +213,28 @@ class _Work:
                     self._apply(stage)
             if stage is not self.stages[-1] and not (stage.layers and dense):
                 self._timed(replay, stage, store=True)
+                if beside is not None and not stage.layers:
+                    self._timed(beside, stage, store=True)
         if dense:
             for stage in self.stages:
                 self._apply(stage)
         self._tell("done", "")
+
+    def _collect(self, replay: Replay, beside: Replay | None, stage: _Stage) -> GramCollector:
+        """Run a stage's block, still dense, and return the second moments of what its layers see."""
+        if beside is None:
+            with GramCollector(stage.layers) as grams:
+                self._timed(replay, stage, store=self.propagate == "dense", before=grams.begin)
+            return grams
+        inputs = DenseInputs(stage.layers)
+        grams = GramCollector(stage.layers, inputs)
+        for index in range(replay.batches):
+            with inputs:
+                self._timed(beside, stage, store=True, indices=[index])
+            with grams:
+                self._timed(replay, stage, before=grams.begin, indices=[index])
+            inputs.clear()
+        return grams
 
     def _timed(self, replay: Replay, stage: _Stage, **options: Any) -> None:
         began = time.perf_counter()
@@ -238,7 +267,11 @@ class _Work:
 
         # The Gram is a sum of x x^T whose diagonal was checked, and so was the weight: no need to factorise it.
         weight = torch.cat([layer.oriented(layer.weight.detach()) for layer in layers])
-        problem = LayerReconstruction(weight, gram.matrix.to(weight.device), gram.tokens, check=False)
+        matrix = gram.matrix.to(weight.device)
+        if gram.cross is None:
+            problem = LayerReconstruction(weight, matrix, gram.tokens, check=False)
+        else:
+            problem = LayerReconstruction.towards(weight, matrix, gram.cross.to(weight.device), gram.tokens)
         start = torch.cat([self.starts[layer] for layer in layers]) if layers[0] in self.starts else None
         try:
             result = solve(

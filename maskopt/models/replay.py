@@ -9,7 +9,7 @@ and the forward is left as soon as the block in question has run.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -66,13 +66,18 @@ class Replay:
         self.shortcut = all(calls == 1 for calls in self._calls.values())
         self.shortcut = self.shortcut and self._reproduces(finals)
 
+    @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        return len(self._batches)
+
     def run(
         self,
         position: int | None,
         *,
         store: bool = False,
         before: Callable[[Batch], None] | None = None,
-        batches: Sequence[Batch] | None = None,
+        indices: Iterable[int] | None = None,
     ) -> None:
         """Run the block ``order[position]`` on every batch, or with None everything that lies outside the blocks.
 
@@ -84,12 +89,13 @@ class Replay:
             Keep the outputs, to become the inputs of the next block.
         before : callable, optional
             Called with each batch before it runs.
-        batches : sequence of Batch, optional
-            All of them by default.
+        indices : iterable of int, optional
+            Which batches; all of them by default.
         """
         passed = self.order[:position] if self.shortcut else []
         current = None if position is None else self.order[position]
-        for index, batch in enumerate(self._batches if batches is None else batches):
+        for index in range(len(self._batches)) if indices is None else indices:
+            batch = self._batches[index]
             if before is not None:
                 before(batch)
             with ExitStack() as undo:
@@ -147,7 +153,7 @@ class Replay:
         try:
             for position in range(len(self.order)):
                 # The second batch overwrites what a model may remember of the first one by the way.
-                self.run(position, store=True, batches=self._batches[:2])
+                self.run(position, store=True, indices=range(min(2, len(self._batches))))
             return all(_close(_first_tensor(self._states[stack][0]), final) for stack, final in finals.items())
         except Exception:
             # Whatever a model cannot bear about skipped blocks, it is run without skipping.

@@ -102,8 +102,7 @@ def descend(
         steps += 1
         if steps % _REFRESH == 0:
             touched = dirty.nonzero().flatten()
-            part = torch.where(kept[touched], 0.0, weight[touched])
-            carried[touched] = part @ gram
+            carried[touched] = problem.rows(touched).product(kept[touched].to(problem.dtype))
     # Swaps are accepted on float32 products; the answer has to be no worse in exact terms.
     return better_of(problem, masks, kept, start)[0], steps, optimal
 

@@ -61,7 +61,7 @@ class System:
         gram.mul_(inverse).mul_(inverse.unsqueeze(1))
         # No correlation exceeds one; those of inputs that are almost zero may, by rounding.
         gram.clamp_(-1.0, 1.0).diagonal().fill_(1.0)
-        return cls(problem.scaled_weight * size, gram, size)
+        return cls(problem.scaled_target * size, gram, size)
 
     def finish(self, problem: LayerReconstruction, scaled: Tensor) -> Tensor:
         """Return scaled weights in the units of the layer's own."""

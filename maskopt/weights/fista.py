@@ -61,7 +61,7 @@ class FISTAPruner(Joint):
 
     def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
         assert isinstance(problem, LayerReconstruction)
-        w = problem.scaled_weight
+        w = problem.scaled_target
         gram = (problem.scaled_gram + problem.scaled_gram.T).mul_(0.5)
         mask, v = self._first(problem, masks, start, watch)
         least, best = _energy(w - v, gram), v
