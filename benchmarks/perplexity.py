@@ -1,26 +1,30 @@
 """Perplexity of pruned language models, every solver and set side by side.
 
     python benchmarks/perplexity.py [MODEL,CALIBRATION,TEXT ...] [--seeds 0,1,2]
+    python benchmarks/perplexity.py [...] --name weights --solvers continuation --weights keep,lsq,alps,best
 
-Without arguments the shipped demo model, calibrated and evaluated on this Python's standard library. Every solver
-sees the same calibration windows; a seed draws other windows. Writes benchmarks/results/perplexity.{md,json}.
+Without models the shipped demo model, calibrated and evaluated on this Python's standard library. Every solver
+sees the same calibration windows; a seed draws other windows. Where the surviving weights move (--weights), errors
+before and after are recorded, and blocks are calibrated as --propagate says. Writes
+benchmarks/results/NAME.{md,json}, and with several methods for weights NAME.svg.
 """
 
 import argparse
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import report
 from rich.progress import Progress
 
+from maskopt.cli.solvers import parse_comparison
 from maskopt.demo.corpus import held_out_text, training_text
 from maskopt.demo.run import MODEL
 from maskopt.models import calibration_batches, default_seqlen, load_model, perplexity, prune
 from maskopt.oracles import parse_masks
-from maskopt.solvers import SOLVERS, make_solver
 
 SETS = "per-row:0.5,per-row:0.6,per-row:0.7,2:4,4:8,unstructured:0.6"
 
@@ -36,19 +40,21 @@ def cells(name: str, model_path: str | Path, calibration: str | Path, text: str 
         label = pattern if sparsity is None else f"{pattern} {100 * sparsity:g} %"
         for seed in options.seeds:
             batches = calibration_batches(tokenizer, calibration, samples=options.samples, seqlen=seqlen, seed=seed)
-            for solver in options.solvers:
+            for solver, propagate in itertools.product(options.methods, options.propagate):
                 pruned = copy.deepcopy(dense)
-                result = prune(pruned, batches, masks, make_solver(solver))
+                result = prune(pruned, batches, masks, options.methods[solver], propagate=propagate)
                 yield {
                     "model": name,
                     "masks": label,
                     "seed": seed,
-                    "solver": solver,
+                    "solver": solver if len(options.propagate) == 1 else f"{solver}, {propagate}",
+                    "propagate": propagate,
                     "perplexity": perplexity(pruned, tokenizer, text, seqlen=seqlen).perplexity,
                     "dense_perplexity": before.perplexity,
                     "tokens": before.tokens,
                     "calibration": {**batches.to_json(), "source": Path(batches.source).name},
                     "mean_relative_error": result.mean_relative_error,
+                    "mean_kept_error": fmean(layer.kept_error for layer in result.layers),
                     "solve_seconds": result.solve_seconds,
                 }
 
@@ -78,15 +84,77 @@ def summary(records: Sequence[dict], solvers: Sequence[str]) -> str:
     return report.table(["model, masks", "dense", *solvers], rows)
 
 
+def means(records: Sequence[dict], columns: Sequence[str]) -> dict[tuple[str, str], dict[str, float]]:
+    """Return each cell's mean perplexity over the seeds, by model and masks."""
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for key in dict.fromkeys((record["model"], record["masks"]) for record in records):
+        here = [record for record in records if (record["model"], record["masks"]) == key]
+        cells[key] = {name: fmean(r["perplexity"] for r in here if r["solver"] == name) for name in columns}
+    return cells
+
+
+def standings(records: Sequence[dict], columns: Sequence[str]) -> str:
+    """Return a Markdown table: how often each method is lowest, how far behind the lowest it is, and its errors."""
+    found = means(records, columns).values()
+    rows = []
+    for name in columns:
+        behind = [cell[name] / min(cell.values()) - 1.0 for cell in found]
+        own = [record for record in records if record["solver"] == name]
+        figures = ("mean_relative_error", "mean_kept_error", "solve_seconds")
+        error, kept, seconds = (fmean(record[figure] for record in own) for figure in figures)
+        rows.append(
+            [
+                name,
+                f"{sum(gap == 0 for gap in behind)} of {len(behind)}",
+                f"{100 * median(behind):.1f} %",
+                f"{100 * max(behind):.1f} %",
+                f"{error:.4f}",
+                f"{kept:.4f}",
+                f"{seconds:.1f}",
+            ]
+        )
+    head = ["method", "lowest in", "behind: median", "most", "mean layer error", "before the update", "seconds"]
+    return report.table(head, rows)
+
+
+def plot(records: Sequence[dict], columns: Sequence[str], path: Path) -> None:
+    """Draw each cell's perplexities relative to the lowest."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = path.stem  # the same file from the same figures
+    from matplotlib import pyplot
+
+    cells = means(records, columns)
+    figure, axes = pyplot.subplots(figsize=(8, 0.3 * len(cells) + 1.2), layout="constrained")
+    labels = [f"{model}, {masks}" for model, masks in cells]
+    for index, name in enumerate(columns):
+        ratios = [cell[name] / min(cell.values()) for cell in cells.values()]
+        axes.scatter(ratios, labels, s=28, marker="osD^vPX<>*"[index % 10], alpha=0.85, label=name)
+    axes.set_xscale("log")
+    axes.set_xticks([1.0, 1.1, 1.25, 1.5, 2.0, 3.0], labels=["1", "1.1", "1.25", "1.5", "2", "3"])
+    axes.minorticks_off()
+    axes.set_xlabel("perplexity over the lowest of the row")
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower right", fontsize="small")
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL,CALIBRATION,TEXT")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
-    parser.add_argument("--solvers", type=lambda text: text.split(","), default=list(SOLVERS))
+    parser.add_argument("--solvers", default="magnitude,wanda,ria,sparsefw,one-swap,continuation")
+    parser.add_argument("--weights", default="keep")
+    parser.add_argument("--propagate", type=lambda text: text.split(","), default=["pruned"])
+    parser.add_argument("--name", default="perplexity")
     parser.add_argument("--sets", type=parse_sets, default=SETS)
     parser.add_argument("--samples", type=int, default=64)
     options = parser.parse_args()
+    options.methods = parse_comparison(options.solvers, options.weights)
     jobs: list[tuple[str, str | Path, str | Path, str | Path]] = [
         ("demo model", MODEL, training_text(800_000), held_out_text(120_000))
     ]
@@ -96,18 +164,24 @@ def main() -> None:
     records = []
     with Progress() as bar:
         task = bar.add_task(
-            "perplexity", total=len(jobs) * len(options.sets) * len(options.seeds) * len(options.solvers)
+            "perplexity",
+            total=len(jobs) * len(options.sets) * len(options.seeds) * len(options.methods) * len(options.propagate),
         )
         for job in jobs:
             for record in cells(*job, options):
                 records.append(record)
                 bar.update(task, advance=1, description=f"{record['model']}, {record['masks']}, {record['solver']}")
-    settings = f"{options.samples} calibration windows, seeds {options.seeds}, pruned activations propagated."
+    columns = list(dict.fromkeys(record["solver"] for record in records))
+    updates = "masks only, no weight updates" if options.weights == "keep" else "surviving weights updated"
+    settings = f"{options.samples} calibration windows, seeds {options.seeds}, propagate {options.propagate}."
     text = (
-        "Perplexity on text the model was not calibrated with (lower is better), masks only, no weight updates; the "
-        f"best of each row in bold. {settings}\n\n{summary(records, options.solvers)}"
+        f"Perplexity on text the model was not calibrated with (lower is better), {updates}; mean over the seeds "
+        f"(least-most), the best of each row in bold. {settings}\n\n{summary(records, columns)}\n\n"
+        f"{standings(records, columns)}"
     )
-    report.write("perplexity", "Perplexity of pruned language models", text, {"records": records})
+    report.write(options.name, "Perplexity of pruned language models", text, {"records": records})
+    if options.weights != "keep":
+        plot(records, columns, report.RESULTS / f"{options.name}.svg")
 
 
 if __name__ == "__main__":

@@ -69,12 +69,13 @@ def prune(
     batch_size: BatchOption = 8,
     seed: Annotated[int, typer.Option("--seed", help="Of the choice of calibration windows.")] = 0,
     propagate: Annotated[
-        Propagate,
+        Propagate | None,
         typer.Option(
             "--propagate",
             help="Calibrate on the pruned or the dense model's states, or aim at the latter on the former.",
+            show_default="corrected for lsq, fista and best, else pruned",
         ),
-    ] = Propagate.PRUNED,
+    ] = None,
     include: Annotated[
         list[str] | None,
         typer.Option("--include", metavar="GLOB", help="Prune only layers of such names; may be repeated."),
@@ -131,7 +132,7 @@ def prune(
             batches,
             masks,
             method,
-            propagate=propagate.value,
+            propagate=None if propagate is None else propagate.value,
             include=include or (),
             exclude=exclude or (),
             certify=None if certify is None else certify.value,

@@ -118,6 +118,13 @@ class GramCollector:
         self._batch = batch
         self._seen.clear()
 
+    def order(self) -> list[list[Layer]]:
+        """Return the layers that were called, in order, those that share a matrix together."""
+        groups: dict[int, list[Layer]] = {}
+        for layer, gram in self._grams.items():
+            groups.setdefault(id(gram), []).append(layer)
+        return list(groups.values())
+
     def __getitem__(self, layer: Layer) -> Gram:
         """Return what was collected for a layer.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -24,11 +26,13 @@ from maskopt.models.selection import LeftDense, Selection, select_layers
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers import ContinuationFrankWolfe, GapKind, Result, Solver, State, solve
-from maskopt.weights import Joint
+from maskopt.weights import ConditionalADMM, FISTAPruner, Joint, LeastSquares
 
 __all__ = ["Progress", "prune"]
 
 Propagate = Literal["corrected", "pruned", "dense"]
+
+_CORRECTING = (LeastSquares, FISTAPruner, ConditionalADMM)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def prune(
     masks: MaskSet,
     solver: Solver | None = None,
     *,
-    propagate: Propagate = "pruned",
+    propagate: Propagate | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     start: Mapping[str, Tensor] | None = None,
@@ -68,7 +72,7 @@ def prune(
     Block by block, in order of execution: the calibration batches run through the block, the Gram matrices of its
     layers' inputs are summed in float32 without padded positions, every layer is solved on its own, and the
     block runs again to make the next one's inputs. Only one block's Gram matrices exist at a time. Should an error or
-    an interrupt stop it, the blocks already done stay pruned (with ``propagate="dense"``: nothing is).
+    an interrupt stop it, what is already done stays pruned (with ``propagate="dense"``: nothing is).
 
     Parameters
     ----------
@@ -85,8 +89,10 @@ def prune(
     propagate : {"corrected", "pruned", "dense"}
         Whether a block is calibrated on what the pruned blocks before it give out, or on the dense model's states; or
         ("corrected") on the former, aiming at the outputs of the dense model on the latter: see
-        `LayerReconstruction.towards`. That takes twice the calibration time and a second copy of the states; where
-        a model's blocks cannot be run one at a time it is refused.
+        `LayerReconstruction.towards`. Layers within a block are then pruned one after the other, each on what those
+        before it give out; it takes a multiple of the calibration time and a second copy of the states. By default
+        "corrected" for methods that fit weights and were not published otherwise (`LeastSquares`, `FISTAPruner`,
+        `ConditionalADMM`), "pruned" for all others, and where a model's blocks cannot be run one at a time.
     include, exclude : sequence of str
         Patterns of `fnmatch` on full layer names, see `select_layers`. By default all linear layers inside the
         blocks are pruned. Layers outside the blocks come last.
@@ -113,7 +119,7 @@ def prune(
         If there is nothing to prune or to calibrate with, a pattern matches nothing, expert weights are neither
         pruned nor excluded, `masks` does not fit a layer, or activations are not finite.
     """
-    if propagate not in get_args(Propagate):
+    if propagate is not None and propagate not in get_args(Propagate):
         raise MaskoptError(f"propagate must be one of {', '.join(get_args(Propagate))}; got {propagate!r}.")
     solver = ContinuationFrankWolfe() if solver is None else solver
     if certify is not None:
@@ -128,9 +134,10 @@ def prune(
     with evaluation_mode(model):
         began = time.perf_counter()
         replay = Replay(model, list(selection.blocks), prepared)
-        work = _Work(masks, solver, starts, memory, progress, propagate, certify, _stages(replay, selection))
-        work.report.calibration_seconds = time.perf_counter() - began
         dense = None
+        if propagate is None:
+            corrects = isinstance(solver, _CORRECTING) and replay.shortcut
+            propagate = "corrected" if corrects else "pruned"
         if propagate == "corrected":
             dense = Replay(model, list(selection.blocks), prepared)
             if not dense.shortcut:
@@ -138,6 +145,8 @@ def prune(
                     f"The blocks of {type(model).__name__} cannot be run one at a time, so its dense states are "
                     "lost once blocks are pruned; use propagate='pruned'."
                 )
+        work = _Work(masks, solver, starts, memory, progress, propagate, certify, _stages(replay, selection))
+        work.report.calibration_seconds = time.perf_counter() - began
         work.run(replay, dense)
     work.report.left_dense = [*selection.left_dense, *_unreached(replay, selection)]
     work.report.settings = {
@@ -193,56 +202,99 @@ class _Work:
     solved: dict[Layer, _Solved] = field(default_factory=dict)
     moved: dict[Layer, Tensor] = field(default_factory=dict)
     """New weights that wait for being applied, as the layers store theirs."""
+    originals: dict[Layer, Tensor] = field(default_factory=dict)
+    """Dense weights of the layers of the current stage that are pruned already."""
 
     def run(self, replay: Replay, beside: Replay | None) -> None:
         """Prune stage by stage; `beside` has the dense model's states where they are aimed at."""
         dense = self.propagate == "dense"
         for stage in self.stages:
             self._tell("calibrate", stage.name)
-            if stage.layers:
-                grams = self._collect(replay, beside, stage)
-                for layers in self._together(stage.layers, grams):
+            turns = [stage.layers] if stage.layers else []
+            if beside is not None and stage.layers:
+                turns = self._turns(replay, stage)
+            for turn in turns:
+                if beside is None:
+                    grams = self._collect(replay, stage, turn)
+                else:
+                    grams = self._pair(replay, beside, stage, turn, store=turn is turns[-1])
+                for layers in self._together(turn, grams):
                     self._solve(layers, grams[layers[0]])
-                del grams  # before the next stage's come into being
-                for layer in stage.layers:
+                del grams  # before the next turn's come into being
+                for layer in turn:
                     record, self.report.masks[layer.name], weight = self.solved.pop(layer)
                     self.report.layers.append(record)
                     if weight is not None:
                         self.moved[layer] = weight
                 if not dense:
-                    self._apply(stage)
+                    if beside is not None:
+                        self.originals.update((layer, layer.weight.data.clone()) for layer in turn)
+                    self._apply(turn)
+            self.originals.clear()
             if stage is not self.stages[-1] and not (stage.layers and dense):
                 self._timed(replay, stage, store=True)
                 if beside is not None and not stage.layers:
                     self._timed(beside, stage, store=True)
         if dense:
             for stage in self.stages:
-                self._apply(stage)
+                self._apply(stage.layers)
         self._tell("done", "")
 
-    def _collect(self, replay: Replay, beside: Replay | None, stage: _Stage) -> GramCollector:
+    def _collect(self, replay: Replay, stage: _Stage, layers: Sequence[Layer]) -> GramCollector:
         """Run a stage's block, still dense, and return the second moments of what its layers see."""
-        if beside is None:
-            with GramCollector(stage.layers) as grams:
-                self._timed(replay, stage, store=self.propagate == "dense", before=grams.begin)
-            return grams
-        inputs = DenseInputs(stage.layers)
-        grams = GramCollector(stage.layers, inputs)
+        with GramCollector(layers) as grams:
+            self._timed(replay, stage, store=self.propagate == "dense", before=grams.begin)
+        return grams
+
+    def _pair(
+        self, replay: Replay, beside: Replay, stage: _Stage, layers: Sequence[Layer], *, store: bool
+    ) -> GramCollector:
+        """Run a stage's block as pruned so far and as it was, batch by batch, and return moments with cross terms."""
+        inputs = DenseInputs(layers)
+        grams = GramCollector(layers, inputs)
         for index in range(replay.batches):
-            with inputs:
-                self._timed(beside, stage, store=True, indices=[index])
+            with self._as_it_was(), inputs:
+                self._timed(beside, stage, store=store, indices=[index])
             with grams:
                 self._timed(replay, stage, before=grams.begin, indices=[index])
             inputs.clear()
         return grams
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Give the layers that were pruned in this stage their dense weights for a while."""
+        pruned = {layer: layer.weight.data for layer in self.originals}
+        for layer, weight in self.originals.items():
+            layer.weight.data = weight
+        try:
+            yield
+        finally:
+            for layer, weight in pruned.items():
+                layer.weight.data = weight
+
+    def _turns(self, replay: Replay, stage: _Stage) -> list[tuple[Layer, ...]]:
+        """Return a stage's layers in the order of their calls, together where they see the same or are of one kind.
+
+        Errors of the first are then in the inputs of the next, which can make up for them. Layers of one kind are
+        those whose names differ in numbers only, such as experts: turns of their own would take as many runs.
+        """
+        with GramCollector(stage.layers) as grams:
+            self._timed(replay, stage, before=grams.begin, indices=[0])
+        turns: dict[str, list[Layer]] = {}
+        for group in grams.order():
+            kind = re.sub(r"\d+", "#", group[0].name)
+            turns.setdefault(kind, []).extend(group)
+        seen = {layer for turn in turns.values() for layer in turn}
+        left = tuple(layer for layer in stage.layers if layer not in seen)
+        return [*map(tuple, turns.values()), *([left] if left else [])]
 
     def _timed(self, replay: Replay, stage: _Stage, **options: Any) -> None:
         began = time.perf_counter()
         replay.run(stage.position, **options)
         self.report.calibration_seconds += time.perf_counter() - began
 
-    def _apply(self, stage: _Stage) -> None:
-        for layer in stage.layers:
+    def _apply(self, layers: Sequence[Layer]) -> None:
+        for layer in layers:
             layer.apply(self.report.masks[layer.name], self.moved.pop(layer, None))
 
     def _together(self, layers: Sequence[Layer], grams: GramCollector) -> list[list[Layer]]:
