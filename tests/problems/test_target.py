@@ -1,0 +1,144 @@
+"""Layers that aim at the output of other weights than their own, as those behind pruned layers do."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maskopt.bounds import sdp_bound
+from maskopt.errors import MaskoptError
+from maskopt.oracles import PerRow, Unstructured
+from maskopt.problems import LayerReconstruction
+from maskopt.solvers import BruteForce, ContinuationFrankWolfe, FrankWolfe, OneSwap, Scip, SparseFW, solve
+from tests.helpers import Layer, every_mask, examples, layers
+
+
+def aimed(layer: Layer, seed: int) -> tuple[LayerReconstruction, torch.Tensor]:
+    random = np.random.default_rng(seed)
+    target = layer.weight + torch.from_numpy(random.integers(-2, 3, layer.shape)).double()
+    return LayerReconstruction(layer.weight, layer.gram, target=target), target
+
+
+def error(layer: Layer, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return ((target - weight) @ layer.x).square().sum(1)
+
+
+@given(layers(), st.integers(0, 99))
+@examples(60)
+def test_values_and_gradients_are_those_of_the_outputs(layer, seed):
+    problem, target = aimed(layer, seed)
+    x = torch.from_numpy(np.random.default_rng(seed).random(layer.shape)).requires_grad_()
+    truth = error(layer, target, layer.weight * x)
+    truth.sum().backward()
+    truth = truth.detach()
+    size = float(truth.sum()) + float(error(layer, target, -layer.weight).sum()) + 1.0
+    for seen in (problem, problem.double(), problem.rows(slice(None)), problem.rows(torch.arange(len(x)))):
+        point = seen.at(x.detach().clone())
+        torch.testing.assert_close(seen.value(point), truth, rtol=0, atol=1e-12 * size)
+        torch.testing.assert_close(seen.gradient(point), x.grad, rtol=0, atol=1e-11 * size)
+    mask = x.detach() > 0.5
+    kept = layer.weight * mask
+    for found in (problem.objective(mask), problem.error(kept)):
+        torch.testing.assert_close(found, error(layer, target, kept), rtol=0, atol=1e-12 * size)
+    torch.testing.assert_close(problem.scale(), error(layer, target, 0 * kept), rtol=0, atol=1e-12 * size)
+    move = problem.along(torch.ones_like(kept))
+    share = torch.full((len(kept),), 0.25, dtype=torch.float64)
+    ahead = problem.at(x.detach() + 0.25)
+    torch.testing.assert_close(problem.slope(point, move, share), ahead.gradient.sum(1), rtol=0, atol=1e-10 * size)
+
+
+@given(layers(), st.integers(0, 99))
+@examples(40)
+def test_a_target_that_is_the_weight_changes_nothing(layer, seed):
+    plain, same = layer.problem(), LayerReconstruction(layer.weight, layer.gram, target=layer.weight.clone())
+    assert not plain.aims_elsewhere
+    assert same.aims_elsewhere
+    mask = torch.from_numpy(np.random.default_rng(seed).random(layer.shape)) > 0.5
+    assert torch.equal(plain.objective(mask), same.objective(mask))
+    assert torch.equal(plain.at(mask.double()).gradient, same.at(mask.double()).gradient)
+    assert torch.equal(plain.scale(), same.scale())
+
+
+SOLVERS = [ContinuationFrankWolfe(), OneSwap(), SparseFW(iterations=50), FrankWolfe(iterations=50), BruteForce()]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
+@given(data=st.data())
+@examples(15)
+def test_solvers_bring_errors_and_bounds_on_either_side_of_the_optimum(solver, data):
+    layer = data.draw(layers(rows=(1, 2), d=(2, 6)))
+    problem, target = aimed(layer, data.draw(st.integers(0, 9)))
+    masks = data.draw(st.sampled_from([PerRow(0.5), PerRow(1), Unstructured(0.5)]))
+    result = solve(problem, masks, solver)
+    every = every_mask(masks, layer.shape)
+    best = min(float(error(layer, target, layer.weight * mask).sum()) for mask in every)
+    size = float(problem.scale().sum()) + float(layer.problem().scale().sum()) + 1.0
+    truth = float(error(layer, target, layer.weight * result.mask).sum())
+    assert result.total == pytest.approx(truth, abs=1e-11 * size)
+    assert result.total >= best - 1e-11 * size
+    if result.lower_bound is not None:
+        assert float(result.lower_bound.sum()) <= best + 1e-11 * size
+    if isinstance(solver, BruteForce):
+        assert result.total == pytest.approx(best, abs=1e-11 * size)
+
+
+def test_swaps_end_in_a_true_local_optimum():
+    random = np.random.default_rng(3)
+    layer = Layer(*(torch.from_numpy(random.standard_normal(shape)) for shape in ((3, 12), (12, 30))), "normal")
+    problem, target = aimed(layer, 3)
+    result = solve(problem, PerRow(0.5), OneSwap())
+    for neighbour in PerRow(0.5).neighbours(result.mask):
+        assert (error(layer, target, layer.weight * neighbour) >= result.objective * (1 - 1e-9)).all()
+
+
+def test_scip_finds_the_optimum():
+    pytest.importorskip("pyscipopt")
+    random = np.random.default_rng(4)
+    layer = Layer(*(torch.from_numpy(random.standard_normal(shape)) for shape in ((2, 8), (8, 20))), "normal")
+    problem, _ = aimed(layer, 4)
+    exact = solve(problem, PerRow(0.5), BruteForce())
+    torch.testing.assert_close(solve(problem, PerRow(0.5), Scip()).objective, exact.objective, rtol=1e-6, atol=0)
+
+
+@given(layers(rows=(1, 3), d=(1, 6)), st.integers(0, 99))
+@examples(40)
+def test_towards_aims_at_the_best_weights_on_the_new_inputs(layer, seed):
+    random = np.random.default_rng(seed)
+    new = layer.x + torch.from_numpy(random.standard_normal(layer.x.shape))
+    gram, cross = new @ new.T, layer.x @ new.T
+    target = LayerReconstruction.towards(layer.weight, gram, cross, ridge=1e-9).scaled_target
+    wanted = layer.weight @ layer.x
+
+    def lost(weight):
+        return float((wanted - weight @ new).square().sum())
+
+    best = np.linalg.lstsq(new.T.numpy(), wanted.T.numpy(), rcond=None)[0].T
+    least, size = (
+        lost(torch.from_numpy(best)),
+        float(wanted.square().sum()) + float((layer.weight @ new).square().sum()),
+    )
+    assert lost(target) <= least + 1e-5 * (size + 1.0)
+    # Without any difference between the inputs the weights are their own target.
+    same = LayerReconstruction.towards(layer.weight, layer.gram, layer.gram)
+    torch.testing.assert_close(same.scaled_target, layer.weight, rtol=0, atol=1e-12)
+
+
+def test_a_large_ridge_draws_the_target_towards_the_weight():
+    random = np.random.default_rng(5)
+    weight, x, new = (torch.from_numpy(random.standard_normal(shape)) for shape in ((2, 5), (5, 40), (5, 40)))
+    far = [
+        float((LayerReconstruction.towards(weight, new @ new.T, x @ new.T, ridge=ridge).scaled_target - weight).norm())
+        for ridge in (1e-3, 1.0, 1e3)
+    ]
+    assert far[0] > far[1] > 100 * far[2]
+
+
+def test_misfits_are_refused():
+    weight, gram = torch.ones(2, 3), torch.eye(3)
+    with pytest.raises(MaskoptError, match=r"The target must have the weight's shape \(2, 3\)"):
+        LayerReconstruction(weight, gram, target=torch.ones(3, 3))
+    with pytest.raises(MaskoptError, match="The target must be finite"):
+        LayerReconstruction(weight, gram, target=torch.full((2, 3), torch.nan))
+    with pytest.raises(MaskoptError, match="aims at its own weights' output"):
+        sdp_bound(LayerReconstruction(weight, gram, target=2 * weight), torch.tensor([1, 1]))
