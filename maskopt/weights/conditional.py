@@ -105,7 +105,8 @@ class ConditionalADMM(Joint):
                 x.add_(cost.sub_(near), alpha=self.relaxation)
                 done += 1
                 watch.counters["products"] += 1
-        mask = masks.vertex(torch.mul(x, x, out=cost).neg_())
+        if mask is None or done > 0:
+            mask = masks.vertex(torch.mul(x, x, out=cost).neg_())
         v = x.mul_(mask).div_(metric)
         if watch.ended is None:
             v = conjugate_gradients(system, mask, v, self.polish)

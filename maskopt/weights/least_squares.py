@@ -48,9 +48,14 @@ class LeastSquares(Joint):
             raise MaskoptError(
                 f"LeastSquares needs method auto, cholesky or cg and steps >= 0; got {self.method!r}, {self.steps}."
             )
-        # What the solver takes holds for the pair.
-        object.__setattr__(self, "start", self.solver.start)
+        # What holds for the solver holds for the pair.
+        for name in ("start", "row_wise", "bandwise", "record"):
+            object.__setattr__(self, name, getattr(self.solver, name))
         object.__setattr__(self, "arrays", max(self.solver.arrays, Joint.arrays))
+
+    @property
+    def name(self) -> str:
+        return f"LeastSquares on {self.solver.name}"
 
     def solves_rows_apart(self, masks: MaskSet) -> bool:
         return self.solver.solves_rows_apart(masks)
@@ -60,7 +65,8 @@ class LeastSquares(Joint):
         return tuple(dict.fromkeys((*requires, *self.requires))), asks
 
     def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
-        outcome = self.solver.run(problem, masks, start, watch)
+        # The mask is the best one recorded, where the solver records.
+        outcome = watch.finish(self.solver.run(problem, masks, start, watch))
         assert isinstance(problem, LayerReconstruction)
         system = System.of(problem, self.ridge)
         if self.method == "cholesky" or (self.method == "auto" and problem.shape[1] <= _DENSE):
