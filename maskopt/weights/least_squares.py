@@ -12,7 +12,7 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction, Problem
 from maskopt.solvers import ContinuationFrankWolfe
-from maskopt.solvers.base import Outcome, Solver, Watch
+from maskopt.solvers.base import Outcome, Solver, Status, Watch
 from maskopt.weights.base import Joint, System
 
 __all__ = ["LeastSquares", "conjugate_gradients", "definite_factor", "exact_weights"]
@@ -74,8 +74,10 @@ class LeastSquares(Joint):
         else:
             v = conjugate_gradients(system, outcome.mask, system.weight * outcome.mask, self.steps)
             watch.counters["products"] += self.steps + 1
-        # A bound on masks alone is none on masks with weights.
-        return replace(outcome, lower_bound=None, weight=system.finish(problem, v))
+        # What is proven of masks alone, bounds among it, is not of masks with weights.
+        proven = outcome.status in (Status.OPTIMAL, Status.WITHIN_GAP, Status.LOCAL_OPTIMUM)
+        status = Status.COMPLETED if proven else outcome.status
+        return replace(outcome, status=status, lower_bound=None, weight=system.finish(problem, v))
 
 
 def exact_weights(system: System, mask: Tensor, memory: int = 2**28) -> Tensor:
