@@ -99,6 +99,8 @@ def exact_weights(system: System, mask: Tensor, memory: int = 2**28) -> Tensor:
     """
     gram = system.gram.double()
     target = system.weight.double() @ gram
+    # A Gram in float32 that should be singular is indefinite by its rounding, to which weights shall not be fitted.
+    rounding = torch.finfo(system.gram.dtype).eps * len(gram)
     counts = mask.sum(1)
     order = torch.argsort(mask, dim=1, descending=True, stable=True)
     v = torch.zeros_like(target)
@@ -115,7 +117,12 @@ def exact_weights(system: System, mask: Tensor, memory: int = 2**28) -> Tensor:
         matrix = gram[index.unsqueeze(2), index.unsqueeze(1)].mul_(real.unsqueeze(1)).mul_(real.unsqueeze(2))
         matrix.diagonal(dim1=1, dim2=2).add_(1.0 - real)
         right = target[rows].gather(1, index).mul_(real).unsqueeze(2)
-        solution = torch.cholesky_solve(right, definite_factor(matrix)).squeeze(2)
+        factor = definite_factor(matrix)
+        near = factor.diagonal(dim1=1, dim2=2).square().amin(1) < rounding
+        if bool(near.any()):
+            matrix.diagonal(dim1=1, dim2=2).add_(near.unsqueeze(1) * rounding)
+            factor[near] = definite_factor(matrix[near])
+        solution = torch.cholesky_solve(right, factor).squeeze(2)
         v[rows] = v[rows].scatter_(1, index, solution.mul_(real))
     return v.to(system.weight.dtype)
 

@@ -145,6 +145,15 @@ def test_nothing_and_everything(shape: tuple[int, int], share: float) -> None:
         torch.testing.assert_close(v, system.weight * share)
 
 
+@given(st.data(), layers(d=(1, 10)))
+@examples(200)
+def test_singular_grams_in_float32_are_not_fitted_to_their_rounding(data: st.DataObject, layer: Layer) -> None:
+    mask = data.draw(sets(layer.shape, ["per-row", "unstructured", "n:m"])).lmo(-layer.problem().diagonal())
+    narrow, wide = (System.of(layer.problem(dtype), 0.0) for dtype in (torch.float32, torch.float64))
+    v = exact_weights(narrow, mask).double() / narrow.size * wide.size
+    assert bool((errors(wide, v) - least(wide, mask) <= 1e-5 * sizes(wide, wide.weight)).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("family", ["rank-deficient", "dead", "outliers"])
 def test_without_a_ridge_layers_of_low_rank_lose_nothing_to_rounding(family: str, dtype: torch.dtype) -> None:
