@@ -39,7 +39,7 @@ class ConditionalADMM(Joint):
     ridge : float
         See `System.of`.
     penalty : (float, float)
-        rho at the start and at the end.
+        rho at the start and at the end. Where inputs are independent, no mask stands still below one.
     noise : float
         tau, in inputs of unit variance.
     stages : int
@@ -52,7 +52,7 @@ class ConditionalADMM(Joint):
         Steps of conjugate gradients at the end.
     """
 
-    penalty: tuple[float, float] = (0.22, 0.44)
+    penalty: tuple[float, float] = (0.75, 1.5)
     noise: float = 0.1
     stages: int = 4
     iterations: int = 52
@@ -115,10 +115,9 @@ class ConditionalADMM(Joint):
 
 
 def _conditional_deviations(gram: Tensor, noise: float) -> Tensor:
-    """Return the standard deviation of each input that others leave unexplained, geometric mean one, shape (d,)."""
+    """Return the standard deviation of each input that others leave unexplained, at most about one, shape (d,)."""
     noisy = gram.clone()
     noisy.diagonal().add_(noise)
     unexplained = torch.cholesky_inverse(definite_factor(noisy)).diagonal().reciprocal().sub_(noise)
     # What is explained up to rounding keeps a little weight of its own.
-    deviations = unexplained.clamp_(min=noise * 1e-3).sqrt_()
-    return deviations / deviations.log().mean().exp()
+    return unexplained.clamp_(min=noise * 1e-3).sqrt_()
