@@ -137,7 +137,9 @@ def test_starts_where_told() -> None:
         assert torch.equal(result.mask, expected)
     # And leaves it, where there is time.
     result = solve(problem, PerRow(0.5), METHOD, start=start)
-    assert result.relative_error < 0.5 * solve(problem, PerRow(0.5), LeastSquares(solver=Wanda()), start=start).kept_error
+    assert (
+        result.relative_error < 0.5 * solve(problem, PerRow(0.5), LeastSquares(solver=Wanda()), start=start).kept_error
+    )
     assert not torch.equal(result.mask, start)
 
 
@@ -146,9 +148,7 @@ def test_starts_where_told() -> None:
 
 @given(st.data(), layers(rows=(1, 4), d=(1, 12)), st.integers(-5, 5), st.integers(-3, 3))
 @examples(60)
-def test_powers_of_two_change_no_digit(
-    data: st.DataObject, layer: Layer, weight_power: int, root_power: int
-) -> None:
+def test_powers_of_two_change_no_digit(data: st.DataObject, layer: Layer, weight_power: int, root_power: int) -> None:
     masks = data.draw(sets(layer.shape, MATROIDS))
     plain = layer.problem()
     # Beyond 2^24 the problem itself divides by a power of two, whose root may be no float.
@@ -208,7 +208,9 @@ def test_the_order_of_rows_and_inputs_does_not_matter(rows: int, groups: int, se
 @examples(40)
 def test_the_units_of_single_inputs_do_not_matter_without_a_ridge(rows: int, d: int, seed: int) -> None:
     problem, method = normal(rows, d, seed), ConditionalADMM(ridge=0.0)
-    unit = torch.logspace(-2, 2, d, dtype=torch.float64)[torch.randperm(d, generator=torch.Generator().manual_seed(seed))]
+    unit = torch.logspace(-2, 2, d, dtype=torch.float64)[
+        torch.randperm(d, generator=torch.Generator().manual_seed(seed))
+    ]
     gram = problem.gram * unit * unit.unsqueeze(1)
     scaled = LayerReconstruction(problem.weight / unit, (gram + gram.T) / 2)
     for masks in (PerRow(0.5), Unstructured(0.5)):
@@ -357,9 +359,7 @@ def test_problems_without_weights_are_refused() -> None:
 # How good it is
 
 
-@pytest.mark.parametrize(
-    "masks", [PerRow(0.5), PerRow(0.3), Unstructured(0.5), NM(keep=2, group=4)], ids=repr
-)
+@pytest.mark.parametrize("masks", [PerRow(0.5), PerRow(0.3), Unstructured(0.5), NM(keep=2, group=4)], ids=repr)
 def test_below_the_published_methods_on_average(masks: PartitionMatroid) -> None:
     others = {"alps": ALPS(), "admm": ADMM(), "sparsegpt": SparseGPT(), "lsq": LeastSquares()}
     ratios: dict[str, dict[str, float]] = {name: {} for name in others}

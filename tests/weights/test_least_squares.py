@@ -96,7 +96,9 @@ def test_converged_conjugate_gradients_find_the_same(drawn: tuple[LayerReconstru
     gradient = ((system.weight - v) @ system.gram) * mask
     assert bool((gradient.abs() <= 1e-7 * (system.weight.abs() @ system.gram.abs()).amax(1, keepdim=True)).all())
     size = float(system.weight.abs().max())
-    torch.testing.assert_close(v / max(size, 1e-300), exact_weights(system, mask) / max(size, 1e-300), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        v / max(size, 1e-300), exact_weights(system, mask) / max(size, 1e-300), rtol=0, atol=1e-6
+    )
 
 
 @given(problems(), st.sampled_from([0.0, 0.01]))
@@ -244,7 +246,9 @@ def test_the_solvers_mask_with_no_larger_error(name: str, data: st.DataObject, l
     assert results[0].total == pytest.approx(results[1].total, rel=1e-6, abs=slack)
 
 
-@pytest.mark.parametrize("solver", [FrankWolfe(iterations=30), FrankWolfe("away", iterations=30), SparseFW(iterations=60)], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [FrankWolfe(iterations=30), FrankWolfe("away", iterations=30), SparseFW(iterations=60)], ids=repr
+)
 def test_the_best_mask_recorded_is_the_one_refitted(solver: Solver) -> None:
     for seed in range(3):
         problem = synthetic(rows=6, d=16, seed=seed).problem()
@@ -334,7 +338,9 @@ def test_starts_where_the_solver_would_or_is_told() -> None:
     start = PerRow(0.5).lmo(problem.diagonal())  # the worst
     pair = LeastSquares(solver=OneSwap(max_steps=0))
     assert torch.equal(solve(problem, PerRow(0.5), pair, start=start).mask, start)
-    assert torch.equal(solve(problem, PerRow(0.5), pair, start=Magnitude()).mask, solve(problem, PerRow(0.5), Magnitude()).mask)
+    assert torch.equal(
+        solve(problem, PerRow(0.5), pair, start=Magnitude()).mask, solve(problem, PerRow(0.5), Magnitude()).mask
+    )
     assert torch.equal(solve(problem, PerRow(0.5), pair).mask, solve(problem, PerRow(0.5), OneSwap(max_steps=0)).mask)
     with pytest.raises(MaskoptError, match="not in the set"):
         solve(problem, PerRow(0.25), pair, start=start)
