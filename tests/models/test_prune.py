@@ -175,7 +175,7 @@ def test_layers_with_one_input_get_the_weights_of_their_own_rows(build, make_bat
 @pytest.mark.parametrize("solver", [ConditionalADMM(), ALPS(), LeastSquares()], ids=["ours", "alps", "lsq"])
 def test_bounds_on_masks_are_not_for_weights_that_move(llama, make_batches, solver):
     before = weights_of(llama)
-    with pytest.raises(MaskoptError, match="^certify proves bounds on masks whose weights stay; choose a solver that"):
+    with pytest.raises(MaskoptError, match=r"^certify proves bounds on masks whose weights stay; choose a solver that"):
         prune(llama, make_batches(), PerRow(0.5), solver, certify="shift")
     assert all(torch.equal(parameter, before[name]) for name, parameter in llama.named_parameters())
 

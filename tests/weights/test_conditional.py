@@ -185,7 +185,7 @@ def test_rows_are_independent(data: st.DataObject, rows: int, d: int, seed: int)
         index = slice(row, row + 1)
         alone = solve(problem.rows(index), masks.rows(index, (rows, d)), METHOD)
         assert torch.equal(alone.mask, together.mask[index])
-        torch.testing.assert_close(alone.weight, together.weight[index], rtol=1e-8, atol=1e-8)  # type: ignore[index]
+        torch.testing.assert_close(alone.weight, together.weight[index], rtol=1e-8, atol=1e-8)
 
 
 @given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 999))
@@ -347,12 +347,12 @@ def test_settings_reach_the_loop() -> None:
 )
 def test_bad_settings_are_refused_in_one_sentence(settings: dict[str, object]) -> None:
     with pytest.raises(MaskoptError, match=r"^ConditionalADMM needs [^.]*.*; got .*[.]$"):
-        ConditionalADMM(**settings)  # type: ignore[arg-type]
+        ConditionalADMM(**settings)
 
 
 def test_problems_without_weights_are_refused() -> None:
     form = QuadraticForm(torch.eye(8), torch.zeros(2, 8))
-    with pytest.raises(MaskoptError, match="^QuadraticForm is not compatible with ConditionalADMM.* missing: weight"):
+    with pytest.raises(MaskoptError, match=r"^QuadraticForm is not compatible with ConditionalADMM.* missing: weight"):
         solve(form, PerRow(0.5), METHOD)
 
 

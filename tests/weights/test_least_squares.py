@@ -34,7 +34,7 @@ UNITS = [(1.0, 1.0), (1e20, 1e-10), (1e-20, 1e20), (1e-30, 1e-30)]
 
 @st.composite
 def problems(draw: st.DrawFn, d: tuple[int, int] = (1, 10)) -> tuple[LayerReconstruction, Tensor]:
-    """An ugly layer in float64, in large, small or no units, and any mask: rows may keep nothing, all, or any number."""
+    """An ugly layer in float64, in large, small or no units, and any mask: rows may keep nothing or all."""
     layer = draw(layers(d=d))
     weight_unit, root_unit = draw(st.sampled_from(UNITS))
     problem = Layer(layer.weight * weight_unit, layer.x * root_unit, layer.name).problem()
@@ -212,7 +212,7 @@ def test_the_least_shift_on_known_eigenvalues() -> None:
 def test_no_factor_of_a_batch_with_what_is_not_finite(value: float) -> None:
     matrices = torch.eye(3).repeat(4, 1, 1)
     matrices[2, 1, 1] = value
-    with pytest.raises(MaskoptError, match="must be finite to be factorised, but an entry is NaN or infinite[.]$"):
+    with pytest.raises(MaskoptError, match=r"must be finite to be factorised, but an entry is NaN or infinite[.]$"):
         definite_factor(matrices)
 
 
@@ -267,7 +267,7 @@ def test_the_best_mask_recorded_is_the_one_refitted(solver: Solver) -> None:
 def test_rows_are_solved_one_by_one(method: str, masks: MaskSet) -> None:
     instance = synthetic(rows=7, d=16)
     problem = LayerReconstruction(instance.weight.double(), instance.gram.double())
-    pair = LeastSquares(solver=OneSwap(), method=method)  # type: ignore[arg-type]
+    pair = LeastSquares(solver=OneSwap(), method=method)
     whole = solve(problem, masks, pair)
     blocks = solve(problem, masks, pair, memory=1)
     assert torch.equal(whole.mask, blocks.mask)
@@ -293,16 +293,16 @@ def test_without_a_ridge_nothing_on_the_mask_is_better() -> None:
         step = size * torch.randn((5, 12), generator=random, dtype=torch.float64) * result.mask
         assert bool((problem.error(result.weight + step) > result.objective).all())
     damped = solve(problem, PerRow(0.5), LeastSquares())
-    assert result.total < damped.total < float(result.kept_objective.sum())  # type: ignore[union-attr]
+    assert result.total < damped.total < float(result.kept_objective.sum())
 
 
 def test_wide_layers_use_conjugate_gradients() -> None:
     problem = synthetic(rows=3, d=520).problem()
     auto, cg, exact = (
-        solve(problem, PerRow(0.5), LeastSquares(solver=Wanda(), method=method))  # type: ignore[arg-type]
+        solve(problem, PerRow(0.5), LeastSquares(solver=Wanda(), method=method))
         for method in ("auto", "cg", "cholesky")
     )
-    assert torch.equal(auto.weight, cg.weight)  # type: ignore[arg-type]
+    assert torch.equal(auto.weight, cg.weight)
     assert auto.counters["products"] == 101
     assert "products" not in exact.counters
     assert auto.total == pytest.approx(exact.total, rel=1e-5)
@@ -329,7 +329,7 @@ def test_needs_are_those_of_the_solver() -> None:
         sentences.append(str(caught.value))
     assert sentences[0] == sentences[1].replace("LeastSquares on ", "")
     form = QuadraticForm(torch.eye(8), torch.zeros(2, 8))
-    with pytest.raises(MaskoptError, match="^QuadraticForm is not compatible with LeastSquares on .* missing: weight"):
+    with pytest.raises(MaskoptError, match=r"^QuadraticForm is not compatible with LeastSquares on .* missing: weight"):
         solve(form, PerRow(0.5), LeastSquares())
 
 
@@ -351,14 +351,14 @@ def test_shifts_change_nothing() -> None:
     shifted = problem.shifted(problem.diagonal(), 0.5)
     for method in (LeastSquares(solver=OneSwap()), ALPS()):
         plain, other = solve(problem, PerRow(0.5), method), solve(shifted, PerRow(0.5), method)
-        assert torch.equal(plain.weight, other.weight)  # type: ignore[arg-type]
+        assert torch.equal(plain.weight, other.weight)
         assert torch.equal(plain.objective, other.objective)
 
 
 @pytest.mark.parametrize("settings", [{"method": "qr"}, {"steps": -1}, {"ridge": -0.1}, {"ridge": float("nan")}])
 def test_bad_settings_are_refused_in_one_sentence(settings: dict[str, object]) -> None:
     with pytest.raises(MaskoptError, match=r"^LeastSquares needs .*; got .*[.]$"):
-        LeastSquares(**settings)  # type: ignore[arg-type]
+        LeastSquares(**settings)
 
 
 @given(st.data(), layers(rows=(1, 4), d=(1, 8)))
