@@ -115,7 +115,8 @@ def parse_solver(spec: str, settings: Sequence[str] = ()) -> Solver:
 
 def _settings(what: str, make: Callable[..., Solver], items: Sequence[str]) -> dict[str, Any]:
     """Read "key=value" items as what makes the solver wants them."""
-    known = inspect.signature(make, eval_str=True).parameters
+    known = dict(inspect.signature(make, eval_str=True).parameters)
+    known.pop("solver", None)  # has an option of its own
     values: dict[str, Any] = {}
     for item in items:
         key, equals, text = (part.strip() for part in item.partition("="))
@@ -151,6 +152,8 @@ def _read(text: str, kind: Any) -> Any:
                 return one(text)
             except ValueError:
                 continue
+        if get_origin(one) is tuple and text.count("/") == len(get_args(one)) - 1:
+            return tuple(_read(part, each) for part, each in zip(text.split("/"), get_args(one), strict=True))
     raise ValueError(" or ".join(_describe(one) for one in kinds))
 
 
@@ -160,5 +163,7 @@ def _is_rule(kind: Any) -> bool:
 
 
 def _describe(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"{len(get_args(kind))} numbers with / between them"
     words = {int: "a whole number", float: "a number", bool: "true or false", NoneType: "none"}
     return words.get(kind) or " or ".join(map(str, get_args(kind))) or str(kind)

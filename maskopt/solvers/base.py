@@ -491,16 +491,16 @@ def _solve(
     weakest = max((outcome.status for outcome in outcomes), key=list(Status).index)
     weight, before, objective = None, None, problem.objective(mask)
     if all(outcome.weight is not None for outcome in outcomes):
-        assert isinstance(problem, LayerReconstruction), "only layers have weights"
+        assert isinstance(seen, LayerReconstruction), "only layers have weights"
         weight = torch.cat([outcome.weight for outcome in outcomes if outcome.weight is not None])
         if bool((weight != 0).logical_and(~mask).any()):
             raise RuntimeError(
                 f"{type(solver).__name__} returned weights outside its mask; this is a bug in the solver."
             )
-        before, objective = objective, problem.error(weight)
+        before, objective = objective, seen.error(weight)
         # What a ridge or rounding made worse than it was stays as it was.
         worse = ~(objective <= before)
-        weight = torch.where(worse.unsqueeze(1), problem.weight * mask, weight)
+        weight = torch.where(worse.unsqueeze(1), seen.weight * mask, weight)
         objective = torch.where(worse, before, objective)
     bound = torch.cat([bound for bound in bounds if bound is not None]) if proven else None
     optimal = bound is not None and bool((objective.view(len(bound), -1).sum(1) <= bound).all())

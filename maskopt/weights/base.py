@@ -85,4 +85,4 @@ class Joint(Solver):
 
     def __post_init__(self) -> None:
         if not 0 <= self.ridge < math.inf:
-            raise MaskoptError(f"{self.name} needs a finite ridge >= 0; got {self.ridge}.")
+            raise MaskoptError(f"{type(self).__name__} needs a finite ridge >= 0; got {self.ridge}.")

@@ -39,7 +39,7 @@ class ConditionalADMM(Joint):
     ridge : float
         See `System.of`.
     penalty : (float, float)
-        rho at the start and at the end.
+        rho at the start and at the end. Where inputs are independent, no mask stands still below one.
     noise : float
         tau, in inputs of unit variance.
     stages : int
@@ -105,7 +105,8 @@ class ConditionalADMM(Joint):
                 x.add_(cost.sub_(near), alpha=self.relaxation)
                 done += 1
                 watch.counters["products"] += 1
-        mask = masks.vertex(torch.mul(x, x, out=cost).neg_())
+        if mask is None or done > 0:
+            mask = masks.vertex(torch.mul(x, x, out=cost).neg_())
         v = x.mul_(mask).div_(metric)
         if watch.ended is None:
             v = conjugate_gradients(system, mask, v, self.polish)

@@ -12,7 +12,7 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction, Problem
 from maskopt.solvers import ContinuationFrankWolfe
-from maskopt.solvers.base import Outcome, Solver, Watch
+from maskopt.solvers.base import Outcome, Solver, Status, Watch
 from maskopt.weights.base import Joint, System
 
 __all__ = ["LeastSquares", "conjugate_gradients", "definite_factor", "exact_weights"]
@@ -48,9 +48,14 @@ class LeastSquares(Joint):
             raise MaskoptError(
                 f"LeastSquares needs method auto, cholesky or cg and steps >= 0; got {self.method!r}, {self.steps}."
             )
-        # What the solver takes holds for the pair.
-        object.__setattr__(self, "start", self.solver.start)
+        # What holds for the solver holds for the pair.
+        for name in ("start", "row_wise", "bandwise", "record"):
+            object.__setattr__(self, name, getattr(self.solver, name))
         object.__setattr__(self, "arrays", max(self.solver.arrays, Joint.arrays))
+
+    @property
+    def name(self) -> str:
+        return f"LeastSquares on {self.solver.name}"
 
     def solves_rows_apart(self, masks: MaskSet) -> bool:
         return self.solver.solves_rows_apart(masks)
@@ -60,7 +65,8 @@ class LeastSquares(Joint):
         return tuple(dict.fromkeys((*requires, *self.requires))), asks
 
     def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
-        outcome = self.solver.run(problem, masks, start, watch)
+        # The mask is the best one recorded, where the solver records.
+        outcome = watch.finish(self.solver.run(problem, masks, start, watch))
         assert isinstance(problem, LayerReconstruction)
         system = System.of(problem, self.ridge)
         if self.method == "cholesky" or (self.method == "auto" and problem.shape[1] <= _DENSE):
@@ -68,8 +74,10 @@ class LeastSquares(Joint):
         else:
             v = conjugate_gradients(system, outcome.mask, system.weight * outcome.mask, self.steps)
             watch.counters["products"] += self.steps + 1
-        # A bound on masks alone is none on masks with weights.
-        return replace(outcome, lower_bound=None, weight=system.finish(problem, v))
+        # What is proven of masks alone, bounds among it, is not of masks with weights.
+        proven = outcome.status in (Status.OPTIMAL, Status.WITHIN_GAP, Status.LOCAL_OPTIMUM)
+        status = Status.COMPLETED if proven else outcome.status
+        return replace(outcome, status=status, lower_bound=None, weight=system.finish(problem, v))
 
 
 def exact_weights(system: System, mask: Tensor, memory: int = 2**28) -> Tensor:
@@ -91,6 +99,8 @@ def exact_weights(system: System, mask: Tensor, memory: int = 2**28) -> Tensor:
     """
     gram = system.gram.double()
     target = system.weight.double() @ gram
+    # A Gram in float32 that should be singular is indefinite by its rounding, to which weights shall not be fitted.
+    rounding = torch.finfo(system.gram.dtype).eps * len(gram)
     counts = mask.sum(1)
     order = torch.argsort(mask, dim=1, descending=True, stable=True)
     v = torch.zeros_like(target)
@@ -107,7 +117,12 @@ def exact_weights(system: System, mask: Tensor, memory: int = 2**28) -> Tensor:
         matrix = gram[index.unsqueeze(2), index.unsqueeze(1)].mul_(real.unsqueeze(1)).mul_(real.unsqueeze(2))
         matrix.diagonal(dim1=1, dim2=2).add_(1.0 - real)
         right = target[rows].gather(1, index).mul_(real).unsqueeze(2)
-        solution = torch.cholesky_solve(right, definite_factor(matrix)).squeeze(2)
+        factor = definite_factor(matrix)
+        near = factor.diagonal(dim1=1, dim2=2).square().amin(1) < rounding
+        if bool(near.any()):
+            matrix.diagonal(dim1=1, dim2=2).add_(near.unsqueeze(1) * rounding)
+            factor[near] = definite_factor(matrix[near])
+        solution = torch.cholesky_solve(right, factor).squeeze(2)
         v[rows] = v[rows].scatter_(1, index, solution.mul_(real))
     return v.to(system.weight.dtype)
 

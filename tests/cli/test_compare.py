@@ -7,6 +7,7 @@ import pytest
 
 from maskopt import ContinuationFrankWolfe, OneSwap, SparseFW, Wanda, load_instance, save_instance, solve, synthetic
 from maskopt.oracles import parse_masks
+from maskopt.weights import ALPS, ConditionalADMM, LeastSquares
 
 SOLVERS = {
     "wanda": Wanda(),
@@ -52,6 +53,59 @@ def test_ratios_are_those_of_separate_solves(run, layers, tmp_path, read):
         assert summary["median_seconds_ratio"] == pytest.approx(median(seconds))
     assert figures["settings"]["solvers"]["one-swap"] == repr(OneSwap())
     assert figures["versions"]["threads"] >= 1
+
+
+def test_weights_are_kept_refitted_and_chosen_together(run, layers, tmp_path, read):
+    methods = {
+        "wanda": Wanda(),
+        "one-swap": OneSwap(),
+        "wanda + lsq": LeastSquares(solver=Wanda()),
+        "one-swap + lsq": LeastSquares(solver=OneSwap()),
+        "alps:iterations=9;polish=1": ALPS(iterations=9, polish=1),
+        "wanda + lsq:method=cg;steps=2": LeastSquares(solver=Wanda(), method="cg", steps=2),
+        "best": ConditionalADMM(),
+    }
+    weights = "keep, lsq,alps:iterations=9;polish=1,lsq:method=cg;steps=2,best"
+    command = ("compare", *layers, "-s", 0.5, "--solvers", "wanda,one-swap", "--weights", weights)
+    result = run(*command, "--json", tmp_path / "f.json")
+    figures = read(tmp_path / "f.json")
+    expected = [*list(methods)[:5], *(f"{name} + lsq:method=cg;steps=2" for name in ("wanda", "one-swap")), "best"]
+    assert list(figures["summary"]) == list(figures["settings"]["solvers"]) == expected
+    assert figures["settings"]["weights"] == weights
+    assert "wanda + lsq" in result.stdout
+    for row in figures["rows"]:
+        problem = load_instance(row["instance"]).problem()
+        assert list(row["results"]) == expected
+        for name, method in methods.items():
+            cell, alone = row["results"][name], solve(problem, parse_masks("per-row", 0.5), method)
+            assert cell["solver"] == repr(method)
+            assert (cell["relative_error"], cell["kept_error"]) == (alone.relative_error, alone.kept_error)
+            assert f"{cell['error_ratio']:.3f}" in result.stdout
+        cells = row["results"]
+        assert cells["wanda + lsq"]["kept_error"] == cells["wanda"]["relative_error"] == cells["wanda"]["kept_error"]
+        assert cells["best"]["relative_error"] < cells["wanda + lsq"]["relative_error"] < 1.0
+
+
+def test_joint_methods_alone_leave_the_solvers_out(run, layers, tmp_path, read):
+    run("compare", layers[0], "-s", 0.5, "--weights", "best,admm", "--json", tmp_path / "f.json")
+    assert list(read(tmp_path / "f.json")["rows"][0]["results"]) == ["best", "admm"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("keep,keep", "The method for weights keep is listed twice"),
+        (",", "At least one method for weights is needed; choose from keep, lsq"),
+        ("keep,obs", "There is no method 'obs' for weights; choose one of keep, lsq"),
+        ("keep:steps=1", "Weights that are kept have no setting 'steps=1'"),
+        ("best:steps=1", "The method best has no setting 'steps'"),
+        ("lsq:steps=-1", "LeastSquares needs method auto, cholesky or cg and steps >= 0"),
+        ("lsq:solver=ria", "The method lsq has no setting 'solver'"),
+    ],
+)
+def test_bad_weights(fails, layers, weights, words, monkeypatch):
+    monkeypatch.setattr("maskopt.cli.compare.solve", lambda *args, **kwargs: pytest.fail("work has begun"))
+    assert words in fails("compare", layers[0], "-s", 0.5, "--solvers", "wanda", "--weights", weights)
 
 
 def test_repeat_takes_the_median_time(run, layers, tmp_path, read):

@@ -5,7 +5,11 @@ import json
 import pytest
 import torch
 
+from maskopt import models
 from maskopt.models import load_masks, load_model, perplexity
+from maskopt.oracles import PerRow
+from maskopt.solvers import ContinuationFrankWolfe, Wanda
+from maskopt.weights import ALPS, ConditionalADMM, LeastSquares
 
 
 @pytest.fixture
@@ -39,9 +43,82 @@ def test_the_folder_loads_and_its_report_is_true(pruned, model, text, read):
     assert report["calibration"]["sha256"] == dense["sha256"]
     assert report["calibration"]["seed"] == 3
     assert report["sparsity"] == 0.5
-    assert report["settings"]["solver"].startswith("ContinuationFrankWolfe(")
+    assert report["settings"]["solver"] == repr(ConditionalADMM(iterations=20))
+    assert report["command"]["weights"] == "best"
+    assert all(layer["relative_error"] < layer["kept_error"] for layer in report["layers"])
+    for layer in report["layers"]:
+        assert f"{layer['kept_error']:.5f}" in result.stdout
+        assert f"{layer['relative_error']:.5f}" in result.stdout
     assert report["command"]["model"] == str(model)
     assert {"maskopt", "torch", "transformers", "threads"} <= set(report["versions"])
+
+
+def test_the_saved_weights_are_those_of_the_same_run_in_python(pruned, model, text):
+    _, out, _ = pruned
+    network, tokenizer = load_model(model)
+    dense = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    batches = models.calibration_batches(tokenizer, text, 8, 32, 8, 3)
+    report = models.prune(network, batches, PerRow(0.5), ConditionalADMM(iterations=20))
+    saved, masks = load_model(out)[0], load_masks(out)
+    assert all(torch.equal(report.masks[name], mask) for name, mask in masks.items())
+    for name, parameter in saved.named_parameters():
+        assert torch.equal(parameter, network.get_parameter(name))
+        mask = masks.get(name.removesuffix(".weight"))
+        if mask is None:
+            assert torch.equal(parameter, dense[name])
+        else:
+            assert torch.equal(parameter != 0, mask)
+            assert not torch.equal(parameter, dense[name] * mask)
+
+
+@pytest.mark.parametrize(
+    ("options", "treatment", "solver"),
+    [
+        ((), "best", ConditionalADMM()),
+        (("--solver", "wanda"), "keep", Wanda()),
+        (("--certify", "shift", "-o", "iterations=5"), "keep", ContinuationFrankWolfe(iterations=5)),
+        (("--weights", "keep", "-o", "iterations=5"), "keep", ContinuationFrankWolfe(iterations=5)),
+        (("--weights", "lsq", "--solver", "wanda"), "lsq", LeastSquares(solver=Wanda())),
+        (
+            ("--weights", "lsq:ridge=0.1", "-o", "iterations=5"),
+            "lsq:ridge=0.1",
+            LeastSquares(0.1, ContinuationFrankWolfe(iterations=5)),
+        ),
+        (("--weights", "alps:iterations=9"), "alps:iterations=9", ALPS(iterations=9)),
+    ],
+)
+def test_what_becomes_of_the_weights(run, model, text, tmp_path, read, options, treatment, solver):
+    few = ("--include", "*.0.*.q_proj", "--include", "*.0.*.up_proj", "--samples", 2)
+    result = run("prune", model, tmp_path / "out", "--calibration", text, "-s", 0.5, *few, *options)
+    report = read(tmp_path / "out" / "report.json")
+    assert report["command"]["weights"] == treatment
+    assert report["settings"]["solver"] == repr(solver)
+    before, after, masks = load_model(model)[0], load_model(tmp_path / "out")[0], load_masks(tmp_path / "out")
+    assert len(report["layers"]) == len(masks) == 2
+    for layer in report["layers"]:
+        one, two = (network.get_submodule(layer["name"]).weight for network in (before, after))
+        assert torch.equal(two != 0, masks[layer["name"]])
+        assert torch.equal(two, one * masks[layer["name"]]) == (treatment == "keep")
+        assert (layer["relative_error"] == layer["kept_error"]) == (treatment == "keep")
+        assert (layer["lower_bound"] is not None) == ("--certify" in options)
+    assert ("before" in result.stdout) == (treatment != "keep")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--weights", "obs"), "There is no method 'obs' for weights"),
+        (("--weights", "best", "--solver", "wanda"), "The method best chooses the mask itself"),
+        (("--weights", "keep", "-o", "polish_steps=1"), "The solver continuation has no setting 'polish_steps'"),
+        (("-o", "second=0"), "The method best has no setting 'second'"),
+        (("--weights", "lsq", "--certify", "shift"), "certify proves bounds on masks whose weights stay"),
+        (("--weights", "best", "--certify", "shift"), "certify proves bounds on masks whose weights stay"),
+        (("--weights", "sparsegpt", "-p", "columns"), "SparseGPT chooses block by block"),
+    ],
+)
+def test_bad_weights(fails, model, text, tmp_path, options, words):
+    assert words in fails("prune", model, tmp_path / "out", "--calibration", text, "-s", 0.5, "--samples", 2, *options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_evaluate_agrees(pruned, run, text, tmp_path, read):

@@ -14,6 +14,7 @@ from maskopt.models import prune, select_layers
 from maskopt.models.replay import Replay
 from maskopt.oracles import NM, PerRow, Unstructured
 from maskopt.solvers import ContinuationFrankWolfe, Magnitude, OneSwap, Solver, Wanda
+from maskopt.weights import ALPS, ConditionalADMM, LeastSquares
 
 SETS = [PerRow(0.4), NM(keep=2, group=4), Unstructured(0.5)]
 
@@ -83,6 +84,100 @@ def test_the_report_holds_errors_recomputed_from_outputs(architecture, make_batc
         assert record.sparsity == 1 - record.nonzeros / mask.numel()
         assert record.status == "GREEDY"
         assert record.lower_bound is None
+
+
+@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+@pytest.mark.parametrize("solver", [ConditionalADMM(), LeastSquares(solver=Wanda())], ids=["joint", "lsq"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_weights_that_move_are_applied_where_the_mask_keeps(build, make_batches, inputs_of, name, solver, propagate):
+    model, follower, batches = build(name), build(name), make_batches(padded=True)
+    before = weights_of(model)
+    report = prune(model, batches, PerRow(0.5), solver, propagate=propagate)
+    after = weights_of(model)
+    layers = {layer.name: layer for layer in select_layers(follower).layers}
+    grouped: dict[str, list[str]] = {}
+    for record in report.layers:
+        block = next(part for part in record.name.split(".") if part.isdigit())
+        grouped.setdefault(block, []).append(record.name)
+    records = {record.name: record for record in report.layers}
+    for inside in grouped.values():
+        for inner, x in inputs_of(follower, batches, inside).items():
+            record, mask, layer = records[inner], report.masks[inner], layers[inner]
+            new = after[f"{inner}.weight"]
+            assert torch.equal(new != 0, mask)
+            assert not torch.signbit(new[~mask]).any()
+            dense = layer.oriented(before[f"{inner}.weight"]).double()
+            outputs = x @ dense.T
+            for weight, figure in ((new, record.relative_error), (before[f"{inner}.weight"] * mask, record.kept_error)):
+                error = (outputs - x @ layer.oriented(weight).double().T).square().sum()
+                assert figure == pytest.approx(float(error / outputs.square().sum()), rel=2e-3, abs=1e-6)
+            assert record.relative_error < record.kept_error
+        if propagate == "pruned":  # later blocks see what the new weights give out
+            for inner in inside:
+                layers[inner].weight.data.copy_(after[f"{inner}.weight"])
+    others = before.keys() - {f"{inner}.weight" for inner in layers}
+    assert all(torch.equal(after[inner], before[inner]) for inner in others)
+    assert report.to_json()["layers"][0]["kept_error"] == report.layers[0].kept_error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_the_new_weights(build, make_batches, dtype):
+    model = build("llama").to(dtype)
+    before = weights_of(model)
+    report = prune(model, make_batches(), NM(keep=2, group=4), ConditionalADMM())
+    assert all(parameter.dtype == dtype for parameter in model.parameters())
+    for name, mask in report.masks.items():
+        weight = model.get_submodule(name).weight
+        assert weight.isfinite().all()
+        assert not weight[~mask].any()
+        assert not torch.equal(weight, before[f"{name}.weight"] * mask)
+    assert report.sparsity == 0.5
+    assert report.mean_relative_error < np.mean([record.kept_error for record in report.layers])
+
+
+def test_in_dense_mode_weights_move_at_the_end_only(build, make_batches):
+    model = build("llama")
+    before, seen = weights_of(model), []
+
+    def look(event):
+        seen.append(event.stage)
+        same = all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+        assert same == (event.stage != "done")
+
+    prune(model, make_batches(), PerRow(0.5), ConditionalADMM(), propagate="dense", progress=look)
+    assert seen[-1] == "done"
+    # In the other mode blocks are done one by one.
+    model, changed = build("llama"), []
+
+    def count(event):
+        changed.append(sum(not torch.equal(now, before[name]) for name, now in model.named_parameters()))
+
+    prune(model, make_batches(), PerRow(0.5), ConditionalADMM(), progress=count)
+    assert sorted(set(changed)) == [0, 7, 14, 21]
+
+
+def test_layers_with_one_input_get_the_weights_of_their_own_rows(build, make_batches, monkeypatch):
+    reports, weights = [], []
+    for together in (True, False):
+        monkeypatch.setattr(Solver, "solves_rows_apart", lambda self, masks, together=together: together)
+        model = build("llama")
+        reports.append(prune(model, make_batches(), PerRow(0.5), ConditionalADMM()))
+        weights.append(weights_of(model))
+    # Rounding differs, and the layers after it.
+    first = [record.name for record in reports[0].layers if ".0." in record.name][:3]
+    for name in first:
+        torch.testing.assert_close(weights[0][f"{name}.weight"], weights[1][f"{name}.weight"], rtol=1e-4, atol=1e-4)
+    for one, two in zip(reports[0].layers, reports[1].layers, strict=True):
+        assert one.relative_error == pytest.approx(two.relative_error, rel=0.05)
+        assert one.kept_error > one.relative_error
+
+
+@pytest.mark.parametrize("solver", [ConditionalADMM(), ALPS(), LeastSquares()], ids=["ours", "alps", "lsq"])
+def test_bounds_on_masks_are_not_for_weights_that_move(llama, make_batches, solver):
+    before = weights_of(llama)
+    with pytest.raises(MaskoptError, match=r"^certify proves bounds on masks whose weights stay; choose a solver that"):
+        prune(llama, make_batches(), PerRow(0.5), solver, certify="shift")
+    assert all(torch.equal(parameter, before[name]) for name, parameter in llama.named_parameters())
 
 
 def test_totals_and_settings_of_the_report(llama, make_batches):
