@@ -5,19 +5,20 @@
 
 Without models the shipped demo model, calibrated and evaluated on this Python's standard library. Every solver
 sees the same calibration windows; a seed draws other windows. Where the surviving weights move (--weights), errors
-before and after are recorded, and blocks are calibrated as --propagate says. Writes
-benchmarks/results/NAME.{md,json}, and with several methods for weights NAME.svg.
+before and after are recorded. --propagate says how blocks are calibrated: default stands for what is each method's
+own, and several are compared. Writes benchmarks/results/NAME.{md,json}, and where weights move NAME.svg.
 """
 
 import argparse
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
+import joblib
 import report
+import torch
 from rich.progress import Progress
 
 from maskopt.cli.solvers import parse_comparison
@@ -29,34 +30,46 @@ from maskopt.oracles import parse_masks
 SETS = "per-row:0.5,per-row:0.6,per-row:0.7,2:4,4:8,unstructured:0.6"
 
 
-def cells(name: str, model_path: str | Path, calibration: str | Path, text: str | Path, options: Any) -> Iterator[dict]:
-    """Yield one record per set, solver and seed."""
+Job = tuple[str, str | Path, str | Path, str | Path]
+
+
+def cell(job: Job, pattern: str, sparsity: float | None, seed: int, options: argparse.Namespace) -> list[dict]:
+    """Return one record per method for a model, a set and a seed."""
+    torch.set_num_threads(1)
+    name, model_path, calibration, source = job
     dense, tokenizer = load_model(model_path)
     dense.float()
     seqlen = default_seqlen(dense, tokenizer, at_most=512)
+    text = source.read_text() if isinstance(source, Path) else source
+    text = text[: options.characters]
     before = perplexity(dense, tokenizer, text, seqlen=seqlen)
-    for pattern, sparsity in options.sets:
-        masks = parse_masks(pattern, sparsity)
-        label = pattern if sparsity is None else f"{pattern} {100 * sparsity:g} %"
-        for seed in options.seeds:
-            batches = calibration_batches(tokenizer, calibration, samples=options.samples, seqlen=seqlen, seed=seed)
-            for solver, propagate in itertools.product(options.methods, options.propagate):
-                pruned = copy.deepcopy(dense)
-                result = prune(pruned, batches, masks, options.methods[solver], propagate=propagate)
-                yield {
-                    "model": name,
-                    "masks": label,
-                    "seed": seed,
-                    "solver": solver if len(options.propagate) == 1 else f"{solver}, {propagate}",
-                    "propagate": propagate,
-                    "perplexity": perplexity(pruned, tokenizer, text, seqlen=seqlen).perplexity,
-                    "dense_perplexity": before.perplexity,
-                    "tokens": before.tokens,
-                    "calibration": {**batches.to_json(), "source": Path(batches.source).name},
-                    "mean_relative_error": result.mean_relative_error,
-                    "mean_kept_error": fmean(layer.kept_error for layer in result.layers),
-                    "solve_seconds": result.solve_seconds,
-                }
+    batches = calibration_batches(tokenizer, calibration, samples=options.samples, seqlen=seqlen, seed=seed)
+    methods = parse_comparison(options.solvers, options.weights)
+    records: dict[tuple[str, str], dict] = {}
+    for propagate, method in itertools.product(options.propagate, methods):
+        asked = None if propagate == "default" else propagate
+        if (method, propagate) in records:  # some method's default
+            continue
+        pruned = copy.deepcopy(dense)
+        result = prune(pruned, batches, parse_masks(pattern, sparsity), methods[method], propagate=asked)
+        used = result.settings["propagate"]
+        records[method, used] = {
+            "model": name,
+            "masks": pattern if sparsity is None else f"{pattern} {100 * sparsity:g} %",
+            "seed": seed,
+            "solver": method if len(options.propagate) == 1 else f"{method}, {used}",
+            "propagate": used,
+            "default": asked is None,
+            "perplexity": perplexity(pruned, tokenizer, text, seqlen=seqlen).perplexity,
+            "dense_perplexity": before.perplexity,
+            "tokens": before.tokens,
+            "calibration": {**batches.to_json(), "source": Path(batches.source).name},
+            "mean_relative_error": result.mean_relative_error,
+            "mean_kept_error": fmean(layer.kept_error for layer in result.layers),
+            "solve_seconds": result.solve_seconds,
+            "calibration_seconds": result.calibration_seconds,
+        }
+    return list(records.values())
 
 
 def parse_sets(text: str) -> list[tuple[str, float | None]]:
@@ -151,26 +164,30 @@ def main() -> None:
     parser.add_argument("--weights", default="keep")
     parser.add_argument("--propagate", type=lambda text: text.split(","), default=["pruned"])
     parser.add_argument("--name", default="perplexity")
+    parser.add_argument("--characters", type=int, default=120_000, help="of each text, to measure on")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--only-models", action="store_true", help="leave the demo model out")
     parser.add_argument("--sets", type=parse_sets, default=SETS)
     parser.add_argument("--samples", type=int, default=64)
     options = parser.parse_args()
-    options.methods = parse_comparison(options.solvers, options.weights)
-    jobs: list[tuple[str, str | Path, str | Path, str | Path]] = [
-        ("demo model", MODEL, training_text(800_000), held_out_text(120_000))
-    ]
+    jobs: list[Job] = []
+    if not options.only_models:
+        jobs.append(("demo model", MODEL, training_text(800_000), held_out_text(120_000)))
     for triple in options.models:
         folder, calibration, text = triple.split(",")
         jobs.append((Path(folder).name, folder, Path(calibration), Path(text)))
-    records = []
+    tasks = [
+        joblib.delayed(cell)(job, pattern, sparsity, seed, options)
+        for job in jobs
+        for pattern, sparsity in options.sets
+        for seed in options.seeds
+    ]
+    records: list[dict] = []
     with Progress() as bar:
-        task = bar.add_task(
-            "perplexity",
-            total=len(jobs) * len(options.sets) * len(options.seeds) * len(options.methods) * len(options.propagate),
-        )
-        for job in jobs:
-            for record in cells(*job, options):
-                records.append(record)
-                bar.update(task, advance=1, description=f"{record['model']}, {record['masks']}, {record['solver']}")
+        task = bar.add_task("perplexity", total=len(tasks))
+        for found in joblib.Parallel(n_jobs=options.jobs, return_as="generator")(tasks):
+            records += found
+            bar.update(task, advance=1, description=f"{found[0]['model']}, {found[0]['masks']}")
     columns = list(dict.fromkeys(record["solver"] for record in records))
     updates = "masks only, no weight updates" if options.weights == "keep" else "surviving weights updated"
     settings = f"{options.samples} calibration windows, seeds {options.seeds}, propagate {options.propagate}."
