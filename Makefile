@@ -30,14 +30,18 @@ format: $(VENV)/dev.stamp  ## Format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS="a.safetensors ..." and MODELS="folder:text ..." add your own)
+JOINT := --weights keep,lsq,sparsegpt,admm,fista,alps,best
+bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS="a.safetensors ..." and MODELS="folder,calibration,text ..." add your own)
 	$(BIN)/python benchmarks/layers.py $(LAYERS)
+	$(BIN)/python benchmarks/layers.py $(LAYERS) --name joint --repeat 3 --solvers continuation $(JOINT)
 	$(BIN)/python benchmarks/directions.py $(LAYERS)
 	$(BIN)/python benchmarks/iteration.py
 	$(if $(LAYERS),$(BIN)/python benchmarks/bounds.py $(LAYERS) --rows 8 --inputs 96 0 --cuts 100)
 	$(if $(LAYERS),$(BIN)/python benchmarks/exact.py $(LAYERS))
 	$(BIN)/python benchmarks/make_library.py
 	$(BIN)/python benchmarks/perplexity.py $(MODELS)
+	$(BIN)/python benchmarks/perplexity.py $(MODELS) --name weights --jobs 2 --seeds 0,1 --samples 24 \
+		--solvers continuation $(JOINT) --propagate default,corrected
 
 clean:  ## Remove the environment and all caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,9 +1,10 @@
 """Layer errors and seconds, every solver and set side by side, through `maskopt compare`.
 
     python benchmarks/layers.py [INSTANCE ...] [--solvers ...]
+    python benchmarks/layers.py [INSTANCE ...] --name joint --solvers continuation --weights keep,lsq,alps,best
 
 Without arguments: layers of the shipped demo model and synthetic ones, 50, 60 and 70 % per row and 2:4. Instances given
-are added. Writes benchmarks/results/layers.{md,json}.
+are added. Writes benchmarks/results/NAME.{md,json}; the last method is compared with all others.
 """
 
 import argparse
@@ -103,22 +104,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("instances", nargs="*")
     parser.add_argument("--solvers", default="magnitude,wanda,ria,sparsefw,one-swap,continuation")
+    parser.add_argument("--weights", default="keep")
+    parser.add_argument("--repeat", default="1")
+    parser.add_argument("--name", default="layers")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths = [*map(str, options.instances), *map(str, demo_layers(folder) + synthetic_layers(folder))]
         output = folder / "figures.json"
         command = [sys.executable, "-m", "maskopt", "compare", *paths, *SETS, "--solvers", options.solvers]
+        command += ["--weights", options.weights, "--repeat", options.repeat]
         subprocess.run([*command, "--json", str(output)], check=True)
         figures = json.loads(output.read_text())
     for row in figures["rows"]:
         row["instance"] = Path(row["instance"]).name
-    solvers = options.solvers.split(",")
+    solvers = list(figures["rows"][0]["results"])
     text = (
-        "Relative error ||WX - (M*W)X||^2 / ||WX||^2 and seconds, all solvers with their defaults (SparseFW: T = "
-        f"2000), one run.\n\n{tables(figures, solvers)}"
+        "Relative error ||WX - VX||^2 / ||WX||^2, V = M*W where weights are kept, and seconds (the median of "
+        f"{options.repeat}), all methods with their defaults (SparseFW: T = 2000), one run.\n\n"
+        f"{tables(figures, solvers)}"
     )
-    report.write("layers", "Layer errors", text, figures)
+    report.write(options.name, "Layer errors", text, figures)
 
 
 if __name__ == "__main__":

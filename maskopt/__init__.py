@@ -38,6 +38,7 @@ from maskopt.solvers import (
     Wanda,
     solve,
 )
+from maskopt.weights import ADMM, ALPS, ConditionalADMM, FISTAPruner, LeastSquares, SparseGPT
 
 if TYPE_CHECKING:
     from maskopt.models import PruneReport, prune
@@ -45,16 +46,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADMM",
+    "ALPS",
     "NM",
     "RIA",
     "AtMost",
     "Blocks",
     "Budget",
     "Columns",
+    "ConditionalADMM",
     "ContinuationFrankWolfe",
+    "FISTAPruner",
     "FrankWolfe",
     "Function",
     "LayerReconstruction",
+    "LeastSquares",
     "Magnitude",
     "MaskoptError",
     "OneSwap",
@@ -68,6 +74,7 @@ __all__ = [
     "Rows",
     "Saliency",
     "SparseFW",
+    "SparseGPT",
     "TransposableNM",
     "Units",
     "Unstructured",

@@ -5,6 +5,7 @@ import torch
 
 import maskopt
 from maskopt.solvers import SOLVERS, make_solver
+from maskopt.weights import WEIGHTS, make_weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,4 +24,16 @@ def test_cuda_agrees_with_cpu(solver: str, masks: maskopt.PartitionMatroid) -> N
     assert on_cuda.mask.device.type == "cuda"
     assert masks.contains(on_cuda.mask)
     # Products are rounded differently, so single masks may differ; their quality does not.
+    assert on_cuda.total == pytest.approx(on_cpu.total, rel=0.02)
+
+
+@pytest.mark.parametrize("masks", SETS, ids=repr)
+@pytest.mark.parametrize("name", [name for name in WEIGHTS if name != "keep"])
+def test_weights_on_cuda_agree_with_cpu(name: str, masks: maskopt.PartitionMatroid) -> None:
+    instance = maskopt.synthetic("correlated", rows=48, d=64, seed=3)
+    on_cpu = maskopt.solve(instance.problem("cpu"), masks, make_weights(name))
+    on_cuda = maskopt.solve(instance.problem("cuda"), masks, make_weights(name))
+    assert on_cuda.weight is not None
+    assert on_cuda.weight.device.type == on_cuda.mask.device.type == "cuda"
+    assert masks.contains(on_cuda.mask)
     assert on_cuda.total == pytest.approx(on_cpu.total, rel=0.02)
