@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -32,25 +33,21 @@ class Gram:
     or where the two are not the same tokens (experts chosen anew)."""
 
 
-class DenseInputs:
-    """Context manager that hooks layers and remembers the inputs of one batch, for a `GramCollector` to pair.
-
-    Parameters
-    ----------
-    layers : sequence of Layer
-        The layers to watch.
-    """
+class _Inputs(ABC):
+    """Context manager that shows what layers are handed, call by call."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = layers
-        self._seen: dict[Layer, list[Tensor]] = {}
         self._hooks: list[RemovableHandle] = []
 
-    def __enter__(self) -> DenseInputs:
+    @abstractmethod
+    def _see(self, layer: Layer, x: Tensor) -> None: ...
+
+    def __enter__(self) -> Self:
         for layer in self._layers:
 
             def hook(module: Any, args: Any, kwargs: Any, layer: Layer = layer) -> None:
-                self._seen.setdefault(layer, []).append(_input(args, kwargs))
+                self._see(layer, args[0] if args else next(iter(kwargs.values())))
 
             self._hooks.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
@@ -62,9 +59,31 @@ class DenseInputs:
             hook.remove()
         self._hooks.clear()
 
+
+class DenseInputs(_Inputs):
+    """Context manager that hooks layers and remembers the inputs of one batch, for a `GramCollector` to pair.
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+        The layers to watch.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__(layers)
+        self._seen: dict[Layer, list[Tensor]] = {}
+        self._latest: tuple[Tensor, int, Tensor] | None = None
+
+    def _see(self, layer: Layer, x: Tensor) -> None:
+        # A copy, for models may change their states in place; one for layers that see the same tensor.
+        if self._latest is None or self._latest[0] is not x or self._latest[1] != x._version:
+            self._latest = x, x._version, x.clone()
+        self._seen.setdefault(layer, []).append(self._latest[2])
+
     def clear(self) -> None:
         """Forget the batch."""
         self._seen.clear()
+        self._latest = None
 
     def pop(self, layer: Layer) -> Tensor | None:
         """Return what a layer saw first of all that has not been asked for."""
@@ -72,7 +91,7 @@ class DenseInputs:
         return calls.pop(0) if calls else None
 
 
-class GramCollector:
+class GramCollector(_Inputs):
     """Context manager that hooks layers and accumulates the Gram matrix of their inputs.
 
     Layers that are handed the same tensor (queries, keys and values; gate and up) share one matrix. Padded
@@ -87,30 +106,18 @@ class GramCollector:
     """
 
     def __init__(self, layers: Sequence[Layer], dense: DenseInputs | None = None) -> None:
-        self._layers = layers
+        super().__init__(layers)
         self._dense = dense
         self._grams: dict[Layer, Gram] = {}
         self._calls: dict[Layer, int] = dict.fromkeys(layers, 0)
         # Holding on to the tensors of a batch keeps their addresses from being used again.
         self._seen: dict[tuple[object, ...], tuple[Tensor, Gram]] = {}
-        self._hooks: list[RemovableHandle] = []
         self._batch: Batch | None = None
-
-    def __enter__(self) -> GramCollector:
-        for layer in self._layers:
-
-            def hook(module: Any, args: Any, kwargs: Any, layer: Layer = layer) -> None:
-                self._see(layer, _input(args, kwargs))
-
-            self._hooks.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        super().__exit__(kind, error, trace)
         self._seen.clear()
 
     def begin(self, batch: Batch) -> None:
@@ -175,7 +182,11 @@ class GramCollector:
 
     def _paired(self, cross: Tensor, layer: Layer, before: Tensor | None, x: Tensor, rows: Tensor) -> Tensor | None:
         """Return the cross term with this call's share, None if the dense model's call was about other tokens."""
-        if before is None or before.shape != x.shape:
+        assert self._batch is not None
+        sequences, positions = self._batch.shape
+        # Experts see some tokens only, and in the dense model other ones, be they as many.
+        whole = x.shape[:-1].numel() == sequences * positions or (x.ndim > 2 and x.shape[0] == sequences)
+        if before is None or before.shape != x.shape or not whole:
             return None
         return cross.addmm_(self._token_rows(layer, before).float().T, rows)
 
@@ -197,13 +208,6 @@ class GramCollector:
             f"{tuple(real.shape)}, where padding cannot be told apart; calibrate on sequences of one length or exclude "
             f"this layer."
         )
-
-
-def _input(args: Any, kwargs: Any) -> Tensor:
-    """Return the input of a linear layer's call."""
-    x = args[0] if args else next(iter(kwargs.values()))
-    assert isinstance(x, Tensor)
-    return x
 
 
 def _longer_axes(shape: torch.Size) -> list[int]:
