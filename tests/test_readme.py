@@ -65,7 +65,9 @@ def test_layer_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             done = CliRunner().invoke(app, [*words, "--json", f"{words[0]}.json"])
             assert done.exit_code == 0, done.output
     assert (tmp_path / "mask.safetensors").is_file()
-    assert len(json.loads((tmp_path / "compare.json").read_text())["rows"][0]["results"]) == 4
+    assert (
+        len(json.loads((tmp_path / "compare.json").read_text())["rows"][0]["results"]) == 4 * 2 + 2
+    )  # kept and refitted, and joint methods
 
 
 def test_make_targets_exist() -> None:

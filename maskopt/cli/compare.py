@@ -29,6 +29,7 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, parse_masks
 from maskopt.problems import LayerReconstruction, synthetic
 from maskopt.solvers import Solver, solve
+from maskopt.weights import Joint
 
 __all__ = ["compare"]
 
@@ -106,6 +107,9 @@ def compare(
     with json_output(json, figures):
         console = tables(json)
         console.print(_table(rows, list(methods)))
+        moved = [spec for spec, method in methods.items() if isinstance(method, Joint)]
+        if moved:
+            console.print(_updates_table(rows, moved))
         if len(methods) > 1:
             console.print(_summary_table(summary, len(rows)))
 
@@ -213,6 +217,21 @@ def _table(rows: Sequence[Figures], specs: Sequence[str]) -> Table:
                 for spec in specs
             ),
         )
+    return table
+
+
+def _updates_table(rows: Sequence[Figures], specs: Sequence[str]) -> Table:
+    """Return the table of errors before and after the weights moved."""
+    table = Table(box=box.SIMPLE_HEAD, title=Text("Error before and after the update of the weights"))
+    table.title_justify = "left"
+    table.add_column("layer")
+    table.add_column("masks")
+    for spec in specs:
+        table.add_column(Text(spec), justify="right")
+    for row in rows:
+        errors = [row["results"][spec] for spec in specs]
+        entries = (f"{figures['kept_error']:.4f} > {figures['relative_error']:.4f}" for figures in errors)
+        table.add_row(Text(Path(row["instance"]).stem), row["label"], *entries)
     return table
 
 

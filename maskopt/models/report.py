@@ -24,7 +24,8 @@ class LayerRecord:
     rows, columns : int
         Out and in features.
     relative_error : float
-        ||W X - V X||^2 / ||W X||^2 on the inputs it was calibrated with; V is M * W where the weights stay.
+        ||W X - V X||^2 / ||W X||^2 on the inputs it was calibrated with; V is M * W where the weights stay, and the
+        first W is the target where errors upstream are corrected (`LayerReconstruction.towards`).
     kept_error : float
         The same with V = M * W: before the surviving weights moved, if they did.
     objective : float

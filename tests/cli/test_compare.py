@@ -81,6 +81,8 @@ def test_weights_are_kept_refitted_and_chosen_together(run, layers, tmp_path, re
             assert cell["solver"] == repr(method)
             assert (cell["relative_error"], cell["kept_error"]) == (alone.relative_error, alone.kept_error)
             assert f"{cell['error_ratio']:.3f}" in result.stdout
+            both = f"{cell['kept_error']:.4f} > {cell['relative_error']:.4f}"
+            assert (both in result.stdout) == (name not in ("wanda", "one-swap"))
         cells = row["results"]
         assert cells["wanda + lsq"]["kept_error"] == cells["wanda"]["relative_error"] == cells["wanda"]["kept_error"]
         assert cells["best"]["relative_error"] < cells["wanda + lsq"]["relative_error"] < 1.0
