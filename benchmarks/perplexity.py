@@ -24,7 +24,8 @@ from rich.progress import Progress
 from maskopt.cli.solvers import parse_comparison
 from maskopt.demo.corpus import held_out_text, training_text
 from maskopt.demo.run import MODEL
-from maskopt.models import calibration_batches, default_seqlen, load_model, perplexity, prune
+from maskopt.errors import MaskoptError
+from maskopt.models import calibration_batches, default_seqlen, load_model, perplexity, prune, select_layers
 from maskopt.oracles import parse_masks
 
 SETS = "per-row:0.5,per-row:0.6,per-row:0.7,2:4,4:8,unstructured:0.6"
@@ -34,11 +35,17 @@ Job = tuple[str, str | Path, str | Path, str | Path]
 
 
 def cell(job: Job, pattern: str, sparsity: float | None, seed: int, options: argparse.Namespace) -> list[dict]:
-    """Return one record per method for a model, a set and a seed."""
+    """Return one record per method for a model, a set and a seed; none where the set does not fit the model."""
     torch.set_num_threads(1)
     name, model_path, calibration, source = job
     dense, tokenizer = load_model(model_path)
     dense.float()
+    try:
+        for layer in select_layers(dense).layers:
+            parse_masks(pattern, sparsity).check(layer.shape)
+    except MaskoptError as misfit:
+        print(f"{name}: {misfit}")
+        return []
     seqlen = default_seqlen(dense, tokenizer, at_most=512)
     text = source.read_text() if isinstance(source, Path) else source
     text = text[: options.characters]
@@ -187,7 +194,7 @@ def main() -> None:
         task = bar.add_task("perplexity", total=len(tasks))
         for found in joblib.Parallel(n_jobs=options.jobs, return_as="generator")(tasks):
             records += found
-            bar.update(task, advance=1, description=f"{found[0]['model']}, {found[0]['masks']}")
+            bar.update(task, advance=1)
     columns = list(dict.fromkeys(record["solver"] for record in records))
     updates = "masks only, no weight updates" if options.weights == "keep" else "surviving weights updated"
     settings = f"{options.samples} calibration windows, seeds {options.seeds}, propagate {options.propagate}."
