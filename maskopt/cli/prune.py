@@ -73,7 +73,7 @@ def prune(
         typer.Option(
             "--propagate",
             help="Calibrate on the pruned or the dense model's states, or aim at the latter on the former.",
-            show_default="corrected for lsq, fista and best, else pruned",
+            show_default="corrected for continuation, lsq, fista and best, else pruned",
         ),
     ] = None,
     include: Annotated[

@@ -118,8 +118,14 @@ def run_demo(
                 progress(what, (done + share * (at.done + at.fraction) / at.total) / total)
 
             pruned = copy.deepcopy(dense)
+            # All on the inputs that the published ones are made for: what differs is the masks.
             reports[name] = prune(
-                pruned, calibration, parse_masks(pattern, sparsity), make_solver(name), progress=progress and tell
+                pruned,
+                calibration,
+                parse_masks(pattern, sparsity),
+                make_solver(name),
+                propagate="pruned",
+                progress=progress and tell,
             )
             perplexities[name] = perplexity(pruned, tokenizer, held_out, seqlen=seqlen).perplexity
             done += share

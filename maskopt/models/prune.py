@@ -32,7 +32,7 @@ __all__ = ["Progress", "prune"]
 
 Propagate = Literal["corrected", "pruned", "dense"]
 
-_CORRECTING = (LeastSquares, FISTAPruner, ConditionalADMM)
+_CORRECTING = (ContinuationFrankWolfe, LeastSquares, FISTAPruner, ConditionalADMM)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ def prune(
         ("corrected") on the former, aiming at the outputs of the dense model on the latter: see
         `LayerReconstruction.towards`. Layers within a block are then pruned one after the other, each on what those
         before it give out; it takes a multiple of the calibration time and a second copy of the states. By default
-        "corrected" for methods that fit weights and were not published otherwise (`LeastSquares`, `FISTAPruner`,
-        `ConditionalADMM`), "pruned" for all others, and where a model's blocks cannot be run one at a time.
+        "corrected" for our own methods and what was published so (`ContinuationFrankWolfe`, `LeastSquares`,
+        `FISTAPruner`, `ConditionalADMM`), "pruned" for all others, with `certify`, and where a model's blocks cannot
+        be run one at a time.
     include, exclude : sequence of str
         Patterns of `fnmatch` on full layer names, see `select_layers`. By default all linear layers inside the
         blocks are pruned. Layers outside the blocks come last.
@@ -136,7 +137,7 @@ def prune(
         replay = Replay(model, list(selection.blocks), prepared)
         dense = None
         if propagate is None:
-            corrects = isinstance(solver, _CORRECTING) and replay.shortcut
+            corrects = isinstance(solver, _CORRECTING) and certify is None and replay.shortcut
             propagate = "corrected" if corrects else "pruned"
         if propagate == "corrected":
             dense = Replay(model, list(selection.blocks), prepared)

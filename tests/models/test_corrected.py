@@ -8,7 +8,7 @@ from maskopt.models import prune
 from maskopt.models.replay import Replay
 from maskopt.oracles import PerRow, Unstructured
 from maskopt.problems import LayerReconstruction
-from maskopt.solvers import Wanda
+from maskopt.solvers import ContinuationFrankWolfe, Wanda
 from maskopt.weights import ALPS, ConditionalADMM, FISTAPruner, LeastSquares
 
 
@@ -73,6 +73,7 @@ def test_the_order_within_a_block_is_that_of_execution(build, make_batches):
     [
         (Wanda(), "pruned"),
         (ALPS(iterations=3), "pruned"),
+        (ContinuationFrankWolfe(iterations=5), "corrected"),
         (LeastSquares(solver=Wanda()), "corrected"),
         (FISTAPruner(rounds=2), "corrected"),
         (ConditionalADMM(), "corrected"),

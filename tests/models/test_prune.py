@@ -146,14 +146,16 @@ def test_in_dense_mode_weights_move_at_the_end_only(build, make_batches):
 
     prune(model, make_batches(), PerRow(0.5), ConditionalADMM(), propagate="dense", progress=look)
     assert seen[-1] == "done"
-    # In the other mode blocks are done one by one.
-    model, changed = build("llama"), []
+    # In the other modes it is block by block, or turn by turn.
+    steps = [(0, 7, 14, 21), (0, 3, 4, 6, 7, 10, 11, 13, 14, 17, 18, 20, 21)]
+    for propagate, expected in zip(("pruned", "corrected"), steps, strict=True):
+        model, changed = build("llama"), set()
 
-    def count(event):
-        changed.append(sum(not torch.equal(now, before[name]) for name, now in model.named_parameters()))
+        def count(event, model=model, changed=changed):
+            changed.add(sum(not torch.equal(now, before[name]) for name, now in model.named_parameters()))
 
-    prune(model, make_batches(), PerRow(0.5), ConditionalADMM(), progress=count)
-    assert sorted(set(changed)) == [0, 7, 14, 21]
+        prune(model, make_batches(), PerRow(0.5), ConditionalADMM(), propagate=propagate, progress=count)
+        assert sorted(changed) == list(expected)
 
 
 def test_layers_with_one_input_get_the_weights_of_their_own_rows(build, make_batches, monkeypatch):
@@ -480,7 +482,7 @@ def test_bad_starting_masks(llama, make_batches, start, sentence):
 
 
 def test_an_unknown_way_to_propagate_is_refused(llama, make_batches):
-    with pytest.raises(MaskoptError, match="must be 'pruned' or 'dense'; got 'sparse'"):
+    with pytest.raises(MaskoptError, match="must be one of corrected, pruned, dense; got 'sparse'"):
         prune(llama, make_batches(), PerRow(0.5), propagate="sparse")
 
 
