@@ -126,7 +126,8 @@ class LayerReconstruction(Quadratic):
         factor = torch.linalg.cholesky(scaled)
         drift = (cross.double() - gram.double()) / size
         step = torch.cholesky_solve((weight.double() @ drift).T, factor).T / size
-        return cls(weight, gram, tokens, target=(weight.double() + step).to(weight.dtype), check=False)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return cls(weight, gram, tokens, target=(weight.double() + step).to(dtype), check=False)
 
     @property
     def scaled_weight(self) -> Tensor:

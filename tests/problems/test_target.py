@@ -134,6 +134,16 @@ def test_a_large_ridge_draws_the_target_towards_the_weight():
     assert far[0] > far[1] > 100 * far[2]
 
 
+def test_targets_of_half_precision_weights_keep_their_digits():
+    random = np.random.default_rng(6)
+    weight, x, new = (torch.from_numpy(random.standard_normal(shape)) for shape in ((2, 5), (5, 40), (5, 40)))
+    weight = weight.bfloat16()
+    half = LayerReconstruction.towards(weight, (new @ new.T).float(), (x @ new.T).float())
+    full = LayerReconstruction.towards(weight.double(), new @ new.T, x @ new.T)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half.scaled_target.double(), full.scaled_target, rtol=1e-4, atol=1e-5)
+
+
 def test_misfits_are_refused():
     weight, gram = torch.ones(2, 3), torch.eye(3)
     with pytest.raises(MaskoptError, match=r"The target must have the weight's shape \(2, 3\)"):
