@@ -33,7 +33,7 @@ format: $(VENV)/dev.stamp  ## Format and fix what can be fixed
 JOINT := --weights keep,lsq,sparsegpt,admm,fista,alps,best
 bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS="a.safetensors ..." and MODELS="folder,calibration,text ..." add your own)
 	$(BIN)/python benchmarks/layers.py $(LAYERS)
-	$(BIN)/python benchmarks/layers.py $(LAYERS) --name joint --repeat 3 --solvers continuation $(JOINT)
+	$(BIN)/python benchmarks/layers.py $(LAYERS) --name joint --solvers continuation $(JOINT)
 	$(BIN)/python benchmarks/directions.py $(LAYERS)
 	$(BIN)/python benchmarks/iteration.py
 	$(if $(LAYERS),$(BIN)/python benchmarks/bounds.py $(LAYERS) --rows 8 --inputs 96 0 --cuts 100)
