@@ -12,6 +12,7 @@ own, and several are compared. Writes benchmarks/results/NAME.{md,json}, and whe
 import argparse
 import copy
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -64,7 +65,7 @@ def cell(job: Job, pattern: str, sparsity: float | None, seed: int, options: arg
             "model": name,
             "masks": pattern if sparsity is None else f"{pattern} {100 * sparsity:g} %",
             "seed": seed,
-            "solver": method if len(options.propagate) == 1 else f"{method}, {used}",
+            "solver": method if options.weights == "keep" else f"{method}, {used}",
             "propagate": used,
             "default": asked is None,
             "perplexity": perplexity(pruned, tokenizer, text, seqlen=seqlen).perplexity,
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--name", default="perplexity")
     parser.add_argument("--characters", type=int, default=120_000, help="of each text, to measure on")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--update", action="store_true", help="keep what results/NAME.json has of other methods")
     parser.add_argument("--only-models", action="store_true", help="leave the demo model out")
     parser.add_argument("--sets", type=parse_sets, default=SETS)
     parser.add_argument("--samples", type=int, default=64)
@@ -195,6 +197,14 @@ def main() -> None:
         for found in joblib.Parallel(n_jobs=options.jobs, return_as="generator")(tasks):
             records += found
             bar.update(task, advance=1)
+    if options.update:
+
+        def key(record: dict) -> tuple:
+            return tuple(record[name] for name in ("model", "masks", "seed", "solver"))
+
+        before = json.loads((report.RESULTS / f"{options.name}.json").read_text())["records"]
+        fresh = {key(record): record for record in records}
+        records = [fresh.pop(key(record), record) for record in before] + list(fresh.values())
     columns = list(dict.fromkeys(record["solver"] for record in records))
     updates = "masks only, no weight updates" if options.weights == "keep" else "surviving weights updated"
     settings = f"{options.samples} calibration windows, seeds {options.seeds}, propagate {options.propagate}."

@@ -37,7 +37,7 @@ class System:
     size: Tensor
 
     @classmethod
-    def of(cls, problem: Problem, ridge: float) -> System:
+    def of(cls, problem: Problem, ridge: float, *, each: bool = False) -> System:
         """Return the system of a layer.
 
         Parameters
@@ -46,13 +46,19 @@ class System:
         ridge : float
             Added to the diagonal of the Gram, as a share of its mean: keeps rank-deficient layers well-posed, draws
             weights towards the dense ones.
+        each : bool
+            Whether the ridge is a share of each input's own second moment instead of the mean, which outlier channels
+            dominate: then the other inputs would hardly count.
         """
         assert isinstance(problem, LayerReconstruction)
         # A float32 Gram may be asymmetric in its last digits, which factorisations and their users see differently.
         gram = (problem.scaled_gram + problem.scaled_gram.T).mul_(0.5)
         diagonal = gram.diagonal()
         mean = float(diagonal.clamp_(min=0.0).mean())
-        diagonal.add_(ridge * mean)
+        if each:
+            diagonal.mul_(1.0 + ridge)
+        else:
+            diagonal.add_(ridge * mean)
         dead = diagonal <= 0
         # Inputs that are always zero: their weights do not matter, so nobody shall keep them for their size.
         diagonal.masked_fill_(dead, mean * 2.0**-40 if mean > 0 else 1.0)

@@ -37,7 +37,7 @@ class ConditionalADMM(Joint):
     Parameters
     ----------
     ridge : float
-        See `System.of`.
+        Added to the diagonal of the Gram, as a share of each input's own second moment.
     penalty : (float, float)
         rho at the start and at the end. Where inputs are independent, no mask stands still below one.
     noise : float
@@ -73,7 +73,7 @@ class ConditionalADMM(Joint):
 
     def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
         assert isinstance(problem, LayerReconstruction)
-        system = System.of(problem, self.ridge)
+        system = System.of(problem, self.ridge, each=True)
         metric = _conditional_deviations(system.gram, self.noise)
         gram = system.gram / metric / metric.unsqueeze(1)
         w = system.weight * metric
