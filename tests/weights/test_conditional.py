@@ -286,7 +286,7 @@ def test_it_settles_where_the_mask_is_its_own_answer() -> None:
     problem = normal(6, 16, 1)
     long = ConditionalADMM(iterations=4000, polish=0, stages=1, penalty=(8.0, 8.0))
     mask, rough = unchecked(problem, PerRow(0.5), long)
-    system = System.of(problem, 0.01)
+    system = System.of(problem, 0.01, each=True)
     best = conjugate_gradients(system, mask, system.weight * mask, 200)
     torch.testing.assert_close(rough, system.finish(problem, best), rtol=1e-6, atol=1e-8)
     # Kept: |v|; pruned: the dual over rho, both in the metric.
@@ -304,7 +304,7 @@ def test_polishing_lowers_the_error_on_the_same_mask() -> None:
         assert torch.equal(mask, unchecked(problem, PerRow(0.5))[0])
         errors.append(float(problem.error(weight).sum()))
     assert errors[0] > errors[1] > errors[2]
-    system = System.of(problem, 0.01)
+    system = System.of(problem, 0.01, each=True)
     exact = conjugate_gradients(system, mask, system.weight * mask, 200)
     assert errors[3] == pytest.approx(float(problem.error(system.finish(problem, exact)).sum()), rel=1e-4)
 
