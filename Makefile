@@ -30,7 +30,13 @@ format: $(VENV)/dev.stamp  ## Format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The settings of the committed results.
 JOINT := --weights keep,lsq,sparsegpt,admm,fista,alps,best
+MASKS_STUDY := --solvers wanda,sparsefw,one-swap,continuation --sets per-row:0.5,per-row:0.6,2:4 --samples 32
+WEIGHTS_STUDY := --name weights --only-models --solvers continuation $(JOINT) --propagate default,corrected --seeds 0,1 \
+	--sets per-row:0.5,per-row:0.6,per-row:0.7,2:4,4:8 --samples 20 --characters 60000 --jobs 2
+DEMO_STUDY := --name weights-demo --solvers continuation --weights lsq,admm,alps,fista,best --propagate default,corrected \
+	--sets per-row:0.6,2:4 --samples 10 --characters 40000
 bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS="a.safetensors ..." and MODELS="folder,calibration,text ..." add your own)
 	$(BIN)/python benchmarks/layers.py $(LAYERS)
 	$(BIN)/python benchmarks/layers.py $(LAYERS) --name joint --solvers continuation $(JOINT)
@@ -39,9 +45,9 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS="a.safetensors ...
 	$(if $(LAYERS),$(BIN)/python benchmarks/bounds.py $(LAYERS) --rows 8 --inputs 96 0 --cuts 100)
 	$(if $(LAYERS),$(BIN)/python benchmarks/exact.py $(LAYERS))
 	$(BIN)/python benchmarks/make_library.py
-	$(BIN)/python benchmarks/perplexity.py $(MODELS)
-	$(BIN)/python benchmarks/perplexity.py $(MODELS) --name weights --jobs 2 --seeds 0,1 --samples 24 \
-		--solvers continuation $(JOINT) --propagate default,corrected
+	$(BIN)/python benchmarks/perplexity.py $(MODELS) $(MASKS_STUDY)
+	$(if $(MODELS),$(BIN)/python benchmarks/perplexity.py $(MODELS) $(WEIGHTS_STUDY))
+	$(BIN)/python benchmarks/perplexity.py $(DEMO_STUDY)
 
 clean:  ## Remove the environment and all caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

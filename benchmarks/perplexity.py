@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--weights", default="keep")
     parser.add_argument("--propagate", type=lambda text: text.split(","), default=["pruned"])
     parser.add_argument("--name", default="perplexity")
-    parser.add_argument("--characters", type=int, default=120_000, help="of each text, to measure on")
+    parser.add_argument("--characters", type=int, help="of each text, to measure on; all by default")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--update", action="store_true", help="keep what results/NAME.json has of other methods")
     parser.add_argument("--only-models", action="store_true", help="leave the demo model out")

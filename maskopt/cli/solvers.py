@@ -79,11 +79,9 @@ def parse_weights(spec: str, solver: str | None = None, settings: Sequence[str] 
     name, _, rest = spec.partition(":")
     own = [item for item in rest.split(";") if item]
     chooses = name in ("keep", "lsq")
-    first = (
-        None
-        if solver is None and not (chooses and settings)
-        else parse_solver("continuation" if solver is None else solver, settings if chooses else ())
-    )
+    first = None
+    if solver is not None or (chooses and settings):
+        first = parse_solver(solver or "continuation", settings if chooses else ())
     method = WEIGHTS.get(name)
     if method is None or (first is not None and not chooses):
         return make_weights(name, first, **dict.fromkeys(own))  # or the sentence that says what is wrong

@@ -140,12 +140,12 @@ def prune(
             corrects = isinstance(solver, _CORRECTING) and certify is None and replay.shortcut
             propagate = "corrected" if corrects else "pruned"
         if propagate == "corrected":
-            dense = Replay(model, list(selection.blocks), prepared)
-            if not dense.shortcut:
+            if not replay.shortcut:
                 raise MaskoptError(
                     f"The blocks of {type(model).__name__} cannot be run one at a time, so its dense states are "
                     "lost once blocks are pruned; use propagate='pruned'."
                 )
+            dense = replay.twin()
         work = _Work(masks, solver, starts, memory, progress, propagate, certify, _stages(replay, selection))
         work.report.calibration_seconds = time.perf_counter() - began
         work.run(replay, dense)

@@ -8,6 +8,7 @@ and the forward is left as soon as the block in question has run.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -65,6 +66,12 @@ class Replay:
         self.order, self._calls, finals = self._trace(blocks)
         self.shortcut = all(calls == 1 for calls in self._calls.values())
         self.shortcut = self.shortcut and self._reproduces(finals)
+
+    def twin(self) -> Replay:
+        """Return a replay of the same model on the same batches with states of its own; nothing is run."""
+        other = copy.copy(self)
+        other._states = {stack: {} for stack in self._states}
+        return other
 
     @property
     def batches(self) -> int:
