@@ -3,7 +3,7 @@
     python benchmarks/bounds.py INSTANCE [INSTANCE ...] [--rows 2] [--inputs 48 96 0] [--keep 0.5] [--group 4]
         [--cuts 50] [--check]
 
-Every figure is a lower bound as a share of the best mask known (continuation from several schedules, 1-swaps), summed
+Every figure is a lower bound as a fraction of the best mask known (continuation from several schedules, 1-swaps), summed
 over the first rows on the first inputs (0: all of them), and the seconds it took for each row. `--check` also solves
 the semidefinite programs with the conic solver clarabel where it is installed (pip install clarabel), small
 ones only. Writes benchmarks/results/bounds.{md,json}.
@@ -125,8 +125,8 @@ def main() -> None:
                 begin = time.perf_counter()
                 bound = method()
                 seconds = (time.perf_counter() - begin) / rows
-                shares = (bound / best).tolist()
-                figures = [float(bound.sum() / best.sum()), min(shares), max(shares), seconds]
+                fractions = (bound / best).tolist()
+                figures = [float(bound.sum() / best.sum()), min(fractions), max(fractions), seconds]
                 table.append([f"{path.stem}, d = {d}, {name}", *(f"{figure:.3f}" for figure in figures)])
                 print(*table[-1], flush=True)
     text = report.table(["method", "of the best known", "worst row", "best row", "seconds per row"], table)

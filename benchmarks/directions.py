@@ -20,8 +20,8 @@ import torch
 
 from maskopt.oracles import PerRow
 from maskopt.problems import Problem, QuadraticForm, load_instance, synthetic
-from maskopt.solvers import DIRECTIONS, Direction, ExactStep, FrankWolfe, Status, View, frank_wolfe, solve
-from maskopt.solvers.base import Watch
+from maskopt.solvers import DIRECTIONS, DirectionRule, ExactStep, FrankWolfe, IterationState, Status, frank_wolfe, solve
+from maskopt.solvers.base import Monitor
 
 N, KEEP, GAP, LIMIT = 60, 24, 1e-8, 6000
 
@@ -38,32 +38,32 @@ def experiment(name: str, problem: Problem) -> dict[str, Any]:
     masks, rule = PerRow(KEEP), DIRECTIONS[name]()
     start = masks.center(problem.shape, problem.dtype, problem.device)
     if rule.from_vertex:
-        start = masks.vertex(problem.at(start).gradient)
-    runs: list[Direction] = []
+        start = masks.lmo(problem.evaluate(start).gradient)
+    runs: list[DirectionRule] = []
 
     class Followed(type(rule)):  # type: ignore[misc]
         """The rule, with its run kept for a look at its vertices."""
 
-        def begin(self, view: View) -> Direction:
-            runs.append(super().begin(view))
+        def begin(self, state: IterationState) -> DirectionRule:
+            runs.append(super().begin(state))
             return runs[0]
 
     began = time.perf_counter()
-    walk = frank_wolfe(
+    loop_result = frank_wolfe(
         lambda _: problem,
         masks,
         start,
         direction=Followed(**vars(rule)),
         step=ExactStep(),
         iterations=LIMIT,
-        watch=Watch("benchmark", None, None),
+        monitor=Monitor("benchmark", None, None),
         tolerance=torch.full((1,), GAP, dtype=torch.float64),
         refresh=100,
     )
     atoms = getattr(runs[0], "atoms", None)
     return {
-        "iterations": walk.iterations,
-        "converged": walk.converged,
+        "iterations": loop_result.iterations,
+        "converged": loop_result.converged,
         "vertices": None if atoms is None else int(atoms.active),
         "seconds": time.perf_counter() - began,
     }

@@ -35,7 +35,7 @@ def main() -> None:
                 problem = LayerReconstruction(whole.weight[row : row + 1, :d], whole.gram[:d, :d])
                 heuristic = solve(problem, PerRow(0.5), ContinuationFrankWolfe()).total
                 began = time.perf_counter()
-                result = solve(problem, PerRow(0.5), BranchAndBound(band_seconds=options.seconds))
+                result = solve(problem, PerRow(0.5), BranchAndBound(row_block_seconds=options.seconds))
                 seconds.append(time.perf_counter() - began)
                 nodes.append(result.counters["nodes"])
                 assert result.lower_bound is not None

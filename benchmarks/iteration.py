@@ -19,7 +19,7 @@ import torch
 from maskopt.oracles import NM, MaskSet, PerRow
 from maskopt.problems import synthetic
 from maskopt.solvers import DIRECTIONS, ExactStep, Momentum, OpenLoopStep, Stochastic, frank_wolfe
-from maskopt.solvers.base import Watch
+from maskopt.solvers.base import Monitor
 
 _WARM, _ITERATIONS = 8, 40
 
@@ -41,10 +41,10 @@ def ratio(name: str, masks: MaskSet, size: int, device: torch.device, repeats: i
     rule = DIRECTIONS[name]()
     start = masks.center(problem.shape, problem.dtype, device)
     if rule.from_vertex:
-        start = masks.vertex(problem.at(start).gradient)
+        start = masks.lmo(problem.evaluate(start).gradient)
     step = OpenLoopStep() if isinstance(rule, Momentum | Stochastic) else ExactStep()
 
-    def walk(iterations: int) -> Callable[[], object]:
+    def loop_result(iterations: int) -> Callable[[], object]:
         return lambda: frank_wolfe(
             lambda _: problem,
             masks,
@@ -52,18 +52,18 @@ def ratio(name: str, masks: MaskSet, size: int, device: torch.device, repeats: i
             direction=rule,
             step=step,
             iterations=iterations,
-            watch=Watch("benchmark", None, None),
+            monitor=Monitor("benchmark", None, None),
         )
 
     def products() -> None:
         for _ in range(_ITERATIONS):
             torch.mm(problem.scaled_weight, problem.scaled_gram)
 
-    walk(_WARM)()
+    loop_result(_WARM)()
     iteration, product = [], []
     for _ in range(repeats):
-        short = seconds(walk(_WARM), device)
-        iteration.append((seconds(walk(_WARM + _ITERATIONS), device) - short) / _ITERATIONS)
+        short = seconds(loop_result(_WARM), device)
+        iteration.append((seconds(loop_result(_WARM + _ITERATIONS), device) - short) / _ITERATIONS)
         product.append(seconds(products, device) / _ITERATIONS)
     return median(iteration), median(product)
 

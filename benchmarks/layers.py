@@ -26,7 +26,7 @@ from maskopt.models import calibration_batches, load_model, prune
 from maskopt.oracles import PartitionMatroid, PerRow
 from maskopt.problems import FAMILIES, Instance, LayerReconstruction, Problem, save_instance, synthetic
 from maskopt.solvers import Wanda
-from maskopt.solvers.base import Outcome, Solver, Status, Watch
+from maskopt.solvers.base import Monitor, Outcome, Solver, Status
 
 SETS = ["--pattern", "per-row", "--pattern", "2:4", "--sparsity", "0.5", "--sparsity", "0.6", "--sparsity", "0.7"]
 
@@ -38,11 +38,11 @@ class Recorder(Solver):
     row_wise = False
     seen: list[LayerReconstruction] = field(default_factory=list)
 
-    def run(self, problem: Problem, masks: PartitionMatroid, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: PartitionMatroid, start: Tensor | None, monitor: Monitor) -> Outcome:
         """Record the problem and answer as Wanda does."""
         assert isinstance(problem, LayerReconstruction)
         self.seen.append(problem)
-        return Outcome(Wanda().run(problem, masks, start, watch).mask, Status.GREEDY, 1)
+        return Outcome(Wanda().run(problem, masks, start, monitor).mask, Status.GREEDY, 1)
 
 
 def demo_layers(folder: Path) -> list[Path]:

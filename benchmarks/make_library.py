@@ -71,7 +71,7 @@ def cuts() -> Iterator[tuple[str, Instance, str, float | None]]:
 def proven(name: str, part: Instance, pattern: str, sparsity: float | None, seconds: float) -> SolvedInstance:
     """Solve an instance as far as the time allows."""
     problem, masks = part.problem(), parse_masks(pattern, sparsity)
-    result = solve(problem, masks, BranchAndBound(band_seconds=seconds))
+    result = solve(problem, masks, BranchAndBound(row_block_seconds=seconds))
     assert result.lower_bound is not None
     bound = float(result.lower_bound)
     return SolvedInstance(name, part, pattern, sparsity, result.mask, result.total, bound, "branch and bound")
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def count(solver: Any, instances: list[SolvedInstance]) -> dict[str, Any]:
-    """Return how often a heuristic finds the proven optimum, and its errors over the optima that are not nought."""
+    """Return how often a heuristic finds the proven optimum, and its errors over the optima that are not zero."""
     found, ratios = 0, []
     for one in instances:
         if not one.solved:

@@ -17,7 +17,7 @@ from torch import Tensor
 from maskopt.oracles import NM, PartitionMatroid, PerRow
 from maskopt.problems import FAMILIES, Instance, LayerReconstruction, Point, load_instance, synthetic
 from maskopt.solvers import Wanda, rounding
-from maskopt.solvers.base import Watch
+from maskopt.solvers.base import Monitor
 from maskopt.solvers.one_swap import descend
 
 SETS = {"50 %": PerRow(0.5), "2:4": NM(keep=2, group=4)}
@@ -25,13 +25,13 @@ SETS = {"50 %": PerRow(0.5), "2:4": NM(keep=2, group=4)}
 
 def relaxed(problem: LayerReconstruction, masks: PartitionMatroid, iterations: int) -> tuple[Point, list[Tensor]]:
     """Run SparseFW's iterations; return the last point and the oracle's masks on the way."""
-    start = Wanda().run(problem, masks, None, Watch("benchmark", None, None)).mask
-    point, vertices = problem.at(start.to(problem.dtype)), [start]
+    start = Wanda().run(problem, masks, None, Monitor("benchmark", None, None)).mask
+    point, vertices = problem.evaluate(start.to(problem.dtype)), [start]
     for iteration in range(iterations):
-        vertex = masks.vertex(point.gradient)
+        vertex = masks.lmo(point.gradient)
         vertices.append(vertex.bool())
-        share = torch.full((problem.shape[0], 1), 2.0 / (iteration + 2))
-        problem.advance(point, problem.along(vertex - point.x), share)
+        fraction = torch.full((problem.shape[0], 1), 2.0 / (iteration + 2))
+        problem.advance(point, problem.hvp(vertex - point.x), fraction)
     return point, vertices
 
 
@@ -40,9 +40,9 @@ def rules(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every rule's mask, top-k first."""
     x = point.x
-    bent = problem.shifted(problem.diagonal()).gradient(point)
+    product = problem.shifted(problem.diagonal()).gradient(point)
     yield "top-k", rounding.top_k(masks, x)
-    for name, gradient in (("gradient", point.gradient), ("curvature", bent)):
+    for name, gradient in (("gradient", point.gradient), ("curvature", product)):
         for weight in rounding.WEIGHTS[1:]:
             yield f"{name} {weight:g}", rounding.gradient_aware(masks, x, gradient, weight)
         yield f"{name}, best", rounding.best_weight(problem, masks, x, gradient)
@@ -70,7 +70,7 @@ def main() -> None:
             point, vertices = relaxed(problem, masks, options.iterations)
             before, after = {}, {}
             for name, mask in rules(problem, masks, point, vertices, options.seed):
-                polished = descend(problem, masks, mask, Watch("benchmark", None, None))[0]
+                polished = descend(problem, masks, mask, Monitor("benchmark", None, None))[0]
                 before[name] = float(problem.objective(mask).sum())
                 after[name] = float(problem.objective(polished).sum())
             head += [f"{layer}, {label}", "with 1-swaps"]

@@ -416,7 +416,7 @@ def prune_rows_by_magnitude(model: Any, sparsity: float) -> None:
     model : Any
         The causal language model, changed in place.
     sparsity : float
-        Share of every row that is set to zero.
+        Fraction of every row that is set to zero.
     """
     for layer in model.model.layers.modules():
         if isinstance(layer, torch.nn.Linear):
@@ -648,7 +648,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--short-length", type=int, default=256, help="window length in the first part of the run")
-    parser.add_argument("--short-share", type=float, default=0.6, help="share of the run with short windows")
+    parser.add_argument("--short-share", type=float, default=0.6, help="fraction of the run with short windows")
     parser.add_argument("--muon-learning-rate", type=float, default=0.02)
     parser.add_argument("--adam-learning-rate", type=float, default=0.008)
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of the matrices inside the blocks")

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 Index = slice | Tensor
-"""Some rows: a slice, or a vector of row numbers (whole bands where a set couples rows)."""
+"""Some rows: a slice, or a vector of row numbers (whole row blocks where a set couples rows)."""
 
 Shape = tuple[int, int] | torch.Size
 
@@ -43,7 +43,7 @@ def fitted(masks: MaskSet, tile: tuple[int | None, int | None], shape: Shape) ->
     Raises
     ------
     MaskoptError
-        If tiles do not fit the weight without a rest.
+        If tiles do not fit the weight evenly.
     """
     rows, columns = shape
     height, width = tile[0] or rows, tile[1] or columns
@@ -54,13 +54,13 @@ def fitted(masks: MaskSet, tile: tuple[int | None, int | None], shape: Shape) ->
     return height, width
 
 
-def box_step(at: Tensor, direction: Tensor) -> Tensor:
-    """Return the largest share of `direction` that keeps every entry in [0, 1], shape (rows,)."""
+def box_step(x: Tensor, direction: Tensor) -> Tensor:
+    """Return the largest fraction of `direction` that keeps every entry in [0, 1], shape (rows,)."""
     # Room is 1 - x where the direction rises and x where it falls; rising is 0 or 1.
     rising = torch.gt(direction, 0.0, out=torch.empty_like(direction))
-    room = torch.lerp(at, 1.0 - at, rising)
+    room = torch.lerp(x, 1.0 - x, rising)
     # The tiny number makes 0 / 0 infinite: an entry that does not move limits nothing.
-    return room.clamp_(min=torch.finfo(at.dtype).tiny).div_(direction.abs()).amin(1)
+    return room.clamp_(min=torch.finfo(x.dtype).tiny).div_(direction.abs()).amin(1)
 
 
 class MaskSet(ABC):
@@ -78,14 +78,14 @@ class MaskSet(ABC):
     """Entries that every mask prunes, boolean, shape (rows, d)."""
 
     exact: bool = True
-    """Whether `vertex` returns a minimiser; where it does not, `least` is still a proven lower bound."""
+    """Whether `lmo` returns a minimiser; where it does not, `lmo_bound` is still a proven lower bound."""
 
     @abstractmethod
     def check(self, shape: Shape) -> None:
         """Raise MaskoptError, with the reason, if the set does not fit a weight of this shape or is empty."""
 
     @abstractmethod
-    def vertex(self, cost: Tensor) -> Tensor:
+    def lmo(self, cost: Tensor) -> Tensor:
         """Linear minimisation oracle: the mask of least total cost, as zeros and ones in the type of `cost`.
 
         Parameters
@@ -104,14 +104,14 @@ class MaskSet(ABC):
 
     @abstractmethod
     def milp_constraints(self, shape: Shape) -> LinearConstraint:
-        """Return the set's exact twin for scipy's MILP solver: constraints on the flattened mask in {0, 1}."""
+        """Return the set's exact formulation for scipy's MILP solver: constraints on the flattened mask in {0, 1}."""
 
-    def band(self, shape: Shape) -> int:
-        """Return how many consecutive rows the set couples; bands of so many rows are independent of each other."""
+    def row_block(self, shape: Shape) -> int:
+        """Return how many consecutive rows the set couples; row blocks of so many rows are independent of each other."""
         return shape[0]
 
     def rows(self, index: Index, shape: Shape) -> MaskSet:
-        """Return the set for some rows (whole bands) of a weight of this shape."""
+        """Return the set for some rows (whole row blocks) of a weight of this shape."""
         return self
 
     @property
@@ -119,19 +119,19 @@ class MaskSet(ABC):
         """Whether rows are independent of each other."""
         return False
 
-    def lmo(self, cost: Tensor) -> Tensor:
-        """Return `vertex` as a boolean mask; integer costs are fine."""
-        return self.vertex(cost if cost.is_floating_point() else cost.double()).bool()
+    def lmo_mask(self, cost: Tensor) -> Tensor:
+        """Return `lmo` as a boolean mask; integer costs are fine."""
+        return self.lmo(cost if cost.is_floating_point() else cost.double()).bool()
 
-    def least(self, cost: Tensor) -> Tensor:
-        """Return a proven lower bound of the least cost of any mask, one per band, float64; tight for exact sets."""
-        chosen = (cost.double() * self.vertex(cost)).sum(1)
-        return chosen.view(-1, self.band(cost.shape)).sum(1)
+    def lmo_bound(self, cost: Tensor) -> Tensor:
+        """Return a proven lower bound of the least cost of any mask, one per row block, float64; tight for exact sets."""
+        chosen = (cost.double() * self.lmo(cost)).sum(1)
+        return chosen.view(-1, self.row_block(cost.shape)).sum(1)
 
     def round(self, x: Tensor) -> Tensor:
         """Return the mask nearest to the relaxed mask `x`, boolean."""
         # |m - x|^2 = sum_i m_i (1 - 2 x_i) + a constant.
-        return self.lmo(0.5 - x.to(torch.promote_types(x.dtype, torch.float32)))
+        return self.lmo_mask(0.5 - x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def count(self, shape: Shape) -> int:
         """Return the number of masks, exactly."""
@@ -151,16 +151,16 @@ class MaskSet(ABC):
 class HasFaces(Protocol):
     """Sets whose faces are known: decomposition-invariant methods need them."""
 
-    def inface(self, cost: Tensor, at: Tensor) -> Tensor:
-        """Return the vertex of least cost on the smallest face that contains the point `at`, as `vertex` does.
+    def inface(self, cost: Tensor, x: Tensor) -> Tensor:
+        """Return the vertex of least cost on the smallest face that contains the point `evaluate`, as `lmo` does.
 
-        An entry of `at` within `face_tolerance` of 0 or 1 counts as being there.
+        An entry of `evaluate` within `face_tolerance` of 0 or 1 counts as being there.
         """
 
-    def max_step(self, at: Tensor, direction: Tensor) -> Tensor:
-        """Return the largest share of `direction` (shape (rows, d), within the hull's span) that stays in the hull.
+    def max_step(self, x: Tensor, direction: Tensor) -> Tensor:
+        """Return the largest fraction of `direction` (shape (rows, d), within the hull's span) that stays in the hull.
 
-        One entry per row, infinite where nothing limits it; a band's is the least of its rows'.
+        One entry per row, infinite where nothing limits it; a row block's is the least of its rows'.
         """
 
 

@@ -23,9 +23,9 @@ _ROUNDS = 64  # of filling what the budget leaves
 class Budget(MaskSet):
     """Masks whose kept entries cost at most a budget in total: sum_ij price_ij m_ij <= budget.
 
-    Minimising over it is a knapsack problem. Up to 20 priced entries, and where all prices are equal, `vertex`
+    Minimising over it is a knapsack problem. Up to 20 priced entries, and where all prices are equal, `lmo`
     is exact. Beyond, it fills the budget in the order of cost per price, and loses at most what one entry is worth:
-    the one at which the budget ran out (Dantzig, Operations Research 5, 1957). `least` is the linear relaxation's
+    the one at which the budget ran out (Dantzig, Operations Research 5, 1957). `lmo_bound` is the linear relaxation's
     bound, so the difference from it bounds the error of each call. The hull's faces are not known.
 
     Parameters
@@ -33,7 +33,7 @@ class Budget(MaskSet):
     price : Tensor
         What keeping an entry costs, finite, >= 0, shape (rows, d) of the weights this set is for.
     budget : float
-        Finite, >= 0. Entries dearer than the budget are never kept.
+        Finite, >= 0. Entries costlier than the budget are never kept.
 
     Raises
     ------
@@ -64,7 +64,7 @@ class Budget(MaskSet):
             )
 
     def rows(self, index: Index, shape: Shape) -> Budget:
-        return self  # one band: all rows
+        return self  # one row block: all rows
 
     def contains(self, mask: Tensor) -> bool:
         self.check(mask.shape)
@@ -74,7 +74,7 @@ class Budget(MaskSet):
         # The sum of floats is rounded once, so its sign is exact.
         return math.fsum([*prices, -self.budget]) <= 0.0
 
-    def vertex(self, cost: Tensor) -> Tensor:
+    def lmo(self, cost: Tensor) -> Tensor:
         self.check(cost.shape)
         flat, price = cost.flatten().double(), self.price.flatten().to(cost.device)
         chosen = ((flat < 0) & (price == 0)).double()
@@ -142,7 +142,7 @@ class Budget(MaskSet):
                 break
         return torch.tensor(taken, dtype=torch.bool, device=worth.device)
 
-    def least(self, cost: Tensor) -> Tensor:
+    def lmo_bound(self, cost: Tensor) -> Tensor:
         """Return a lower bound of the least cost of any mask, float64, shape (1,); tight for exact sets.
 
         Parameters
@@ -151,7 +151,7 @@ class Budget(MaskSet):
             Finite, shape (rows, d).
         """
         if self.exact:
-            return (cost.double() * self.vertex(cost)).sum().view(1)
+            return (cost.double() * self.lmo(cost)).sum().view(1)
         flat, price = cost.flatten().double(), self.price.flatten().to(cost.device)
         flat = torch.where(price <= self.budget, flat, 0.0)
         # The rate at which the linear relaxation runs out of budget; any rate gives a bound (duality).
@@ -174,9 +174,9 @@ class Budget(MaskSet):
         self.check(shape)
         able = self.price <= self.budget
         total = float(self.price[able].sum())
-        share = 0.5 if total <= self.budget else 1.0 / (2.0 + 2.0 * total / self.budget)
+        fraction = 0.5 if total <= self.budget else 1.0 / (2.0 + 2.0 * total / self.budget)
         free = self.price == 0
-        return (0.5 * free.double() + share * (able & ~free).double()).to(device=device, dtype=dtype)
+        return (0.5 * free.double() + fraction * (able & ~free).double()).to(device=device, dtype=dtype)
 
     def milp_constraints(self, shape: Shape) -> LinearConstraint:
         self.check(shape)

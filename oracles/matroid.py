@@ -85,7 +85,7 @@ class PartitionMatroid(MaskSet):
         Raises
         ------
         MaskoptError
-            If tiles do not fit the weight without a rest.
+            If tiles do not fit the weight evenly.
         """
         return fitted(self, self.tile, shape)
 
@@ -133,7 +133,7 @@ class PartitionMatroid(MaskSet):
         """Whether rows can be solved apart: no group spans two rows."""
         return self.tile[0] == 1
 
-    def band(self, shape: Shape) -> int:
+    def row_block(self, shape: Shape) -> int:
         return self.tile_of(shape)[0]
 
     def check(self, shape: Shape) -> None:
@@ -142,16 +142,16 @@ class PartitionMatroid(MaskSet):
     def rows(self, index: Index, shape: Shape) -> PartitionMatroid:
         if not isinstance(self.keep, Tensor):
             return self
-        bands = shape[0] // self.tile_of(shape)[0]
-        counts = self.keep.view(bands, -1)[self._bands_of(index, shape)].reshape(-1)
+        blocks = shape[0] // self.tile_of(shape)[0]
+        counts = self.keep.view(blocks, -1)[self._blocks_of(index, shape)].reshape(-1)
         return self._like(counts, self.tile)
 
     def _like(self, keep: float | int | Tensor, tile: Tile) -> PartitionMatroid:
         """Return a set of the same kind, without fixed entries."""
         return PartitionMatroid(keep, tile, self.name, at_most=self.at_most)
 
-    def _bands_of(self, index: Index, shape: Shape) -> Tensor:
-        """Return the numbers of the bands that some rows (whole bands) are."""
+    def _blocks_of(self, index: Index, shape: Shape) -> Tensor:
+        """Return the numbers of the row blocks that some rows (whole row blocks) are."""
         height = self.tile_of(shape)[0]
         return torch.arange(shape[0])[index.cpu() if isinstance(index, Tensor) else index][::height] // height
 
@@ -166,17 +166,17 @@ class PartitionMatroid(MaskSet):
             A member whose counts are taken; by default each tile's count is spread evenly over its rows.
         """
         height, width = self.tile_of(shape)
-        bands, tiles = shape[0] // height, shape[1] // width
+        blocks, tiles = shape[0] // height, shape[1] // width
         if mask is not None:
             counts = mask.view(shape[0], tiles, width).sum(2)
         else:
-            keep = self.kept_per_group(shape).view(bands, 1, tiles)
+            keep = self.kept_per_group(shape).view(blocks, 1, tiles)
             counts = keep // height + (torch.arange(height).view(1, -1, 1) < keep % height)
         return self._like(counts.reshape(-1), (1, width))
 
     # Verbs
 
-    def vertex(self, cost: Tensor) -> Tensor:
+    def lmo(self, cost: Tensor) -> Tensor:
         return self._select(self.groups(self._fixed(cost)), cost.shape)
 
     def _fixed(self, cost: Tensor) -> Tensor:
@@ -192,45 +192,45 @@ class PartitionMatroid(MaskSet):
             chosen.mul_(worth if full is None else torch.maximum(worth, full))
         return self.ungroup(chosen, shape)
 
-    def inface(self, cost: Tensor, at: Tensor) -> Tensor:
-        """Return the vertex of least cost on the smallest face that contains `at`.
+    def inface(self, cost: Tensor, x: Tensor) -> Tensor:
+        """Return the vertex of least cost on the smallest face that contains `evaluate`.
 
         Parameters
         ----------
         cost, at : Tensor
-            Finite, shape (rows, d); `at` in the hull.
+            Finite, shape (rows, d); `evaluate` in the hull.
         """
-        tolerance = face_tolerance(at.dtype)
+        tolerance = face_tolerance(x.dtype)
         # Comparisons and sums of floats: several times faster than booleans and torch.where.
-        inside = torch.ge(at, 1.0 - tolerance, out=torch.empty_like(cost))
-        outside = torch.le(at, tolerance, out=torch.empty_like(cost))
+        inside = torch.ge(x, 1.0 - tolerance, out=torch.empty_like(cost))
+        outside = torch.le(x, tolerance, out=torch.empty_like(cost))
         cost = outside.sub_(inside).mul_(torch.finfo(cost.dtype).max / 4).add_(cost)
         if not self.at_most:
-            return self.vertex(cost)
+            return self.lmo(cost)
         # A full group stays full. What sums of floats lose grows with the sum.
         _, keep = self._counts(cost.shape, cost.device)
-        full = self.groups(at).sum(1, dtype=torch.float64) >= keep - tolerance * (1.0 + keep.double())
+        full = self.groups(x).sum(1, dtype=torch.float64) >= keep - tolerance * (1.0 + keep.double())
         return self._select(self.groups(self._fixed(cost)), cost.shape, full.to(cost.dtype).unsqueeze(1))
 
-    def max_step(self, at: Tensor, direction: Tensor) -> Tensor:
-        """Return the largest share of `direction` that stays in the hull, shape (rows,).
+    def max_step(self, x: Tensor, direction: Tensor) -> Tensor:
+        """Return the largest fraction of `direction` that stays in the hull, shape (rows,).
 
         Parameters
         ----------
         at, direction : Tensor
             Shape (rows, d); the direction keeps every group's sum, unless groups may keep fewer.
         """
-        step = box_step(at, direction)
+        step = box_step(x, direction)
         if not self.at_most:
             return step
-        height, _ = self.tile_of(at.shape)
-        _, keep = self._counts(at.shape, at.device)
+        height, _ = self.tile_of(x.shape)
+        _, keep = self._counts(x.shape, x.device)
         moves = self.groups(direction)
         rise = moves.sum(1, dtype=torch.float64)
-        room = (keep - self.groups(at).sum(1, dtype=torch.float64)).clamp_min_(torch.finfo(torch.float64).tiny)
+        room = (keep - self.groups(x).sum(1, dtype=torch.float64)).clamp_min_(torch.finfo(torch.float64).tiny)
         # What is left of entries that cancel is no rise.
-        rises = rise > face_tolerance(at.dtype) * moves.abs().sum(1, dtype=torch.float64)
-        limit = torch.where(rises, room / rise, torch.inf).view(len(at) // height, -1).amin(1)
+        rises = rise > face_tolerance(x.dtype) * moves.abs().sum(1, dtype=torch.float64)
+        limit = torch.where(rises, room / rise, torch.inf).view(len(x) // height, -1).amin(1)
         return torch.minimum(step, limit.repeat_interleave(height).to(step.dtype))
 
     def project(self, x: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ class PartitionMatroid(MaskSet):
         """Return the mask nearest to the relaxed mask `x`: the largest entries of each group."""
         if self.at_most:
             return super().round(x)
-        return self.lmo(-x.to(torch.promote_types(x.dtype, torch.float32)))
+        return self.lmo_mask(-x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def contains(self, mask: Tensor) -> bool:
         """Whether a boolean mask keeps the right number in every group."""
@@ -299,8 +299,8 @@ class PartitionMatroid(MaskSet):
         if self.at_most:
             pairs = zip(size.tolist(), keep.tolist(), strict=True)
             keep = torch.tensor([_mean_kept(*pair) for pair in pairs], dtype=torch.float64)
-        share = (keep.double() / size.clamp_min(1)).to(device=device, dtype=dtype).unsqueeze(1)
-        return self.ungroup(share.expand(-1, height * width), shape).clone()
+        fraction = (keep.double() / size.clamp_min(1)).to(device=device, dtype=dtype).unsqueeze(1)
+        return self.ungroup(fraction.expand(-1, height * width), shape).clone()
 
     def _free(self, shape: Shape) -> tuple[Tensor, Tensor]:
         """Return how many entries of each group are free, and how many of these are kept, int64, on the CPU."""
@@ -330,7 +330,7 @@ class PartitionMatroid(MaskSet):
             yield self.ungroup(groups, shape)
 
     def milp_constraints(self, shape: Shape) -> LinearConstraint:
-        """Return the set's exact twin for scipy's LP and MILP solvers: A x = keep (or <=) on the flattened mask."""
+        """Return the set's exact formulation for scipy's LP and MILP solvers: A x = keep (or <=) on the flattened mask."""
         entries = self.groups(torch.arange(shape[0] * shape[1]).view(shape)).numpy()
         keep = self.kept_per_group(shape).numpy()
         group = np.repeat(np.arange(len(entries)), entries.shape[1])

@@ -14,7 +14,7 @@ _FAMILIES = {"per-row": PerRow, "unstructured": Unstructured, "columns": Columns
 
 
 def parse_masks(pattern: str, sparsity: float | None = None) -> MaskSet:
-    """Return the set named by a pattern and the share of weights to prune.
+    """Return the set named by a pattern and the fraction of weights to prune.
 
     Parameters
     ----------
@@ -23,7 +23,7 @@ def parse_masks(pattern: str, sparsity: float | None = None) -> MaskSet:
         of every m ("2:4"), or "transposable-n:m". "at-most-" before a set of single entries lets its groups keep
         fewer.
     sparsity : float, optional
-        Share of the weights pruned, in [0, 1]; of each tile for "blocks-HxW". With "n:m" it may be left out, and must
+        Fraction of the weights pruned, in [0, 1]; of each tile for "blocks-HxW". With "n:m" it may be left out, and must
         agree if given.
 
     Raises

@@ -158,7 +158,7 @@ def count_regular(size: int, keep: int) -> int:
     """Return how many matrices there are (OEIS A008300)."""
 
     @functools.cache
-    def ways(rows: int, room: tuple[int, ...]) -> int:
+    def directions(rows: int, room: tuple[int, ...]) -> int:
         """Count fillings of the last rows if room[r] columns still need r ones."""
         if rows == 0:
             return 1
@@ -169,10 +169,10 @@ def count_regular(size: int, keep: int) -> int:
             # Columns that need r ones: those of before, less those that took one, and those that come from r + 1.
             left = [old - gone + come for old, gone, come in zip(room, (0, *taken), (*taken, 0), strict=True)]
             if all(number == 0 for need, number in enumerate(left) if need > rows - 1):
-                total += math.prod(map(math.comb, room[1:], taken)) * ways(rows - 1, tuple(left))
+                total += math.prod(map(math.comb, room[1:], taken)) * directions(rows - 1, tuple(left))
         return total
 
-    return ways(size, (0,) * keep + (size,)) if keep else 1
+    return directions(size, (0,) * keep + (size,)) if keep else 1
 
 
 @functools.cache

@@ -119,7 +119,7 @@ class Restricted(PartitionMatroid):
             return Restricted(super().rowwise(shape, mask), self.protected, self.forbidden)
         except MaskoptError:
             # Even counts do not fit what is fixed in some row: a member's do.
-            member = self.lmo(-self.center(shape, torch.float32, torch.device("cpu")))
+            member = self.lmo_mask(-self.center(shape, torch.float32, torch.device("cpu")))
             return Restricted(super().rowwise(shape, member), self.protected, self.forbidden)
 
     def contains(self, mask: Tensor) -> bool:

@@ -61,7 +61,7 @@ class TransposableNM(MaskSet):
             if fixed is not None and tuple(fixed.shape) != tuple(shape):
                 raise MaskoptError(f"{self} fixes entries of shape {tuple(fixed.shape)}; got {tuple(shape)}.")
 
-    def band(self, shape: Shape) -> int:
+    def row_block(self, shape: Shape) -> int:
         self.check(shape)
         return self.group
 
@@ -76,8 +76,8 @@ class TransposableNM(MaskSet):
         return tiles.transpose(1, 2).reshape(-1, self.group, self.group)
 
     def _untile(self, tiles: Tensor, shape: Shape) -> Tensor:
-        bands = tiles.view(shape[0] // self.group, -1, self.group, self.group)
-        return bands.transpose(1, 2).reshape(shape[0], shape[1])
+        blocks = tiles.view(shape[0] // self.group, -1, self.group, self.group)
+        return blocks.transpose(1, 2).reshape(shape[0], shape[1])
 
     def rows(self, index: Index, shape: Shape) -> TransposableNM:
         if self.protected is None and self.forbidden is None:
@@ -91,7 +91,7 @@ class TransposableNM(MaskSet):
 
     # Verbs
 
-    def vertex(self, cost: Tensor) -> Tensor:
+    def lmo(self, cost: Tensor) -> Tensor:
         return self._cheapest(cost, self.protected, self.forbidden)
 
     def _cheapest(self, cost: Tensor, kept: Tensor | None, pruned: Tensor | None) -> Tensor:
@@ -113,23 +113,23 @@ class TransposableNM(MaskSet):
                 tiles += sign * weight**2 * self._tiles(fixed.to(tiles.device)).double()
         return tiles
 
-    def inface(self, cost: Tensor, at: Tensor) -> Tensor:
-        """Return the vertex of least cost on the smallest face that contains `at`.
+    def inface(self, cost: Tensor, x: Tensor) -> Tensor:
+        """Return the vertex of least cost on the smallest face that contains `evaluate`.
 
         Parameters
         ----------
         cost, at : Tensor
-            Finite, shape (rows, d); `at` in the hull.
+            Finite, shape (rows, d); `evaluate` in the hull.
         """
-        tolerance = face_tolerance(at.dtype)
-        return self._cheapest(cost, at >= 1.0 - tolerance, at <= tolerance)
+        tolerance = face_tolerance(x.dtype)
+        return self._cheapest(cost, x >= 1.0 - tolerance, x <= tolerance)
 
-    def max_step(self, at: Tensor, direction: Tensor) -> Tensor:
-        """Return the largest share of `direction`, which keeps all sums, that stays in the hull, shape (rows,)."""
-        return box_step(at, direction)
+    def max_step(self, x: Tensor, direction: Tensor) -> Tensor:
+        """Return the largest fraction of `direction`, which keeps all sums, that stays in the hull, shape (rows,)."""
+        return box_step(x, direction)
 
     def round(self, x: Tensor) -> Tensor:
-        return self.lmo(-x.to(torch.promote_types(x.dtype, torch.float32)))
+        return self.lmo_mask(-x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def contains(self, mask: Tensor) -> bool:
         tiles = self._tiles(mask)
@@ -154,7 +154,7 @@ class TransposableNM(MaskSet):
         places = torch.arange(self.group, device=device)
         rows, columns = places.repeat(shape[0] // self.group), places.repeat(shape[1] // self.group)
         for row, column, sign in itertools.product(range(self.group), range(self.group), (-1.0, 1.0)):
-            total += self.vertex(sign * ((rows == row).unsqueeze(1) & (columns == column)).double())
+            total += self.lmo(sign * ((rows == row).unsqueeze(1) & (columns == column)).double())
         return (total / (2 * self.group**2)).to(dtype)
 
     def restrict(self, kept: Tensor | None = None, pruned: Tensor | None = None) -> TransposableNM:
@@ -171,7 +171,7 @@ class TransposableNM(MaskSet):
             return self
         refuse_contradiction(kept, pruned)
         masks = self._with(kept, pruned)
-        best = masks.vertex(torch.zeros(some.shape, device=some.device)).bool()
+        best = masks.lmo(torch.zeros(some.shape, device=some.device)).bool()
         if not respects(best, kept, pruned):
             wrong = torch.zeros_like(some)
             if kept is not None:

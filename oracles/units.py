@@ -62,7 +62,7 @@ class Units(MaskSet):
         Raises
         ------
         MaskoptError
-            If units do not fit the weight without a rest.
+            If units do not fit the weight evenly.
         """
         return fitted(self, self.unit, shape)
 
@@ -92,8 +92,8 @@ class Units(MaskSet):
     def separable(self) -> bool:
         return self.base.separable and self.unit[0] == 1
 
-    def band(self, shape: Shape) -> int:
-        return self.base.band(self._reduced(shape)) * self.unit_of(shape)[0]
+    def row_block(self, shape: Shape) -> int:
+        return self.base.row_block(self._reduced(shape)) * self.unit_of(shape)[0]
 
     def check(self, shape: Shape) -> None:
         self.base.check(self._reduced(shape))
@@ -103,8 +103,8 @@ class Units(MaskSet):
 
     def rows(self, index: Index, shape: Shape) -> Units:
         height, _ = self.unit_of(shape)
-        bands = torch.arange(shape[0])[index.cpu() if isinstance(index, Tensor) else index][::height] // height
-        base = self.base.rows(bands, self._reduced(shape))
+        blocks = torch.arange(shape[0])[index.cpu() if isinstance(index, Tensor) else index][::height] // height
+        base = self.base.rows(blocks, self._reduced(shape))
         if base is self.base:
             return self
         fixed = (None if entries is None else entries[index] for entries in (self.protected, self.forbidden))
@@ -117,18 +117,18 @@ class Units(MaskSet):
 
     # Verbs
 
-    def vertex(self, cost: Tensor) -> Tensor:
-        return self._repeat(self.base.vertex(self._sum(cost)).to(cost.dtype), cost.shape)
+    def lmo(self, cost: Tensor) -> Tensor:
+        return self._repeat(self.base.lmo(self._sum(cost)).to(cost.dtype), cost.shape)
 
-    def inface(self, cost: Tensor, at: Tensor) -> Tensor:
-        """Return the vertex of least cost on the smallest face that contains `at`; finite, shape (rows, d)."""
-        chosen = self.base.inface(self._sum(cost), self._first(at))
+    def inface(self, cost: Tensor, x: Tensor) -> Tensor:
+        """Return the vertex of least cost on the smallest face that contains `evaluate`; finite, shape (rows, d)."""
+        chosen = self.base.inface(self._sum(cost), self._first(x))
         return self._repeat(chosen.to(cost.dtype), cost.shape)
 
-    def max_step(self, at: Tensor, direction: Tensor) -> Tensor:
-        """Return the largest share of `direction`, equal within units, that stays in the hull, shape (rows,)."""
-        step = self.base.max_step(self._first(at), self._first(direction))
-        return step.repeat_interleave(self.unit_of(at.shape)[0])
+    def max_step(self, x: Tensor, direction: Tensor) -> Tensor:
+        """Return the largest fraction of `direction`, equal within units, that stays in the hull, shape (rows,)."""
+        step = self.base.max_step(self._first(x), self._first(direction))
+        return step.repeat_interleave(self.unit_of(x.shape)[0])
 
     def project(self, x: Tensor) -> Tensor:
         """Return the point of the hull nearest to `x`, shape (rows, d): that nearest to the means of the units."""

@@ -1,6 +1,6 @@
 """What is minimised: objectives over masks, seen through one narrow interface."""
 
-from maskopt.problems.base import Move, Point, Problem, Quadratic
+from maskopt.problems.base import Direction, Point, Problem, Quadratic
 from maskopt.problems.form import QuadraticForm
 from maskopt.problems.function import Function
 from maskopt.problems.generators import FAMILIES, synthetic
@@ -12,10 +12,10 @@ from maskopt.problems.shifted import Shifted, ShiftedQuadratic
 
 __all__ = [
     "FAMILIES",
+    "Direction",
     "Function",
     "Instance",
     "LayerReconstruction",
-    "Move",
     "Point",
     "Problem",
     "Quadratic",

@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from maskopt.problems.shifted import ShiftedQuadratic
 
-__all__ = ["Move", "Point", "Problem", "Quadratic"]
+__all__ = ["Direction", "Point", "Problem", "Quadratic"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class Direction:
     """A direction, shape (rows, d), and the change of the gradient along it: the Hessian times it.
 
     Where the objective is not quadratic there is no such change, and `gradient` is empty.
@@ -46,26 +46,26 @@ class Move:
     x: Tensor
     gradient: Tensor
 
-    def blend_(self, other: Move, share: Tensor) -> None:
-        """Become (1 - share) * self + share * other in place; `share` has shape (rows, 1)."""
-        self.x.lerp_(other.x, share)
-        self.gradient.lerp_(other.gradient, share)
+    def blend_(self, other: Direction, step_size: Tensor) -> None:
+        """Become (1 - share) * self + share * other in place; `step_size` has shape (rows, 1)."""
+        self.x.lerp_(other.x, step_size)
+        self.gradient.lerp_(other.gradient, step_size)
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply each row in place; `factor` has shape (rows, 1)."""
         self.x.mul_(factor)
         self.gradient.mul_(factor)
 
-    def take(self, index: Tensor) -> Move:
+    def take(self, index: Tensor) -> Direction:
         """Return a copy for some rows."""
-        return Move(self.x[index], self.gradient[index] if len(self.gradient) else self.gradient)
+        return Direction(self.x[index], self.gradient[index] if len(self.gradient) else self.gradient)
 
 
 class Problem(ABC):
     """A function of relaxed keep masks x in [0, 1]^(rows x d), a sum of one term per row.
 
-    What is expensive has a verb of its own: `at`, called to start; `along`, called once for every new direction; and
-    `advance`. For a quadratic (`Quadratic`) the last costs nothing; for other functions `along` does.
+    What is expensive has a verb of its own: `evaluate`, called to start; `hvp`, called once for every new direction; and
+    `advance`. For a quadratic (`Quadratic`) the last costs nothing; for other functions `hvp` does.
     """
 
     coupled: bool = False
@@ -93,33 +93,33 @@ class Problem(ABC):
         """Device the solvers work on."""
 
     @abstractmethod
-    def at(self, x: Tensor) -> Point:
+    def evaluate(self, x: Tensor) -> Point:
         """Return the point of the relaxed mask `x`, shape (rows, d); `x` is not copied, the gradient is new."""
 
     @abstractmethod
-    def along(self, x: Tensor) -> Move:
+    def hvp(self, x: Tensor) -> Direction:
         """Return the move in direction `x`, shape (rows, d); `x` is not copied, the gradient is new."""
 
     @abstractmethod
-    def advance(self, point: Point, move: Move, share: Tensor) -> None:
-        """Add `share` (shape (rows, 1)) times `move` to the point in place."""
+    def advance(self, point: Point, direction: Direction, step_size: Tensor) -> None:
+        """Add `step_size` (shape (rows, 1)) times `direction` to the point in place."""
 
     @abstractmethod
     def value(self, point: Point) -> Tensor:
         """Return the objective of each row in `unit`, float64, shape (rows,)."""
 
     @abstractmethod
-    def slope(self, point: Point, move: Move, share: Tensor) -> Tensor:
-        """Return each row's derivative along `move` after going `share` of it, both shape (rows,)."""
+    def slope(self, point: Point, direction: Direction, step_size: Tensor) -> Tensor:
+        """Return each row's derivative along `direction` after going `step_size` of it, both shape (rows,)."""
 
-    def change(self, point: Point, move: Move, share: Tensor) -> Tensor:
-        """Return each row's objective after going `share` of `move` minus that at `point`, both shape (rows,)."""
-        there = torch.addcmul(point.x, move.x, share.unsqueeze(1))
-        return (self.value(self.at(there)) - self.value(point)).to(share.dtype)
+    def change(self, point: Point, direction: Direction, step_size: Tensor) -> Tensor:
+        """Return each row's objective after going `step_size` of `direction` minus that at `point`, both shape (rows,)."""
+        there = torch.addcmul(point.x, direction.x, step_size.unsqueeze(1))
+        return (self.value(self.evaluate(there)) - self.value(point)).to(step_size.dtype)
 
-    def sampled(self, x: Tensor, share: float, random: torch.Generator) -> Tensor:
-        """Return an unbiased estimate of the gradient at `x` that costs about `share` of the whole."""
-        return self.gradient(self.at(x))
+    def sampled(self, x: Tensor, fraction: float, random: torch.Generator) -> Tensor:
+        """Return an unbiased estimate of the gradient at `x` that costs about `step_size` of the whole."""
+        return self.gradient(self.evaluate(x))
 
     def gradient(self, point: Point) -> Tensor:
         """Return the derivative by x, shape (rows, d); read only, it may be the point's own."""
@@ -142,10 +142,10 @@ class Problem(ABC):
         """Return the same objective in float64, for figures that have to be proven."""
 
     @abstractmethod
-    def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor | None:
+    def convexity_error(self, point: Point, shift: Tensor | None = None) -> Tensor | None:
         """Return how far each row may lie below its tangent at `point` anywhere in the unit cube; None: unknown.
 
-        Nought for a convex function, up to the rounding of `value` and `gradient`, which is included. Proven, in
+        Zero for a convex function, up to the rounding of `value` and `gradient`, which is included. Proven, in
         float64; meant for problems made by `double`. In `unit`, shape (rows,).
 
         Parameters
@@ -178,7 +178,7 @@ class Problem(ABC):
         return Shifted(self, diagonal, amount)
 
 
-def shift_deficit(point: Point, shift: Tensor | None) -> Tensor:
+def shift_convexity_error(point: Point, shift: Tensor | None) -> Tensor:
     """Return how far sum_i shift_i (x_i - x_i^2) may fall below its tangent at `point` in the unit cube, per row."""
     if shift is None:
         return point.x.new_zeros(len(point.x), dtype=torch.float64)
@@ -193,23 +193,23 @@ class Quadratic(Problem):
     cost nothing, and all of that holds for shifted objectives too.
     """
 
-    def advance(self, point: Point, move: Move, share: Tensor) -> None:
-        point.x.addcmul_(move.x, share)
-        point.gradient.addcmul_(move.gradient, share)
+    def advance(self, point: Point, direction: Direction, step_size: Tensor) -> None:
+        point.x.addcmul_(direction.x, step_size)
+        point.gradient.addcmul_(direction.gradient, step_size)
 
-    def slope(self, point: Point, move: Move, share: Tensor) -> Tensor:
-        start: Tensor = torch.linalg.vecdot(self.gradient(point), move.x)
-        curvature: Tensor = torch.linalg.vecdot(self.hessian(move), move.x)
-        return start + share * curvature
+    def slope(self, point: Point, direction: Direction, step_size: Tensor) -> Tensor:
+        start: Tensor = torch.linalg.vecdot(self.gradient(point), direction.x)
+        curvature: Tensor = torch.linalg.vecdot(self.hessian(direction), direction.x)
+        return start + step_size * curvature
 
-    def change(self, point: Point, move: Move, share: Tensor) -> Tensor:
-        start: Tensor = torch.linalg.vecdot(self.gradient(point), move.x)
-        curvature: Tensor = torch.linalg.vecdot(self.hessian(move), move.x)
-        return share * (start + 0.5 * share * curvature)
+    def change(self, point: Point, direction: Direction, step_size: Tensor) -> Tensor:
+        start: Tensor = torch.linalg.vecdot(self.gradient(point), direction.x)
+        curvature: Tensor = torch.linalg.vecdot(self.hessian(direction), direction.x)
+        return step_size * (start + 0.5 * step_size * curvature)
 
-    def hessian(self, move: Move) -> Tensor:
-        """Return the second derivative times `move`, shape (rows, d); read only, it may be the move's own."""
-        return move.gradient
+    def hessian(self, direction: Direction) -> Tensor:
+        """Return the second derivative times `direction`, shape (rows, d); read only, it may be the move's own."""
+        return direction.gradient
 
     @abstractmethod
     def diagonal(self) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.problems.base import Move, Point, Quadratic, shift_deficit
+from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
 from maskopt.problems.layer import eigenvalue_floor
 
 __all__ = ["QuadraticForm"]
@@ -50,11 +50,11 @@ class QuadraticForm(Quadratic):
     def device(self) -> torch.device:
         return self.linear.device
 
-    def at(self, x: Tensor) -> Point:
+    def evaluate(self, x: Tensor) -> Point:
         return Point(x, torch.addmm(self.linear, x, self.quadratic, alpha=2.0))
 
-    def along(self, x: Tensor) -> Move:
-        return Move(x, (x @ self.quadratic).mul_(2.0))
+    def hvp(self, x: Tensor) -> Direction:
+        return Direction(x, (x @ self.quadratic).mul_(2.0))
 
     def value(self, point: Point) -> Tensor:
         return (point.gradient + self.linear).mul_(point.x).sum(1, dtype=torch.float64).mul_(0.5)
@@ -85,12 +85,12 @@ class QuadraticForm(Quadratic):
     def smoothness(self) -> Tensor:
         return self.quadratic.abs().sum(1).amax().mul(2.0).expand(self.shape[0])
 
-    def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor:
+    def convexity_error(self, point: Point, shift: Tensor | None = None) -> Tensor:
         matrix = (self.quadratic.double() + self.quadratic.double().T) / 2
         floor = eigenvalue_floor(matrix)
         if floor is None:
-            # Gershgorin: no eigenvalue lies further below nought.
+            # Gershgorin: no eigenvalue lies further below zero.
             floor = -float(matrix.abs().sum(1).amax())
         farthest = torch.maximum(point.x, 1.0 - point.x).double().square().sum(1)
         rounding = self.shape[1] * 2.0**-52 * self.scale()
-        return shift_deficit(point, shift) - floor * farthest + rounding
+        return shift_convexity_error(point, shift) - floor * farthest + rounding

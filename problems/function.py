@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.problems.base import Move, Point, Problem, shift_deficit
+from maskopt.problems.base import Direction, Point, Problem, shift_convexity_error
 
 __all__ = ["Function"]
 
@@ -88,18 +88,18 @@ class Function(Problem):
         values = self.call(x)
         return values if self._index is None else values[self._index]
 
-    def at(self, x: Tensor) -> Point:
+    def evaluate(self, x: Tensor) -> Point:
         with torch.enable_grad():
             leaf = x.detach().clone().requires_grad_()
             (gradient,) = torch.autograd.grad(self._values(leaf).sum(), leaf)
         return Point(x, self._finite("slope", gradient))
 
-    def along(self, x: Tensor) -> Move:
-        return Move(x, x.new_empty(0))
+    def hvp(self, x: Tensor) -> Direction:
+        return Direction(x, x.new_empty(0))
 
-    def advance(self, point: Point, move: Move, share: Tensor) -> None:
-        point.x.addcmul_(move.x, share)
-        point.gradient.copy_(self.at(point.x).gradient)
+    def advance(self, point: Point, direction: Direction, step_size: Tensor) -> None:
+        point.x.addcmul_(direction.x, step_size)
+        point.gradient.copy_(self.evaluate(point.x).gradient)
 
     def value(self, point: Point) -> Tensor:
         return self._evaluated(point.x)
@@ -110,9 +110,9 @@ class Function(Problem):
         rows = self.shape[0]
         return values.expand(rows) / rows if self.coupled else values
 
-    def slope(self, point: Point, move: Move, share: Tensor) -> Tensor:
-        there = self.at(torch.addcmul(point.x, move.x, share.unsqueeze(1)))
-        slope: Tensor = torch.linalg.vecdot(there.gradient, move.x)
+    def slope(self, point: Point, direction: Direction, step_size: Tensor) -> Tensor:
+        there = self.evaluate(torch.addcmul(point.x, direction.x, step_size.unsqueeze(1)))
+        slope: Tensor = torch.linalg.vecdot(there.gradient, direction.x)
         return slope
 
     def rows(self, index: slice | Tensor) -> "Function":
@@ -134,8 +134,8 @@ class Function(Problem):
         # What the callable holds has the type the caller gave it.
         return self
 
-    def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor | None:
+    def convexity_error(self, point: Point, shift: Tensor | None = None) -> Tensor | None:
         if not self.convex or self._dtype != torch.float64:
             return None
         reach = (point.gradient * torch.maximum(point.x, 1.0 - point.x)).abs().sum(1)
-        return shift_deficit(point, shift) + 1e-12 * (self.value(point).abs() + reach)
+        return shift_convexity_error(point, shift) + 1e-12 * (self.value(point).abs() + reach)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.problems.base import Move, Point, Quadratic, shift_deficit
+from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
 
 __all__ = ["LayerReconstruction", "eigenvalue_floor"]
 
@@ -90,8 +90,8 @@ class LayerReconstruction(Quadratic):
         self._w = _divided(self.weight, self._weight_unit)
         self._g = _divided(self.gram, self._gram_unit)
         # What the aim lies beyond the weight, in the units of both; its product is a part of every gradient.
-        self._beyond = None if target is None else _divided(target.detach().to(dtype), self._weight_unit) - self._w
-        self._pull = None if self._beyond is None else self._beyond @ self._g
+        self._residual = None if target is None else _divided(target.detach().to(dtype), self._weight_unit) - self._w
+        self._residual_product = None if self._residual is None else self._residual @ self._g
         self._scale: Tensor | None = None  # filled on demand
         self._floor: list[float] = []  # filled on demand, shared by all row blocks
 
@@ -114,7 +114,7 @@ class LayerReconstruction(Quadratic):
             C, the sum of x y^T over the same tokens, shape (d, d).
         tokens : int, optional
         ridge : float
-            Added to the diagonal of G, as a share of its mean.
+            Added to the diagonal of G, as a fraction of its mean.
         """
         wide = gram.double()
         wide = (wide + wide.T) / 2
@@ -137,12 +137,12 @@ class LayerReconstruction(Quadratic):
     @property
     def scaled_target(self) -> Tensor:
         """What is aimed at, in the units of `scaled_weight`, shape (rows, d)."""
-        return self._w if self._beyond is None else self._w + self._beyond
+        return self._w if self._residual is None else self._w + self._residual
 
     @property
     def aims_elsewhere(self) -> bool:
         """Whether another output than the weight's own is aimed at."""
-        return self._beyond is not None
+        return self._residual is not None
 
     @property
     def scaled_gram(self) -> Tensor:
@@ -166,34 +166,36 @@ class LayerReconstruction(Quadratic):
     def device(self) -> torch.device:
         return self.weight.device
 
-    def at(self, x: Tensor) -> Point:
+    def evaluate(self, x: Tensor) -> Point:
         return Point(x, self.product(x).mul_(self._w).mul_(-2.0))
 
-    def along(self, x: Tensor) -> Move:
-        return Move(x, ((self._w * x) @ self._g).mul_(self._w).mul_(2.0))
+    def hvp(self, x: Tensor) -> Direction:
+        return Direction(x, ((self._w * x) @ self._g).mul_(self._w).mul_(2.0))
 
     def product(self, x: Tensor) -> Tensor:
         """Return (T - W * x) G in scaled units, shape (rows, d): the one expensive operation."""
         product = torch.addcmul(self._w, self._w, x, value=-1.0) @ self._g
-        return product if self._pull is None else product.add_(self._pull)
+        return product if self._residual_product is None else product.add_(self._residual_product)
 
-    def sampled(self, x: Tensor, share: float, random: torch.Generator) -> Tensor:
+    def sampled(self, x: Tensor, fraction: float, random: torch.Generator) -> Tensor:
         # Of the sum over inputs, a sample without replacement, scaled up.
         columns = self.shape[1]
-        size = max(1, round(share * columns))
+        size = max(1, round(fraction * columns))
         chosen = torch.randperm(columns, generator=random)[:size].to(self.device)
         pruned = torch.addcmul(self._w, self._w, x, value=-1.0)[:, chosen]
         estimate = (pruned @ self._g[chosen]).mul_(columns / size)
-        if self._pull is not None:
-            estimate.add_(self._pull)
+        if self._residual_product is not None:
+            estimate.add_(self._residual_product)
         return estimate.mul_(self._w).mul_(-2.0)
 
     def value(self, point: Point) -> Tensor:
         # f = p^T Q p and gradient = -2 Q p with p = 1 - x; and with b = T - W, c = W * (b G):
         # f = p^T Q p + 2 c^T p + b^T G b and gradient = -2 Q p - 2 c.
         value = (point.gradient * (point.x - 1)).sum(1, dtype=torch.float64).mul_(0.5)
-        if self._beyond is not None and self._pull is not None:
-            value += ((self._w * (1 - point.x)).add_(self._beyond) * self._pull).sum(1, dtype=torch.float64)
+        if self._residual is not None and self._residual_product is not None:
+            value += ((self._w * (1 - point.x)).add_(self._residual) * self._residual_product).sum(
+                1, dtype=torch.float64
+            )
         return value
 
     def diagonal(self) -> Tensor:
@@ -205,8 +207,8 @@ class LayerReconstruction(Quadratic):
         part._weight_unit, part._gram_unit, part.unit = self._weight_unit, self._gram_unit, self.unit
         part._w, part._g, part._floor = self._w[index], self._g, self._floor
         part._scale = None if self._scale is None else self._scale[index]
-        part._beyond = None if self._beyond is None else self._beyond[index]
-        part._pull = None if self._pull is None else self._pull[index]
+        part._residual = None if self._residual is None else self._residual[index]
+        part._residual_product = None if self._residual_product is None else self._residual_product[index]
         return part
 
     def double(self) -> "LayerReconstruction":
@@ -216,9 +218,9 @@ class LayerReconstruction(Quadratic):
         # Where no unit was divided out the two are one tensor, and stay so.
         wide._w = wide.weight if self._w is self.weight else self._w.double()
         wide._g = wide.gram if self._g is self.gram else self._g.double()
-        if self._beyond is not None:
-            wide._beyond = self._beyond.double()
-            wide._pull = wide._beyond @ wide._g
+        if self._residual is not None:
+            wide._residual = self._residual.double()
+            wide._residual_product = wide._residual @ wide._g
         return wide
 
     def symmetric_gram(self) -> Tensor:
@@ -244,13 +246,13 @@ class LayerReconstruction(Quadratic):
         size = self._w.abs()
         return ((size @ self._g.abs()) * size).amax(1).mul_(2.0)
 
-    def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor:
+    def convexity_error(self, point: Point, shift: Tensor | None = None) -> Tensor:
         weight = self._w.double()
         farthest = torch.maximum(point.x, 1.0 - point.x).double().square()
-        deficit = weight.square().mul_(farthest).sum(1).mul_(-self.eigenvalue_floor())
+        convexity_error = weight.square().mul_(farthest).sum(1).mul_(-self.eigenvalue_floor())
         if shift is not None:
             rise = shift.double().clamp_min(0.0)
-            deficit += shift_deficit(point, shift)
+            convexity_error += shift_convexity_error(point, shift)
             # Diag(w) (G - Diag(l)) Diag(w) lies below the shifted Hessian if l is at least shift / w^2 in every row.
             dead = weight == 0
             lift = torch.where(dead, 0.0, rise / weight.square()).amax(0)
@@ -259,15 +261,15 @@ class LayerReconstruction(Quadratic):
             floor = eigenvalue_floor(gram) if bool(torch.isfinite(lift).all()) else None
             if floor is not None:
                 convex = weight.square().mul_(farthest).sum(1).mul_(-floor)
-                deficit = torch.minimum(deficit, convex + (rise * farthest * dead).sum(1))
+                convexity_error = torch.minimum(convexity_error, convex + (rise * farthest * dead).sum(1))
         # Rounding of the sums themselves: d terms, each exact to 2^-53.
         size = self.scale()
         if self.aims_elsewhere:
             size = size + self._quadratic_form(self._w.double())
-        return deficit + self.shape[1] * 2.0**-52 * size / self.unit
+        return convexity_error + self.shape[1] * 2.0**-52 * size / self.unit
 
     def objective(self, mask: Tensor) -> Tensor:
-        return self._quadratic_form(self._off(self._w.double().masked_fill(~mask, 0.0)))
+        return self._quadratic_form(self._distance_to_target(self._w.double().masked_fill(~mask, 0.0)))
 
     def error(self, weight: Tensor) -> Tensor:
         """Return each row's output error ||(T - V) X||^2 of other weights V, float64, shape (rows,).
@@ -277,12 +279,12 @@ class LayerReconstruction(Quadratic):
         weight : Tensor
             V, shape (rows, d).
         """
-        return self._quadratic_form(self._off(weight.double() / self._weight_unit))
+        return self._quadratic_form(self._distance_to_target(weight.double() / self._weight_unit))
 
-    def _off(self, weight: Tensor) -> Tensor:
+    def _distance_to_target(self, weight: Tensor) -> Tensor:
         """Return how far scaled weights, float64, are from what is aimed at."""
         off = self._w.double() - weight
-        return off if self._beyond is None else off.add_(self._beyond)
+        return off if self._residual is None else off.add_(self._residual)
 
     def scale(self) -> Tensor:
         if self._scale is None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from maskopt.problems.base import Move, Point, Quadratic, shift_deficit
+from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
 
 __all__ = ["Saliency"]
 
@@ -54,11 +54,11 @@ class Saliency(Quadratic):
     def device(self) -> torch.device:
         return self.scores.device
 
-    def at(self, x: Tensor) -> Point:
+    def evaluate(self, x: Tensor) -> Point:
         return Point(x, -self.scores)
 
-    def along(self, x: Tensor) -> Move:
-        return Move(x, torch.zeros_like(x))
+    def hvp(self, x: Tensor) -> Direction:
+        return Direction(x, torch.zeros_like(x))
 
     def value(self, point: Point) -> Tensor:
         return (self.scores * (1 - point.x)).sum(1, dtype=torch.float64)
@@ -72,9 +72,9 @@ class Saliency(Quadratic):
     def double(self) -> "Saliency":
         return Saliency(self.scores.double())
 
-    def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor:
+    def convexity_error(self, point: Point, shift: Tensor | None = None) -> Tensor:
         rounding = self.scores.double().abs().sum(1).mul_(self.shape[1] * 2.0**-52)
-        return rounding + shift_deficit(point, shift)
+        return rounding + shift_convexity_error(point, shift)
 
     def rows(self, index: slice | Tensor) -> "Saliency":
         return Saliency(self.scores[index])

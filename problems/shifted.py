@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from maskopt.problems.base import Move, Point, Problem, Quadratic
+from maskopt.problems.base import Direction, Point, Problem, Quadratic
 
 __all__ = ["Shifted", "ShiftedQuadratic"]
 
@@ -44,26 +44,26 @@ class Shifted(Problem):
     def device(self) -> torch.device:
         return self.base.device
 
-    def at(self, x: Tensor) -> Point:
-        return self.base.at(x)
+    def evaluate(self, x: Tensor) -> Point:
+        return self.base.evaluate(x)
 
-    def along(self, x: Tensor) -> Move:
-        return self.base.along(x)
+    def hvp(self, x: Tensor) -> Direction:
+        return self.base.hvp(x)
 
-    def advance(self, point: Point, move: Move, share: Tensor) -> None:
-        self.base.advance(point, move, share)
+    def advance(self, point: Point, direction: Direction, step_size: Tensor) -> None:
+        self.base.advance(point, direction, step_size)
 
     def value(self, point: Point) -> Tensor:
         x = point.x
         return self.base.value(point) + self.amount * (self.shift * (x - x * x)).sum(1, dtype=torch.float64)
 
-    def slope(self, point: Point, move: Move, share: Tensor) -> Tensor:
-        there = torch.addcmul(point.x, move.x, share.unsqueeze(1))
-        added = (self.shift * move.x * (1.0 - 2.0 * there)).sum(1).mul_(self.amount)
-        return self.base.slope(point, move, share) + added
+    def slope(self, point: Point, direction: Direction, step_size: Tensor) -> Tensor:
+        there = torch.addcmul(point.x, direction.x, step_size.unsqueeze(1))
+        added = (self.shift * direction.x * (1.0 - 2.0 * there)).sum(1).mul_(self.amount)
+        return self.base.slope(point, direction, step_size) + added
 
-    def sampled(self, x: Tensor, share: float, random: torch.Generator) -> Tensor:
-        return self.base.sampled(x, share, random) + self.amount * self.shift * (1.0 - 2.0 * x)
+    def sampled(self, x: Tensor, fraction: float, random: torch.Generator) -> Tensor:
+        return self.base.sampled(x, fraction, random) + self.amount * self.shift * (1.0 - 2.0 * x)
 
     def gradient(self, point: Point) -> Tensor:
         gradient = self.base.gradient(point).add(self.shift, alpha=self.amount)
@@ -81,9 +81,9 @@ class Shifted(Problem):
     def double(self) -> Problem:
         return self.base.double().shifted(self.shift.double(), self.amount)
 
-    def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor | None:
+    def convexity_error(self, point: Point, shift: Tensor | None = None) -> Tensor | None:
         own = self.shift * self.amount
-        return self.base.deficit(point, own if shift is None else own + shift)
+        return self.base.convexity_error(point, own if shift is None else own + shift)
 
     def unshifted(self) -> Problem:
         return self.base.unshifted()
@@ -98,8 +98,8 @@ class ShiftedQuadratic(Shifted, Quadratic):
     slope = Quadratic.slope
     change = Quadratic.change
 
-    def hessian(self, move: Move) -> Tensor:
-        return torch.addcmul(self.base.hessian(move), self.shift, move.x, value=-2.0 * self.amount)
+    def hessian(self, direction: Direction) -> Tensor:
+        return torch.addcmul(self.base.hessian(direction), self.shift, direction.x, value=-2.0 * self.amount)
 
     def diagonal(self) -> Tensor:
         return self.base.diagonal() - self.amount * self.shift

@@ -72,42 +72,42 @@ def _divisor(number: int, choices: tuple[int, ...]) -> int:
     return next(choice for choice in choices if number % choice == 0)
 
 
-def _nm(shape: Shape, share: float) -> PartitionMatroid:
+def _nm(shape: Shape, fraction: float) -> PartitionMatroid:
     group = _divisor(shape[1], (4, 3, 2, 1))
-    return NM(keep=round(share * group), group=group)
+    return NM(keep=round(fraction * group), group=group)
 
 
-def _blocks(shape: Shape, share: float) -> PartitionMatroid:
+def _blocks(shape: Shape, fraction: float) -> PartitionMatroid:
     tile = _divisor(shape[0], (2, 3, 1)), _divisor(shape[1], (4, 3, 2, 1))
-    return PartitionMatroid(round(share * tile[0] * tile[1]), tile, "Blocks")
+    return PartitionMatroid(round(fraction * tile[0] * tile[1]), tile, "Blocks")
 
 
-def _columns(_: Shape, share: float) -> PartitionMatroid:
-    return PartitionMatroid(share, (None, 1), "Columns")
+def _columns(_: Shape, fraction: float) -> PartitionMatroid:
+    return PartitionMatroid(fraction, (None, 1), "Columns")
 
 
-def _bands(shape: Shape, share: float) -> PartitionMatroid:
-    return PartitionMatroid(share, (_divisor(shape[0], (2, 3, 1)), None), "Bands")
+def _row_blocks_set(shape: Shape, fraction: float) -> PartitionMatroid:
+    return PartitionMatroid(fraction, (_divisor(shape[0], (2, 3, 1)), None), "Row blocks")
 
 
-def _row_counts(shape: Shape, share: float) -> PartitionMatroid:
+def _row_counts(shape: Shape, fraction: float) -> PartitionMatroid:
     rows, d = shape
-    counts = torch.arange(rows) * 2 + round(share * d) - rows
+    counts = torch.arange(rows) * 2 + round(fraction * d) - rows
     return PerRow(counts.clamp(0, d))
 
 
-def _block_counts(shape: Shape, share: float) -> PartitionMatroid:
-    height, width = _blocks(shape, share).tile
+def _block_counts(shape: Shape, fraction: float) -> PartitionMatroid:
+    height, width = _blocks(shape, fraction).tile
     number = shape[0] * shape[1] // (height * width)
-    counts = (torch.arange(number) * 5) % 4 + round(share * height * width) - 2
+    counts = (torch.arange(number) * 5) % 4 + round(fraction * height * width) - 2
     return PartitionMatroid(counts.clamp(0, height * width), (height, width), "Counts")
 
 
 def _protected(base: Callable[[Shape, float], PartitionMatroid]) -> Callable[[Shape, float], PartitionMatroid]:
-    def make(shape: Shape, share: float) -> PartitionMatroid:
-        masks = base(shape, share)
+    def make(shape: Shape, fraction: float) -> PartitionMatroid:
+        masks = base(shape, fraction)
         # Some member, of which every second row's and column's entries are protected.
-        member = masks.lmo((torch.arange(shape[0] * shape[1]).view(shape) * 7919 % 101).double())
+        member = masks.lmo_mask((torch.arange(shape[0] * shape[1]).view(shape) * 7919 % 101).double())
         member[::2, ::2] = False
         return Protected(masks, member)
 
@@ -116,16 +116,16 @@ def _protected(base: Callable[[Shape, float], PartitionMatroid]) -> Callable[[Sh
 
 # Name: (shape of the weight, share to keep) -> a set that fits the shape.
 SETS: dict[str, Callable[[Shape, float], PartitionMatroid]] = {
-    "unstructured": lambda shape, share: Unstructured(share),
-    "per-row": lambda shape, share: PerRow(share),
+    "unstructured": lambda shape, fraction: Unstructured(fraction),
+    "per-row": lambda shape, fraction: PerRow(fraction),
     "n:m": _nm,
     "blocks": _blocks,
     "columns": _columns,
-    "bands": _bands,
+    "row blocks": _row_blocks_set,
     "row counts": _row_counts,
     "block counts": _block_counts,
-    "protected rows": _protected(lambda shape, share: PerRow(share)),
-    "protected matrix": _protected(lambda shape, share: Unstructured(share)),
+    "protected rows": _protected(lambda shape, fraction: PerRow(fraction)),
+    "protected matrix": _protected(lambda shape, fraction: Unstructured(fraction)),
     "protected blocks": _protected(_blocks),
 }
 FREE_SETS = [name for name in SETS if not name.startswith("protected")]
@@ -133,58 +133,58 @@ PROTECTED_SETS = [name for name in SETS if name.startswith("protected")]
 
 
 def _restricted(base: Callable[[Shape, float], MaskSet]) -> Callable[[Shape, float], MaskSet]:
-    def make(shape: Shape, share: float) -> MaskSet:
-        masks = base(shape, share)
+    def make(shape: Shape, fraction: float) -> MaskSet:
+        masks = base(shape, fraction)
         # Two members: half of what both keep is kept, half of what both prune is pruned.
         order = torch.arange(shape[0] * shape[1]).view(shape)
-        one, other = masks.lmo((order * 7919 % 101 - 80).double()), masks.lmo((order * 31 % 17 - 9).double())
+        one, other = masks.lmo_mask((order * 7919 % 101 - 80).double()), masks.lmo_mask((order * 31 % 17 - 9).double())
         some = (order % 3 != 1) | (order < 2)
         return masks.restrict(kept=one & other & some, pruned=~one & ~other & some)
 
     return make
 
 
-def _units(shape: Shape, share: float) -> Units:
+def _units(shape: Shape, fraction: float) -> Units:
     height, width = _divisor(shape[0], (2, 1)), _divisor(shape[1], (3, 2, 1))
-    return Units(_blocks((shape[0] // height, shape[1] // width), share), (height, width))
+    return Units(_blocks((shape[0] // height, shape[1] // width), fraction), (height, width))
 
 
-def _transposable(shape: Shape, share: float) -> TransposableNM:
+def _transposable(shape: Shape, fraction: float) -> TransposableNM:
     group = _divisor(math.gcd(*shape), (4, 3, 2, 1))
-    return TransposableNM(keep=round(share * group), group=group)
+    return TransposableNM(keep=round(fraction * group), group=group)
 
 
-def _budget(shape: Shape, share: float) -> Budget:
+def _budget(shape: Shape, fraction: float) -> Budget:
     prices = (torch.arange(shape[0] * shape[1]).view(shape) * 5 % 7 + 0.75) * (torch.arange(shape[1]) % 4 != 3)
-    return Budget(prices, round(share * float(prices.sum()) * 4) / 4)
+    return Budget(prices, round(fraction * float(prices.sum()) * 4) / 4)
 
 
 # Sets of other kinds: their groups may keep fewer, entries are pruned in advance, or there are no groups.
 OTHER_SETS: dict[str, Callable[[Shape, float], MaskSet]] = {
-    "at most rows": lambda shape, share: AtMost(PerRow(share)),
-    "at most matrix": lambda shape, share: AtMost(Unstructured(share)),
-    "at most n:m": lambda shape, share: AtMost(_nm(shape, share)),
-    "at most counts": lambda shape, share: AtMost(_block_counts(shape, share)),
-    "restricted rows": _restricted(lambda shape, share: PerRow(share)),
+    "at most rows": lambda shape, fraction: AtMost(PerRow(fraction)),
+    "at most matrix": lambda shape, fraction: AtMost(Unstructured(fraction)),
+    "at most n:m": lambda shape, fraction: AtMost(_nm(shape, fraction)),
+    "at most counts": lambda shape, fraction: AtMost(_block_counts(shape, fraction)),
+    "restricted rows": _restricted(lambda shape, fraction: PerRow(fraction)),
     "restricted blocks": _restricted(_blocks),
-    "restricted at most": _restricted(lambda shape, share: AtMost(PerRow(share))),
-    "restricted at most blocks": _restricted(lambda shape, share: AtMost(_blocks(shape, share))),
-    "whole columns": lambda _, share: Columns(share),
-    "whole rows": lambda _, share: Rows(share),
+    "restricted at most": _restricted(lambda shape, fraction: AtMost(PerRow(fraction))),
+    "restricted at most blocks": _restricted(lambda shape, fraction: AtMost(_blocks(shape, fraction))),
+    "whole columns": lambda _, fraction: Columns(fraction),
+    "whole rows": lambda _, fraction: Rows(fraction),
     "units": _units,
-    "vectors": lambda shape, share: Units(PerRow(share), (1, _divisor(shape[1], (2, 3, 1)))),
-    "at most units": lambda shape, share: Units(AtMost(_units(shape, share).base), _units(shape, share).unit),
-    "restricted columns": _restricted(lambda _, share: Columns(share)),
+    "vectors": lambda shape, fraction: Units(PerRow(fraction), (1, _divisor(shape[1], (2, 3, 1)))),
+    "at most units": lambda shape, fraction: Units(AtMost(_units(shape, fraction).base), _units(shape, fraction).unit),
+    "restricted columns": _restricted(lambda _, fraction: Columns(fraction)),
     "transposable": _transposable,
     "restricted transposable": _restricted(_transposable),
     "budget": _budget,
-    "bytes": lambda shape, share: Budget(torch.full(shape, 0.75), round(share * shape[0] * shape[1] * 2) * 0.375),
+    "bytes": lambda shape, fraction: Budget(torch.full(shape, 0.75), round(fraction * shape[0] * shape[1] * 2) * 0.375),
 }
 ALL_SETS: dict[str, Callable[[Shape, float], MaskSet]] = {**SETS, **OTHER_SETS}
 MATROIDS = [name for name in ALL_SETS if isinstance(ALL_SETS[name]((4, 4), 0.5), PartitionMatroid)]
 # Members have one size, so that a constant in the cost changes nothing.
 EQUAL_SETS = [name for name in ALL_SETS if "at most" not in name and name not in ("budget", "bytes")]
-# The LP twin's vertices are masks.
+# The LP formulation's vertices are masks.
 INTEGRAL_SETS = [name for name in ALL_SETS if name not in ("budget", "bytes")]
 
 # Few iterations, so that everything can be tried with everything.
@@ -226,8 +226,8 @@ def counts_of(masks: PartitionMatroid, shape: Shape) -> list[int]:
         return masks.keep.tolist()
     if isinstance(masks.keep, float):
         # Exact, but for the twelfth digit: 1 - 0.7 is meant to be 0.3.
-        share = Fraction(masks.keep) * (1 - Fraction(1, 10**12))
-        return [math.ceil(share * len(group)) for group in groups]
+        fraction = Fraction(masks.keep) * (1 - Fraction(1, 10**12))
+        return [math.ceil(fraction * len(group)) for group in groups]
     return [masks.keep] * len(groups)
 
 
@@ -435,7 +435,7 @@ def _one_token(weight: Tensor, x: Tensor) -> None:
     x[:, 1:] = 0.0
 
 
-UGLINESS: dict[str, Callable[[Tensor, Tensor], None]] = {
+EDGE_CASES: dict[str, Callable[[Tensor, Tensor], None]] = {
     "dead column": _kill,
     "all columns dead": _kill_all,
     "duplicate columns": _copy,
@@ -461,22 +461,24 @@ def layers(draw: st.DrawFn, rows: Shape = (1, 4), d: Shape = (1, 8), exact: bool
         weight = random.standard_normal(shape)
         x = (np.eye(shape[1]) + mixing) @ random.standard_normal((shape[1], tokens))
     weight, x = torch.from_numpy(weight).double(), torch.from_numpy(x).double()
-    ugly = draw(st.lists(st.sampled_from(sorted(UGLINESS)), max_size=2, unique=True))
-    for name in ugly:
-        UGLINESS[name](weight, x)
-    return Layer(weight, x, ", ".join(["integers" if whole else "normal", *ugly]))
+    edge = draw(st.lists(st.sampled_from(sorted(EDGE_CASES)), max_size=2, unique=True))
+    for name in edge:
+        EDGE_CASES[name](weight, x)
+    return Layer(weight, x, ", ".join(["integers" if whole else "normal", *edge]))
 
 
 def shapes(rows: int = 4, columns: int = 6) -> st.SearchStrategy[Shape]:
     return st.tuples(st.integers(1, rows), st.integers(1, columns))
 
 
-shares = st.one_of(st.sampled_from([0.0, 1.0, 0.5, 1 / 3, 0.29]), st.floats(0.0, 1.0))
+fractions = st.one_of(st.sampled_from([0.0, 1.0, 0.5, 1 / 3, 0.29]), st.floats(0.0, 1.0))
 
 
 def sets(shape: Shape, names: list[str] | None = None) -> st.SearchStrategy[PartitionMatroid]:
     """Sets that fit a shape, of the kinds named (by default those of `SETS`) and any share."""
-    return st.builds(lambda name, share: ALL_SETS[name](shape, share), st.sampled_from(names or list(SETS)), shares)
+    return st.builds(
+        lambda name, fraction: ALL_SETS[name](shape, fraction), st.sampled_from(names or list(SETS)), fractions
+    )
 
 
 _SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.0, 1e30, -1e30, 1e-30, -1e-30]

@@ -42,7 +42,7 @@ class FormBounds:
     primal : Tensor
         Value of the relaxation's best point found, an estimate of what `bound` can still become, shape (forms,).
     point : Tensor
-        The last point of the relaxation, Z, shape (forms, d, d); nought where there is none.
+        The last point of the relaxation, Z, shape (forms, d, d); zero where there is none.
     iterations : Tensor
         Shape (forms,), int64.
     """
@@ -160,7 +160,7 @@ def bound_forms(
 def face_basis(group: int | None, like: Tensor) -> Tensor | None:
     """Return an orthonormal basis of the span of all p with equally many ones in each group, shape (d, n).
 
-    (1, ..., 1) and, in each group, the vectors of Helmert that sum to nought. None where the span is everything.
+    (1, ..., 1) and, in each group, the vectors of Helmert that sum to zero. None where the span is everything.
     """
     d = like.shape[-1]
     if group is None or group == d:
@@ -186,14 +186,14 @@ def drop(M: Tensor, basis: Tensor | None) -> Tensor:
 def _start(Q: Tensor, s: Tensor, basis: Tensor | None, group: int) -> _Rows:
     """Return the mean of all p p^T, which is strictly feasible, and a multiple of the identity added to Q."""
     count, d = Q.shape[:2]
-    share = s / d
-    inside = share * (share * group - 1) / max(group - 1, 1)  # two different entries of one group
+    fraction = s / d
+    inside = fraction * (fraction * group - 1) / max(group - 1, 1)  # two different entries of one group
     of_group = torch.arange(d, device=Q.device) // group
     together = (of_group.unsqueeze(1) == of_group).to(Q.dtype)
-    X = share.square().unsqueeze(2) * (1 - together) + inside.unsqueeze(2) * together
-    X.diagonal(dim1=1, dim2=2).copy_(share.expand(-1, d))
+    X = fraction.square().unsqueeze(2) * (1 - together) + inside.unsqueeze(2) * together
+    X.diagonal(dim1=1, dim2=2).copy_(fraction.expand(-1, d))
     # The product of X and the slack is about constant if the slack is large beside Q.
-    level = -(Q.diagonal(dim1=1, dim2=2).abs() * share).sum(1) / s[:, 0]
+    level = -(Q.diagonal(dim1=1, dim2=2).abs() * fraction).sum(1) / s[:, 0]
     size = torch.linalg.matrix_norm(Q)
     y = Q.new_zeros(count, d)
     place = torch.arange(count, device=Q.device)
@@ -229,7 +229,7 @@ def _factor(M: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _margin(rows: _Rows, basis: Tensor | None) -> Tensor:
-    """Return how far below nought an eigenvalue of the exact slack may lie although the factorisation succeeded.
+    """Return how far below zero an eigenvalue of the exact slack may lie although the factorisation succeeded.
 
     The factorisation: (n + 1) u tr S with u = 2^-53 (Rump, Verification of positive definiteness, BIT 46, 2006; Higham,
     Accuracy and Stability of Numerical Algorithms, Theorem 10.3). Forming S: each entry is a sum of a few terms, each
@@ -291,7 +291,7 @@ def factor_schur(complement: Tensor) -> Tensor:
 
 
 def _longest(M: Tensor, dM: Tensor, lengths: tuple[float, float]) -> Tensor:
-    """Return for each matrix a step along dM that leaves it positive definite, shape (forms,); nought: none found."""
+    """Return for each matrix a step along dM that leaves it positive definite, shape (forms,); zero: none found."""
     step = M.new_zeros(len(M))
     waiting = torch.arange(len(M), device=M.device)
     length, shrink = lengths
@@ -335,8 +335,8 @@ def _iterate(rows: _Rows, basis: Tensor | None) -> Tensor:
 
     # Corrector: with the second-order term of the predictor.
     second = dX @ change
-    bend = torch.cholesky_solve(measure(lift(second, basis), s).unsqueeze(2), C).squeeze(2)
-    multipliers = to_face - aim.unsqueeze(1) * to_centre + bend
+    correct = torch.cholesky_solve(measure(lift(second, basis), s).unsqueeze(2), C).squeeze(2)
+    multipliers = to_face - aim.unsqueeze(1) * to_centre + correct
     dS = slack_change(multipliers)
     R = (X @ (dS @ P)).add_(second)
     dX = (aim.view(-1, 1, 1) * P).sub_(X).sub_(R.add_(R.mT.clone()).mul_(0.5))

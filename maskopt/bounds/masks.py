@@ -46,7 +46,7 @@ def mask_bound(
         Keeps fixed numbers of each row's entries: per row, N:M; what it fixes besides is not made use of.
     kind : {"shift", "sdp", "cuts"}
         One diagonal for the layer, the best diagonal for each row (the semidefinite bound), and that with Z >= 0: each
-        stronger and dearer than the one before.
+        stronger and costlier than the one before.
     memory : int
         Bytes the work may take.
     stop : callable, optional

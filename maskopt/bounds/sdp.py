@@ -31,7 +31,7 @@ class RowBounds:
     shift : Tensor
         D, shape (rows, d). The error plus sum_i D_i (p_i - p_i^2) is the same on masks, convex where sum p = s, and
         nowhere there smaller than `shifted`: Q - Diag(D) + (y 1^T + 1 y^T) / (2 s) with y = D - shifted / s is
-        positive semidefinite (`convex_part`). Nought where nothing is proven or nothing is to be decided.
+        positive semidefinite (`convex_part`). Zero where nothing is proven or nothing is to be decided.
     shifted : Tensor
         The bound without cuts, shape (rows,).
     primal : Tensor

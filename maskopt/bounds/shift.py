@@ -81,7 +81,7 @@ def shifted_bound(problem: LayerReconstruction, keep: Tensor, diagonal: Tensor, 
     keep : Tensor
         How many entries each row keeps, integers, shape (rows,).
     diagonal : Tensor
-        L, shape (d,), as `layer_shift` or `least_eigenvalue` return it; nought for the plain relaxation.
+        L, shape (d,), as `layer_shift` or `least_eigenvalue` return it; zero for the plain relaxation.
     iterations : int
     """
     wide, masks = problem.double(), PerRow(keep)
@@ -92,17 +92,17 @@ def shifted_bound(problem: LayerReconstruction, keep: Tensor, diagonal: Tensor, 
     squares = wide.scaled_weight.square()
     objective = wide.shifted(squares * diagonal)
     rounding = problem.shape[1] * 2.0**-52 * (wide.scale() / wide.unit + (squares * diagonal).sum(1))
-    point = objective.at(masks.vertex(-objective.diagonal()))
+    point = objective.evaluate(masks.lmo(-objective.diagonal()))
     for _ in range(iterations):
         gradient = objective.gradient(point)
-        way = masks.vertex(gradient) - point.x
-        descent = (gradient * way).sum(1)
-        deficit = rounding - floor * (squares * torch.maximum(point.x, 1 - point.x).square()).sum(1)
-        best = torch.maximum(best, (objective.value(point) + descent - deficit) * wide.unit)
-        move = objective.along(way)
-        curvature = (objective.hessian(move) * way).sum(1)
-        share = torch.where(curvature > 0, -descent / curvature, 1.0).clamp(0.0, 1.0)
-        objective.advance(point, move, share.unsqueeze(1))
+        search = masks.lmo(gradient) - point.x
+        descent = (gradient * search).sum(1)
+        convexity_error = rounding - floor * (squares * torch.maximum(point.x, 1 - point.x).square()).sum(1)
+        best = torch.maximum(best, (objective.value(point) + descent - convexity_error) * wide.unit)
+        move = objective.hvp(search)
+        curvature = (objective.hessian(move) * search).sum(1)
+        fraction = torch.where(curvature > 0, -descent / curvature, 1.0).clamp(0.0, 1.0)
+        objective.advance(point, move, fraction.unsqueeze(1))
     return best
 
 

@@ -37,7 +37,7 @@ __all__ = ["BOUNDS", "certify"]
 
 Figures = dict[str, Any]
 
-_SHOWN = 40  # bands up to which each has a line
+_SHOWN = 40  # row blocks up to which each has a line
 
 
 def _gap(problem: LayerReconstruction, masks: MaskSet, callback: Callback | None, memory: int) -> Tensor:
@@ -59,7 +59,7 @@ BOUNDS: dict[str, Callable[[LayerReconstruction, MaskSet, Callback | None, int],
     "gap": _gap,
     **{kind: _row_bound(kind) for kind in get_args(BoundKind)},
 }
-"""What proves lower bounds, float64, one per band of rows, by the names people type."""
+"""What proves lower bounds, float64, one per row block of rows, by the names people type."""
 
 
 def certify(
@@ -86,18 +86,18 @@ def certify(
     chosen = chosen.to(layer.device)
     if not masks.contains(chosen):
         raise MaskoptError(f"The mask {mask} does not belong to {masks}; give the pattern it was made for.")
-    index, band = parse_rows(rows, layer.shape[0]), masks.band(layer.shape)
-    if index.start % band or index.stop % band:
+    index, row_block = parse_rows(rows, layer.shape[0]), masks.row_block(layer.shape)
+    if index.start % row_block or index.stop % row_block:
         raise MaskoptError(
-            f"{masks} couples {band} rows at a time, so --rows must begin and end at a multiple of {band}; got {rows}."
+            f"{masks} couples {row_block} rows at a time, so --rows must begin and end at a multiple of {row_block}; got {rows}."
         )
     part = masks if index == slice(0, layer.shape[0]) else masks.rows(index, layer.shape)
     problem = layer.rows(index)
     with Bar(quiet) as bar:
         lower = BOUNDS[bound](problem, part, bar.step(bound), working)
-    errors = problem.objective(chosen[index]).view(-1, band).sum(1)
+    errors = problem.objective(chosen[index]).view(-1, row_block).sum(1)
     certificates = [
-        _certificate(index.start + number * band, band, *pair)
+        _certificate(index.start + number * row_block, row_block, *pair)
         for number, pair in enumerate(zip(errors.tolist(), lower.tolist(), strict=True))
     ]
     total = _certificate(index.start, problem.shape[0], math.fsum(errors.tolist()), math.fsum(lower.tolist()))
@@ -125,9 +125,9 @@ def certify(
 
 
 def _certificate(row: int, rows: int, error: float, bound: float) -> Figures:
-    # An error that is nought cannot be bettered, whatever the bound lost to rounding.
-    share = min(1.0, bound / error) if error > 0.0 else 1.0
-    return {"row": row, "rows": rows, "error": error, "bound": bound, "gap": error - bound, "proven_share": share}
+    # An error that is zero cannot be bettered, whatever the bound lost to rounding.
+    fraction = min(1.0, bound / error) if error > 0.0 else 1.0
+    return {"row": row, "rows": rows, "error": error, "bound": bound, "gap": error - bound, "proven_share": fraction}
 
 
 def _table(certificates: Sequence[Figures]) -> Table:
@@ -144,10 +144,10 @@ def _table(certificates: Sequence[Figures]) -> Table:
 
 
 def _lines(total: Figures, certificates: Sequence[Figures]) -> dict[str, str]:
-    shares = [one["proven_share"] for one in certificates]
+    fractions = [one["proven_share"] for one in certificates]
     return {
         "error": f"{total['error']:.6g}",
         "bound": f"{total['bound']:.6g}: no mask of the set has a smaller error",
         "proven share": f"{total['proven_share']:.4f} of the error cannot be avoided",
-        "rows": f"least {min(shares):.4f}, median {median(shares):.4f}",
+        "rows": f"least {min(fractions):.4f}, median {median(fractions):.4f}",
     }

@@ -58,7 +58,7 @@ def compare(
     ] = None,
     sparsity: Annotated[
         list[float] | None,
-        typer.Option("--sparsity", "-s", help="Share of the weights to prune; may be repeated; n:m has its own."),
+        typer.Option("--sparsity", "-s", help="Fraction of the weights to prune; may be repeated; n:m has its own."),
     ] = None,
     solvers: Annotated[
         str, typer.Option("--solvers", help="Comma-separated; settings as in 'sparsefw:iterations=500;alpha=0.5'.")

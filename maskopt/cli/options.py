@@ -42,7 +42,7 @@ PATTERN_HELP = (
 
 PatternOption = Annotated[str, typer.Option("--pattern", "-p", help=PATTERN_HELP)]
 SparsityOption = Annotated[
-    float | None, typer.Option("--sparsity", "-s", help="Share of the weights to prune, 0 to 1; not needed by n:m.")
+    float | None, typer.Option("--sparsity", "-s", help="Fraction of the weights to prune, 0 to 1; not needed by n:m.")
 ]
 SolverOption = Annotated[
     str | None, typer.Option("--solver", help=f"One of {', '.join(SOLVERS)}.", show_default="continuation")

@@ -88,7 +88,7 @@ class Bar:
         self._progress.stop()
 
     def tell(self, what: str, fraction: float) -> None:
-        """Show what is being done and which share of everything is done."""
+        """Show what is being done and which fraction of everything is done."""
         self._progress.update(self._task, description=what, total=1.0, completed=fraction)
 
     def stage(self, what: str) -> None:

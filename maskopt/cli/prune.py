@@ -208,16 +208,16 @@ def _layers(layers: list[dict[str, Any]]) -> Table:
 
 
 def _proven(layer: dict[str, Any]) -> str:
-    """Return which share of a layer's error no mask can avoid."""
+    """Return which fraction of a layer's error no mask can avoid."""
     if layer["lower_bound"] is None:
         return ""
     return f"{layer['lower_bound'] / layer['objective']:.3f}" if layer["objective"] > 0 else "1.000"
 
 
 def _summary(figures: dict[str, Any], out: Path) -> dict[str, str]:
-    share = f"{100 * figures['sparsity']:.2f} %"
+    fraction = f"{100 * figures['sparsity']:.2f} %"
     lines = {
-        "pruned": f"{share} of {figures['weights']} weights in {len(figures['layers'])} layers",
+        "pruned": f"{fraction} of {figures['weights']} weights in {len(figures['layers'])} layers",
         "relative error": f"median {figures['median_relative_error']:.5f}, mean {figures['mean_relative_error']:.5f}",
         "time": f"{figures['calibration_seconds']:.1f} s calibrating, {figures['solve_seconds']:.1f} s solving",
     }

@@ -6,7 +6,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from maskopt.errors import MaskoptError
-from maskopt.solvers import SOLVERS, Direction, Solver, Step, make_solver
+from maskopt.solvers import SOLVERS, DirectionRule, Solver, StepRule, make_solver
 from maskopt.weights import WEIGHTS, make_weights
 
 __all__ = ["parse_comparison", "parse_solver", "parse_solvers", "parse_weights"]
@@ -157,7 +157,7 @@ def _read(text: str, kind: Any) -> Any:
 
 def _is_rule(kind: Any) -> bool:
     """Whether values are objects that can only be made in Python."""
-    return isinstance(kind, type) and issubclass(kind, (Direction, Step))
+    return isinstance(kind, type) and issubclass(kind, (DirectionRule, StepRule))
 
 
 def _describe(kind: Any) -> str:

@@ -54,18 +54,22 @@ def verify(
     json: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Hold a heuristic's mask against the optimum, row by row (or band of rows that the set couples)."""
+    """Hold a heuristic's mask against the optimum, row by row (or row block of rows that the set couples)."""
     check_outputs(json)
     if not time_limit > 0:
         raise MaskoptError(f"The time limit must be positive; got {time_limit}.")
-    masks, heuristic, judge = parse_masks(pattern, sparsity), parse_solver(solver), parse_solver(exact, option or ())
+    masks, heuristic, reference = (
+        parse_masks(pattern, sparsity),
+        parse_solver(solver),
+        parse_solver(exact, option or ()),
+    )
     _, layer = load_layer(instance, "cpu")
     chosen = parse_rows(rows, layer.shape[0])
     problem = part_of(layer, chosen, columns)
     masks.check(problem.shape)
-    for method in (heuristic, judge):
+    for method in (heuristic, reference):
         check_compatible(problem, masks, method)
-    verdicts = _verdicts(problem, masks, heuristic, judge, chosen.start, time_limit, jobs, Bar(quiet, solver))
+    verdicts = _verdicts(problem, masks, heuristic, reference, chosen.start, time_limit, jobs, Bar(quiet, solver))
     summary = _summary(verdicts)
     figures = {
         "rows": verdicts,
@@ -77,7 +81,7 @@ def verify(
             "pattern": pattern,
             "masks": repr(masks),
             "solver": repr(heuristic),
-            "exact": repr(judge),
+            "exact": repr(reference),
             "time_limit": time_limit,
             "jobs": jobs,
         },
@@ -93,7 +97,7 @@ def _verdicts(
     problem: LayerReconstruction,
     masks: MaskSet,
     heuristic: Solver,
-    judge: Solver,
+    reference: Solver,
     first: int,
     time_limit: float,
     jobs: int,
@@ -101,35 +105,35 @@ def _verdicts(
 ) -> list[Figures]:
     from joblib import Parallel, delayed
 
-    band = masks.band(problem.shape)
-    bands = [slice(start, start + band) for start in range(0, problem.shape[0], band)]
+    row_block = masks.row_block(problem.shape)
+    blocks = [slice(start, start + row_block) for start in range(0, problem.shape[0], row_block)]
     with bar:
         mask = solve_problem(problem, masks, heuristic, callback=bar.step("heuristic")).mask
-        bar.tell(f"0 of {len(bands)} verified", 0.0)
+        bar.tell(f"0 of {len(blocks)} verified", 0.0)
         tasks = (
             delayed(_verdict)(
                 part_of(problem, index),
-                masks if len(bands) == 1 else masks.rows(index, problem.shape),
+                masks if len(blocks) == 1 else masks.rows(index, problem.shape),
                 mask[index].clone(),
-                judge,
+                reference,
                 first + index.start,
                 time_limit,
             )
-            for index in bands
+            for index in blocks
         )
         verdicts: list[Figures] = []
-        for verdict in Parallel(n_jobs=min(jobs, len(bands)), return_as="generator_unordered")(tasks):
+        for verdict in Parallel(n_jobs=min(jobs, len(blocks)), return_as="generator_unordered")(tasks):
             verdicts.append(verdict)
-            bar.tell(f"{len(verdicts)} of {len(bands)} verified", len(verdicts) / len(bands))
+            bar.tell(f"{len(verdicts)} of {len(blocks)} verified", len(verdicts) / len(blocks))
     return sorted(verdicts, key=lambda verdict: int(verdict["row"]))
 
 
 def _verdict(
-    problem: LayerReconstruction, masks: MaskSet, mask: Tensor, judge: Solver, row: int, time_limit: float
+    problem: LayerReconstruction, masks: MaskSet, mask: Tensor, reference: Solver, row: int, time_limit: float
 ) -> Figures:
-    """Return what is found out about the heuristic's mask of one band, errors relative to pruning all of it."""
-    start = None if judge.start is None else mask
-    result = solve_problem(problem, masks, judge, start=start, time_limit=time_limit)
+    """Return what is found out about the heuristic's mask of one row block, errors relative to pruning all of it."""
+    start = None if reference.start is None else mask
+    result = solve_problem(problem, masks, reference, start=start, time_limit=time_limit)
     scale = float(problem.scale().sum())
     error = float(problem.objective(mask).sum())
     best = min(error, result.total)
@@ -142,7 +146,7 @@ def _verdict(
         "best": _relative(best, scale),
         "bound": None if bound is None else _relative(bound, scale),
         "gap": None if bound is None else max(0.0, 1.0 - bound / best) if best > 0.0 else 0.0,
-        "verdict": _judgement(error, best if better else error, bound, result.status),
+        "verdict": _verdict_words(error, best if better else error, bound, result.status),
         "excess": _excess(error, best) if better else 0.0,
         "status": result.status.name,
         "status_text": result.status.value,
@@ -152,7 +156,7 @@ def _verdict(
     }
 
 
-def _judgement(error: float, best: float, bound: float | None, status: Status) -> str:
+def _verdict_words(error: float, best: float, bound: float | None, status: Status) -> str:
     if best < error:
         known = "" if status is Status.OPTIMAL else "at least "
         return f"not optimal by {known}{_percent(_excess(error, best))}"
@@ -168,14 +172,14 @@ def _relative(value: float, scale: float) -> float:
 
 
 def _excess(value: float, reference: float) -> float:
-    """Return by which share of the reference a value exceeds it."""
+    """Return by which fraction of the reference a value exceeds it."""
     if value <= reference:
         return 0.0
     return value / reference - 1.0 if reference > 0.0 else math.inf
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %" if math.isfinite(share) else "all of it"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.3g} %" if math.isfinite(fraction) else "all of it"
 
 
 def _summary(verdicts: Sequence[Figures]) -> Figures:

@@ -85,7 +85,7 @@ def run_demo(
     Parameters
     ----------
     progress : callable, optional
-        Called with what is being done and the share of everything that is done.
+        Called with what is being done and the fraction of everything that is done.
     model : str or Path, optional
         Another causal language model than the shipped one.
     device : str
@@ -111,11 +111,11 @@ def run_demo(
         label = pattern if sparsity is None else f"{pattern} {100 * sparsity:g} %"
         reports: dict[str, PruneReport] = {}
         perplexities = {}
-        for name, share in SOLVERS.items():
+        for name, fraction in SOLVERS.items():
 
-            def tell(at: Progress, what: str = f"{label}, {name}", done: int = done, share: int = share) -> None:
+            def tell(at: Progress, what: str = f"{label}, {name}", done: int = done, fraction: int = fraction) -> None:
                 assert progress is not None
-                progress(what, (done + share * (at.done + at.fraction) / at.total) / total)
+                progress(what, (done + fraction * (at.done + at.fraction) / at.total) / total)
 
             pruned = copy.deepcopy(dense)
             # All on the inputs that the published ones are made for: what differs is the masks.
@@ -128,7 +128,7 @@ def run_demo(
                 progress=progress and tell,
             )
             perplexities[name] = perplexity(pruned, tokenizer, held_out, seqlen=seqlen).perplexity
-            done += share
+            done += fraction
         rows += [
             DemoRow(label, name, _error_ratio(report, reports[REFERENCE]), perplexities[name], report.solve_seconds)
             for name, report in reports.items()

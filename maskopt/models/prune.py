@@ -47,7 +47,7 @@ class Progress:
     total: int
     """Layers to prune, known from the start."""
     fraction: float = 0.0
-    """Share of the current layer's solution that is done; an estimate."""
+    """Fraction of the current layer's solution that is done; an estimate."""
 
 
 def prune(
@@ -145,7 +145,7 @@ def prune(
                     f"The blocks of {type(model).__name__} cannot be run one at a time, so its dense states are "
                     "lost once blocks are pruned; use propagate='pruned'."
                 )
-            dense = replay.twin()
+            dense = replay.dense_copy()
         work = _Work(masks, solver, starts, memory, progress, propagate, certify, _stages(replay, selection))
         work.report.calibration_seconds = time.perf_counter() - began
         work.run(replay, dense)

@@ -67,7 +67,7 @@ class Replay:
         self.shortcut = all(calls == 1 for calls in self._calls.values())
         self.shortcut = self.shortcut and self._reproduces(finals)
 
-    def twin(self) -> Replay:
+    def dense_copy(self) -> Replay:
         """Return a replay of the same model on the same batches with states of its own; nothing is run."""
         other = copy.copy(self)
         other._states = {stack: {} for stack in self._states}
@@ -142,7 +142,7 @@ class Replay:
         calls: dict[Block, int] = {}
         finals: dict[str, Tensor] = {}
 
-        def watch(block: Block) -> Callable[..., None]:
+        def monitor(block: Block) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 calls[block] = calls.get(block, 0) + 1
                 finals[block.stack] = _first_tensor(output).clone()
@@ -151,7 +151,7 @@ class Replay:
 
         with ExitStack() as undo:
             for block in blocks:
-                undo.callback(block.module.register_forward_hook(watch(block)).remove)
+                undo.callback(block.module.register_forward_hook(monitor(block)).remove)
             self._forward(self._batches[0])
         return list(calls), calls, finals
 

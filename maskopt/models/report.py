@@ -35,7 +35,7 @@ class LayerRecord:
     gap_kind : str
         What the bound is: the name of a `GapKind`.
     sparsity : float
-        Share of the weights pruned.
+        Fraction of the weights pruned.
     nonzeros : int
         Number of weights kept.
     tokens : int
@@ -94,7 +94,7 @@ class PruneReport:
 
     @property
     def sparsity(self) -> float:
-        """Share of them that is pruned."""
+        """Fraction of them that is pruned."""
         return 1.0 - sum(layer.nonzeros for layer in self.layers) / self.weights
 
     @property

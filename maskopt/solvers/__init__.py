@@ -1,7 +1,7 @@
 """How: algorithms that choose masks, one per file, with one shared loop and one Result."""
 
 from maskopt.solvers.active import Away, BlendedPairwise, FullyCorrective, Lazy, Pairwise
-from maskopt.solvers.base import GapKind, Outcome, Result, Solver, State, Status, Stop, Watch, check_compatible, solve
+from maskopt.solvers.base import GapKind, Monitor, Outcome, Result, Solver, State, Status, Stop, check_compatible, solve
 from maskopt.solvers.branch_and_bound import BranchAndBound, NodeLog
 from maskopt.solvers.brute_force import BruteForce
 from maskopt.solvers.continuation import ContinuationFrankWolfe
@@ -9,10 +9,10 @@ from maskopt.solvers.directions import BlockCoordinate, Boosted, Conjugate, Mome
 from maskopt.solvers.frank_wolfe import DIRECTIONS, STEPS, FrankWolfe
 from maskopt.solvers.history import COLUMNS
 from maskopt.solvers.inface import BlendedInFace, InFace
-from maskopt.solvers.loop import Walk, frank_wolfe
+from maskopt.solvers.loop import LoopResult, frank_wolfe
 from maskopt.solvers.one_swap import OneSwap
 from maskopt.solvers.registry import SOLVERS, make_solver
-from maskopt.solvers.rules import Direction, Pool, Step, View, Way
+from maskopt.solvers.rules import DirectionRule, IterationState, RowBlocks, SearchDirection, StepRule
 from maskopt.solvers.scip import Scip
 from maskopt.solvers.scores import RIA, Magnitude, Wanda
 from maskopt.solvers.sparsefw import SparseFW
@@ -42,40 +42,40 @@ __all__ = [
     "BruteForce",
     "Conjugate",
     "ContinuationFrankWolfe",
-    "Direction",
+    "DirectionRule",
     "ExactStep",
     "FrankWolfe",
     "FullyCorrective",
     "GapKind",
     "InFace",
+    "IterationState",
     "Lazy",
     "LogStep",
+    "LoopResult",
     "Magnitude",
     "Momentum",
+    "Monitor",
     "MonotoneStep",
     "NodeLog",
     "OneSwap",
     "OpenLoopStep",
     "Outcome",
     "Pairwise",
-    "Pool",
     "Result",
+    "RowBlocks",
     "Scip",
+    "SearchDirection",
     "SecantStep",
     "ShortStep",
     "Solver",
     "SparseFW",
     "State",
     "Status",
-    "Step",
+    "StepRule",
     "Stochastic",
     "Stop",
     "Vanilla",
-    "View",
-    "Walk",
     "Wanda",
-    "Watch",
-    "Way",
     "check_compatible",
     "frank_wolfe",
     "make_solver",

@@ -9,37 +9,37 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from maskopt.problems import Move, Quadratic
+from maskopt.problems import Direction, Quadratic
 from maskopt.solvers.atoms import Atoms
-from maskopt.solvers.rules import Direction, View, Way
+from maskopt.solvers.rules import DirectionRule, IterationState, SearchDirection
 
 __all__ = ["Away", "BlendedPairwise", "FullyCorrective", "Lazy", "Pairwise"]
 
 
 @dataclass(frozen=True)
-class _OnAtoms(Direction):
+class _OnAtoms(DirectionRule):
     """What the rules of this file share: they start at a vertex."""
 
     from_vertex: ClassVar[bool] = True
 
 
 @dataclass
-class _Run(Direction):
+class _Run(DirectionRule):
     """A run that carries its atoms; rules say which to use and how weights move."""
 
     atoms: Atoms
 
-    def take(self, rows: Tensor, bands: Tensor) -> Direction:
-        return type(self)(self.atoms.take(bands))
+    def take(self, rows: Tensor, blocks: Tensor) -> DirectionRule:
+        return type(self)(self.atoms.take(blocks))
 
 
-def _first(view: View) -> Atoms:
-    return Atoms(view.pool.flat(view.x))
+def _first(state: IterationState) -> Atoms:
+    return Atoms(state.row_blocks.flat(state.x))
 
 
-def _flat(view: View, per_band: Tensor) -> Tensor:
-    """Return a (bands, entries) matrix in the shape of x."""
-    return per_band.reshape(view.x.shape)
+def _flat(state: IterationState, per_band: Tensor) -> Tensor:
+    """Return a (row blocks, entries) matrix in the shape of x."""
+    return per_band.reshape(state.x.shape)
 
 
 @dataclass(frozen=True)
@@ -49,34 +49,34 @@ class Away(_OnAtoms):
     As analysed by Lacoste-Julien and Jaggi (NeurIPS 2015, algorithm 1): linear convergence on polytopes.
     """
 
-    def begin(self, view: View) -> Direction:
-        return _AwayRun(_first(view))
+    def begin(self, state: IterationState) -> DirectionRule:
+        return _AwayRun(_first(state))
 
 
 @dataclass
 class _AwayRun(_Run):
-    def way(self, view: View) -> Way:
-        atoms, pool = self.atoms, view.pool
-        gradient, x = pool.flat(view.gradient), pool.flat(view.x)
+    def search_direction(self, state: IterationState) -> SearchDirection:
+        atoms, row_blocks = self.atoms, state.row_blocks
+        gradient, x = row_blocks.flat(state.gradient), row_blocks.flat(state.x)
         worst, slot = atoms.best(atoms.scores(gradient), largest=True)
         weight = atoms.weight_of(slot)
         gain = worst - vecdot(gradient, x)
         # A point that is its only vertex has nowhere to go away to.
-        away = (gain > pool.first(view.gap)) & (weight < 1.0)
+        away = (gain > row_blocks.first(state.gap)) & (weight < 1.0)
         self.slot, self.away = slot, away
         back = x - atoms.dense(slot, x.dtype)
-        way = torch.lerp(pool.flat(view.toward), back, away.to(x.dtype).unsqueeze(1))
-        limit = torch.where(away, weight / (1.0 - weight), 1.0)
-        return Way(_flat(view, way), pool.spread(limit.to(x.dtype)))
+        search = torch.lerp(row_blocks.flat(state.toward), back, away.to(x.dtype).unsqueeze(1))
+        max_step = torch.where(away, weight / (1.0 - weight), 1.0)
+        return SearchDirection(_flat(state, search), row_blocks.spread(max_step.to(x.dtype)))
 
-    def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
-        pool, atoms = view.pool, self.atoms
-        step, full = pool.first(share).double(), pool.first(share >= limit)
+    def update(self, state: IterationState, direction: Direction, step_size: Tensor, max_step: Tensor) -> None:
+        row_blocks, atoms = state.row_blocks, self.atoms
+        step, full = row_blocks.first(step_size).double(), row_blocks.first(step_size >= max_step)
         signed = torch.where(self.away, step, -step)
         atoms.weight *= (1.0 + signed).unsqueeze(1)
         atoms.shift(self.slot, torch.where(self.away, -step, 0.0))
         atoms.empty(self.slot, self.away & full)
-        atoms.add(pool.flat(view.vertex), torch.where(self.away, 0.0, step))
+        atoms.add(row_blocks.flat(state.vertex), torch.where(self.away, 0.0, step))
         atoms.settle()
 
 
@@ -87,24 +87,24 @@ class Pairwise(_OnAtoms):
     As analysed by Lacoste-Julien and Jaggi (NeurIPS 2015, algorithm 2).
     """
 
-    def begin(self, view: View) -> Direction:
-        return _PairwiseRun(_first(view))
+    def begin(self, state: IterationState) -> DirectionRule:
+        return _PairwiseRun(_first(state))
 
 
 @dataclass
 class _PairwiseRun(_Run):
-    def way(self, view: View) -> Way:
-        atoms, pool = self.atoms, view.pool
-        _, self.slot = atoms.best(atoms.scores(pool.flat(view.gradient)), largest=True)
-        way = pool.flat(view.vertex) - atoms.dense(self.slot, view.x.dtype)
-        return Way(_flat(view, way), pool.spread(atoms.weight_of(self.slot).to(way.dtype)))
+    def search_direction(self, state: IterationState) -> SearchDirection:
+        atoms, row_blocks = self.atoms, state.row_blocks
+        _, self.slot = atoms.best(atoms.scores(row_blocks.flat(state.gradient)), largest=True)
+        search = row_blocks.flat(state.vertex) - atoms.dense(self.slot, state.x.dtype)
+        return SearchDirection(_flat(state, search), row_blocks.spread(atoms.weight_of(self.slot).to(search.dtype)))
 
-    def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
-        pool, atoms = view.pool, self.atoms
-        step = pool.first(share).double()
+    def update(self, state: IterationState, direction: Direction, step_size: Tensor, max_step: Tensor) -> None:
+        row_blocks, atoms = state.row_blocks, self.atoms
+        step = row_blocks.first(step_size).double()
         atoms.shift(self.slot, -step)
-        atoms.empty(self.slot, pool.first(share >= limit))
-        atoms.add(pool.flat(view.vertex), step)
+        atoms.empty(self.slot, row_blocks.first(step_size >= max_step))
+        atoms.add(row_blocks.flat(state.vertex), step)
         atoms.settle()
 
 
@@ -122,40 +122,40 @@ class BlendedPairwise(_OnAtoms):
 
     patience: float = 1.0
 
-    def begin(self, view: View) -> Direction:
-        return _BlendedRun(_first(view), self.patience)
+    def begin(self, state: IterationState) -> DirectionRule:
+        return _BlendedRun(_first(state), self.patience)
 
 
 @dataclass
 class _BlendedRun(_Run):
     patience: float = 1.0
 
-    def way(self, view: View) -> Way:
-        atoms, pool = self.atoms, view.pool
-        scores = atoms.scores(pool.flat(view.gradient))
+    def search_direction(self, state: IterationState) -> SearchDirection:
+        atoms, row_blocks = self.atoms, state.row_blocks
+        scores = atoms.scores(row_blocks.flat(state.gradient))
         worst, self.drop = atoms.best(scores, largest=True)
         best, self.gain = atoms.best(scores, largest=False)
-        self.local = (worst - best) * self.patience >= pool.first(view.gap)
-        dtype = view.x.dtype
+        self.local = (worst - best) * self.patience >= row_blocks.first(state.gap)
+        dtype = state.x.dtype
         within = atoms.dense(self.gain, dtype) - atoms.dense(self.drop, dtype)
-        outward = pool.flat(view.toward)
-        way = torch.lerp(outward, within, self.local.to(dtype).unsqueeze(1))
-        limit = torch.where(self.local, atoms.weight_of(self.drop), 1.0).to(dtype)
-        return Way(_flat(view, way), pool.spread(limit))
+        outward = row_blocks.flat(state.toward)
+        search = torch.lerp(outward, within, self.local.to(dtype).unsqueeze(1))
+        max_step = torch.where(self.local, atoms.weight_of(self.drop), 1.0).to(dtype)
+        return SearchDirection(_flat(state, search), row_blocks.spread(max_step))
 
-    def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
-        pool, atoms = view.pool, self.atoms
-        step, full = pool.first(share).double(), pool.first(share >= limit)
+    def update(self, state: IterationState, direction: Direction, step_size: Tensor, max_step: Tensor) -> None:
+        row_blocks, atoms = state.row_blocks, self.atoms
+        step, full = row_blocks.first(step_size).double(), row_blocks.first(step_size >= max_step)
         within, outward = torch.where(self.local, step, 0.0), torch.where(self.local, 0.0, step)
         atoms.weight *= (1.0 - outward).unsqueeze(1)
         atoms.shift(self.gain, within)
         atoms.shift(self.drop, -within)
         atoms.empty(self.drop, self.local & full)
-        atoms.add(pool.flat(view.vertex), outward)
+        atoms.add(row_blocks.flat(state.vertex), outward)
         atoms.settle()
 
-    def take(self, rows: Tensor, bands: Tensor) -> Direction:
-        return _BlendedRun(self.atoms.take(bands), self.patience)
+    def take(self, rows: Tensor, blocks: Tensor) -> DirectionRule:
+        return _BlendedRun(self.atoms.take(blocks), self.patience)
 
 
 @dataclass(frozen=True)
@@ -170,36 +170,36 @@ class FullyCorrective(_OnAtoms):
 
     requires: ClassVar[tuple[str, ...]] = ("hessian",)
 
-    def begin(self, view: View) -> Direction:
-        run = _CorrectiveRun(_first(view))
-        run.extend(view, torch.zeros(run.atoms.bands, dtype=torch.int64, device=view.x.device), view.x)
+    def begin(self, state: IterationState) -> DirectionRule:
+        run = _CorrectiveRun(_first(state))
+        run.extend(state, torch.zeros(run.atoms.blocks, dtype=torch.int64, device=state.x.device), state.x)
         return run
 
 
 @dataclass
 class _CorrectiveRun(_Run):
-    def extend(self, view: View, slot: Tensor, vertex: Tensor) -> None:
-        """Fill in the inner products of one slot per band."""
-        assert isinstance(view.objective, Quadratic)
-        bent = view.objective.hessian(view.along(vertex))
-        atoms, every = self.atoms, torch.arange(self.atoms.bands, device=slot.device)
-        products = atoms.scores(view.pool.flat(bent))
+    def extend(self, state: IterationState, slot: Tensor, vertex: Tensor) -> None:
+        """Fill in the inner products of one slot per row block."""
+        assert isinstance(state.objective, Quadratic)
+        product = state.objective.hessian(state.hvp(vertex))
+        atoms, every = self.atoms, torch.arange(self.atoms.blocks, device=slot.device)
+        products = atoms.scores(state.row_blocks.flat(product))
         if atoms.matrix is None:
-            atoms.matrix = products.new_zeros((atoms.bands, products.shape[1], products.shape[1]))
+            atoms.matrix = products.new_zeros((atoms.blocks, products.shape[1], products.shape[1]))
         atoms.matrix[every, slot, :] = products
         atoms.matrix[every, :, slot] = products
 
-    def way(self, view: View) -> Way:
-        atoms, pool = self.atoms, view.pool
-        vertex = pool.flat(view.vertex)
-        nothing = torch.zeros(atoms.bands, dtype=torch.float64, device=vertex.device)
+    def search_direction(self, state: IterationState) -> SearchDirection:
+        atoms, row_blocks = self.atoms, state.row_blocks
+        vertex = row_blocks.flat(state.vertex)
+        nothing = torch.zeros(atoms.blocks, dtype=torch.float64, device=vertex.device)
         slot = atoms.add(vertex, nothing, where=torch.ones_like(nothing, dtype=torch.bool))
-        self.extend(view, slot, view.vertex)
+        self.extend(state, slot, state.vertex)
         free = atoms.weight > 0
         free.scatter_(1, slot.unsqueeze(1), True)
-        self.weight = self._corrected(atoms.scores(pool.flat(view.gradient)), free)
-        way = atoms.combined(self.weight, view.x.dtype) - pool.flat(view.x)
-        return Way(_flat(view, way), best=True)
+        self.weight = self._corrected(atoms.scores(row_blocks.flat(state.gradient)), free)
+        search = atoms.combined(self.weight, state.x.dtype) - row_blocks.flat(state.x)
+        return SearchDirection(_flat(state, search), best=True)
 
     def _corrected(self, slope: Tensor, free: Tensor) -> Tensor:
         """Return the best weights on the free slots, given the slope over weights at the present ones."""
@@ -225,8 +225,8 @@ class _CorrectiveRun(_Run):
             right = torch.nn.functional.pad(-slope * inside, (0, 1)).unsqueeze(2)
             change = torch.linalg.solve(system, right)[:, :slots, 0] * inside * open_.unsqueeze(1)
             # Along a negative curvature the solution is the highest point: away from it, until a weight is gone.
-            bent = torch.einsum("bi,bij,bj->b", change, matrix, change)
-            concave = (bent < -10.0 * ridge * vecdot(change, change)) & (change.abs().amax(1) > 1e-9)
+            product = torch.einsum("bi,bij,bj->b", change, matrix, change)
+            concave = (product < -10.0 * ridge * vecdot(change, change)) & (change.abs().amax(1) > 1e-9)
             change = torch.where((concave & (vecdot(slope, change) > 0)).unsqueeze(1), -change, change)
             room = torch.where(change < 0, weight / -change, torch.inf)
             most, first = room.min(1)
@@ -242,62 +242,62 @@ class _CorrectiveRun(_Run):
                 break
         return weight / weight.sum(1, keepdim=True)
 
-    def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
-        atoms, step = self.atoms, view.pool.first(share).double().unsqueeze(1)
+    def update(self, state: IterationState, direction: Direction, step_size: Tensor, max_step: Tensor) -> None:
+        atoms, step = self.atoms, state.row_blocks.first(step_size).double().unsqueeze(1)
         atoms.weight = torch.lerp(atoms.weight, self.weight, step)
         atoms.settle()
 
 
 @dataclass(frozen=True)
-class Lazy(Direction):
+class Lazy(DirectionRule):
     """Lazified: a vertex seen before that is good enough saves the oracle call (Braun, Pokutta and Zink, JMLR 2019).
 
     Good enough means progress of at least the current estimate of the gap over `patience`. Where no known
-    vertex is, the oracle is asked, for those bands only, and its gap halves the estimate or certifies it.
+    vertex is, the oracle is asked, for those row blocks only, and its gap halves the estimate or certifies it.
 
     Parameters
     ----------
     patience : float
         At least 1.
     remember : int
-        Vertices kept for each band; when there are so many all are forgotten.
+        Vertices kept for each row block; when there are so many all are forgotten.
     """
 
     patience: float = 2.0
     remember: int = 64
 
-    def begin(self, view: View) -> Direction:
-        estimate = view.pool.first(view.gap).double().clamp_min(0.0) / 2
-        return _LazyRun(self, Atoms(view.pool.flat(view.vertex)), estimate)
+    def begin(self, state: IterationState) -> DirectionRule:
+        estimate = state.row_blocks.first(state.gap).double().clamp_min(0.0) / 2
+        return _LazyRun(self, Atoms(state.row_blocks.flat(state.vertex)), estimate)
 
 
 @dataclass
-class _LazyRun(Direction):
+class _LazyRun(DirectionRule):
     rule: Lazy
     atoms: Atoms
     estimate: Tensor
 
-    def way(self, view: View) -> Way:
-        atoms, pool = self.atoms, view.pool
-        gradient, x = pool.flat(view.gradient), pool.flat(view.x)
-        least, slot = atoms.best(atoms.scores(gradient), largest=False)
+    def search_direction(self, state: IterationState) -> SearchDirection:
+        atoms, row_blocks = self.atoms, state.row_blocks
+        gradient, x = row_blocks.flat(state.gradient), row_blocks.flat(state.x)
+        minimum, slot = atoms.best(atoms.scores(gradient), largest=False)
         here = vecdot(gradient, x).double()
-        enough = here - least > self.estimate / self.rule.patience
+        enough = here - minimum > self.estimate / self.rule.patience
         vertex = atoms.dense(slot, x.dtype)
         asked = (~enough).nonzero().squeeze(1)
         if len(asked):
-            rows = pool.rows_of(asked)
-            found = pool.flat(view.ask_rows(rows))
+            rows = row_blocks.rows_of(asked)
+            found = row_blocks.flat(state.ask_rows(rows))
             gap = vecdot(gradient[asked], x[asked] - found).double()
             estimate = self.estimate[asked]
             # The true gap is known here: it is what remains, or proof that the estimate was too high.
             self.estimate[asked] = torch.where(gap > estimate / self.rule.patience, estimate, gap.clamp_min(0.0) / 2)
             known = torch.full_like(here, torch.inf).index_copy_(0, asked, gap)
-            view.known_gap = pool.spread(known.to(x.dtype))
+            state.known_gap = row_blocks.spread(known.to(x.dtype))
             vertex = vertex.index_copy(0, asked, found)
             atoms.weight *= ((atoms.active < self.rule.remember) | enough).unsqueeze(1)
             atoms.add(vertex, (~enough).double())
-        return Way(_flat(view, vertex) - view.x)
+        return SearchDirection(_flat(state, vertex) - state.x)
 
-    def take(self, rows: Tensor, bands: Tensor) -> Direction:
-        return _LazyRun(self.rule, self.atoms.take(bands), self.estimate[bands])
+    def take(self, rows: Tensor, blocks: Tensor) -> DirectionRule:
+        return _LazyRun(self.rule, self.atoms.take(blocks), self.estimate[blocks])

@@ -9,19 +9,19 @@ __all__ = ["Atoms"]
 
 
 class Atoms:
-    """Convex combinations of vertices, one for each band.
+    """Convex combinations of vertices, one for each row block.
 
     A slot holds a vertex as the sorted flat indices of its entries, int32, with a weight; weight 0 frees the
-    slot. One more entry per band, always nought, fills up vertices with fewer entries than the widest.
+    slot. One more entry per row block, always zero, fills up vertices with fewer entries than the widest.
 
     Parameters
     ----------
     vertices : Tensor
-        Zeros and ones, shape (bands, entries): the first vertex of each band, at weight 1.
+        Zeros and ones, shape (row blocks, entries): the first vertex of each row block, at weight 1.
     """
 
     def __init__(self, vertices: Tensor) -> None:
-        self.bands, self.entries = vertices.shape
+        self.blocks, self.entries = vertices.shape
         random = torch.Generator().manual_seed(0)
         # A vertex is recognised by the sum of its entries' random 64-bit keys.
         keys = torch.randint(-(2**62), 2**62, (self.entries,), generator=random)
@@ -29,43 +29,45 @@ class Atoms:
         index = self._listed(vertices)
         self.index = index.unsqueeze(1)
         self.name = self._named(index).unsqueeze(1)
-        self.weight = torch.ones((self.bands, 1), dtype=torch.float64, device=vertices.device)
+        self.weight = torch.ones((self.blocks, 1), dtype=torch.float64, device=vertices.device)
         self.matrix: Tensor | None = None
-        """Inner products of the atoms, shape (bands, slots, slots), where someone keeps them."""
+        """Inner products of the atoms, shape (row blocks, slots, slots), where someone keeps them."""
 
     @property
     def active(self) -> Tensor:
-        """Number of vertices with weight, per band."""
+        """Number of vertices with weight, per row block."""
         return (self.weight > 0).sum(1)
 
     def scores(self, values: Tensor) -> Tensor:
-        """Return <values, vertex> for every slot: (bands, entries) -> (bands, slots), float64."""
-        padded = torch.cat((values, values.new_zeros((self.bands, 1))), 1).view(-1)
+        """Return <values, vertex> for every slot: (row blocks, entries) -> (row blocks, slots), float64."""
+        padded = torch.cat((values, values.new_zeros((self.blocks, 1))), 1).view(-1)
         picked = padded.index_select(0, self.index.view(-1)).view(self.index.shape)
         return picked.sum(2).double()  # summing into another type takes seven times as long
 
     def best(self, scores: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
-        """Return the extreme score among active vertices and its slot, per band."""
+        """Return the extreme score among active vertices and its slot, per row block."""
         worst = -torch.inf if largest else torch.inf
         among = torch.where(self.weight > 0, scores, worst)
         found = among.max(1) if largest else among.min(1)
         return found.values, found.indices
 
     def dense(self, slot: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the vertices in one slot per band as zeros and ones, shape (bands, entries)."""
+        """Return the vertices in one slot per row block as zeros and ones, shape (row blocks, entries)."""
         index = self.index[self._every, slot].view(-1).long()
-        ones = torch.zeros(self.bands * (self.entries + 1), dtype=dtype, device=index.device).index_fill_(0, index, 1.0)
-        return ones.view(self.bands, -1)[:, :-1]
+        ones = torch.zeros(self.blocks * (self.entries + 1), dtype=dtype, device=index.device).index_fill_(
+            0, index, 1.0
+        )
+        return ones.view(self.blocks, -1)[:, :-1]
 
     def combined(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return sum of weight (bands, slots) times vertices, shape (bands, entries)."""
-        sums = torch.zeros(self.bands * (self.entries + 1), dtype=torch.float64, device=weight.device)
+        """Return sum of weight (row blocks, slots) times vertices, shape (row blocks, entries)."""
+        sums = torch.zeros(self.blocks * (self.entries + 1), dtype=torch.float64, device=weight.device)
         spread = weight.unsqueeze(2).expand(self.index.shape).reshape(-1)
         sums.index_add_(0, self.index.view(-1), spread)
-        return sums.view(self.bands, -1)[:, :-1].to(dtype)
+        return sums.view(self.blocks, -1)[:, :-1].to(dtype)
 
     def weight_of(self, slot: Tensor) -> Tensor:
-        """Return the weight in one slot per band."""
+        """Return the weight in one slot per row block."""
         return self.weight.gather(1, slot.unsqueeze(1)).squeeze(1)
 
     def add(self, vertices: Tensor, weight: Tensor, where: Tensor | None = None) -> Tensor:
@@ -74,11 +76,11 @@ class Atoms:
         Parameters
         ----------
         vertices : Tensor
-            Zeros and ones, shape (bands, entries).
+            Zeros and ones, shape (row blocks, entries).
         weight : Tensor
-            Shape (bands,); where it is 0 a vertex that is new takes no slot.
+            Shape (row blocks,); where it is 0 a vertex that is new takes no slot.
         where : Tensor, optional
-            Bands, boolean, that get a slot whatever the weight.
+            Row blocks, boolean, that get a slot whatever the weight.
         """
         index = self._listed(vertices)
         name = self._named(index)
@@ -91,23 +93,23 @@ class Atoms:
             known = (self.name == name.unsqueeze(1)) & (self.weight > 0)
             slot = known.max(1).indices
         slot = torch.where(new, (self.weight <= 0).int().argmax(1), slot)
-        bands = new.nonzero().squeeze(1)
-        if len(bands):
+        blocks = new.nonzero().squeeze(1)
+        if len(blocks):
             if index.shape[1] > self.index.shape[2]:
                 self._widen(index.shape[1])
-            self.index[bands, slot[bands]] = self._padding(bands)
-            self.index[bands, slot[bands], : index.shape[1]] = index[bands]
-            self.name[bands, slot[bands]] = name[bands]
+            self.index[blocks, slot[blocks]] = self._padding(blocks)
+            self.index[blocks, slot[blocks], : index.shape[1]] = index[blocks]
+            self.name[blocks, slot[blocks]] = name[blocks]
         self.weight.scatter_add_(1, slot.unsqueeze(1), torch.where(has | new, weight, 0.0).double().unsqueeze(1))
         return slot
 
     def empty(self, slot: Tensor, where: Tensor) -> None:
-        """Free one slot per band in the bands `where`."""
+        """Free one slot per row block in the row blocks `where`."""
         left = self.weight_of(slot).masked_fill(where, 0.0)
         self.weight.scatter_(1, slot.unsqueeze(1), left.unsqueeze(1))
 
     def shift(self, slot: Tensor, weight: Tensor) -> None:
-        """Add weight to one slot per band."""
+        """Add weight to one slot per row block."""
         self.weight.scatter_add_(1, slot.unsqueeze(1), weight.unsqueeze(1))
 
     def settle(self) -> None:
@@ -115,37 +117,37 @@ class Atoms:
         self.weight *= self.weight > 1e-14
         self.weight /= self.weight.sum(1, keepdim=True)
 
-    def take(self, bands: Tensor) -> Atoms:
-        """Return the atoms of some bands."""
+    def take(self, blocks: Tensor) -> Atoms:
+        """Return the atoms of some row blocks."""
         part = object.__new__(Atoms)
-        part.bands, part.entries, part._keys = len(bands), self.entries, self._keys
-        offset = (torch.arange(len(bands), device=bands.device) - bands) * (self.entries + 1)
-        part.index = self.index[bands] + offset.view(-1, 1, 1).int()
-        part.name, part.weight = self.name[bands], self.weight[bands]
-        part.matrix = None if self.matrix is None else self.matrix[bands]
+        part.blocks, part.entries, part._keys = len(blocks), self.entries, self._keys
+        offset = (torch.arange(len(blocks), device=blocks.device) - blocks) * (self.entries + 1)
+        part.index = self.index[blocks] + offset.view(-1, 1, 1).int()
+        part.name, part.weight = self.name[blocks], self.weight[blocks]
+        part.matrix = None if self.matrix is None else self.matrix[blocks]
         return part
 
     @property
     def _every(self) -> Tensor:
-        return torch.arange(self.bands, device=self.index.device)
+        return torch.arange(self.blocks, device=self.index.device)
 
     def _offset(self) -> Tensor:
-        """Return where each band's entries begin, shape (bands, 1)."""
+        """Return where each row block's entries begin, shape (row blocks, 1)."""
         return (self._every * (self.entries + 1)).unsqueeze(1)
 
-    def _padding(self, bands: Tensor) -> Tensor:
-        """Return the flat index of the nought of some bands, shape (bands, 1)."""
-        return (bands * (self.entries + 1) + self.entries).int().unsqueeze(1)
+    def _padding(self, blocks: Tensor) -> Tensor:
+        """Return the flat index of the zero of some row blocks, shape (row blocks, 1)."""
+        return (blocks * (self.entries + 1) + self.entries).int().unsqueeze(1)
 
     def _listed(self, vertices: Tensor) -> Tensor:
-        """Return the flat indices of the ones, int32, shape (bands, most ones of any band), padded."""
+        """Return the flat indices of the ones, int32, shape (row blocks, most ones of any row block), padded."""
         counts = vertices.sum(1, dtype=torch.float64).long()
         most = int(counts.max())
         rows, columns = vertices.nonzero(as_tuple=True)
         flat = (rows * (self.entries + 1) + columns).int()
         if int(counts.min()) == most:
-            return flat.view(self.bands, most)
-        listed = self._padding(torch.arange(self.bands, device=vertices.device)).repeat(1, most)
+            return flat.view(self.blocks, most)
+        listed = self._padding(torch.arange(self.blocks, device=vertices.device)).repeat(1, most)
         first = counts.cumsum(0) - counts
         place = torch.arange(len(rows), device=rows.device) - first[rows]
         listed[rows, place] = flat

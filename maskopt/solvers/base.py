@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 __all__ = [
     "Callback",
     "GapKind",
+    "Monitor",
     "Outcome",
     "Result",
     "Solver",
     "State",
     "Status",
     "Stop",
-    "Watch",
-    "band_of",
     "check_compatible",
+    "row_block_of",
     "solve",
 ]
 
@@ -78,7 +78,7 @@ class State:
     iteration, iterations : int
         Work done and planned (an upper estimate for descent methods) in the current block of rows.
     fraction : float
-        Share of the whole solve that is done, in [0, 1]; an estimate.
+        Fraction of the whole solve that is done, in [0, 1]; an estimate.
     seconds : float
         Since the start.
     problem, masks
@@ -106,7 +106,7 @@ class State:
 Callback = Callable[[State], Stop | None]
 
 
-class Watch:
+class Monitor:
     """Clock, callback and counters of one solve, handed to the solver."""
 
     def __init__(self, solver: str, callback: Callback | None, time_limit: float | None, memory: int = 2**30) -> None:
@@ -131,7 +131,7 @@ class Watch:
         return math.inf if self._limit is None else max(0.0, self._limit - self.seconds)
 
     def block(self, start: float, end: float, recorder: Recorder | None) -> None:
-        """Say which share of the whole solve the coming work is, and who records it."""
+        """Say which fraction of the whole solve the coming work is, and who records it."""
         self._window = (start, end)
         self.recorder = recorder
         self._block_began = self.seconds
@@ -216,7 +216,7 @@ class Solver(ABC):
     relaxes : bool
         Whether it sees the relaxation: others get the problem without shifts, which is the same on masks.
     bandwise : bool
-        Whether bands of rows that the set couples may be solved apart.
+        Whether row blocks of rows that the set couples may be solved apart.
     record : int or "doubling"
         What is recorded where the caller does not say.
     row_wise : bool
@@ -230,7 +230,7 @@ class Solver(ABC):
     requires: ClassVar[tuple[str, ...]] = ()
     asks: ClassVar[tuple[str, ...]] = ()
     relaxes: ClassVar[bool] = False
-    bandwise: ClassVar[bool] = False
+    blockwise: ClassVar[bool] = False
     record: ClassVar[Record] = 0
     row_wise: ClassVar[bool] = True
     arrays: ClassVar[float] = 4.0
@@ -246,7 +246,7 @@ class Solver(ABC):
         return self.requires, self.asks
 
     @abstractmethod
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         """Solve one block of rows from the feasible mask `start`."""
 
     def solves_rows_apart(self, masks: MaskSet) -> bool:
@@ -269,7 +269,7 @@ class Result:
     status : Status
     gap_kind : GapKind
     lower_bound : Tensor or None
-        Proven bound, float64: one entry for each band of rows that are independent of the others (each row, or the
+        Proven bound, float64: one entry for each row block of rows that are independent of the others (each row, or the
         whole matrix).
     iterations : int
     seconds : float
@@ -280,7 +280,7 @@ class Result:
     history : dict of str to list of float
         Columns `maskopt.solvers.COLUMNS`, where the solve was recorded.
     sources : dict of str to int
-        In how many bands the mask came from rounding, a vertex, ..., where the solve was recorded.
+        In how many row blocks the mask came from rounding, a vertex, ..., where the solve was recorded.
     weight : Tensor or None
         The weights that go with the mask, zero where pruned, shape (rows, d) in the problem's type, where the solver
         moves them (`maskopt.weights`); None: they stay as they were.
@@ -324,7 +324,7 @@ class Result:
 
     @property
     def sparsity(self) -> float:
-        """Share of pruned entries."""
+        """Fraction of pruned entries."""
         return 1.0 - float(self.mask.sum()) / self.mask.numel()
 
     @property
@@ -333,7 +333,7 @@ class Result:
         return None if self.lower_bound is None else self.total - float(self.lower_bound.sum())
 
     def part(self, index: slice) -> Result:
-        """Return the result for some rows of a solve in which rows were independent; seconds by share of rows."""
+        """Return the result for some rows of a solve in which rows were independent; seconds by fraction of rows."""
         mask = self.mask[index]
         return replace(
             self,
@@ -414,15 +414,15 @@ def solve(
         solver = ContinuationFrankWolfe()
     check_compatible(problem, masks, solver)
     masks.check(problem.shape)  # raises here, before any work, where the set does not fit
-    watch = Watch(type(solver).__name__, callback, time_limit, memory)
+    monitor = Monitor(type(solver).__name__, callback, time_limit, memory)
     rows, columns = problem.shape
     with sized_threads(rows * columns * columns):
-        return _solve(problem, masks, solver, start, watch, memory, solver.record if record is None else record)
+        return _solve(problem, masks, solver, start, monitor, memory, solver.record if record is None else record)
 
 
-def band_of(problem: Problem, masks: MaskSet) -> int:
+def row_block_of(problem: Problem, masks: MaskSet) -> int:
     """Return how many consecutive rows are coupled by the set or the objective."""
-    return problem.shape[0] if problem.coupled else masks.band(problem.shape)
+    return problem.shape[0] if problem.coupled else masks.row_block(problem.shape)
 
 
 _PROVIDERS = {
@@ -462,26 +462,26 @@ def _solve(
     masks: MaskSet,
     solver: Solver,
     start: Tensor | Solver | None,
-    watch: Watch,
+    monitor: Monitor,
     memory: int,
     record: Record,
 ) -> Result:
     from maskopt.solvers.history import Recorder, merged
-    from maskopt.solvers.rules import Pool
+    from maskopt.solvers.rules import RowBlocks
 
     first = _start_mask(problem, masks, solver.start if start is None else start)
     seen = problem if solver.relaxes else problem.unshifted()
-    band = band_of(problem, masks)
-    apart = solver.solves_rows_apart(masks) or (solver.row_wise and solver.bandwise)
+    row_block = row_block_of(problem, masks)
+    apart = solver.solves_rows_apart(masks) or (solver.row_wise and solver.blockwise)
     outcomes, recorders = [], list[Recorder]()
-    for index in _blocks(seen, solver.arrays, memory, band) if apart else [slice(0, problem.shape[0])]:
+    for index in _blocks(seen, solver.arrays, memory, row_block) if apart else [slice(0, problem.shape[0])]:
         whole = index == slice(0, problem.shape[0])
         part = seen if whole else seen.rows(index)
         part_masks = masks if whole else masks.rows(index, problem.shape)
-        recorder = None if record == 0 else Recorder(part, part_masks, Pool(band), record)
-        watch.block(index.start / problem.shape[0], index.stop / problem.shape[0], recorder)
+        recorder = None if record == 0 else Recorder(part, part_masks, RowBlocks(row_block), record)
+        monitor.block(index.start / problem.shape[0], index.stop / problem.shape[0], recorder)
         recorders += [] if recorder is None else [recorder]
-        outcomes.append(watch.finish(solver.run(part, part_masks, None if first is None else first[index], watch)))
+        outcomes.append(monitor.finish(solver.run(part, part_masks, None if first is None else first[index], monitor)))
     mask = torch.cat([outcome.mask for outcome in outcomes])
     if not masks.contains(mask):
         raise RuntimeError(f"{type(solver).__name__} returned a mask outside {masks}; this is a bug in the solver.")
@@ -508,12 +508,12 @@ def _solve(
         mask=mask,
         objective=objective,
         scale=problem.scale(),
-        status=Status.OPTIMAL if optimal else watch.ended or weakest,
+        status=Status.OPTIMAL if optimal else monitor.ended or weakest,
         gap_kind=GapKind.PROVEN if proven else nothing,
         lower_bound=bound,
         iterations=max(outcome.iterations for outcome in outcomes),
-        seconds=watch.seconds,
-        counters=dict(watch.counters),
+        seconds=monitor.seconds,
+        counters=dict(monitor.counters),
         solver=repr(solver),
         history=merged([recorder.history for recorder in recorders]),
         sources=dict(sum((Counter(recorder.sources) for recorder in recorders), Counter())),
@@ -535,10 +535,10 @@ def _start_mask(problem: Problem, masks: MaskSet, start: Tensor | Solver | None)
     return start.to(problem.device)
 
 
-def _blocks(problem: Problem, arrays: float, memory: int, band: int) -> Iterator[slice]:
-    rows, columns = problem.shape[0] // band, problem.shape[1] * band
+def _blocks(problem: Problem, arrays: float, memory: int, row_block: int) -> Iterator[slice]:
+    rows, columns = problem.shape[0] // row_block, problem.shape[1] * row_block
     per_row = arrays * columns * torch.finfo(problem.dtype).bits / 8
     # Equal blocks: a last block of a few rows would waste the matrix products' efficiency.
     number = -(-rows // max(1, int(memory / per_row)))
-    edges = [rows * i // number * band for i in range(number + 1)]
+    edges = [rows * i // number * row_block for i in range(number + 1)]
     return (slice(a, b) for a, b in itertools.pairwise(edges))

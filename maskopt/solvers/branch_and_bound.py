@@ -13,15 +13,15 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid, Restricted
 from maskopt.problems import LayerReconstruction, Problem
-from maskopt.solvers.base import Outcome, Solver, Status, Watch
-from maskopt.solvers.certificate import tangent
+from maskopt.solvers.base import Monitor, Outcome, Solver, Status
+from maskopt.solvers.certificate import dual_bound
 from maskopt.solvers.continuation import ContinuationFrankWolfe
 from maskopt.solvers.directions import Conjugate
 from maskopt.solvers.fixing import fixable
 from maskopt.solvers.loop import frank_wolfe
 from maskopt.solvers.nodes import Nodes, Relaxation
 from maskopt.solvers.one_swap import descend
-from maskopt.solvers.rules import Pool
+from maskopt.solvers.rules import RowBlocks
 from maskopt.solvers.steps import ExactStep
 
 __all__ = ["BranchAndBound", "NodeLog"]
@@ -32,12 +32,12 @@ _NEAR = 0.2  # of what is between a node's bound and the incumbent
 
 @dataclass(frozen=True)
 class NodeLog:
-    """Where the search of one band of rows stands.
+    """Where the search of one row block of rows stands.
 
     Attributes
     ----------
-    band : int
-        Number of the band in the block.
+    row block : int
+        Number of the row block in the block.
     seconds : float
         Since its search began.
     nodes : int
@@ -48,7 +48,7 @@ class NodeLog:
         Proven lower bound and error of the best mask.
     """
 
-    band: int
+    row_block: int
     seconds: float
     nodes: int
     waiting: int
@@ -57,13 +57,13 @@ class NodeLog:
 
     @property
     def gap(self) -> float:
-        """Share of the incumbent's error that is not proven."""
+        """Fraction of the incumbent's error that is not proven."""
         return (self.incumbent - self.bound) / self.incumbent if self.incumbent > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class BranchAndBound(Solver):
-    """Prove the best mask of each band of rows, or a bound in the time there is.
+    """Prove the best mask of each row block of rows, or a bound in the time there is.
 
     Boscia's idea (Hendrych, Troppens, Besançon and Pokutta, arXiv 2208.11010), specialised to partition matroids: the
     relaxation of a node is a convex quadratic over the hull of the masks that are left, which is a restricted matroid,
@@ -76,11 +76,11 @@ class BranchAndBound(Solver):
     Parameters
     ----------
     gap : float
-        A band is done when bound and incumbent differ by this share of the incumbent.
-    band_seconds : float, optional
-        Time for each band; `solve`'s limit is for all of them.
+        A row block is done when bound and incumbent differ by this fraction of the incumbent.
+    row_block_seconds : float, optional
+        Time for each row block; `solve`'s limit is for all of them.
     nodes : int, optional
-        For each band.
+        For each row block.
     batch : int
         Nodes solved at once.
     iterations : int
@@ -92,7 +92,7 @@ class BranchAndBound(Solver):
     """
 
     gap: float = 1e-9
-    band_seconds: float | None = None
+    row_block_seconds: float | None = None
     nodes: int | None = None
     batch: int = 2048
     iterations: int = 30
@@ -101,7 +101,7 @@ class BranchAndBound(Solver):
 
     requires: ClassVar[tuple[str, ...]] = ("weight", "gram")
     asks: ClassVar[tuple[str, ...]] = ("groups", "restrict", "kept_per_group")
-    bandwise: ClassVar[bool] = True
+    blockwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.gap >= 0 or self.batch < 1 or self.iterations < 1:
@@ -110,16 +110,16 @@ class BranchAndBound(Solver):
                 f"{self.gap}, {self.batch}, {self.iterations}."
             )
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         assert isinstance(problem, LayerReconstruction)
         assert isinstance(masks, PartitionMatroid)
         assert start is not None
-        height = masks.band(problem.shape)
+        height = masks.row_block(problem.shape)
         best, bounds, total = [], [], 0
         statuses = []
         for number in range(problem.shape[0] // height):
             rows = slice(number * height, (number + 1) * height)
-            search = _Search(self, problem.rows(rows), masks.rows(rows, problem.shape), start[rows], watch, number)
+            search = _Search(self, problem.rows(rows), masks.rows(rows, problem.shape), start[rows], monitor, number)
             statuses.append(search.run())
             best.append(search.mask)
             bounds.append(search.bound)
@@ -129,7 +129,7 @@ class BranchAndBound(Solver):
 
 
 class _Search:
-    """The search of one band."""
+    """The search of one row block."""
 
     def __init__(
         self,
@@ -137,10 +137,10 @@ class _Search:
         problem: LayerReconstruction,
         masks: PartitionMatroid,
         start: Tensor,
-        watch: Watch,
+        monitor: Monitor,
         number: int,
     ) -> None:
-        self.settings, self.problem, self.masks, self.watch, self.number = settings, problem, masks, watch, number
+        self.settings, self.problem, self.masks, self.monitor, self.number = settings, problem, masks, monitor, number
         self.relaxation = Relaxation.of(problem, masks, start)
         self.mask, self.error = start, self.relaxation.error(start.unsqueeze(0))[0]
         self.solved, self.began = 0, time.perf_counter()
@@ -152,10 +152,10 @@ class _Search:
         status = Status.OPTIMAL
         while len(self.nodes):
             self._report()
-            if self.watch.stops(self.problem, self.masks, self.solved, self.solved + len(self.nodes), mask=self.mask):
+            if self.monitor.stops(self.problem, self.masks, self.solved, self.solved + len(self.nodes), mask=self.mask):
                 status = Status.TIME_LIMIT
                 break
-            if self.settings.band_seconds is not None and self._seconds() > self.settings.band_seconds:
+            if self.settings.row_block_seconds is not None and self._seconds() > self.settings.row_block_seconds:
                 status = Status.TIME_LIMIT
                 break
             if self.settings.nodes is not None and self.solved >= self.settings.nodes:
@@ -163,8 +163,8 @@ class _Search:
                 break
             self._step(self.nodes.pop(self.settings.batch))
         # With no node left nothing is better than the incumbent, but for what counted as equal.
-        least = self.nodes.bound.min() if len(self.nodes) else self._target()
-        self.bound = torch.minimum(least, self._target()).clamp_min(0.0)
+        minimum = self.nodes.bound.min() if len(self.nodes) else self._target()
+        self.bound = torch.minimum(minimum, self._target()).clamp_min(0.0)
         self._report()
         return status
 
@@ -193,25 +193,25 @@ class _Search:
     def _step(self, nodes: Nodes) -> None:
         """Bound a batch of nodes, fix what can be fixed, and branch on what is left."""
         self.solved += len(nodes)
-        self.watch.counters["nodes"] += len(nodes)
+        self.monitor.counters["nodes"] += len(nodes)
         relaxation = self.relaxation.repeated(len(nodes))
         stacked = stack(self.masks, self.problem.shape, len(nodes))
         masks = Restricted(stacked, nodes.kept.flatten(0, 1), nodes.pruned.flatten(0, 1))
         # Once a node's bound is this near its value it either falls or will have to be branched on anyway.
         enough = _NEAR * (self.error - nodes.bound.clamp_min(0.0)).clamp_min(1e-12 * self.error)
         x = masks.project(nodes.x.flatten(0, 1))
-        walk = frank_wolfe(
+        loop_result = frank_wolfe(
             lambda _: relaxation,
             masks,
             x,
             direction=Conjugate(),
             step=ExactStep(),
             iterations=self.settings.iterations,
-            watch=Watch("node", None, None),
+            monitor=Monitor("node", None, None),
             tolerance=enough.repeat_interleave(nodes.kept.shape[1]),
         )
-        x, shape = walk.point.x, nodes.kept.shape
-        here = tangent(relaxation, masks, Pool(shape[1]), x)
+        x, shape = loop_result.point.x, nodes.kept.shape
+        here = dual_bound(relaxation, masks, RowBlocks(shape[1]), x)
         assert here.bound is not None
         bound = torch.maximum(here.bound, nodes.bound)
         self._offer(masks.round(x).view(shape))
@@ -236,7 +236,7 @@ class _Search:
         best = int(errors.argmin())
         if errors[best] >= self.error:
             return
-        polished, _, _ = descend(self.problem, self.masks, masks[best], Watch("polish", None, None))
+        polished, _, _ = descend(self.problem, self.masks, masks[best], Monitor("polish", None, None))
         both = torch.stack((masks[best], polished))
         errors = self.relaxation.error(both)
         self.mask, self.error = both[int(errors.argmin())], errors.min()

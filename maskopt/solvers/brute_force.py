@@ -14,7 +14,7 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import Problem, Quadratic
-from maskopt.solvers.base import Outcome, Solver, Status, Watch, band_of
+from maskopt.solvers.base import Monitor, Outcome, Solver, Status, row_block_of
 
 __all__ = ["BruteForce"]
 
@@ -26,7 +26,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class BruteForce(Solver):
-    """Evaluate every mask of every independent band of rows, and keep the best.
+    """Evaluate every mask of every independent row block of rows, and keep the best.
 
     Of equally good masks the first one wins: the one that keeps the lower index. Bounds are the optima less what
     rounding may have hidden.
@@ -34,7 +34,7 @@ class BruteForce(Solver):
     Parameters
     ----------
     limit : int
-        Masks per band at most.
+        Masks per row block at most.
     """
 
     limit: int = 10**7
@@ -45,38 +45,40 @@ class BruteForce(Solver):
         if self.limit < 1:
             raise MaskoptError(f"BruteForce needs limit >= 1; got {self.limit}.")
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         rows, d = problem.shape
-        band = band_of(problem, masks)
-        bands = [slice(first, first + band) for first in range(0, rows, band)]
-        sets = [masks if band == rows else masks.rows(index, (rows, d)) for index in bands]
-        sizes = [self._size(part, (band, d)) for part in sets]
-        chunk = max(1, _ENTRIES // (band * d))
+        row_block = row_block_of(problem, masks)
+        blocks = [slice(first, first + row_block) for first in range(0, rows, row_block)]
+        sets = [masks if row_block == rows else masks.rows(index, (rows, d)) for index in blocks]
+        sizes = [self._size(part, (row_block, d)) for part in sets]
+        chunk = max(1, _ENTRIES // (row_block * d))
         planned, done = sum(-(-size // chunk) for size in sizes), 0
-        best = masks.lmo(torch.zeros((rows, d), dtype=torch.float64, device=problem.device))
-        least = torch.full((len(bands),), math.inf, dtype=torch.float64, device=problem.device)
-        largest, finished = torch.zeros_like(least), torch.zeros_like(least, dtype=torch.bool)
-        for number, (index, part) in enumerate(zip(bands, sets, strict=True)):
+        best = masks.lmo_mask(torch.zeros((rows, d), dtype=torch.float64, device=problem.device))
+        minimum = torch.full((len(blocks),), math.inf, dtype=torch.float64, device=problem.device)
+        largest, finished = torch.zeros_like(minimum), torch.zeros_like(minimum, dtype=torch.bool)
+        for number, (index, part) in enumerate(zip(blocks, sets, strict=True)):
             evaluate = _Evaluation(problem, index)
-            for some in _chunks(part, (band, d), chunk, problem.device):
+            for some in _chunks(part, (row_block, d), chunk, problem.device):
                 values = evaluate(some)
                 lowest = values.amin()
-                if bool(lowest < least[number]):
+                if bool(lowest < minimum[number]):
                     # Not argmin: which of several it returns depends on the device.
-                    best[index], least[number] = some[(values == lowest).nonzero()[0, 0]], lowest
+                    best[index], minimum[number] = some[(values == lowest).nonzero()[0, 0]], lowest
                 largest[number] = torch.maximum(largest[number], values.abs().amax())
-                watch.counters["masks"] += len(some)
+                monitor.counters["masks"] += len(some)
                 done += 1
-                if watch.stops(problem, masks, done, planned):
+                if monitor.stops(problem, masks, done, planned):
                     break
             else:
                 finished[number] = True
-            if watch.ended is not None:
+            if monitor.ended is not None:
                 break
-        bound = torch.where(finished, least - _rounding(problem, band, largest), -math.inf).clamp_min(problem.lowest)
+        bound = torch.where(finished, minimum - _rounding(problem, row_block, largest), -math.inf).clamp_min(
+            problem.lowest
+        )
         return Outcome(
             best,
-            Status.OPTIMAL if watch.ended is None else watch.ended,
+            Status.OPTIMAL if monitor.ended is None else monitor.ended,
             done,
             bound if bool(bound.isfinite().all()) else None,
         )
@@ -95,14 +97,14 @@ class BruteForce(Solver):
         if size > self.limit:
             number = f"10^{math.log10(size):.1f}" if size > 10**6 else str(size)
             raise MaskoptError(
-                f"BruteForce tries at most {self.limit} masks per band of rows, but {masks} has {number} on "
+                f"BruteForce tries at most {self.limit} masks per row block of rows, but {masks} has {number} on "
                 f"{shape[0]} x {shape[1]} entries; take fewer columns or another exact solver."
             )
         return size
 
 
 class _Evaluation:
-    """Objectives of many masks of one band, float64."""
+    """Objectives of many masks of one row block, float64."""
 
     def __init__(self, problem: Problem, index: slice) -> None:
         self._height = index.stop - index.start
@@ -110,7 +112,7 @@ class _Evaluation:
         self._copies: Problem | None = None
 
     def __call__(self, masks: Tensor) -> Tensor:
-        """Return the band's objective of masks of shape (number, band, d), shape (number,)."""
+        """Return the row block's objective of masks of shape (number, row block, d), shape (number,)."""
         if not isinstance(self._part, Quadratic):
             return torch.stack([self._part.objective(mask).sum() for mask in masks])
         # All at once: a quadratic's rows may be repeated, and every copy gets another mask.
@@ -121,15 +123,15 @@ class _Evaluation:
         return copies.objective(masks.flatten(0, 1)).view(len(masks), self._height).sum(1)
 
 
-def _rounding(problem: Problem, band: int, largest: Tensor) -> Tensor:
-    """Return how far below its computed value an objective may lie, one entry per band."""
-    entries = band * problem.shape[1]
+def _rounding(problem: Problem, row_block: int, largest: Tensor) -> Tensor:
+    """Return how far below its computed value an objective may lie, one entry per row block."""
+    entries = row_block * problem.shape[1]
     if isinstance(problem, Quadratic):
         exact = problem.double()
         assert isinstance(exact, Quadratic)
         # d terms exact to 2^-53 each; no row of Q sums to more than half the smoothness, and signs may cancel.
         size = exact.scale() + 0.5 * problem.shape[1] * exact.smoothness().double() * problem.unit
-        return size.view(-1, band).sum(1).mul_(entries * 2.0**-52)
+        return size.view(-1, row_block).sum(1).mul_(entries * 2.0**-52)
     return largest * max(1e-12, entries * torch.finfo(problem.dtype).eps)
 
 
@@ -174,7 +176,7 @@ def _matroid(masks: PartitionMatroid, shape: Shape, chunk: int, device: torch.de
 
 
 def _table(size: int, count: int, at_most: bool) -> Tensor:
-    """Return in row n, column k + 1 how many masks of n entries keep k (or at most k), int64, column 0 nought."""
+    """Return in row n, column k + 1 how many masks of n entries keep k (or at most k), int64, column 0 zero."""
     table = torch.zeros((size + 1, count + 2), dtype=torch.int64)
     table[0, 1:] = 1
     if not at_most:

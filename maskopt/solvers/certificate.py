@@ -7,14 +7,14 @@ from torch import Tensor
 
 from maskopt.oracles import MaskSet
 from maskopt.problems import Problem
-from maskopt.solvers.rules import Pool
+from maskopt.solvers.rules import RowBlocks
 
-__all__ = ["Tangent", "tangent"]
+__all__ = ["DualBound", "dual_bound"]
 
 
 @dataclass(frozen=True)
-class Tangent:
-    """Figures of a relaxed point, float64, one per band of rows; objectives are in full, not in the problem's unit.
+class DualBound:
+    """Figures of a relaxed point, float64, one per row block of rows; objectives are in full, not in the problem's unit.
 
     Attributes
     ----------
@@ -37,10 +37,10 @@ class Tangent:
     gradient: Tensor
 
 
-def tangent(objective: Problem, masks: MaskSet, pool: Pool, x: Tensor) -> Tangent:
+def dual_bound(objective: Problem, masks: MaskSet, row_blocks: RowBlocks, x: Tensor) -> DualBound:
     """Return what the relaxed mask `x`, shape (rows, d), proves about all masks.
 
-    f(m) >= f(x) + <gradient, m - x> - deficit holds for every mask of a function that lies at most `deficit` below its
+    f(m) >= f(x) + <gradient, m - x> - deficit holds for every mask of a function that lies at most `convexity_error` below its
     tangents; the oracle minimises the right-hand side.
 
     Parameters
@@ -53,15 +53,15 @@ def tangent(objective: Problem, masks: MaskSet, pool: Pool, x: Tensor) -> Tangen
     x : Tensor
         Float64.
     """
-    point = objective.at(x)
+    point = objective.evaluate(x)
     gradient = objective.gradient(point)
-    vertex = masks.vertex(gradient)
-    reach = pool.total((gradient * (vertex - x)).sum(1))
+    vertex = masks.lmo(gradient)
+    reach = row_blocks.total((gradient * (vertex - x)).sum(1))
     if not masks.exact:
-        least = masks.least(gradient).view(len(reach), -1).sum(1) - pool.total((gradient * x).sum(1))
-        reach = torch.minimum(reach, least)
-    value, deficit = pool.total(objective.value(point)), objective.deficit(point)
+        minimum = masks.lmo_bound(gradient).view(len(reach), -1).sum(1) - row_blocks.total((gradient * x).sum(1))
+        reach = torch.minimum(reach, minimum)
+    value, convexity_error = row_blocks.total(objective.value(point)), objective.convexity_error(point)
     bound: Tensor | None = None
-    if deficit is not None:
-        bound = ((value + reach - pool.total(deficit)) * objective.unit).clamp_min(objective.lowest)
-    return Tangent(value * objective.unit, -reach * objective.unit, bound, vertex.bool(), gradient)
+    if convexity_error is not None:
+        bound = ((value + reach - row_blocks.total(convexity_error)) * objective.unit).clamp_min(objective.lowest)
+    return DualBound(value * objective.unit, -reach * objective.unit, bound, vertex.bool(), gradient)

@@ -9,7 +9,7 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction, Problem
-from maskopt.solvers.base import Outcome, Solver, Status, Watch
+from maskopt.solvers.base import Monitor, Outcome, Solver, Status
 from maskopt.solvers.directions import Conjugate
 from maskopt.solvers.loop import frank_wolfe
 from maskopt.solvers.one_swap import better_of, descend
@@ -35,12 +35,12 @@ class ContinuationFrankWolfe(Solver):
     iterations : int
         Of the first run.
     second : float
-        Length of the second run, from halfway between the center of the hull and the mask of `start`, as a share of
+        Length of the second run, from halfway between the center of the hull and the mask of `start`, as a fraction of
         `iterations`; 0 skips it and the relinking.
     relinks : int
         Relinking runs.
     relink : float
-        Length of each, as a share of `iterations`.
+        Length of each, as a fraction of `iterations`.
     polish : bool
         Swap to a 1-swap optimum at the end.
     start : Solver
@@ -64,10 +64,10 @@ class ContinuationFrankWolfe(Solver):
                 f"{self.iterations}, {self.relinks}, {self.second}, {self.relink}."
             )
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         assert isinstance(problem, LayerReconstruction)
         assert start is not None
-        return _Run(self, problem, masks, start, watch).outcome()
+        return _Run(self, problem, masks, start, monitor).outcome()
 
 
 class _Run:
@@ -79,9 +79,9 @@ class _Run:
         problem: LayerReconstruction,
         masks: MaskSet,
         start: Tensor,
-        watch: Watch,
+        monitor: Monitor,
     ) -> None:
-        self.settings, self.problem, self.masks, self.start, self.watch = settings, problem, masks, start, watch
+        self.settings, self.problem, self.masks, self.start, self.monitor = settings, problem, masks, start, monitor
         self.diagonal = problem.diagonal()
         self.first = settings.iterations
         self.second = round(settings.second * settings.iterations)
@@ -96,17 +96,17 @@ class _Run:
         mask, _ = better_of(self.problem, self.masks, mask, self.start)
         status = Status.COMPLETED
         if self.settings.polish and isinstance(self.masks, PartitionMatroid):
-            mask, _, optimal = descend(self.problem, self.masks, mask, self.watch)
+            mask, _, optimal = descend(self.problem, self.masks, mask, self.monitor)
             status = Status.LOCAL_OPTIMUM if optimal else status
         return Outcome(mask, status, self.done, source="polish" if self.settings.polish else "solver")
 
     def separable(self) -> Tensor:
         """Anneal from the center and from halfway to the start, then relink."""
         center = self.center(self.masks)
-        best = self.anneal(self.masks, center, self.first)
+        best = self.homotopy(self.masks, center, self.first)
         if not self.second:
             return best
-        other = self.anneal(self.masks, torch.lerp(center, self.start.to(center.dtype), 0.5), self.second)
+        other = self.homotopy(self.masks, torch.lerp(center, self.start.to(center.dtype), 0.5), self.second)
         return self.relink(self.masks, best, other)
 
     def coupled(self) -> Tensor:
@@ -119,46 +119,46 @@ class _Run:
         problem, masks = self.problem, self.masks
         assert isinstance(masks, PartitionMatroid)
         self.planned = 4 * self.first + self.relinking
-        candidates = [self.anneal(masks, self.center(masks), self.first)]
+        candidates = [self.homotopy(masks, self.center(masks), self.first)]
         for rowwise in (masks.rowwise(problem.shape, self.start), masks.rowwise(problem.shape)):
-            candidates.append(self.anneal(rowwise, self.center(rowwise), self.first))
+            candidates.append(self.homotopy(rowwise, self.center(rowwise), self.first))
         best = min(candidates, key=lambda mask: float(problem.objective(mask).sum()))
         if not self.second:
             return best
-        best, _, _ = descend(problem, masks, best, self.watch)
+        best, _, _ = descend(problem, masks, best, self.monitor)
         rowwise = masks.rowwise(problem.shape, best)
-        return self.relink(rowwise, best, self.anneal(rowwise, self.center(rowwise), self.first))
+        return self.relink(rowwise, best, self.homotopy(rowwise, self.center(rowwise), self.first))
 
     def relink(self, masks: MaskSet, one: Tensor, two: Tensor) -> Tensor:
         """Anneal from the midpoint of each row's two masks; the child takes the worse parent's place."""
         best, other = better_of(self.problem, masks, one, two)
         for _ in range(self.settings.relinks):
-            if self.watch.ended is not None:
+            if self.monitor.ended is not None:
                 break
             midpoint = torch.lerp(best.to(self.problem.dtype), other.to(self.problem.dtype), 0.5)
-            child = self.anneal(masks, midpoint, self.relinking // self.settings.relinks, since=0.3, power=1.0)
+            child = self.homotopy(masks, midpoint, self.relinking // self.settings.relinks, since=0.3, power=1.0)
             best, other = better_of(self.problem, masks, best, child)
         return best
 
     def center(self, masks: MaskSet) -> Tensor:
         return masks.center(self.problem.shape, self.problem.dtype, self.problem.device)
 
-    def anneal(self, masks: MaskSet, x: Tensor, iterations: int, since: float = 0.0, power: float = 1.5) -> Tensor:
+    def homotopy(self, masks: MaskSet, x: Tensor, iterations: int, since: float = 0.0, power: float = 1.5) -> Tensor:
         """Follow t from `since` to 1 and round."""
 
         def shifted(iteration: int) -> Problem:
             t = since + (1.0 - since) * ((iteration + 1) / iterations) ** power
             return self.problem.shifted(self.diagonal, t)
 
-        walk = frank_wolfe(
+        loop_result = frank_wolfe(
             shifted,
             masks,
             x,
             direction=Conjugate(),
             step=ExactStep(),
             iterations=iterations,
-            watch=self.watch,
+            monitor=self.monitor,
             progress=(self.done, self.planned),
         )
-        self.done += walk.iterations
-        return masks.round(walk.point.x)
+        self.done += loop_result.iterations
+        return masks.round(loop_result.point.x)

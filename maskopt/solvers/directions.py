@@ -10,22 +10,22 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from maskopt.oracles import HasGroups
-from maskopt.problems import Move, Quadratic
-from maskopt.solvers.rules import Direction, View, Way
+from maskopt.problems import Direction, Quadratic
+from maskopt.solvers.rules import DirectionRule, IterationState, SearchDirection
 
 __all__ = ["BlockCoordinate", "Boosted", "Conjugate", "Momentum", "Stochastic", "Vanilla"]
 
 
 @dataclass(frozen=True)
-class Vanilla(Direction):
+class Vanilla(DirectionRule):
     """Go to the oracle's vertex (Frank and Wolfe, 1956)."""
 
-    def way(self, view: View) -> Way:
-        return Way(view.toward)
+    def search_direction(self, state: IterationState) -> SearchDirection:
+        return SearchDirection(state.toward)
 
 
 @dataclass(frozen=True)
-class Conjugate(Direction):
+class Conjugate(DirectionRule):
     """Mix the way to the vertex with the previous way so that successive ways are conjugate.
 
     With H the Hessian, p the previous way and v the way to the vertex, the new way (1 - a) v + a p has
@@ -42,38 +42,38 @@ class Conjugate(Direction):
 
     requires: ClassVar[tuple[str, ...]] = ("hessian",)
 
-    def begin(self, view: View) -> Direction:
+    def begin(self, state: IterationState) -> DirectionRule:
         return _ConjugateRun(self.slack)
 
 
 @dataclass
-class _ConjugateRun(Direction):
+class _ConjugateRun(DirectionRule):
     slack: float
-    previous: Move | None = None
+    previous: Direction | None = None
     """From the point to where the last move would have ended at full length."""
 
-    def way(self, view: View) -> Way:
-        return Way(view.toward)
+    def search_direction(self, state: IterationState) -> SearchDirection:
+        return SearchDirection(state.toward)
 
-    def bend(self, view: View, move: Move) -> Move:
+    def correct(self, state: IterationState, direction: Direction) -> Direction:
         if self.previous is not None:
-            assert isinstance(view.objective, Quadratic)
-            bent = view.objective.hessian(self.previous)
-            cross, own = view.dot(bent, move.x), view.dot(bent, self.previous.x)
-            share = (cross / (cross - own)).nan_to_num_(0.0, 0.0, 0.0).clamp_(0.0, 1.0 - self.slack)
-            move.blend_(self.previous, share.unsqueeze(1))
-        return move
+            assert isinstance(state.objective, Quadratic)
+            product = state.objective.hessian(self.previous)
+            cross, own = state.dot(product, direction.x), state.dot(product, self.previous.x)
+            step_size = (cross / (cross - own)).nan_to_num_(0.0, 0.0, 0.0).clamp_(0.0, 1.0 - self.slack)
+            direction.blend_(self.previous, step_size.unsqueeze(1))
+        return direction
 
-    def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
-        move.scale_(1.0 - share.unsqueeze(1))
-        self.previous = move
+    def update(self, state: IterationState, direction: Direction, step_size: Tensor, max_step: Tensor) -> None:
+        direction.scale_(1.0 - step_size.unsqueeze(1))
+        self.previous = direction
 
-    def take(self, rows: Tensor, bands: Tensor) -> Direction:
+    def take(self, rows: Tensor, blocks: Tensor) -> DirectionRule:
         return _ConjugateRun(self.slack, None if self.previous is None else self.previous.take(rows))
 
 
 @dataclass(frozen=True)
-class Boosted(Direction):
+class Boosted(DirectionRule):
     """Pursue the negative gradient with several vertices (Combettes and Pokutta, ICML 2020, algorithm 2).
 
     Each round adds the multiple of (vertex - x), or takes back some of what there is, that brings the direction
@@ -90,23 +90,23 @@ class Boosted(Direction):
     rounds: int = 8
     accuracy: float = 1e-3
 
-    def way(self, view: View) -> Way:
-        goal = view.gradient.neg()
-        length = view.dot(goal, goal).sqrt()
-        toward = view.toward
+    def search_direction(self, state: IterationState) -> SearchDirection:
+        goal = state.gradient.neg()
+        length = state.dot(goal, goal).sqrt()
+        toward = state.toward
         sum_, total = torch.zeros_like(toward), length.new_zeros(len(length))
         cosine = length.new_full((len(length),), -1.0)
         open_ = torch.ones_like(cosine)
         for number in range(self.rounds):
             rest = goal - sum_
             if number:
-                toward = view.oracle(rest.neg()) - view.x
-            norm = view.dot(sum_, sum_).sqrt()
+                toward = state.oracle(rest.neg()) - state.x
+            norm = state.dot(sum_, sum_).sqrt()
             back = vecdot(rest, sum_)
-            pull = view.dot(rest, toward)
-            retreat = -view.pool(back) / norm
+            pull = state.dot(rest, toward)
+            retreat = -state.row_blocks(back) / norm
             uses_vertex = ~(retreat > pull)  # also where there is nothing to take back
-            amount = pull / view.dot(toward, toward)
+            amount = pull / state.dot(toward, toward)
             # Taking back at most what there is.
             cut = (retreat / norm).clamp(max=1.0)
             amount = amount.nan_to_num(0.0, 0.0, 0.0).clamp_min(0.0)
@@ -114,7 +114,7 @@ class Boosted(Direction):
             keep = torch.where(uses_vertex, 1.0, 1.0 - cut.nan_to_num(0.0, 0.0, 0.0))
             trial = torch.addcmul(sum_ * keep.unsqueeze(1), toward, add.unsqueeze(1))
             trial_total = total * keep + add
-            angle = view.dot(trial, goal) / (view.dot(trial, trial).sqrt() * length)
+            angle = state.dot(trial, goal) / (state.dot(trial, trial).sqrt() * length)
             better = open_ * (angle.nan_to_num(-1.0, -1.0, -1.0) - cosine >= self.accuracy)
             if not bool(better.any()):
                 break
@@ -122,11 +122,11 @@ class Boosted(Direction):
             total, cosine = torch.lerp(total, trial_total, better), torch.lerp(cosine, angle.nan_to_num(-1.0), better)
             open_ = better
         scale = torch.where(total > 0, 1.0 / total, 0.0)
-        return Way(sum_.mul_(scale.unsqueeze(1)))
+        return SearchDirection(sum_.mul_(scale.unsqueeze(1)))
 
 
 @dataclass(frozen=True)
-class Momentum(Direction):
+class Momentum(DirectionRule):
     """Go to the vertex of an averaged gradient (Li, Sadeghi and Giannakis, IEEE TSP 2022, algorithm 2).
 
     An average certifies nothing, so the gap is taken with the true gradient, at an oracle call of its own.
@@ -139,30 +139,30 @@ class Momentum(Direction):
 
     check: int = 10
 
-    def begin(self, view: View) -> Direction:
-        return _MomentumRun(self.check, torch.zeros_like(view.x))
+    def begin(self, state: IterationState) -> DirectionRule:
+        return _MomentumRun(self.check, torch.zeros_like(state.x))
 
 
 @dataclass
-class _MomentumRun(Direction):
+class _MomentumRun(DirectionRule):
     check: int
     average: Tensor
 
-    def way(self, view: View) -> Way:
-        if view.iteration % self.check == 0:
-            _ = view.gap
-        self.average = torch.lerp(self.average, view.gradient, 2.0 / (view.iteration + 2))
-        return Way(view.oracle(self.average) - view.x)
+    def search_direction(self, state: IterationState) -> SearchDirection:
+        if state.iteration % self.check == 0:
+            _ = state.gap
+        self.average = torch.lerp(self.average, state.gradient, 2.0 / (state.iteration + 2))
+        return SearchDirection(state.oracle(self.average) - state.x)
 
-    def take(self, rows: Tensor, bands: Tensor) -> Direction:
+    def take(self, rows: Tensor, blocks: Tensor) -> DirectionRule:
         return _MomentumRun(self.check, self.average[rows])
 
 
 @dataclass(frozen=True)
-class Stochastic(Direction):
+class Stochastic(DirectionRule):
     """Go to the vertex of an average of sampled gradients (Mokhtari, Hassani and Karbasi, JMLR 2020).
 
-    `Problem.sampled` makes the estimates: of a layer, from a share of its inputs. Gaps come from whole gradients.
+    `Problem.sampled` makes the estimates: of a layer, from a fraction of its inputs. Gaps come from whole gradients.
 
     Parameters
     ----------
@@ -174,62 +174,62 @@ class Stochastic(Direction):
         Equal seeds give equal runs.
     """
 
-    share: float = 0.25
+    fraction: float = 0.25
     check: int = 50
     seed: int = 0
 
     exact: ClassVar[bool] = False
 
-    def begin(self, view: View) -> Direction:
-        return _StochasticRun(self, view.gradient.clone(), torch.Generator().manual_seed(self.seed))
+    def begin(self, state: IterationState) -> DirectionRule:
+        return _StochasticRun(self, state.gradient.clone(), torch.Generator().manual_seed(self.seed))
 
 
 @dataclass
-class _StochasticRun(Direction):
+class _StochasticRun(DirectionRule):
     rule: Stochastic
     average: Tensor
     random: torch.Generator
 
     exact: ClassVar[bool] = False
 
-    def way(self, view: View) -> Way:
-        if view.iteration % self.rule.check == 0:
-            view.point.gradient.copy_(view.objective.at(view.x).gradient)
-            view.counters["products"] += 1
-            view.renew()
-            _ = view.gap
-        estimate = view.objective.sampled(view.x, self.rule.share, self.random)
-        view.counters["samples"] += 1
-        self.average = torch.lerp(self.average, estimate, 4.0 / (view.iteration + 8) ** (2 / 3))
-        return Way(view.oracle(self.average) - view.x)
+    def search_direction(self, state: IterationState) -> SearchDirection:
+        if state.iteration % self.rule.check == 0:
+            state.point.gradient.copy_(state.objective.evaluate(state.x).gradient)
+            state.counters["products"] += 1
+            state.renew()
+            _ = state.gap
+        estimate = state.objective.sampled(state.x, self.rule.fraction, self.random)
+        state.counters["samples"] += 1
+        self.average = torch.lerp(self.average, estimate, 4.0 / (state.iteration + 8) ** (2 / 3))
+        return SearchDirection(state.oracle(self.average) - state.x)
 
-    def take(self, rows: Tensor, bands: Tensor) -> Direction:
+    def take(self, rows: Tensor, blocks: Tensor) -> DirectionRule:
         return _StochasticRun(self.rule, self.average[rows], self.random)
 
 
 @dataclass(frozen=True)
-class BlockCoordinate(Direction):
+class BlockCoordinate(DirectionRule):
     """Move some groups only, in turn (Lacoste-Julien, Jaggi, Schmidt and Pletscher, ICML 2013).
 
-    The hull of a set with groups is a product; every group's part of the vertex is a step of its own. Bands of rows are
+    The hull of a set with groups is a product; every group's part of the vertex is a step of its own. Row blocks of rows are
     independent anyway: the groups of each take turns.
 
     Parameters
     ----------
     blocks : int
-        Every group moves in one of so many iterations, or in one of as many as its band has groups if they are fewer.
+        Every group moves in one of so many iterations, or in one of as many as its row block has groups if they are fewer.
     """
 
     blocks: int = 2
 
     asks: ClassVar[tuple[str, ...]] = ("groups", "ungroup")
 
-    def way(self, view: View) -> Way:
-        assert isinstance(view.masks, HasGroups)
-        way = view.toward
-        groups = view.masks.groups(way)
-        # Counted within a band, so that a band's answer does not depend on which others are solved with it.
-        within = len(groups) * view.pool.band // len(way)
-        number = torch.arange(len(groups), device=way.device) % within
-        turn = (number + view.iteration) % min(self.blocks, within) == 0
-        return Way(view.masks.ungroup(groups * turn.to(way.dtype).unsqueeze(1), way.shape))
+    def search_direction(self, state: IterationState) -> SearchDirection:
+        assert isinstance(state.masks, HasGroups)
+        search = state.toward
+        groups = state.masks.groups(search)
+        # Counted within a row block, so that a row block's answer does not depend on which others are solved with it.
+        within = len(groups) * state.row_blocks.row_block // len(search)
+        number = torch.arange(len(groups), device=search.device) % within
+        turn = (number + state.iteration) % min(self.blocks, within) == 0
+        return SearchDirection(state.masks.ungroup(groups * turn.to(search.dtype).unsqueeze(1), search.shape))

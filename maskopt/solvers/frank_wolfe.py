@@ -12,14 +12,14 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction, Point, Problem, Quadratic
 from maskopt.solvers.active import Away, BlendedPairwise, FullyCorrective, Lazy, Pairwise
-from maskopt.solvers.base import Outcome, Solver, Status, Watch, band_of
+from maskopt.solvers.base import Monitor, Outcome, Solver, Status, row_block_of
 from maskopt.solvers.directions import BlockCoordinate, Boosted, Conjugate, Momentum, Stochastic, Vanilla
 from maskopt.solvers.history import Record
 from maskopt.solvers.inface import BlendedInFace, InFace
 from maskopt.solvers.loop import frank_wolfe
 from maskopt.solvers.one_swap import descend
 from maskopt.solvers.rounding import best_weight
-from maskopt.solvers.rules import Direction, Pool, Step
+from maskopt.solvers.rules import DirectionRule, RowBlocks, StepRule
 from maskopt.solvers.steps import (
     AdaptiveStep,
     ExactStep,
@@ -49,7 +49,7 @@ DirectionName = Literal[
 ]
 StepName = Literal["open-loop", "log", "short", "exact", "secant", "adaptive", "monotone"]
 
-DIRECTIONS: dict[DirectionName, Callable[[], Direction]] = {
+DIRECTIONS: dict[DirectionName, Callable[[], DirectionRule]] = {
     "vanilla": Vanilla,
     "conjugate": Conjugate,
     "away": Away,
@@ -64,7 +64,7 @@ DIRECTIONS: dict[DirectionName, Callable[[], Direction]] = {
     "block-coordinate": BlockCoordinate,
     "fully-corrective": FullyCorrective,
 }
-STEPS: dict[StepName, Callable[[], Step]] = {
+STEPS: dict[StepName, Callable[[], StepRule]] = {
     "open-loop": OpenLoopStep,
     "log": LogStep,
     "short": ShortStep,
@@ -95,7 +95,7 @@ class FrankWolfe(Solver):
     iterations : int
         At most.
     gap, relative_gap : float
-        A band of rows is done when its Frank-Wolfe gap is at most `gap` plus `relative_gap` times its objective of
+        A row block of rows is done when its Frank-Wolfe gap is at most `gap` plus `relative_gap` times its objective of
         pruning everything.
     polish : bool
         Swap to a 1-swap optimum at the end, where problem and set allow it.
@@ -103,8 +103,8 @@ class FrankWolfe(Solver):
         Makes the mask to start from; by default the hull's center, or the oracle's vertex there.
     """
 
-    direction: DirectionName | Direction = "vanilla"
-    step: StepName | Step | None = None
+    direction: DirectionName | DirectionRule = "vanilla"
+    step: StepName | StepRule | None = None
     iterations: int = 1000
     gap: float = 0.0
     relative_gap: float = 1e-5
@@ -112,7 +112,7 @@ class FrankWolfe(Solver):
     start: Solver | None = None
 
     relaxes: ClassVar[bool] = True
-    bandwise: ClassVar[bool] = True
+    blockwise: ClassVar[bool] = True
     record: ClassVar[Record] = "doubling"
     arrays: ClassVar[float] = 16.0
 
@@ -125,20 +125,20 @@ class FrankWolfe(Solver):
                 "FrankWolfe needs iterations >= 1, gap >= 0 and relative_gap >= 0; got "
                 f"{self.iterations}, {self.gap} and {self.relative_gap}."
             )
-        if not self._direction.exact and isinstance(step := self._chosen, Step) and not step.open_loop:
+        if not self._direction.exact and isinstance(step := self._chosen, StepRule) and not step.open_loop:
             raise MaskoptError(
                 f"{self._direction} keeps no gradient for {step} to look at; choose an open-loop step: open-loop, log."
             )
 
     @property
-    def _direction(self) -> Direction:
+    def _direction(self) -> DirectionRule:
         return DIRECTIONS[self.direction]() if isinstance(self.direction, str) else self.direction
 
     @property
-    def _chosen(self) -> Step | None:
+    def _chosen(self) -> StepRule | None:
         return STEPS[self.step]() if isinstance(self.step, str) else self.step
 
-    def _step(self, problem: Problem) -> Step:
+    def _step(self, problem: Problem) -> StepRule:
         if self._chosen is not None:
             return self._chosen
         if isinstance(self._direction, Momentum | Stochastic):
@@ -153,32 +153,32 @@ class FrankWolfe(Solver):
         step = self._chosen
         return self._direction.requires + (() if step is None else step.requires), self._direction.asks
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
-        pool = Pool(band_of(problem, masks))
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
+        row_blocks = RowBlocks(row_block_of(problem, masks))
         allowed = (self.gap + self.relative_gap * problem.scale().abs()) / problem.unit
-        tolerance = pool(allowed).to(problem.dtype)
-        walk = frank_wolfe(
+        tolerance = row_blocks(allowed).to(problem.dtype)
+        loop_result = frank_wolfe(
             lambda _: problem,
             masks,
             self._begin(problem, masks, start),
             direction=self._direction,
             step=self._step(problem),
             iterations=self.iterations,
-            watch=watch,
+            monitor=monitor,
             tolerance=tolerance,
             refresh=_REFRESH if isinstance(problem, Quadratic) else 0,
         )
-        mask, source = self._rounded(problem, masks, walk.point), "gradient"
-        if watch.recorder is not None:
-            watch.last(problem, walk.point)
-            watch.recorder.offer(mask, source)
-            mask = watch.recorder.mask
+        mask, source = self._rounded(problem, masks, loop_result.point), "gradient"
+        if monitor.recorder is not None:
+            monitor.last(problem, loop_result.point)
+            monitor.recorder.offer(mask, source)
+            mask = monitor.recorder.mask
         layer = problem.unshifted()
         if self.polish and isinstance(layer, LayerReconstruction) and isinstance(masks, PartitionMatroid):
-            mask, _, _ = descend(layer, masks, mask, watch)
+            mask, _, _ = descend(layer, masks, mask, monitor)
             source = "polish"
-        status = Status.CONVERGED if walk.converged else Status.ITERATION_LIMIT
-        return Outcome(mask, status, walk.iterations, source=source)
+        status = Status.CONVERGED if loop_result.converged else Status.ITERATION_LIMIT
+        return Outcome(mask, status, loop_result.iterations, source=source)
 
     def _rounded(self, problem: Problem, masks: MaskSet, point: Point) -> Tensor:
         # Of the gradients that may order nearly equal entries the one that knows their curvature harms least.
@@ -191,4 +191,4 @@ class FrankWolfe(Solver):
         center = masks.center(problem.shape, problem.dtype, problem.device)
         if not self._direction.from_vertex:
             return center
-        return masks.vertex(problem.gradient(problem.at(center)))
+        return masks.lmo(problem.gradient(problem.evaluate(center)))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from maskopt.oracles import MaskSet
 from maskopt.problems import Problem
-from maskopt.solvers.certificate import tangent
-from maskopt.solvers.rules import Pool
+from maskopt.solvers.certificate import dual_bound
+from maskopt.solvers.rules import RowBlocks
 
 __all__ = ["COLUMNS", "Record", "Recorder", "merged"]
 
@@ -36,19 +36,19 @@ class Recorder:
     problem, masks
         What is solved.
     pool : Pool
-        Bands of rows that are independent of each other.
+        Row blocks of rows that are independent of each other.
     record : int or "doubling"
     """
 
-    def __init__(self, problem: Problem, masks: MaskSet, pool: Pool, record: Record) -> None:
-        self.problem, self.masks, self.pool, self.record = problem, masks, pool, record
+    def __init__(self, problem: Problem, masks: MaskSet, row_blocks: RowBlocks, record: Record) -> None:
+        self.problem, self.masks, self.row_blocks, self.record = problem, masks, row_blocks, record
         self.history: dict[str, list[float]] = {name: [] for name in COLUMNS}
-        bands = problem.shape[0] // pool.band
-        self.error = torch.full((bands,), torch.inf, dtype=torch.float64, device=problem.device)
+        blocks = problem.shape[0] // row_blocks.row_block
+        self.error = torch.full((blocks,), torch.inf, dtype=torch.float64, device=problem.device)
         self.mask = torch.zeros(problem.shape, dtype=torch.bool, device=problem.device)
         self.bound: Tensor | None = None
         self.convex = True
-        self._source = torch.zeros(bands, dtype=torch.int64, device=problem.device)
+        self._source = torch.zeros(blocks, dtype=torch.int64, device=problem.device)
         self._names: list[str] = []
         self._count = -1  # iterations of all stages of a method
         self._exact: tuple[Problem, Problem] | None = None
@@ -65,7 +65,7 @@ class Recorder:
         if self._exact is None or self._exact[0] is not objective:
             self._exact = objective, objective.double()
         x = x.to(torch.float64 if self._exact[1].dtype == torch.float64 else x.dtype)
-        here = tangent(self._exact[1], self.masks, self.pool, x)
+        here = dual_bound(self._exact[1], self.masks, self.row_blocks, x)
         if here.bound is None:
             self.convex = False
         else:
@@ -79,20 +79,20 @@ class Recorder:
         self._append(seconds, math.nan, math.nan, self.offer(mask, source))
 
     def offer(self, mask: Tensor, source: str) -> float:
-        """Keep a mask in the bands where it is the best so far; return its error in all."""
-        error = self.pool.total(self.problem.objective(mask))
+        """Keep a mask in the row blocks where it is the best so far; return its error in all."""
+        error = self.row_blocks.total(self.problem.objective(mask))
         better = error < self.error
         if source not in self._names:
             self._names.append(source)
         if bool(better.any()):
             self.error = torch.where(better, error, self.error)
-            self.mask = torch.where(better.repeat_interleave(self.pool.band).unsqueeze(1), mask, self.mask)
+            self.mask = torch.where(better.repeat_interleave(self.row_blocks.row_block).unsqueeze(1), mask, self.mask)
             self._source[better] = self._names.index(source)
         return float(error.sum())
 
     @property
     def sources(self) -> dict[str, int]:
-        """In how many bands the best mask came from where."""
+        """In how many row blocks the best mask came from where."""
         return dict(Counter(self._names[number] for number in self._source.tolist()))
 
     def _append(self, seconds: float, value: float, gap: float, rounded: float) -> None:

@@ -7,23 +7,23 @@ import torch
 from torch import Tensor
 
 from maskopt.oracles import HasFaces
-from maskopt.solvers.rules import Direction, View, Way
+from maskopt.solvers.rules import DirectionRule, IterationState, SearchDirection
 
 __all__ = ["BlendedInFace", "InFace"]
 
 
 @dataclass(frozen=True)
-class InFace(Direction):
+class InFace(DirectionRule):
     """DICG: from the worst vertex of the point's smallest face to the oracle's (Garber and Meshi, NeurIPS 2016)."""
 
     asks: ClassVar[tuple[str, ...]] = ("inface", "max_step")
 
-    def way(self, view: View) -> Way:
-        return _limited(view, view.vertex - _inface(view, view.gradient.neg()))
+    def search_direction(self, state: IterationState) -> SearchDirection:
+        return _limited(state, state.vertex - _inface(state, state.gradient.neg()))
 
 
 @dataclass(frozen=True)
-class BlendedInFace(Direction):
+class BlendedInFace(DirectionRule):
     """Blended DICG: stay in the face while that promises enough, else go to the oracle's vertex.
 
     The test of blended pairwise steps (Tsuji, Tanaka and Pokutta, ICML 2022) with in-face vertices for active ones.
@@ -38,23 +38,23 @@ class BlendedInFace(Direction):
 
     asks: ClassVar[tuple[str, ...]] = ("inface", "max_step")
 
-    def way(self, view: View) -> Way:
-        local = _inface(view, view.gradient) - _inface(view, view.gradient.neg())
-        stays = -view.dot(view.gradient, local) * self.patience >= view.gap
-        way = _limited(view, local)
-        assert way.limit is not None
-        return Way(
-            torch.lerp(view.toward, local, stays.to(local.dtype).unsqueeze(1)),
-            torch.where(stays, way.limit, 1.0),
+    def search_direction(self, state: IterationState) -> SearchDirection:
+        local = _inface(state, state.gradient) - _inface(state, state.gradient.neg())
+        stays = -state.dot(state.gradient, local) * self.patience >= state.gap
+        search = _limited(state, local)
+        assert search.max_step is not None
+        return SearchDirection(
+            torch.lerp(state.toward, local, stays.to(local.dtype).unsqueeze(1)),
+            torch.where(stays, search.max_step, 1.0),
         )
 
 
-def _inface(view: View, cost: Tensor) -> Tensor:
-    assert isinstance(view.masks, HasFaces)
-    view.counters["inface"] += 1
-    return view.masks.inface(cost, view.x)
+def _inface(state: IterationState, cost: Tensor) -> Tensor:
+    assert isinstance(state.masks, HasFaces)
+    state.counters["inface"] += 1
+    return state.masks.inface(cost, state.x)
 
 
-def _limited(view: View, way: Tensor) -> Way:
-    assert isinstance(view.masks, HasFaces)
-    return Way(way, view.pool.least(view.masks.max_step(view.x, way)))
+def _limited(state: IterationState, search: Tensor) -> SearchDirection:
+    assert isinstance(state.masks, HasFaces)
+    return SearchDirection(search, state.row_blocks.minimum(state.masks.max_step(state.x, search)))

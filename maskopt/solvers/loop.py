@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from maskopt.oracles import MaskSet
-from maskopt.problems import Move, Point, Problem
-from maskopt.solvers.base import Watch, band_of
-from maskopt.solvers.rules import Direction, Pool, Step, View
+from maskopt.problems import Direction, Point, Problem
+from maskopt.solvers.base import Monitor, row_block_of
+from maskopt.solvers.rules import DirectionRule, IterationState, RowBlocks, StepRule
 
-__all__ = ["Walk", "frank_wolfe"]
+__all__ = ["LoopResult", "frank_wolfe"]
 
 
 @dataclass(frozen=True)
-class Walk:
+class LoopResult:
     """Where the loop ended.
 
     Attributes
@@ -25,7 +25,7 @@ class Walk:
     iterations : int
         That were run.
     converged : bool
-        Whether every band's gap came down to the tolerance.
+        Whether every row block's gap came down to the tolerance.
     """
 
     point: Point
@@ -38,15 +38,15 @@ def frank_wolfe(
     masks: MaskSet,
     x: Tensor,
     *,
-    direction: Direction,
-    step: Step,
+    direction: DirectionRule,
+    step: StepRule,
     iterations: int,
-    watch: Watch,
+    monitor: Monitor,
     progress: tuple[int, int] | None = None,
     tolerance: Tensor | None = None,
     refresh: int = 0,
-) -> Walk:
-    """Minimise over the convex hull of `masks`, one `Problem.along` per iteration.
+) -> LoopResult:
+    """Minimise over the convex hull of `masks`, one `Problem.hvp` per iteration.
 
     Parameters
     ----------
@@ -57,64 +57,64 @@ def frank_wolfe(
     x : Tensor
         Start in the hull, shape (rows, d); not changed.
     direction, step
-        Rules; where set or objective couples rows they see sums over bands of rows.
+        Rules; where set or objective couples rows they see sums over row blocks of rows.
     iterations : int
         At most.
-    watch : Watch
+    watch : Monitor
         Clock, callback, counters, recorder.
     progress : (int, int), optional
         Iterations done before and planned in all, where this call is a part of a longer method.
     tolerance : Tensor, optional
-        Gap at which a band is done, per row, in the objective's `unit`; only where the objective stays the same. Done
-        bands stand still, and leave the batch once they are half of it.
+        Gap at which a row block is done, per row, in the objective's `unit`; only where the objective stays the same. Done
+        row blocks stand still, and leave the batch once they are half of it.
     refresh : int
         Iterations after which the carried gradient is computed anew; 0: never.
     """
     before, planned = progress or (0, iterations)
     whole, everything = objective_at(0), masks
-    batch = _Batch(whole, whole.at(x.clone()))
-    pool = Pool(band_of(whole, masks))
-    view = View(whole, masks, pool, 0, batch.point, watch.counters)
-    direction, step = direction.begin(view), step.begin(view)
+    batch = _Batch(whole, whole.evaluate(x.clone()))
+    row_blocks = RowBlocks(row_block_of(whole, masks))
+    state = IterationState(whole, masks, row_blocks, 0, batch.point, monitor.counters)
+    direction, step = direction.begin(state), step.begin(state)
     full = torch.ones(len(x), dtype=x.dtype, device=x.device)
     running: Tensor | None = None
     for iteration in range(iterations):
         if tolerance is None:
             whole = objective_at(iteration)
             batch.objective = whole
-        if watch.stops(whole, everything, before + iteration, planned, batch.whole):
-            return Walk(batch.whole(), iteration, False)
+        if monitor.stops(whole, everything, before + iteration, planned, batch.whole):
+            return LoopResult(batch.whole(), iteration, False)
         if refresh and iteration and iteration % refresh == 0 and direction.exact:
-            batch.refresh(watch)
-        view = View(batch.objective, masks, pool, iteration, batch.point, watch.counters)
-        way = direction.way(view)
-        limit = full if way.limit is None else way.limit
-        gap = None if tolerance is None else view.certified_gap()
+            batch.refresh(monitor)
+        state = IterationState(batch.objective, masks, row_blocks, iteration, batch.point, monitor.counters)
+        search = direction.search_direction(state)
+        max_step = full if search.max_step is None else search.max_step
+        gap = None if tolerance is None else state.certified_gap()
         if tolerance is not None and gap is not None:
-            # A band that is done stands still, so that it stays done, whatever is known of it later.
+            # A row block that is done stands still, so that it stays done, whatever is known of it later.
             running = gap > tolerance if running is None else running & (gap > tolerance)
             if not bool(running.any()):
-                return Walk(batch.whole(), iteration, True)
+                return LoopResult(batch.whole(), iteration, True)
         if direction.exact:
-            move = direction.bend(view, view.along(way.x))
-            share = _held(limit if way.best else step.share(view, move, limit), running)
-            batch.objective.advance(batch.point, move, share.unsqueeze(1))
-            direction.moved(view, move, share, limit)
+            direction = direction.correct(state, state.hvp(search.x))
+            step_size = _held(max_step if search.best else step.step_size(state, direction, max_step), running)
+            batch.objective.advance(batch.point, direction, step_size.unsqueeze(1))
+            direction.update(state, direction, step_size, max_step)
         else:
-            share = _held(step.share(view, Move(way.x, way.x.new_empty(0)), limit), running)
-            batch.point.x.addcmul_(way.x, share.unsqueeze(1))
+            step_size = _held(step.step_size(state, Direction(search.x, search.x.new_empty(0)), max_step), running)
+            batch.point.x.addcmul_(search.x, step_size.unsqueeze(1))
         if running is not None and gap is not None and tolerance is not None and 2 * int(running.sum()) <= len(running):
-            bands = pool.first(running).nonzero().squeeze(1)
-            rows = pool.rows_of(bands)
+            blocks = row_blocks.first(running).nonzero().squeeze(1)
+            rows = row_blocks.rows_of(blocks)
             masks = masks.rows(rows, batch.objective.shape)
             batch.shrink(rows)
             tolerance, full, running = tolerance[rows], full[rows], None
-            direction, step = direction.take(rows, bands), step.take(rows, bands)
-    return Walk(batch.whole(), iterations, False)
+            direction, step = direction.take(rows, blocks), step.take(rows, blocks)
+    return LoopResult(batch.whole(), iterations, False)
 
 
-def _held(share: Tensor, running: Tensor | None) -> Tensor:
-    return share if running is None else share * running
+def _held(step_size: Tensor, running: Tensor | None) -> Tensor:
+    return step_size if running is None else step_size * running
 
 
 class _Batch:
@@ -138,7 +138,7 @@ class _Batch:
         self._rows = rows if self._rows is None else self._rows[rows]
         self.objective, self.point = self.objective.rows(rows), self.point.take(rows)
 
-    def refresh(self, watch: Watch) -> None:
+    def refresh(self, monitor: Monitor) -> None:
         """Compute the gradient anew, in place."""
-        self.point.gradient.copy_(self.objective.at(self.point.x).gradient)
-        watch.counters["products"] += 1
+        self.point.gradient.copy_(self.objective.evaluate(self.point.x).gradient)
+        monitor.counters["products"] += 1

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from maskopt.bounds import sdp_bound
 from maskopt.oracles import PartitionMatroid
-from maskopt.problems import LayerReconstruction, Move, Point, Quadratic
-from maskopt.problems.base import shift_deficit
+from maskopt.problems import Direction, LayerReconstruction, Point, Quadratic
+from maskopt.problems.base import shift_convexity_error
 from maskopt.problems.layer import eigenvalue_floor
 
 __all__ = ["Nodes", "Relaxation"]
@@ -19,7 +19,7 @@ __all__ = ["Nodes", "Relaxation"]
 
 @dataclass
 class Nodes:
-    """Nodes of a search tree, of bands of shape (rows, d).
+    """Nodes of a search tree, of row blocks of shape (rows, d).
 
     Attributes
     ----------
@@ -70,30 +70,30 @@ class Nodes:
 
 
 class Relaxation(Quadratic):
-    """The shifted error of one band of rows, for any number of copies of it one above the other.
+    """The shifted error of one row block of rows, for any number of copies of it one above the other.
 
     With p = 1 - x and Q = Diag(w) G Diag(w) of each row: p^T (Q - Diag(D)) p + <D, p>, convex among the masks' hull.
 
     Parameters
     ----------
     forms : Tensor
-        Q of each row of the band, float64, shape (rows, d, d).
+        Q of each row of the row block, float64, shape (rows, d, d).
     shift : Tensor
         D, shape (rows, d).
     copies : int
     lost : float
-        How far the sum over the band may lie below its tangents within the hull, rounding included.
+        How far the sum over the row block may lie below its tangents within the hull, rounding included.
     """
 
     def __init__(self, forms: Tensor, shift: Tensor, copies: int, lost: float) -> None:
         self.forms, self.shift, self.copies = forms, shift, copies
         self.lost = lost
         self.known = 0.0
-        self._bent = forms - torch.diag_embed(shift)
+        self._shifted = forms - torch.diag_embed(shift)
 
     @staticmethod
     def of(problem: LayerReconstruction, masks: PartitionMatroid, incumbent: Tensor) -> Relaxation:
-        """Return the relaxation of a band, with the diagonal moved as far as convexity allows."""
+        """Return the relaxation of a row block, with the diagonal moved as far as convexity allows."""
         weight, gram = problem.scaled_weight.double(), problem.symmetric_gram()
         forms = weight.unsqueeze(2) * gram * weight.unsqueeze(1)
         width = masks.tile_of(problem.shape)[1]
@@ -119,8 +119,8 @@ class Relaxation(Quadratic):
             floor = eigenvalue_floor((within + within.T) / 2)
             assert floor is not None
             # The basis is orthonormal to rounding; a step between masks has at most d entries of size one.
-            bent = size + float(shift[row].abs().sum())
-            lost += (-floor + len(form) * 2.0**-50 * bent) * len(form)
+            product = size + float(shift[row].abs().sum())
+            lost += (-floor + len(form) * 2.0**-50 * product) * len(form)
         relaxation = Relaxation(forms, shift, 1, lost)
         if masks.separable and not masks.at_most:
             # Where every mask keeps as many entries of each row as the incumbent, the bound is one for all of them.
@@ -134,7 +134,7 @@ class Relaxation(Quadratic):
         return many
 
     def error(self, masks: Tensor) -> Tensor:
-        """Return the error of masks of the band, shape (number, rows, d) -> (number,)."""
+        """Return the error of masks of the row block, shape (number, rows, d) -> (number,)."""
         return self.objective(masks.flatten(0, 1)).view(masks.shape[:2]).sum(1).clamp_min(0.0)
 
     @property
@@ -153,16 +153,16 @@ class Relaxation(Quadratic):
         """Return (Q - Diag(D)) x, row by row."""
         rows, d = self.forms.shape[:2]
         if rows == 1:
-            return x @ self._bent[0]
+            return x @ self._shifted[0]
         stacked = x.view(-1, rows, d).transpose(0, 1)
-        return torch.bmm(stacked, self._bent).transpose(0, 1).reshape(x.shape)
+        return torch.bmm(stacked, self._shifted).transpose(0, 1).reshape(x.shape)
 
-    def at(self, x: Tensor) -> Point:
-        bent = self._times(1.0 - x).mul_(-2.0)
-        return Point(x, bent.view(-1, *self.shift.shape).sub_(self.shift).view(x.shape))
+    def evaluate(self, x: Tensor) -> Point:
+        product = self._times(1.0 - x).mul_(-2.0)
+        return Point(x, product.view(-1, *self.shift.shape).sub_(self.shift).view(x.shape))
 
-    def along(self, x: Tensor) -> Move:
-        return Move(x, self._times(x).mul_(2.0))
+    def hvp(self, x: Tensor) -> Direction:
+        return Direction(x, self._times(x).mul_(2.0))
 
     def value(self, point: Point) -> Tensor:
         # f = p^T B p + <D, p> and gradient = -(2 B p + D).
@@ -170,10 +170,10 @@ class Relaxation(Quadratic):
         return half.mul_(1.0 - point.x).sum(1).mul_(0.5)
 
     def diagonal(self) -> Tensor:
-        return self._bent.diagonal(dim1=1, dim2=2).repeat(self.copies, 1)
+        return self._shifted.diagonal(dim1=1, dim2=2).repeat(self.copies, 1)
 
     def smoothness(self) -> Tensor:
-        return self._bent.abs().sum(2).amax(1).mul(2.0).repeat(self.copies)
+        return self._shifted.abs().sum(2).amax(1).mul(2.0).repeat(self.copies)
 
     def rows(self, index: slice | Tensor) -> Relaxation:
         number = len(range(self.shape[0])[index]) if isinstance(index, slice) else len(index)
@@ -189,10 +189,10 @@ class Relaxation(Quadratic):
     def double(self) -> Relaxation:
         return self
 
-    def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor:
-        # What is known of a band as a whole, spread over its rows.
-        band = len(self.shift)
-        return shift_deficit(point, shift) + self.lost / band
+    def convexity_error(self, point: Point, shift: Tensor | None = None) -> Tensor:
+        # What is known of a row block as a whole, spread over its rows.
+        row_block = len(self.shift)
+        return shift_convexity_error(point, shift) + self.lost / row_block
 
 
 def _directions(masks: PartitionMatroid, shape: tuple[int, int]) -> Tensor:

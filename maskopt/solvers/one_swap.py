@@ -9,8 +9,8 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction, Problem
-from maskopt.solvers.base import Outcome, Solver, Status, Watch, band_of
-from maskopt.solvers.rules import Pool
+from maskopt.solvers.base import Monitor, Outcome, Solver, Status, row_block_of
+from maskopt.solvers.rules import RowBlocks
 from maskopt.solvers.scores import Wanda
 from maskopt.solvers.swap_search import SwapSearch
 
@@ -45,10 +45,10 @@ class OneSwap(Solver):
         if self.max_steps is not None and self.max_steps < 0:
             raise MaskoptError(f"OneSwap needs max_steps >= 0; got {self.max_steps}.")
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         assert isinstance(problem, LayerReconstruction)
         assert start is not None
-        mask, steps, optimal = descend(problem, masks, start, watch, self.max_steps)
+        mask, steps, optimal = descend(problem, masks, start, monitor, self.max_steps)
         return Outcome(mask, Status.LOCAL_OPTIMUM if optimal else Status.ITERATION_LIMIT, steps, source="swap")
 
 
@@ -56,7 +56,7 @@ def descend(
     problem: LayerReconstruction,
     masks: MaskSet,
     mask: Tensor,
-    watch: Watch,
+    monitor: Monitor,
     max_steps: int | None = None,
 ) -> tuple[Tensor, int, bool]:
     """Swap from `mask` until no swap improves.
@@ -84,11 +84,11 @@ def descend(
     limit = 10 * problem.shape[1] if max_steps is None else max_steps
     start, kept = mask, mask.clone()
     carried = problem.product(kept.to(problem.dtype))
-    watch.counters["products"] += 1
+    monitor.counters["products"] += 1
     # Rows whose last search found nothing need none until they change.
     dirty = torch.ones(problem.shape[0], dtype=torch.bool, device=problem.device)
     steps, optimal = 0, False
-    while steps < limit and not watch.stops(problem, masks, steps, limit, mask=kept):
+    while steps < limit and not monitor.stops(problem, masks, steps, limit, mask=kept):
         rows, add, drop_rows, drop = search.step(kept, carried, dirty)
         if len(rows) == 0:
             optimal = True
@@ -98,7 +98,7 @@ def descend(
         weight, gram = problem.scaled_weight, problem.scaled_gram
         carried.index_add_(0, rows, gram[add] * weight[rows, add].unsqueeze(1), alpha=-1)
         carried.index_add_(0, drop_rows, gram[drop] * weight[drop_rows, drop].unsqueeze(1))
-        watch.counters["swaps"] += len(rows)
+        monitor.counters["swaps"] += len(rows)
         steps += 1
         if steps % _REFRESH == 0:
             touched = dirty.nonzero().flatten()
@@ -108,7 +108,7 @@ def descend(
 
 
 def better_of(problem: Problem, masks: MaskSet, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the better and the worse of two masks, band by band; `one` counts as better where they are equal."""
-    pool = Pool(band_of(problem, masks))
-    swap = (pool(problem.objective(two)) < pool(problem.objective(one))).unsqueeze(1)
+    """Return the better and the worse of two masks, row block by row block; `one` counts as better where they are equal."""
+    row_blocks = RowBlocks(row_block_of(problem, masks))
+    swap = (row_blocks(problem.objective(two)) < row_blocks(problem.objective(one))).unsqueeze(1)
     return torch.where(swap, two, one), torch.where(swap, one, two)

@@ -14,7 +14,7 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles.base import HasGroups, MaskSet, face_tolerance
 from maskopt.problems import LayerReconstruction, Problem
-from maskopt.solvers.base import band_of
+from maskopt.solvers.base import row_block_of
 
 __all__ = ["WEIGHTS", "best", "best_of", "best_weight", "dependent", "gradient_aware", "lemma2_slack", "top_k"]
 
@@ -31,9 +31,9 @@ def gradient_aware(masks: MaskSet, x: Tensor, gradient: Tensor, weight: float = 
     """Return the mask nearest to x - eta * gradient: of nearly equal entries those stay that the objective misses most.
 
     It minimises <gradient, m> + |m - x|^2 / (2 eta) over masks m, a first-order model and a proximity term, since
-    m^2 = m. eta is `weight` over the spread of a band's gradient: the mean distance of entries from their mean, both
+    m^2 = m. eta is `weight` over the spread of a row block's gradient: the mean distance of entries from their mean, both
     weighted by x (1 - x), as only undecided entries compete. Scaling the objective, or adding a constant to the
-    gradient where groups keep fixed numbers, changes nothing, and a band that is a mask already stays.
+    gradient where groups keep fixed numbers, changes nothing, and a row block that is a mask already stays.
 
     At a minimiser of a convex relaxation the gradient is constant on a group's fractional entries and orders none of
     them; short of one it says which entries still rise. The gradient of `problem.shifted(problem.diagonal())` knows
@@ -53,22 +53,22 @@ def gradient_aware(masks: MaskSet, x: Tensor, gradient: Tensor, weight: float = 
     Tensor
         Boolean, shape (rows, d).
     """
-    bands = gradient.double().reshape(-1, masks.band(x.shape) * x.shape[1])
-    share = x.double().reshape(bands.shape)
-    open_ = (share * (1.0 - share) - _tolerance(x)).clamp_(min=0.0)
+    blocks = gradient.double().reshape(-1, masks.row_block(x.shape) * x.shape[1])
+    fraction = x.double().reshape(blocks.shape)
+    open_ = (fraction * (1.0 - fraction) - _tolerance(x)).clamp_(min=0.0)
     open_ /= open_.sum(1, keepdim=True)
-    mean = (open_ * bands).sum(1, keepdim=True)
-    spread = (open_ * (bands - mean).abs_()).sum(1, keepdim=True)
-    spread *= spread > 1e-12 * bands.abs().amax(1, keepdim=True)  # less is the rounding of the mean
-    # A band without spread, or without open entries (0 / 0), has no preference and no eta.
+    mean = (open_ * blocks).sum(1, keepdim=True)
+    spread = (open_ * (blocks - mean).abs_()).sum(1, keepdim=True)
+    spread *= spread > 1e-12 * blocks.abs().amax(1, keepdim=True)  # less is the rounding of the mean
+    # A row block without spread, or without open entries (0 / 0), has no preference and no eta.
     eta = (weight / spread).nan_to_num_(0.0, 0.0, 0.0)
-    return masks.round((share - eta * bands).view_as(x))
+    return masks.round((fraction - eta * blocks).view_as(x))
 
 
 def best_weight(
     problem: Problem, masks: MaskSet, x: Tensor, gradient: Tensor, weights: Iterable[float] = WEIGHTS
 ) -> Tensor:
-    """Return, for each band, the best mask of `gradient_aware` over some weights; never worse than any of them."""
+    """Return, for each row block, the best mask of `gradient_aware` over some weights; never worse than any of them."""
     return _best(problem, masks, (gradient_aware(masks, x, gradient, weight) for weight in weights))[0]
 
 
@@ -115,20 +115,20 @@ def dependent(
         missing = " and ".join(verb for verb in ("groups", "ungroup") if not hasattr(masks, verb))
         raise MaskoptError(f"Dependent rounding works on groups, but {type(masks).__name__} does not have {missing}.")
     number = 1 if samples is None else samples
-    share = masks.groups(x).double().clamp(0.0, 1.0)
-    near = share.round()
-    fractional = (share - near).abs() > _tolerance(x)
-    share = near + (share - near) * fractional
+    fraction = masks.groups(x).double().clamp(0.0, 1.0)
+    near = fraction.round()
+    fractional = (fraction - near).abs() > _tolerance(x)
+    fraction = near + (fraction - near) * fractional
     # Only seats of fractional entries are filled; groups with fewer of them seat decided ones, whom no duel changes.
     most = int(fractional.sum(1).max())
-    seats = fractional.byte().argsort(dim=1, descending=True, stable=True)[:, :most].expand(number, -1, -1)
+    slots = fractional.byte().argsort(dim=1, descending=True, stable=True)[:, :most].expand(number, -1, -1)
     if order is None:
-        keys = _uniform(seats.shape, generator, x.device)
+        keys = _uniform(slots.shape, generator, x.device)
     else:
-        keys = masks.groups(order).expand(number, -1, -1).gather(2, seats)
-    seats = seats.gather(2, keys.argsort(dim=2, stable=True))
-    settled = share.repeat(number, 1, 1)
-    _play(settled, seats, generator, decide_last=getattr(masks, "at_most", False))
+        keys = masks.groups(order).expand(number, -1, -1).gather(2, slots)
+    slots = slots.gather(2, keys.argsort(dim=2, stable=True))
+    settled = fraction.repeat(number, 1, 1)
+    _play(settled, slots, generator, decide_last=getattr(masks, "at_most", False))
     # A full group's last entry is near 0 or 1: the oracle decides it by the count. Should rounding have moved a large
     # group's sum by more than one entry, a thousandth of x says which entries make up for it.
     settled.add_(masks.groups(x), alpha=1e-3)
@@ -136,12 +136,12 @@ def dependent(
     return drawn[0] if samples is None else drawn
 
 
-def _play(share: Tensor, seats: Tensor, generator: torch.Generator, *, decide_last: bool) -> None:
+def _play(fraction: Tensor, slots: Tensor, generator: torch.Generator, *, decide_last: bool) -> None:
     """Play the tournament of the entries `seats`, shape (..., entries), in place; one entry each stays fractional.
 
     With `decide_last` that entry becomes 1 with the probability it has, else 0.
     """
-    value = share.gather(-1, seats)
+    value = fraction.gather(-1, slots)
     while value.shape[-1] > 1:
         pairs = value.shape[-1] // 2
         one, two = value[..., : 2 * pairs : 2], value[..., 1 : 2 * pairs : 2]
@@ -149,15 +149,15 @@ def _play(share: Tensor, seats: Tensor, generator: torch.Generator, *, decide_la
         # Up to a sum of 1 the loser becomes 0, above it becomes 1; its probability to be the other one is its distance.
         end = torch.ge(total, 1.0, out=torch.empty_like(total))
         far = (one - end).abs_()
-        first = _uniform(total.shape, generator, share.device) * (far + (two - end).abs_()) < far
-        left, right = seats[..., : 2 * pairs : 2], seats[..., 1 : 2 * pairs : 2]
+        first = _uniform(total.shape, generator, fraction.device) * (far + (two - end).abs_()) < far
+        left, right = slots[..., : 2 * pairs : 2], slots[..., 1 : 2 * pairs : 2]
         winner = right + (left - right) * first
-        share.scatter_(-1, left + right - winner, end)
+        fraction.scatter_(-1, left + right - winner, end)
         value = torch.cat((total - end, value[..., 2 * pairs :]), -1)
-        seats = torch.cat((winner, seats[..., 2 * pairs :]), -1)
+        slots = torch.cat((winner, slots[..., 2 * pairs :]), -1)
     if decide_last:
-        value = (_uniform(value.shape, generator, share.device) < value).double()
-    share.scatter_(-1, seats, value)
+        value = (_uniform(value.shape, generator, fraction.device) < value).double()
+    fraction.scatter_(-1, slots, value)
 
 
 def _tolerance(x: Tensor) -> float:
@@ -170,20 +170,20 @@ def _uniform(shape: torch.Size, generator: torch.Generator, device: torch.device
 
 
 def best_of(problem: Problem, masks: MaskSet, x: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-    """Return, for each band, the best of `top_k` and `samples` dependent roundings, boolean, shape (rows, d)."""
+    """Return, for each row block, the best of `top_k` and `samples` dependent roundings, boolean, shape (rows, d)."""
     drawn = (dependent(masks, x, generator) for _ in range(samples))  # one at a time: memory stays what it is
     return _best(problem, masks, itertools.chain((top_k(masks, x),), drawn))[0]
 
 
 def best(problem: Problem, masks: MaskSet, *candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose among masks, for each band of rows on its own, by the objective in float64.
+    """Choose among masks, for each row block of rows on its own, by the objective in float64.
 
     Parameters
     ----------
     problem : Problem
         Evaluates.
     masks : MaskSet
-        Says how many consecutive rows form a band; any mix of members by bands is a member.
+        Says how many consecutive rows form a row block; any mix of members by row blocks is a member.
     *candidates : Tensor
         Members, boolean, shape (rows, d), at least one.
 
@@ -192,23 +192,23 @@ def best(problem: Problem, masks: MaskSet, *candidates: Tensor) -> tuple[Tensor,
     mask : Tensor
         Boolean, shape (rows, d).
     index : Tensor
-        Number of the chosen candidate, int64, shape (bands,); the first of equals.
+        Number of the chosen candidate, int64, shape (row blocks,); the first of equals.
     """
     return _best(problem, masks, candidates)
 
 
 def _best(problem: Problem, masks: MaskSet, candidates: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    band = band_of(problem, masks)
+    row_block = row_block_of(problem, masks)
     numbered = iter(enumerate(candidates))
     mask = next(numbered)[1].clone()
-    error = problem.objective(mask).view(-1, band).sum(1)
+    error = problem.objective(mask).view(-1, row_block).sum(1)
     index = torch.zeros(len(error), dtype=torch.int64, device=error.device)
     for number, candidate in numbered:
-        other = problem.objective(candidate).view(-1, band).sum(1)
+        other = problem.objective(candidate).view(-1, row_block).sum(1)
         better = other < error
         error = torch.minimum(error, other)
         index[better] = number
-        rows = better.repeat_interleave(band)
+        rows = better.repeat_interleave(row_block)
         mask[rows] = candidate[rows]
     return mask, index
 
@@ -240,11 +240,11 @@ def lemma2_slack(problem: LayerReconstruction, masks: MaskSet, x: Tensor) -> Ten
     Returns
     -------
     Tensor
-        In units of `problem.objective`, float64, shape (bands,): of each row where rows are independent, else summed
-        over the rows of a band. Sums are rounded as float64 rounds them.
+        In units of `problem.objective`, float64, shape (row blocks,): of each row where rows are independent, else summed
+        over the rows of a row block. Sums are rounded as float64 rounds them.
     """
     exact, x = problem.double(), x.double()
-    gradient = exact.gradient(exact.at(x))
+    gradient = exact.gradient(exact.evaluate(x))
     size = exact.scaled_weight.abs()
     largest = (size @ exact.scaled_gram.abs()).mul_(size).amax(1)
     moved = (top_k(masks, x).double() - x).abs_().sum(1)  # 2 tau
@@ -253,4 +253,4 @@ def lemma2_slack(problem: LayerReconstruction, masks: MaskSet, x: Tensor) -> Ten
     # What convexity lacks: no mask differs from x by more than this.
     per_row -= exact.eigenvalue_floor() * (size * torch.maximum(x, 1.0 - x)).square().sum(1)
     per_row += torch.linalg.vecdot(gradient, x)
-    return (per_row.view(-1, masks.band(x.shape)).sum(1) - masks.least(gradient)) * exact.unit
+    return (per_row.view(-1, masks.row_block(x.shape)).sum(1) - masks.lmo_bound(gradient)) * exact.unit

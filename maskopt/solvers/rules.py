@@ -11,64 +11,70 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from maskopt.oracles import MaskSet
-from maskopt.problems import Move, Point, Problem
+from maskopt.problems import Direction, Point, Problem
 
-__all__ = ["Direction", "Pool", "Step", "View", "Way"]
+__all__ = ["DirectionRule", "IterationState", "RowBlocks", "SearchDirection", "StepRule"]
 
 
-class Pool:
-    """Bands: consecutive rows that the set or the objective couples, and that therefore share every step.
+class RowBlocks:
+    """Row blocks: consecutive rows that the set or the objective couples, and that therefore share every step.
 
-    Numbers come in two forms: per row, where all rows of a band have the same one, and per band.
+    Numbers come in two forms: per row, where all rows of a row block have the same one, and per row block.
 
     Parameters
     ----------
-    band : int
+    row block : int
         Rows in each; 1 where rows are independent.
     """
 
-    def __init__(self, band: int) -> None:
-        self.band = band
+    def __init__(self, row_block: int) -> None:
+        self.row_block = row_block
 
     def __call__(self, per_row: Tensor) -> Tensor:
-        """Sum over each band's rows; per row."""
-        if self.band == 1:
+        """Sum over each row block's rows; per row."""
+        if self.row_block == 1:
             return per_row
         return self.spread(self.total(per_row).to(per_row.dtype))
 
     def total(self, per_row: Tensor) -> Tensor:
-        """Sum over each band's rows; per band, float64."""
-        return per_row.view(-1, self.band).sum(1, dtype=torch.float64)
+        """Sum over each row block's rows; per row block, float64."""
+        return per_row.view(-1, self.row_block).sum(1, dtype=torch.float64)
 
-    def least(self, per_row: Tensor) -> Tensor:
-        """Return the least of each band's rows; per row."""
-        return per_row if self.band == 1 else self.spread(per_row.view(-1, self.band).amin(1))
+    def minimum(self, per_row: Tensor) -> Tensor:
+        """Return the least of each row block's rows; per row."""
+        return per_row if self.row_block == 1 else self.spread(per_row.view(-1, self.row_block).amin(1))
 
     def first(self, per_row: Tensor) -> Tensor:
-        """Turn per row into per band."""
-        return per_row if self.band == 1 else per_row[:: self.band]
+        """Turn per row into per row block."""
+        return per_row if self.row_block == 1 else per_row[:: self.row_block]
 
     def spread(self, per_band: Tensor) -> Tensor:
-        """Turn per band into per row."""
-        return per_band if self.band == 1 else per_band.repeat_interleave(self.band)
+        """Turn per row block into per row."""
+        return per_band if self.row_block == 1 else per_band.repeat_interleave(self.row_block)
 
     def flat(self, matrix: Tensor) -> Tensor:
-        """Rearrange (rows, d) into (bands, entries)."""
-        return matrix if self.band == 1 else matrix.reshape(len(matrix) // self.band, -1)
+        """Rearrange (rows, d) into (row blocks, entries)."""
+        return matrix if self.row_block == 1 else matrix.reshape(len(matrix) // self.row_block, -1)
 
-    def rows_of(self, bands: Tensor) -> Tensor:
-        """Return the row numbers of some bands."""
-        within = torch.arange(self.band, device=bands.device)
-        return (bands.unsqueeze(1) * self.band + within).view(-1)
+    def rows_of(self, blocks: Tensor) -> Tensor:
+        """Return the row numbers of some row blocks."""
+        within = torch.arange(self.row_block, device=blocks.device)
+        return (blocks.unsqueeze(1) * self.row_block + within).view(-1)
 
 
-class View:
+class IterationState:
     """One iteration as rules see it; the oracle is asked when its answer is first needed."""
 
     def __init__(
-        self, objective: Problem, masks: MaskSet, pool: Pool, iteration: int, point: Point, counters: Counter[str]
+        self,
+        objective: Problem,
+        masks: MaskSet,
+        row_blocks: RowBlocks,
+        iteration: int,
+        point: Point,
+        counters: Counter[str],
     ) -> None:
-        self.objective, self.masks, self.pool = objective, masks, pool
+        self.objective, self.masks, self.row_blocks = objective, masks, row_blocks
         self.iteration, self.point, self.counters = iteration, point, counters
         self.renew()
 
@@ -112,45 +118,45 @@ class View:
         return self.known_gap
 
     def certified_gap(self) -> Tensor | None:
-        """Return the gap if the oracle has been asked, infinite in bands for which it has not; else None."""
+        """Return the gap if the oracle has been asked, infinite in row blocks for which it has not; else None."""
         return self.gap if self._vertex is not None else self.known_gap
 
     def oracle(self, cost: Tensor) -> Tensor:
         """Ask the set for its vertex of least cost."""
         self.counters["lmo"] += 1
-        return self.masks.vertex(cost)
+        return self.masks.lmo(cost)
 
     def ask_rows(self, rows: Tensor) -> Tensor:
-        """Ask the set for its vertex, for the gradient of some rows (whole bands) only."""
+        """Ask the set for its vertex, for the gradient of some rows (whole row blocks) only."""
         self.counters["lmo"] += 1
-        return self.masks.rows(rows, self.objective.shape).vertex(self.gradient[rows])
+        return self.masks.rows(rows, self.objective.shape).lmo(self.gradient[rows])
 
-    def along(self, x: Tensor) -> Move:
+    def hvp(self, x: Tensor) -> Direction:
         """Ask the objective for the move in direction `x`."""
         self.counters["products"] += 1
-        return self.objective.along(x)
+        return self.objective.hvp(x)
 
     def dot(self, one: Tensor, two: Tensor) -> Tensor:
-        """Return inner products over bands, per row."""
-        return self.pool(vecdot(one, two))
+        """Return inner products over row blocks, per row."""
+        return self.row_blocks(vecdot(one, two))
 
 
 @dataclass(frozen=True)
-class Way:
-    """A direction, shape (rows, d), and per row the largest share of it that stays in the hull (None: 1).
+class SearchDirection:
+    """A direction, shape (rows, d), and per row the largest fraction of it that stays in the hull (None: 1).
 
     `best` says that its end is known to be the best point along it, so that no step rule is asked.
     """
 
     x: Tensor
-    limit: Tensor | None = None
+    max_step: Tensor | None = None
     best: bool = False
 
-    def take(self, rows: Tensor) -> Way:
-        return Way(self.x[rows], None if self.limit is None else self.limit[rows], self.best)
+    def take(self, rows: Tensor) -> SearchDirection:
+        return SearchDirection(self.x[rows], None if self.max_step is None else self.max_step[rows], self.best)
 
 
-class Direction:
+class DirectionRule:
     """Chooses the way to go.
 
     Rules are settings only. One that has to remember something between iterations returns an object that does from
@@ -173,41 +179,41 @@ class Direction:
     from_vertex: ClassVar[bool] = False
     exact: ClassVar[bool] = True
 
-    def begin(self, view: View) -> Direction:
+    def begin(self, state: IterationState) -> DirectionRule:
         """Return the object that serves one run."""
         return self
 
-    def way(self, view: View) -> Way:
+    def search_direction(self, state: IterationState) -> SearchDirection:
         """Return a way inside the hull; rules that remember leave it to what `begin` returns."""
         raise AssertionError("begin first")
 
-    def bend(self, view: View, move: Move) -> Move:
-        """Return another move inside the hull once the Hessian along the way is known; may overwrite `move`."""
-        return move
+    def correct(self, state: IterationState, direction: Direction) -> Direction:
+        """Return another move inside the hull once the Hessian along the way is known; may overwrite `direction`."""
+        return direction
 
-    def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
-        """Learn how far the point has gone, and could have, per row; `move` may be overwritten."""
+    def update(self, state: IterationState, direction: Direction, step_size: Tensor, max_step: Tensor) -> None:
+        """Learn how far the point has gone, and could have, per row; `direction` may be overwritten."""
 
-    def take(self, rows: Tensor, bands: Tensor) -> Direction:
+    def take(self, rows: Tensor, blocks: Tensor) -> DirectionRule:
         """Return what goes on with some rows only."""
         return self
 
 
-class Step:
-    """Chooses how far to go; `begin` and `take` as for a `Direction`."""
+class StepRule:
+    """Chooses how far to go; `begin` and `take` as for a `DirectionRule`."""
 
     requires: ClassVar[tuple[str, ...]] = ()
     open_loop: ClassVar[bool] = False
     """Whether it looks at nothing but the iteration's number."""
 
-    def begin(self, view: View) -> Step:
+    def begin(self, state: IterationState) -> StepRule:
         """Return the object that serves one run."""
         return self
 
-    def share(self, view: View, move: Move, limit: Tensor) -> Tensor:
+    def step_size(self, state: IterationState, direction: Direction, max_step: Tensor) -> Tensor:
         """Return shares of the move in [0, limit], per row; rules that remember leave it to what `begin` returns."""
         raise AssertionError("begin first")
 
-    def take(self, rows: Tensor, bands: Tensor) -> Step:
+    def take(self, rows: Tensor, blocks: Tensor) -> StepRule:
         """Return what goes on with some rows only."""
         return self

@@ -1,4 +1,4 @@
-"""SCIP (Bestuzheva et al., ACM Transactions on Mathematical Software 49, 2023) as an exact solver, band by band."""
+"""SCIP (Bestuzheva et al., ACM Transactions on Mathematical Software 49, 2023) as an exact solver, row block by row block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
 from maskopt.problems import Problem, Quadratic
 from maskopt.problems.layer import eigenvalue_floor
-from maskopt.solvers.base import Outcome, Solver, Status, Watch, band_of
+from maskopt.solvers.base import Monitor, Outcome, Solver, Status, row_block_of
 from maskopt.solvers.continuation import ContinuationFrankWolfe
 from maskopt.solvers.one_swap import better_of
 
@@ -41,7 +41,7 @@ _RANGE = 2.0**10  # of the objective's coefficients over the error sought
 
 @dataclass(frozen=True)
 class Scip(Solver):
-    """Branch and cut on p = 1 - m, one model for each independent band of rows.
+    """Branch and cut on p = 1 - m, one model for each independent row block of rows.
 
     The objective is moved into t >= quadratic part. `raw` hands SCIP p^T Q p as it is; SCIP replaces the products of
     binaries by linear relaxations, which are weak. `convex` writes Q - Diag(D) = R^T R with the largest D of the form
@@ -57,11 +57,11 @@ class Scip(Solver):
     form : {"convex", "raw"}
         Formulation.
     time_limit : float, optional
-        Seconds for each band; a time limit of the whole solve is shared evenly by the bands that are left.
+        Seconds for each row block; a time limit of the whole solve is shared evenly by the row blocks that are left.
     gap : float
         Stop when (error - bound) / bound is at most this.
     nodes : int, optional
-        Nodes of each band's tree at most.
+        Nodes of each row block's tree at most.
     seed : int
         Of SCIP's pseudo-random choices.
     start : Solver
@@ -99,40 +99,40 @@ class Scip(Solver):
         if importlib.util.find_spec("pyscipopt") is None:
             raise MaskoptError('Scip needs pyscipopt, which is missing: pip install "maskopt[mip]".')
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         assert isinstance(problem, Quadratic)
         assert start is not None
         rows, d = problem.shape
-        band, exact = band_of(problem, masks), problem.double()
+        row_block, exact = row_block_of(problem, masks), problem.double()
         assert isinstance(exact, Quadratic)
-        number = rows // band
+        number = rows // row_block
         found, bounds = start.clone(), torch.full((number,), -math.inf, dtype=torch.float64)
         margins, statuses = torch.zeros_like(bounds), []
         nodes = 0
         for one in range(number):
-            if watch.stops(problem, masks, one, number):
+            if monitor.stops(problem, masks, one, number):
                 break
-            index = slice(one * band, (one + 1) * band)
+            index = slice(one * row_block, (one + 1) * row_block)
             part = masks if number == 1 else masks.rows(index, (rows, d))
             model = _Model(self, [_row(exact, row) for row in range(index.start, index.stop)], start[index].cpu())
-            model.choose_from(part.milp_constraints((band, d)))
-            limit = min(watch.left / (number - one), math.inf if self.time_limit is None else self.time_limit)
-            answer = model.solve(limit, lambda one=one: watch.stops(problem, masks, one, number))  # type: ignore[misc]
+            model.choose_from(part.milp_constraints((row_block, d)))
+            limit = min(monitor.left / (number - one), math.inf if self.time_limit is None else self.time_limit)
+            answer = model.solve(limit, lambda one=one: monitor.stops(problem, masks, one, number))  # type: ignore[misc]
             nodes += answer.nodes
             statuses.append(answer.status)
             bounds[one], margins[one] = answer.bound, answer.margin
             if answer.mask is not None and part.contains(mask := answer.mask.to(problem.device)):
                 found[index] = mask
-        watch.counters["nodes"] += nodes
+        monitor.counters["nodes"] += nodes
         best, _ = better_of(problem, masks, start, found)
         status = max(statuses, key=list(Status).index, default=Status.STOPPED)
         bounds, margins = bounds * problem.unit, margins * problem.unit
-        error = problem.objective(best).view(number, band).sum(1).cpu()
+        error = problem.objective(best).view(number, row_block).sum(1).cpu()
         if status is Status.OPTIMAL and bool((error > bounds + margins).any()):
             # What SCIP calls feasible, it seems, is no mask of the set, or its sums went wrong.
             status = Status.COMPLETED
         proven = (bounds - margins).clamp_min(problem.lowest).to(problem.device)
-        return Outcome(best, watch.ended or status, nodes, proven if bool(proven.isfinite().all()) else None)
+        return Outcome(best, monitor.ended or status, nodes, proven if bool(proven.isfinite().all()) else None)
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,9 @@ def _row(problem: Quadratic, row: int) -> _Row:
     d = problem.shape[1]
     # Row i of the Hessian is the change of the gradient along unit vector i: d copies of the row, one for each.
     copies = problem.rows(torch.full((d,), row, device=problem.device))
-    hessian = copies.hessian(copies.along(torch.eye(d, dtype=torch.float64, device=problem.device))).cpu()
+    hessian = copies.hessian(copies.hvp(torch.eye(d, dtype=torch.float64, device=problem.device))).cpu()
     alone = problem.rows(slice(row, row + 1))
-    kept = alone.at(torch.ones((1, d), dtype=torch.float64, device=problem.device))
+    kept = alone.evaluate(torch.ones((1, d), dtype=torch.float64, device=problem.device))
     return _Row((hessian + hessian.T) / 4, -alone.gradient(kept)[0].cpu(), float(alone.value(kept)))
 
 
@@ -183,7 +183,7 @@ def _shifted(row: _Row) -> _Row:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What SCIP says about a band, in the problem's unit; `bound` is its own, `margin` what it may be wrong by."""
+    """What SCIP says about a row block, in the problem's unit; `bound` is its own, `margin` what it may be wrong by."""
 
     mask: Tensor | None
     bound: float
@@ -199,7 +199,7 @@ class _Model:
     ----------
     settings : Scip
     rows : sequence of _Row
-        Of one band.
+        Of one row block.
     start : Tensor
         The first incumbent, boolean, shape (rows, d).
     """
@@ -255,7 +255,7 @@ class _Model:
             squares = {self._term(pruned[i], pruned[j]): float(lower[i, j]) for i, j in lower.nonzero().tolist()}
             size = float(chosen @ matrix @ chosen)
         if squares:
-            # No lower bound: that of pyscipopt is nought, and Q need not be positive semidefinite.
+            # No lower bound: that of pyscipopt is zero, and Q need not be positive semidefinite.
             top = self._variable("C", 1.0, size)
             self._constrain({**squares, self._term(top): -1.0}, None, 0.0)
 

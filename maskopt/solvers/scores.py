@@ -7,7 +7,7 @@ from torch import Tensor
 
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction, Problem, Saliency
-from maskopt.solvers.base import Outcome, Solver, Status, Watch
+from maskopt.solvers.base import Monitor, Outcome, Solver, Status
 
 __all__ = ["RIA", "Magnitude", "Wanda"]
 
@@ -22,10 +22,10 @@ class _Score(Solver):
         """Return the score of each entry, shape (rows, d)."""
         raise NotImplementedError
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         assert isinstance(problem, LayerReconstruction)
-        watch.counters["lmo"] += 1
-        return Outcome(masks.lmo(-self.score(problem)), Status.GREEDY, 1)
+        monitor.counters["lmo"] += 1
+        return Outcome(masks.lmo_mask(-self.score(problem)), Status.GREEDY, 1)
 
 
 @dataclass(frozen=True)

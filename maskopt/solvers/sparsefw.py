@@ -8,11 +8,11 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid, Protected
 from maskopt.problems import Problem
-from maskopt.solvers.base import Outcome, Solver, Status, Watch, band_of
-from maskopt.solvers.certificate import tangent
+from maskopt.solvers.base import Monitor, Outcome, Solver, Status, row_block_of
+from maskopt.solvers.certificate import dual_bound
 from maskopt.solvers.directions import Vanilla
 from maskopt.solvers.loop import frank_wolfe
-from maskopt.solvers.rules import Pool
+from maskopt.solvers.rules import RowBlocks
 from maskopt.solvers.scores import Wanda
 from maskopt.solvers.steps import OpenLoopStep
 
@@ -30,7 +30,7 @@ class SparseFW(Solver):
     iterations : int
         T; the paper uses 2000.
     alpha : float
-        Share of each group's kept entries that is fixed to the best scores of `start` beforehand.
+        Fraction of each group's kept entries that is fixed to the best scores of `start` beforehand.
     start : Solver
         Greedy solver that warm-starts and, for alpha > 0, ranks the fixed entries: `Wanda()` or `RIA()`.
     """
@@ -48,26 +48,28 @@ class SparseFW(Solver):
                 f"SparseFW needs alpha in [0, 1] and iterations >= 1; got {self.alpha} and {self.iterations}."
             )
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         assert start is not None
-        feasible = self._fixed(problem, masks, start, watch) if self.alpha > 0 else masks
-        walk = frank_wolfe(
+        feasible = self._fixed(problem, masks, start, monitor) if self.alpha > 0 else masks
+        loop_result = frank_wolfe(
             lambda _: problem,
             feasible,
             start.to(problem.dtype),
             direction=Vanilla(),
             step=OpenLoopStep(),
             iterations=self.iterations,
-            watch=watch,
+            monitor=monitor,
         )
         exact = problem.double()
-        proof = tangent(exact, masks, Pool(band_of(problem, masks)), walk.point.x.to(exact.dtype))
-        return Outcome(feasible.round(walk.point.x), Status.COMPLETED, walk.iterations, proof.bound, source="round")
+        proof = dual_bound(exact, masks, RowBlocks(row_block_of(problem, masks)), loop_result.point.x.to(exact.dtype))
+        return Outcome(
+            feasible.round(loop_result.point.x), Status.COMPLETED, loop_result.iterations, proof.bound, source="round"
+        )
 
-    def _fixed(self, problem: Problem, masks: MaskSet, start: Tensor, watch: Watch) -> MaskSet:
-        """Return the masks that keep the best-scored share of each group."""
+    def _fixed(self, problem: Problem, masks: MaskSet, start: Tensor, monitor: Monitor) -> MaskSet:
+        """Return the masks that keep the best-scored fraction of each group."""
         if not isinstance(masks, PartitionMatroid):
-            raise MaskoptError(f"SparseFW with alpha > 0 fixes a share of each group; {masks} has no groups.")
+            raise MaskoptError(f"SparseFW with alpha > 0 fixes a fraction of each group; {masks} has no groups.")
         fixed = (masks.kept_per_group(problem.shape) * self.alpha + 1e-9).floor().long()
         few = PartitionMatroid(fixed, masks.tile)
-        return Protected(masks, self.start.run(problem.unshifted(), few, None, watch).mask & start)
+        return Protected(masks, self.start.run(problem.unshifted(), few, None, monitor).mask & start)

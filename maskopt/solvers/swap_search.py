@@ -168,17 +168,17 @@ class SwapSearch:
         rows, add, drop_rows, drop = found
         every = torch.arange(len(kept), device=kept.device)
         add_cost, drop_cost, error = self._costs(every, kept, carried)
-        bands = (len(kept) // self.height, self.height, self.segments)
+        blocks = (len(kept) // self.height, self.height, self.segments)
         best_add, at_add = add_cost.view(len(kept), self.segments, self.width).min(2)
         best_drop, at_drop = drop_cost.view(len(kept), self.segments, self.width).min(2)
         offset = torch.arange(self.segments, device=kept.device) * self.width
         at_add, at_drop = at_add + offset, at_drop + offset
         noisy = best_add + error.gather(1, at_add), best_drop + error.gather(1, at_drop)
-        gain, loss = noisy[0].view(bands), noisy[1].view(bands)
-        # Of each band of tiles the one with the best pair of different rows is served; rows appear once.
+        gain, loss = noisy[0].view(blocks), noisy[1].view(blocks)
+        # Of each row block of tiles the one with the best pair of different rows is served; rows appear once.
         pairs = _best_different(gain, loss)
         tile = pairs[0].argmin(1)
-        bands_index = torch.arange(bands[0], device=kept.device)
+        bands_index = torch.arange(blocks[0], device=kept.device)
         gain, loss = gain[bands_index, :, tile], loss[bands_index, :, tile]
         order = (gain - loss).nan_to_num(0.0).argsort(1)
         half = self.height // 2
@@ -232,13 +232,13 @@ def _least(cost: Tensor, size: Tensor, reach: Tensor) -> Tensor:
     """
     top = reach.amax(1, keepdim=True)
     edges = torch.linspace(0.0, 1.0, _BINS + 1, device=cost.device, dtype=cost.dtype)[1:].square() * top
-    least = (cost.unsqueeze(1) - (2.0 * edges).unsqueeze(2) * size.unsqueeze(1)).amin(2)
+    minimum = (cost.unsqueeze(1) - (2.0 * edges).unsqueeze(2) * size.unsqueeze(1)).amin(2)
     bin_index = (reach / top.clamp_min(torch.finfo(cost.dtype).tiny)).sqrt_().mul_(_BINS).ceil_().sub_(1)
-    return least.gather(1, bin_index.clamp_(0, _BINS - 1).long())
+    return minimum.gather(1, bin_index.clamp_(0, _BINS - 1).long())
 
 
 def _best_different(gain: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the least gain_r + loss_s over rows r != s for (bands, rows, tiles), with r and s."""
+    """Return the least gain_r + loss_s over rows r != s for (row blocks, rows, tiles), with r and s."""
     count = min(2, gain.shape[1])
     low_gain, low_loss = gain.topk(count, 1, largest=False), loss.topk(count, 1, largest=False)
     if count < 2:

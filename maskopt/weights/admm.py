@@ -12,7 +12,7 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
 from maskopt.oracles.select import smallest
 from maskopt.problems import LayerReconstruction, Problem
-from maskopt.solvers.base import Outcome, Status, Watch
+from maskopt.solvers.base import Monitor, Outcome, Status
 from maskopt.weights.base import Joint, System
 from maskopt.weights.least_squares import definite_factor
 
@@ -30,13 +30,13 @@ class ADMM(Joint):
 
     In the first `selections` iterations the mask is chosen anew by |v + u|, pruning a share 1 - (1 - (t+1) / n)^3 of
     what has to go in the end. Boza, "Fast and Effective Weight Update for Pruned Large Language Models" (arXiv
-    2401.02938). Any set works: on the way the mask is the nearest member and, of each band, the largest of
+    2401.02938). Any set works: on the way the mask is the nearest member and, of each row block, the largest of
     the other entries. The authors' code counts these over the whole matrix for N:M.
 
     Parameters
     ----------
     ridge : float
-        Added to the unit diagonal: a share of each input's own second moment, unlike in `System.of`.
+        Added to the unit diagonal: a fraction of each input's own second moment, unlike in `System.of`.
     penalty : float
     iterations : int
     selections : int
@@ -59,7 +59,7 @@ class ADMM(Joint):
                 f"{self.penalty}, {self.iterations}, {self.selections}."
             )
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         assert isinstance(problem, LayerReconstruction)
         system = System.of(problem, 0.0)
         w = system.weight
@@ -69,11 +69,11 @@ class ADMM(Joint):
         selections = min(self.selections, self.iterations)
         v, near, u, cost = w.clone(), torch.empty_like(w), torch.zeros_like(w), torch.empty_like(w)
         mask, done = torch.ones_like(w), 0
-        while done < self.iterations and not watch.stops(problem, masks, done, self.iterations):
+        while done < self.iterations and not monitor.stops(problem, masks, done, self.iterations):
             torch.add(v, u, out=near)
             if done < selections:
-                share = 1.0 - (1.0 - (done + 1) / selections) ** 3 if self.gradual else 1.0
-                mask = _loosened(masks, torch.mul(near, near, out=cost).neg_(), share)
+                fraction = 1.0 - (1.0 - (done + 1) / selections) ** 3 if self.gradual else 1.0
+                mask = _loosened(masks, torch.mul(near, near, out=cost).neg_(), fraction)
             torch.mul(near, mask, out=v)  # z
             torch.sub(near, v, out=u)
             # v = (H + penalty I)^-1 (H w + penalty (z - u)), written with one product.
@@ -81,21 +81,21 @@ class ADMM(Joint):
             torch.addmm(w, v, pull, out=near)
             v, near = near, v
             done += 1
-            watch.counters["products"] += 1
+            monitor.counters["products"] += 1
         if done < selections:
-            mask = masks.vertex(v.add_(u).square().neg_())
+            mask = masks.lmo(v.add_(u).square().neg_())
         mask = mask.bool()
         return Outcome(mask, Status.COMPLETED, done, weight=system.finish(problem, v.mul_(mask)))
 
 
-def _loosened(masks: MaskSet, cost: Tensor, share: float) -> Tensor:
-    """Return the cheapest mask and, of each band, the cheapest other entries, pruning a share of what it prunes."""
-    chosen = masks.vertex(cost)
-    if share == 1.0:
+def _loosened(masks: MaskSet, cost: Tensor, fraction: float) -> Tensor:
+    """Return the cheapest mask and, of each row block, the cheapest other entries, pruning a fraction of what it prunes."""
+    chosen = masks.lmo(cost)
+    if fraction == 1.0:
         return chosen
-    band = masks.band(cost.shape)
-    first = chosen.reshape(len(cost) // band, -1)
-    pruned = ((first.shape[1] - first.sum(1, dtype=torch.float64)) * share).long()
+    row_block = masks.row_block(cost.shape)
+    first = chosen.reshape(len(cost) // row_block, -1)
+    pruned = ((first.shape[1] - first.sum(1, dtype=torch.float64)) * fraction).long()
     cost = cost.masked_fill_(chosen.bool(), -torch.inf).view_as(first)
     loose = smallest(cost, first.shape[1] - pruned).view_as(chosen)
     return loose if masks.forbidden is None else loose.masked_fill_(masks.forbidden.to(loose.device), 0.0)

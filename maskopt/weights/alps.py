@@ -12,7 +12,7 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction, Problem
-from maskopt.solvers.base import Outcome, Status, Watch
+from maskopt.solvers.base import Monitor, Outcome, Status
 from maskopt.weights.base import Joint, System
 from maskopt.weights.least_squares import conjugate_gradients
 
@@ -70,31 +70,31 @@ class ALPS(Joint):
                 f"{self.every}, {self.iterations}, {self.polish}."
             )
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         assert isinstance(problem, LayerReconstruction)
         system = System.of(problem, self.ridge)
         w = system.weight
         values, vectors = torch.linalg.eigh(system.gram)
         values.clamp_(min=0.0)
         target = w @ system.gram
-        mask = masks.vertex(w.square().neg_()) if start is None else start.to(w.dtype)
+        mask = masks.lmo(w.square().neg_()) if start is None else start.to(w.dtype)
         seen, d = mask, w * mask
         dual, b, near, cost = (torch.zeros_like(w) for _ in range(4))
         penalty, done = self.penalty, 0
         status = Status.ITERATION_LIMIT
         # The planned number is an upper limit that is rarely reached.
-        while done < self.iterations and not watch.stops(problem, masks, done, self.iterations):
+        while done < self.iterations and not monitor.stops(problem, masks, done, self.iterations):
             torch.sub(target, dual, out=near).add_(d, alpha=penalty)
             torch.mm(near, vectors, out=b).div_(values + penalty)
             torch.mm(b, vectors.T, out=near)
             b, near = near, b
             torch.add(b, dual, alpha=1.0 / penalty, out=near)
-            mask = masks.vertex(torch.mul(near, near, out=cost).neg_())
+            mask = masks.lmo(torch.mul(near, near, out=cost).neg_())
             torch.mul(near, mask, out=d)
             # dual / penalty + b - d is what d leaves of `near`.
             torch.sub(near, d, out=dual).mul_(penalty)
             done += 1
-            watch.counters["products"] += 2
+            monitor.counters["products"] += 2
             if done % self.every == 0:
                 changed, kept = int((mask != seen).sum()) / 2, float(mask.sum(dtype=torch.float64))
                 if changed == 0:
@@ -102,7 +102,7 @@ class ALPS(Joint):
                     break
                 seen = mask
                 penalty *= self.growth[0 if changed >= 0.1 * kept else 1 if changed >= 0.005 * kept else 2]
-        if watch.ended is None:
+        if monitor.ended is None:
             d = conjugate_gradients(system, mask, d, self.polish)
-            watch.counters["products"] += self.polish + 1
+            monitor.counters["products"] += self.polish + 1
         return Outcome(mask.bool(), status, done, weight=system.finish(problem, d))

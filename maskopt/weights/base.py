@@ -44,10 +44,10 @@ class System:
         ----------
         problem : LayerReconstruction
         ridge : float
-            Added to the diagonal of the Gram, as a share of its mean: keeps rank-deficient layers well-posed, draws
+            Added to the diagonal of the Gram, as a fraction of its mean: keeps rank-deficient layers well-posed, draws
             weights towards the dense ones.
         each : bool
-            Whether the ridge is a share of each input's own second moment instead of the mean, which outlier channels
+            Whether the ridge is a fraction of each input's own second moment instead of the mean, which outlier channels
             dominate: then the other inputs would hardly count.
         """
         assert isinstance(problem, LayerReconstruction)

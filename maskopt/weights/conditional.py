@@ -11,7 +11,7 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction, Problem
-from maskopt.solvers.base import Outcome, Status, Watch
+from maskopt.solvers.base import Monitor, Outcome, Status
 from maskopt.weights.base import Joint, System
 from maskopt.weights.least_squares import conjugate_gradients, definite_factor
 
@@ -37,7 +37,7 @@ class ConditionalADMM(Joint):
     Parameters
     ----------
     ridge : float
-        Added to the diagonal of the Gram, as a share of each input's own second moment.
+        Added to the diagonal of the Gram, as a fraction of each input's own second moment.
     penalty : (float, float)
         rho at the start and at the end. Where inputs are independent, no mask stands still below one.
     noise : float
@@ -71,7 +71,7 @@ class ConditionalADMM(Joint):
                 f"{self.iterations}, {self.stages}, {self.polish}, {self.relaxation}."
             )
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         assert isinstance(problem, LayerReconstruction)
         system = System.of(problem, self.ridge, each=True)
         metric = _conditional_deviations(system.gram, self.noise)
@@ -90,9 +90,9 @@ class ConditionalADMM(Joint):
             constant = target @ inverse
             inverse.mul_(rho)
             end = self.iterations * (stage + 1) // stages
-            while done < end and not watch.stops(problem, masks, done, self.iterations):
+            while done < end and not monitor.stops(problem, masks, done, self.iterations):
                 if mask is None or done > 0:
-                    mask = masks.vertex(torch.mul(x, x, out=cost).neg_())
+                    mask = masks.lmo(torch.mul(x, x, out=cost).neg_())
                 torch.mul(x, mask, out=near)
                 x.sub_(near)  # dual / rho, of the penalty that it was made with
                 if before != rho:
@@ -104,13 +104,13 @@ class ConditionalADMM(Joint):
                 # x + relaxation * (v + dual / rho - x), and x - dual / rho is z.
                 x.add_(cost.sub_(near), alpha=self.relaxation)
                 done += 1
-                watch.counters["products"] += 1
+                monitor.counters["products"] += 1
         if mask is None or done > 0:
-            mask = masks.vertex(torch.mul(x, x, out=cost).neg_())
+            mask = masks.lmo(torch.mul(x, x, out=cost).neg_())
         v = x.mul_(mask).div_(metric)
-        if watch.ended is None:
+        if monitor.ended is None:
             v = conjugate_gradients(system, mask, v, self.polish)
-            watch.counters["products"] += self.polish + 1
+            monitor.counters["products"] += self.polish + 1
         return Outcome(mask.bool(), Status.COMPLETED, done, weight=system.finish(problem, v))
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction, Problem
-from maskopt.solvers.base import Outcome, Status, Watch
+from maskopt.solvers.base import Monitor, Outcome, Status
 from maskopt.weights.base import Joint
 from maskopt.weights.sparsegpt import SparseGPT
 
 __all__ = ["FISTAPruner"]
 
-_LEAST = 1e-8  # least penalty tried, as a share of the one that prunes everything
+_LEAST = 1e-8  # least penalty tried, as a fraction of the one that prunes everything
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class FISTAPruner(Joint):
     """Accelerated proximal gradients on an l1 penalty, then rounding; the penalty by bisection.
 
     Each round minimises 1/2 ||(W - V) X||^2 + penalty * sum |V_ij| from the best weights so far and rounds V to the
-    nearest member R of the set. Where ||(R - V) X|| is a large share of ||(R - W) X||, V was not sparse enough, and
+    nearest member R of the set. Where ||(R - V) X|| is a large fraction of ||(R - W) X||, V was not sparse enough, and
     the penalty grows, else it shrinks. The answer is the best R, whose weights stay shrunk as they are. Zhao et al.,
     "A Convex-optimization-based Layer-wise Post-training Pruner for Large Language Models" (arXiv 2408.03728).
 
@@ -59,50 +59,50 @@ class FISTAPruner(Joint):
                 f"{self.threshold}, {self.rounds}, {self.iterations}."
             )
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         assert isinstance(problem, LayerReconstruction)
         w = problem.scaled_target
         gram = (problem.scaled_gram + problem.scaled_gram.T).mul_(0.5)
-        mask, v = self._first(problem, masks, start, watch)
-        least, best = _energy(w - v, gram), v
+        mask, v = self._first(problem, masks, start, monitor)
+        minimum, best = _energy(w - v, gram), v
         # A little more than the largest eigenvalue, which is rounded.
         steepness = 1.001 * float(torch.linalg.eigvalsh(gram)[-1])
         target = w @ gram
-        low, high = (math.log(share) for share in (_LEAST, 1.0))
+        low, high = (math.log(fraction) for fraction in (_LEAST, 1.0))
         most = float(target.abs().max())
         done, planned = 0, self.rounds * self.iterations
-        while done < planned and least > 0 and steepness > 0 and not watch.stops(problem, masks, done, planned):
+        while done < planned and minimum > 0 and steepness > 0 and not monitor.stops(problem, masks, done, planned):
             middle = (low + high) / 2
-            v = self._proximal(best, gram, target, steepness, math.exp(middle) * most, watch)
+            v = self._proximal(best, gram, target, steepness, math.exp(middle) * most, monitor)
             done += self.iterations
-            chosen = masks.vertex(v.square().neg_())
+            chosen = masks.lmo(v.square().neg_())
             rounded = v * chosen
             error, loss = _energy(w - rounded, gram), _energy(v - rounded, gram)
-            watch.counters["products"] += 2
+            monitor.counters["products"] += 2
             if loss > self.threshold**2 * error:
                 low = middle
             else:
                 high = middle
-            if error < least:
-                least, best, mask = error, rounded, chosen.bool()
+            if error < minimum:
+                minimum, best, mask = error, rounded, chosen.bool()
         weight = (best * problem.weight_unit).mul_(mask)
         return Outcome(mask, Status.COMPLETED, done, weight=weight)
 
     def _first(
-        self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, watch: Watch
+        self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor
     ) -> tuple[Tensor, Tensor]:
         """Return the mask and the scaled weights to start from."""
         if start is None and isinstance(masks, PartitionMatroid):
             # Its own clock: progress is reported in this method's iterations.
-            clock = Watch("SparseGPT", None, None if math.isinf(watch.left) else watch.left)
+            clock = Monitor("SparseGPT", None, None if math.isinf(monitor.left) else monitor.left)
             first = SparseGPT(self.ridge).run(problem, masks, None, clock)
             assert first.weight is not None
             return first.mask, first.weight / problem.weight_unit
-        mask = masks.lmo(problem.diagonal().neg()) if start is None else start
+        mask = masks.lmo_mask(problem.diagonal().neg()) if start is None else start
         return mask, problem.scaled_weight * mask
 
     def _proximal(
-        self, v: Tensor, gram: Tensor, target: Tensor, steepness: float, penalty: float, watch: Watch
+        self, v: Tensor, gram: Tensor, target: Tensor, steepness: float, penalty: float, monitor: Monitor
     ) -> Tensor:
         """Return what the iterations of one round make of v."""
         ahead, free, momentum, limit = v.clone(), torch.empty_like(v), 1.0, penalty / steepness
@@ -114,7 +114,7 @@ class FISTAPruner(Joint):
             following = (1.0 + math.sqrt(1.0 + 4.0 * momentum**2)) / 2.0
             torch.lerp(v, new, 1.0 + (momentum - 1.0) / following, out=ahead)
             v, momentum = new, following
-            watch.counters["products"] += 1
+            monitor.counters["products"] += 1
         return v
 
 

@@ -12,7 +12,7 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction, Problem
 from maskopt.solvers import ContinuationFrankWolfe
-from maskopt.solvers.base import Outcome, Solver, Status, Watch
+from maskopt.solvers.base import Monitor, Outcome, Solver, Status
 from maskopt.weights.base import Joint, System
 
 __all__ = ["LeastSquares", "conjugate_gradients", "definite_factor", "exact_weights"]
@@ -64,16 +64,16 @@ class LeastSquares(Joint):
         requires, asks = self.solver.needs()
         return tuple(dict.fromkeys((*requires, *self.requires))), asks
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         # The mask is the best one recorded, where the solver records.
-        outcome = watch.finish(self.solver.run(problem, masks, start, watch))
+        outcome = monitor.finish(self.solver.run(problem, masks, start, monitor))
         assert isinstance(problem, LayerReconstruction)
         system = System.of(problem, self.ridge)
         if self.method == "cholesky" or (self.method == "auto" and problem.shape[1] <= _DENSE):
-            v = exact_weights(system, outcome.mask, watch.memory)
+            v = exact_weights(system, outcome.mask, monitor.memory)
         else:
             v = conjugate_gradients(system, outcome.mask, system.weight * outcome.mask, self.steps)
-            watch.counters["products"] += self.steps + 1
+            monitor.counters["products"] += self.steps + 1
         # What is proven of masks alone, bounds among it, is not of masks with weights.
         proven = outcome.status in (Status.OPTIMAL, Status.WITHIN_GAP, Status.LOCAL_OPTIMUM)
         status = Status.COMPLETED if proven else outcome.status
@@ -156,11 +156,11 @@ def conjugate_gradients(system: System, mask: Tensor, v: Tensor, steps: int) -> 
     z = r / diagonal
     p, size = z.clone(), torch.linalg.vecdot(r, z)
     # What is left below this is rounding; a step along it would be noise.
-    least = size * torch.finfo(v.dtype).eps ** 2
+    minimum = size * torch.finfo(v.dtype).eps ** 2
     for _ in range(steps):
         q = (p @ system.gram).mul_(mask)
         curvature = torch.linalg.vecdot(p, q)
-        moves = (size > least) & (curvature > 0)
+        moves = (size > minimum) & (curvature > 0)
         alpha = torch.where(moves, size / curvature, 0.0).unsqueeze(1)
         v.addcmul_(alpha, p)
         r.addcmul_(alpha, q, value=-1.0)

@@ -12,7 +12,7 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.oracles.base import Shape
 from maskopt.problems import LayerReconstruction, Problem
-from maskopt.solvers.base import Outcome, Status, Watch
+from maskopt.solvers.base import Monitor, Outcome, Status
 from maskopt.weights.base import Joint, System
 from maskopt.weights.least_squares import definite_factor
 
@@ -50,7 +50,7 @@ class SparseGPT(Joint):
         if self.block < 1:
             raise MaskoptError(f"SparseGPT needs a block of at least one input; got {self.block}.")
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         assert isinstance(problem, LayerReconstruction)
         if not isinstance(masks, PartitionMatroid):
             raise MaskoptError(f"SparseGPT chooses block by block, which needs a PartitionMatroid; got {masks}.")
@@ -66,10 +66,10 @@ class SparseGPT(Joint):
         keep, lost = torch.ones_like(v), torch.empty_like(v)
         for spans in _blocks(masks, problem.shape, self.block):
             begin, end = spans[0][0], spans[-1][1]
-            stopped = watch.stops(problem, masks, begin, columns)
+            stopped = monitor.stops(problem, masks, begin, columns)
             for first, last, choice in spans:
                 cost = (v[first:last] / size[first:last].unsqueeze(1)).square_().neg_()
-                keep[first:last] = choice.vertex(cost.T.contiguous()).T
+                keep[first:last] = choice.lmo(cost.T.contiguous()).T
                 if stopped:
                     continue
                 pruned = 1.0 - keep[first:last]
@@ -78,7 +78,7 @@ class SparseGPT(Joint):
                     v[j + 1 : end].addr_(push[j, j + 1 : end], lost[j], alpha=-1.0)
             if not stopped and end < columns:
                 v[end:].addmm_(push[begin:end, end:].T, lost[begin:end], alpha=-1.0)
-        watch.counters["products"] += 1
+        monitor.counters["products"] += 1
         weight = system.finish(problem, v.mul_(keep).T).contiguous()
         return Outcome(keep.T.bool().contiguous(), Status.COMPLETED, columns, weight=weight)
 
@@ -98,12 +98,12 @@ def _blocks(masks: PartitionMatroid, shape: Shape, block: int) -> Iterator[list[
 
 
 def _spans(masks: PartitionMatroid, shape: Shape, block: int) -> Iterator[_Span]:
-    """Yield the columns of every tile, cut where they are more than `block`, each part with its share of the counts."""
+    """Yield the columns of every tile, cut where they are more than `block`, each part with its fraction of the counts."""
     height, width = masks.tile_of(shape)
     rows, columns = shape
-    bands = rows // height
-    counts = masks.kept_per_group(shape).view(bands, columns // width)
-    held, banned = (_per_band(entries, bands, shape) for entries in (masks.protected, masks.forbidden))
+    blocks = rows // height
+    counts = masks.kept_per_group(shape).view(blocks, columns // width)
+    held, banned = (_per_band(entries, blocks, shape) for entries in (masks.protected, masks.forbidden))
     free = height - held - banned
     for tile, begin in enumerate(range(0, columns, width)):
         end = begin + width
@@ -114,7 +114,7 @@ def _spans(masks: PartitionMatroid, shape: Shape, block: int) -> Iterator[_Span]
         for first in range(begin, end, block):
             last = min(first + block, end)
             seen = seen + free[:, first:last].sum(1)
-            # The share of the free entries so far, rounded: differences never exceed what is free in a span.
+            # The fraction of the free entries so far, rounded: differences never exceed what is free in a span.
             after = (2 * open_ * seen + total).div(2 * total.clamp_min(1), rounding_mode="floor")
             number = held[:, first:last].sum(1) + after - before
             before = after
@@ -126,8 +126,8 @@ def _spans(masks: PartitionMatroid, shape: Shape, block: int) -> Iterator[_Span]
             yield first, last, part.restrict(*fixed)
 
 
-def _per_band(entries: Tensor | None, bands: int, shape: Shape) -> Tensor:
-    """Return how many entries of each column are marked in each band, int64, on the CPU, shape (bands, d)."""
+def _per_band(entries: Tensor | None, blocks: int, shape: Shape) -> Tensor:
+    """Return how many entries of each column are marked in each row block, int64, on the CPU, shape (row blocks, d)."""
     if entries is None:
-        return torch.zeros((bands, shape[1]), dtype=torch.int64)
-    return entries.cpu().view(bands, -1, shape[1]).sum(1)
+        return torch.zeros((blocks, shape[1]), dtype=torch.int64)
+    return entries.cpu().view(blocks, -1, shape[1]).sum(1)

@@ -38,7 +38,7 @@ def least_error(problem: LayerReconstruction, row: int, s: int, group: int | Non
 
 
 def slack(problem: LayerReconstruction) -> float:
-    """Return what the rounding of the float32 Gram may take from an error that is nought."""
+    """Return what the rounding of the float32 Gram may take from an error that is zero."""
     return 1e-12 * float(problem.double().scale().max())
 
 
@@ -111,26 +111,26 @@ def test_no_mask_is_better_with_cuts_at_any_stop(layer: Layer, steps: int, first
         assert found.bound[row] <= least_error(problem, row, d - int(keep[row])) * (1 + 1e-13)
 
 
-@pytest.mark.parametrize(("group", "share"), [(None, 0.4), (4, 0.7), (2, 0.85)])
-def test_cuts_close_much_of_the_gap(group: int | None, share: float) -> None:
+@pytest.mark.parametrize(("group", "fraction"), [(None, 0.4), (4, 0.7), (2, 0.85)])
+def test_cuts_close_much_of_the_gap(group: int | None, fraction: float) -> None:
     problem = synthetic("correlated", rows=8, d=12, seed=1).problem()
     keep = torch.full((8,), 6)
     found = sdp_bound(problem, keep, group=group, accuracy=1e-5, cuts=100)
     best = torch.tensor([least_error(problem, row, 6, group) for row in range(8)], dtype=torch.float64)
     assert (found.bound <= best).all()
-    assert float((found.bound - found.shifted).sum()) > share * float((best - found.shifted).sum())
+    assert float((found.bound - found.shifted).sum()) > fraction * float((best - found.shifted).sum())
 
 
 def test_cuts_prove_something_where_the_relaxation_proves_nothing() -> None:
-    # The semidefinite relaxation of a singular Gram is often worth nought.
+    # The semidefinite relaxation of a singular Gram is often worth zero.
     problem = synthetic("rank-deficient", rows=24, d=9, seed=0).problem()
     keep = torch.full((24,), 6)
     found = sdp_bound(problem, keep, accuracy=1e-5, cuts=100)
-    least = torch.tensor([least_error(problem, row, 3) for row in range(24)], dtype=torch.float64)
-    nothing = found.shifted < 1e-6 * least
+    minimum = torch.tensor([least_error(problem, row, 3) for row in range(24)], dtype=torch.float64)
+    nothing = found.shifted < 1e-6 * minimum
     assert nothing.any()
-    assert (found.bound[nothing] > 0.02 * least[nothing]).any()
-    assert (found.bound <= least + slack(problem)).all()
+    assert (found.bound[nothing] > 0.02 * minimum[nothing]).any()
+    assert (found.bound <= minimum + slack(problem)).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -211,8 +211,10 @@ def test_shift_explains_the_bound(layer: Layer, kept: int, cuts: int) -> None:
         there = torch.einsum("pi,ij,pj->p", pruned, C, pruned) + found.shifted[row]
         torch.testing.assert_close(there, error, rtol=1e-11, atol=1e-12 * d * d * size + 1e-300)
         # The diagonal form of the same, convex along differences of masks.
-        bent = torch.einsum("pi,ij,pj->p", pruned, Q - torch.diag(found.shift[row]), pruned) + pruned @ found.shift[row]
-        torch.testing.assert_close(bent, error, rtol=1e-11, atol=1e-12 * d * d * size + 1e-300)
+        product = (
+            torch.einsum("pi,ij,pj->p", pruned, Q - torch.diag(found.shift[row]), pruned) + pruned @ found.shift[row]
+        )
+        torch.testing.assert_close(product, error, rtol=1e-11, atol=1e-12 * d * d * size + 1e-300)
 
 
 def four() -> Iterator[tuple[LayerReconstruction, Tensor]]:
@@ -309,15 +311,15 @@ def test_indefinite_forms_and_linear_terms() -> None:
     forms = torch.randn(30, d, d, generator=random, dtype=torch.float64)
     forms = forms + forms.mT
     linear = torch.randn(30, d, generator=random, dtype=torch.float64)
-    bent = forms + (linear.unsqueeze(1) + linear.unsqueeze(2)) / (2 * s)
-    found = bound_forms(bent, torch.full((30,), s), accuracy=1e-5)
+    product = forms + (linear.unsqueeze(1) + linear.unsqueeze(2)) / (2 * s)
+    found = bound_forms(product, torch.full((30,), s), accuracy=1e-5)
     p = indicators(d, s)
-    least = (torch.einsum("pi,bij,pj->bp", p, forms, p) + linear @ p.T).amin(1)
-    assert (found.bound <= least).all()
+    minimum = (torch.einsum("pi,bij,pj->bp", p, forms, p) + linear @ p.T).amin(1)
+    assert (found.bound <= minimum).all()
     assert (found.primal - found.bound <= 2e-5 * found.primal.abs().clamp_min(1e-2)).all()
     # Of values about -10 the worst may be off by 3, and several are met.
-    assert (least - found.bound).median() < 1.0
-    assert (least - found.bound < 1e-3).sum() >= 5
+    assert (minimum - found.bound).median() < 1.0
+    assert (minimum - found.bound < 1e-3).sum() >= 5
 
 
 @pytest.mark.parametrize(

@@ -123,10 +123,10 @@ def test_one_solver_needs_no_summary(run, layers):
 
 def test_layers_of_one_name_are_told_apart(run, layers, tmp_path):
     (tmp_path / "other").mkdir()
-    twin = tmp_path / "other" / "first.safetensors"
-    twin.write_bytes(layers[0].read_bytes())
-    table = run("compare", layers[0], twin, "-s", 0.5, "--solvers", "wanda").stdout
-    assert re.search(rf"{re.escape(str(twin))}\s", table)
+    dense_copy = tmp_path / "other" / "first.safetensors"
+    dense_copy.write_bytes(layers[0].read_bytes())
+    table = run("compare", layers[0], dense_copy, "-s", 0.5, "--solvers", "wanda").stdout
+    assert re.search(rf"{re.escape(str(dense_copy))}\s", table)
 
 
 def test_zero_errors_give_ratios(run, layers, tmp_path, read):

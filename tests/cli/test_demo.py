@@ -38,7 +38,7 @@ def test_demo_is_deterministic_and_complete(run, tmp_path, read):
 @pytest.mark.usefixtures("small")
 def test_progress_counts_up_to_the_end():
     seen = []
-    demo.run_demo(lambda what, share: seen.append(share))
+    demo.run_demo(lambda what, fraction: seen.append(fraction))
     assert seen == sorted(seen)
     assert (seen[0], seen[-1]) == (0.0, 1.0)
 

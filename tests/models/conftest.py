@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from maskopt.oracles import PartitionMatroid
 from maskopt.problems import LayerReconstruction, Problem, Saliency
 from maskopt.solvers import Solver
-from maskopt.solvers.base import Outcome, Status, Watch
+from maskopt.solvers.base import Monitor, Outcome, Status
 
 VOCABULARY = 61
 
@@ -187,11 +187,11 @@ class Recorder(Solver):
     def __init__(self) -> None:
         self.problems: list[LayerReconstruction] = []
 
-    def run(self, problem: Problem, masks: PartitionMatroid, start: Tensor | None, watch: Watch) -> Outcome:
+    def run(self, problem: Problem, masks: PartitionMatroid, start: Tensor | None, monitor: Monitor) -> Outcome:
         assert isinstance(problem, LayerReconstruction)
         self.problems.append(problem)
         scores = Saliency.wanda(problem.weight, problem.gram).scores
-        return Outcome(masks.lmo(-scores), Status.GREEDY, 1)
+        return Outcome(masks.lmo_mask(-scores), Status.GREEDY, 1)
 
 
 @pytest.fixture

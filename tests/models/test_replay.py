@@ -10,7 +10,7 @@ from maskopt.models.batches import prepare_batches
 from maskopt.models.replay import Replay, evaluation_mode
 
 
-def watch(modules, record):
+def monitor(modules, record):
     """Record every call's hidden states, in order."""
 
     def hook(module, args, output):
@@ -21,7 +21,7 @@ def watch(modules, record):
 
 def states_of_forward(model, blocks, batches):
     states = []
-    handles = watch([block.module for block in blocks], states)
+    handles = monitor([block.module for block in blocks], states)
     for batch in batches:
         model(**batch)
     for handle in handles:
@@ -33,7 +33,7 @@ def states_of_replay(replay, count):
     states = []
     for position in range(len(replay.order)):
         record = []
-        (handle,) = watch([replay.order[position].module], record)
+        (handle,) = monitor([replay.order[position].module], record)
         replay.run(position, store=True)
         handle.remove()
         assert len(record) == count  # no block but this one was computed
@@ -105,7 +105,7 @@ def test_blocks_that_run_several_times_are_reached_the_long_way(make_batches):
         replay = Replay(model, find_blocks(model), prepare_batches(model, batches))
         assert not replay.shortcut
         states = []
-        handles = watch([replay.order[0].module], states)
+        handles = monitor([replay.order[0].module], states)
         replay.run(0, store=True)
         assert len(states) == 4 * len(batches)
         assert handles[0].remove() is None
@@ -163,7 +163,7 @@ def test_models_that_cannot_skip_blocks_are_run_the_long_way(make_batches, kind)
         expected = states_of_forward(model, blocks, batches)
         for position, block in enumerate(replay.order):
             states = []
-            (handle,) = watch([block.module], states)
+            (handle,) = monitor([block.module], states)
             replay.run(position, store=True)
             handle.remove()
             for index, state in enumerate(states):
@@ -225,6 +225,6 @@ def test_hidden_states_changed_in_place_do_not_spoil_the_stored_ones(make_batche
         replay.run(1)
         replay.run(1, store=True)
         states = []
-        watch([blocks[2].module], states)
+        monitor([blocks[2].module], states)
         replay.run(2)
         assert torch.equal(states[0], expected[2])

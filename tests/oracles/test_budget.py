@@ -16,7 +16,7 @@ from maskopt.oracles import Budget, CanProject, HasFaces
 from tests.helpers import every_mask, examples, feasible
 
 
-def made(kind: str, shape: tuple[int, int], seed: int, share: float) -> tuple[Budget, Tensor]:
+def made(kind: str, shape: tuple[int, int], seed: int, fraction: float) -> tuple[Budget, Tensor]:
     random = np.random.default_rng(seed)
     price = {
         "whole": lambda: random.integers(0, 9, shape),
@@ -26,7 +26,7 @@ def made(kind: str, shape: tuple[int, int], seed: int, share: float) -> tuple[Bu
         "equal": lambda: np.full(shape, 0.1),
     }[kind]()
     price = torch.from_numpy(np.asarray(price)).double()
-    masks = Budget(price, share * float(price.sum()))
+    masks = Budget(price, fraction * float(price.sum()))
     cost = torch.from_numpy(random.standard_normal(shape) - 0.3) * (price + 0.1) ** random.choice([0.0, 0.5, 1.0])
     return masks, cost
 
@@ -36,27 +36,27 @@ KINDS = ["whole", "float", "tenths", "wide", "equal"]
 
 @given(st.sampled_from(KINDS), st.integers(0, 2**16), st.floats(0, 1))
 @examples(100)
-def test_small_ones_are_exact(kind: str, seed: int, share: float) -> None:
-    masks, cost = made(kind, (3, 4), seed, share)
+def test_small_ones_are_exact(kind: str, seed: int, fraction: float) -> None:
+    masks, cost = made(kind, (3, 4), seed, fraction)
     assert masks.exact
-    chosen = masks.lmo(cost)
+    chosen = masks.lmo_mask(cost)
     assert feasible(masks, chosen)
     best = (every_mask(masks, (3, 4)).double() * cost).sum((1, 2)).min()
     torch.testing.assert_close((cost * chosen).sum(), best, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(masks.least(cost), best.view(1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(masks.lmo_bound(cost), best.view(1), rtol=1e-12, atol=1e-12)
 
 
 @given(st.sampled_from(KINDS), st.integers(0, 2**16), st.floats(0, 1))
 @examples(60)
-def test_large_ones_are_bounded(kind: str, seed: int, share: float) -> None:
-    masks, cost = made(kind, (20, 30), seed, share)
+def test_large_ones_are_bounded(kind: str, seed: int, fraction: float) -> None:
+    masks, cost = made(kind, (20, 30), seed, fraction)
     able = masks.price <= masks.budget
     assert masks.exact == (kind == "equal" or int((able & (masks.price > 0)).sum()) <= 20)
-    chosen = masks.lmo(cost)
+    chosen = masks.lmo_mask(cost)
     assert masks.contains(chosen)
     kept = sum(map(Fraction, masks.price[chosen].tolist()))
     assert kept <= Fraction(masks.budget)
-    value, bound = float((cost * chosen).sum()), float(masks.least(cost))
+    value, bound = float((cost * chosen).sum()), float(masks.lmo_bound(cost))
     scale = max(1.0, float(cost.abs().sum()))
     # The relaxation fills the budget by cost per price and takes a part of the last entry.
     left, relaxed = masks.budget, 0.0
@@ -80,27 +80,27 @@ def test_a_big_one_against_integer_programming() -> None:
         bounds=Bounds(0, 1),
     )
     assert not masks.exact
-    value = float((cost * masks.lmo(cost)).sum())
-    assert float(masks.least(cost)) <= answer.fun <= value
+    value = float((cost * masks.lmo_mask(cost)).sum())
+    assert float(masks.lmo_bound(cost)) <= answer.fun <= value
     assert value == pytest.approx(answer.fun, rel=0.02)
 
 
 def test_equal_prices_spend_the_last_bit() -> None:
     for number in (30, 47):
         masks = Budget(torch.full((10, 10), 0.75), 0.75 * number)
-        assert int(masks.lmo(torch.full((10, 10), -1.0)).sum()) == number
+        assert int(masks.lmo_mask(torch.full((10, 10), -1.0)).sum()) == number
     masks = Budget(torch.tensor([[0.25, 0.5] * 30]), 7.75)
-    assert float(masks.price[masks.lmo(-masks.price)].sum()) == 7.75
+    assert float(masks.price[masks.lmo_mask(-masks.price)].sum()) == 7.75
 
 
 def test_known_answers() -> None:
     price = torch.tensor([[4.0, 3.0, 3.0, 0.0], [9.0, 0.0, 1.0, 2.0]])
     masks = Budget(price, 6.0)
     cost = torch.tensor([[-5.0, -3.0, -3.0, -0.1], [-99.0, 0.1, 2.0, 0.0]])
-    assert masks.lmo(cost).int().tolist() == [[0, 1, 1, 1], [0, 0, 0, 0]]
-    assert masks.lmo(torch.tensor([[-math.inf, -3.0, -3.0, 0.0], [0.0] * 4])).int().tolist()[0] == [1, 0, 0, 0]
-    assert Budget(price, 0.0).lmo(cost).int().tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
-    assert Budget(price, 1e308).lmo(cost).int().tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
+    assert masks.lmo_mask(cost).int().tolist() == [[0, 1, 1, 1], [0, 0, 0, 0]]
+    assert masks.lmo_mask(torch.tensor([[-math.inf, -3.0, -3.0, 0.0], [0.0] * 4])).int().tolist()[0] == [1, 0, 0, 0]
+    assert Budget(price, 0.0).lmo_mask(cost).int().tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
+    assert Budget(price, 1e308).lmo_mask(cost).int().tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
 
 
 def test_everything_affordable_is_the_cube() -> None:
@@ -127,7 +127,7 @@ def test_faces_are_not_offered() -> None:
         (lambda: Budget(torch.ones(2, 2), math.nan), "The budget must be finite"),
         (lambda: Budget(torch.ones(2, 2), 1.0).check((2, 3)), r"has prices for a weight of shape \(2, 2\); got"),
         (
-            lambda: Budget(torch.ones(2, 2), 1.0).lmo(torch.ones(3, 2)),
+            lambda: Budget(torch.ones(2, 2), 1.0).lmo_mask(torch.ones(3, 2)),
             r"has prices for a weight of shape \(2, 2\); got",
         ),
     ],

@@ -32,7 +32,7 @@ COST = torch.tensor([[3.0, 1.0, 2.0, 1.0], [0.0, 9.0, 1.0, 1.0]])
     ids=repr,
 )
 def test_known_answers(masks: PartitionMatroid, kept: list[list[int]]) -> None:
-    assert masks.lmo(COST).int().tolist() == kept
+    assert masks.lmo_mask(COST).int().tolist() == kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64], ids=str)
@@ -41,9 +41,9 @@ def test_all_costs_equal_keep_the_first(name: str, dtype: torch.dtype) -> None:
     shape = (6, 20)
     masks = SETS[name](shape, 0.4)
     for value in (0, 1, -7):
-        chosen = masks.lmo(torch.full(shape, value, dtype=dtype))
+        chosen = masks.lmo_mask(torch.full(shape, value, dtype=dtype))
         assert feasible(masks, chosen)
-        if name in ("unstructured", "per-row", "n:m", "blocks", "columns", "bands"):
+        if name in ("unstructured", "per-row", "n:m", "blocks", "columns", "row blocks"):
             for group in groups_of(masks, shape):
                 kept = chosen.flatten()[group].tolist()
                 assert kept == sorted(kept, reverse=True)
@@ -156,8 +156,8 @@ def test_impossible_sets(make: object, sentence: str) -> None:
 def test_sets_that_do_not_fit(masks: PartitionMatroid, shape: tuple[int, int], sentence: str) -> None:
     cpu = torch.device("cpu")
     for verb in (
+        lambda: masks.lmo_mask(torch.zeros(shape)),
         lambda: masks.lmo(torch.zeros(shape)),
-        lambda: masks.vertex(torch.zeros(shape)),
         lambda: masks.round(torch.zeros(shape)),
         lambda: masks.contains(torch.zeros(shape, dtype=torch.bool)),
         lambda: masks.kept_per_group(shape),
@@ -184,8 +184,8 @@ def test_nm_wants_a_count() -> None:
 
 def test_at_most_takes_what_pays() -> None:
     cost = torch.tensor([[-3.0, 1.0, 0.0, -1.0], [-1.0, -1.0, -1.0, -2.0]])
-    assert AtMost(PerRow(2)).lmo(cost).int().tolist() == [[1, 0, 0, 1], [1, 0, 0, 1]]
-    assert AtMost(Unstructured(1)).lmo(cost).int().tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
+    assert AtMost(PerRow(2)).lmo_mask(cost).int().tolist() == [[1, 0, 0, 1], [1, 0, 0, 1]]
+    assert AtMost(Unstructured(1)).lmo_mask(cost).int().tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
 
 
 def test_at_most_counts_and_averages() -> None:
@@ -200,5 +200,5 @@ def test_at_most_counts_and_averages() -> None:
 
 
 def test_the_center_of_a_big_matrix() -> None:
-    share = AtMost(Unstructured(0.5)).center((2048, 2048), torch.float64, torch.device("cpu"))[0, 0]
-    assert 0.4995 < float(share) < 0.5
+    fraction = AtMost(Unstructured(0.5)).center((2048, 2048), torch.float64, torch.device("cpu"))[0, 0]
+    assert 0.4995 < float(fraction) < 0.5

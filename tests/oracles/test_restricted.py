@@ -19,14 +19,14 @@ def held(shape: tuple[int, int], *entries: tuple[int, int]) -> torch.Tensor:
 def test_protected_entries_stay_whatever_they_cost() -> None:
     masks = Protected(PerRow(2), held((2, 4), (0, 3), (1, 0)))
     cost = torch.tensor([[0.0, 1.0, 2.0, 1e30], [math.inf, 5.0, 5.0, 4.0]])
-    assert masks.lmo(cost).int().tolist() == [[1, 0, 0, 1], [1, 0, 0, 1]]
-    assert not masks.contains(PerRow(2).lmo(cost))
+    assert masks.lmo_mask(cost).int().tolist() == [[1, 0, 0, 1], [1, 0, 0, 1]]
+    assert not masks.contains(PerRow(2).lmo_mask(cost))
 
 
 def test_all_kept_entries_protected() -> None:
     protected = held((2, 4), (0, 1), (0, 2), (1, 0), (1, 3))
     masks = Protected(PerRow(2), protected)
-    assert torch.equal(masks.lmo(torch.randn(2, 4)), protected)
+    assert torch.equal(masks.lmo_mask(torch.randn(2, 4)), protected)
     assert masks.count((2, 4)) == 1
     assert torch.equal(masks.center((2, 4), torch.float32, protected.device), protected.float())
 
@@ -34,7 +34,7 @@ def test_all_kept_entries_protected() -> None:
 def test_nothing_protected_is_the_set_itself() -> None:
     cost = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     for base in (PerRow(0.5), Unstructured(7), NM(keep=1, group=4), PartitionMatroid(2, (3, 2))):
-        assert torch.equal(Protected(base, held((3, 8))).lmo(cost), base.lmo(cost))
+        assert torch.equal(Protected(base, held((3, 8))).lmo_mask(cost), base.lmo_mask(cost))
 
 
 @pytest.mark.parametrize(
@@ -54,12 +54,12 @@ def test_too_many_protected(base: PartitionMatroid, entries: list[tuple[int, int
 
 def test_infinitely_good_entries_do_not_displace_protected_ones() -> None:
     masks = Protected(PerRow(1), held((1, 3), (0, 2)))
-    assert masks.lmo(torch.tensor([[-math.inf, 0.0, 5.0]])).int().tolist() == [[0, 0, 1]]
+    assert masks.lmo_mask(torch.tensor([[-math.inf, 0.0, 5.0]])).int().tolist() == [[0, 0, 1]]
 
 
 def test_protection_adds_up() -> None:
     masks = Protected(Protected(PerRow(2), held((1, 4), (0, 3))), held((1, 4), (0, 2)))
-    assert masks.lmo(torch.zeros(1, 4)).int().tolist() == [[0, 0, 1, 1]]
+    assert masks.lmo_mask(torch.zeros(1, 4)).int().tolist() == [[0, 0, 1, 1]]
 
 
 def test_rowwise_spreads_evenly() -> None:
@@ -93,7 +93,7 @@ def test_a_restriction_restricts_something() -> None:
 
 def test_a_restriction_has_a_shape() -> None:
     masks = PerRow(2).restrict(held((2, 4), (0, 0)))
-    for verb in (lambda: masks.check((3, 4)), lambda: masks.vertex(torch.zeros(3, 4))):
+    for verb in (lambda: masks.check((3, 4)), lambda: masks.lmo(torch.zeros(3, 4))):
         with pytest.raises(MaskoptError, match=r"fixes entries of a weight of shape \(2, 4\); got \(3, 4\)"):
             verb()
     with pytest.raises(MaskoptError, match="divisible by 4"):
@@ -102,7 +102,7 @@ def test_a_restriction_has_a_shape() -> None:
 
 def test_at_most_of_a_restriction_stays_restricted() -> None:
     masks = AtMost(PerRow(2).restrict(held((1, 4), (0, 3)), held((1, 4), (0, 0))))
-    assert masks.lmo(torch.tensor([[-9.0, 1.0, -1.0, 5.0]])).int().tolist() == [[0, 0, 1, 1]]
+    assert masks.lmo_mask(torch.tensor([[-9.0, 1.0, -1.0, 5.0]])).int().tolist() == [[0, 0, 1, 1]]
     assert masks.count((1, 4)) == 3
 
 

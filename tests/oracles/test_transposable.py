@@ -34,8 +34,8 @@ def drawn(kind: str, shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.from_numpy(np.asarray(cost)).double()
 
 
-def least(masks: TransposableNM, cost: Tensor, lower: Tensor | None = None, upper: Tensor | None = None) -> float:
-    """Return the optimum of the LP twin, costs scaled to what HiGHS's absolute tolerances suit."""
+def minimum(masks: TransposableNM, cost: Tensor, lower: Tensor | None = None, upper: Tensor | None = None) -> float:
+    """Return the optimum of the LP formulation, costs scaled to what HiGHS's absolute tolerances suit."""
     scale = float(cost.abs().max()) or 1.0
     low = np.zeros(cost.numel()) if lower is None else lower.flatten().double().numpy()
     high = np.ones(cost.numel()) if upper is None else upper.flatten().double().numpy()
@@ -51,12 +51,12 @@ def least(masks: TransposableNM, cost: Tensor, lower: Tensor | None = None, uppe
 def test_exact_for_every_group(group: int, kind: str, seed: int, across: int, data: st.DataObject) -> None:
     masks = TransposableNM(keep=data.draw(st.integers(0, group)), group=group)
     cost = drawn(kind, (group * 2, group * across), seed)
-    chosen = masks.lmo(cost)
+    chosen = masks.lmo_mask(cost)
     assert masks.contains(chosen)
     size = float(cost.abs().max())
-    assert float((cost * chosen).sum()) == pytest.approx(least(masks, cost), abs=1e-7 * size)
-    assert float(masks.least(cost).sum()) == pytest.approx(float((cost * chosen).sum()), abs=1e-12 * size)
-    assert masks.least(cost).shape == (2,)
+    assert float((cost * chosen).sum()) == pytest.approx(minimum(masks, cost), abs=1e-7 * size)
+    assert float(masks.lmo_bound(cost).sum()) == pytest.approx(float((cost * chosen).sum()), abs=1e-12 * size)
+    assert masks.lmo_bound(cost).shape == (2,)
 
 
 @given(st.sampled_from(KINDS), st.integers(0, 2**16), st.sampled_from([0, 1, 2, 3, 4]))
@@ -65,7 +65,9 @@ def test_four_by_four_against_enumeration(kind: str, seed: int, keep: int) -> No
     masks = TransposableNM(keep=keep, group=4)
     cost = drawn(kind, (4, 4), seed)
     totals = [math.fsum(cost[member].tolist()) for member in every_mask(masks, (4, 4))]
-    assert math.fsum(cost[masks.lmo(cost)].tolist()) == pytest.approx(min(totals), abs=1e-14 * float(cost.abs().sum()))
+    assert math.fsum(cost[masks.lmo_mask(cost)].tolist()) == pytest.approx(
+        min(totals), abs=1e-14 * float(cost.abs().sum())
+    )
 
 
 @given(st.sampled_from(KINDS), st.integers(0, 2**16), st.integers(0, 4))
@@ -86,35 +88,35 @@ def test_tiles_are_solved_apart(block: int, monkeypatch: pytest.MonkeyPatch) -> 
     cost = drawn("heavy", (24, 40), 3)
     for keep, group in ((2, 4), (3, 8)):
         masks = TransposableNM(keep=keep, group=group)
-        whole = masks.lmo(cost)
+        whole = masks.lmo_mask(cost)
         for top in range(0, 24, group):
             for left in range(0, 40, group):
                 tile = slice(top, top + group), slice(left, left + group)
-                assert torch.equal(whole[tile], masks.lmo(cost[tile]))
+                assert torch.equal(whole[tile], masks.lmo_mask(cost[tile]))
         monkeypatch.setattr(regular, "_BLOCK", block)
-        assert torch.equal(masks.lmo(cost), whole)
-        assert torch.equal(masks.lmo(cost.float()), masks.lmo(cost.float().double()))
+        assert torch.equal(masks.lmo_mask(cost), whole)
+        assert torch.equal(masks.lmo_mask(cost.float()), masks.lmo_mask(cost.float().double()))
 
 
 @given(st.sampled_from(KINDS), st.integers(0, 2**16), st.floats(0, 1), st.data())
 @pytest.mark.parametrize("group", [4, 6, 8])
 @examples(25)
-def test_fixed_entries_of_larger_tiles(group: int, kind: str, seed: int, share: float, data: st.DataObject) -> None:
+def test_fixed_entries_of_larger_tiles(group: int, kind: str, seed: int, fraction: float, data: st.DataObject) -> None:
     masks = TransposableNM(keep=data.draw(st.integers(0, group)), group=group)
     cost = drawn(kind, (group, group * 2), seed)
-    member = masks.lmo(drawn("normal", (group, group * 2), seed + 1))
-    some = torch.from_numpy(np.random.default_rng(seed).random(member.shape) < share)
+    member = masks.lmo_mask(drawn("normal", (group, group * 2), seed + 1))
+    some = torch.from_numpy(np.random.default_rng(seed).random(member.shape) < fraction)
     part = masks.restrict(member & some, ~member & some)
-    chosen = part.lmo(cost)
+    chosen = part.lmo_mask(cost)
     assert part.contains(chosen)
-    best = least(masks, cost, member & some, member | ~some)
+    best = minimum(masks, cost, member & some, member | ~some)
     assert float((cost * chosen).sum()) == pytest.approx(best, abs=1e-7 * float(cost.abs().max()))
     # The smallest face that holds half of each of two members.
-    other = masks.lmo(drawn("normal", (group, group * 2), seed + 2))
+    other = masks.lmo_mask(drawn("normal", (group, group * 2), seed + 2))
     at = (member.double() + other.double()) / 2 + torch.finfo(torch.float64).eps * (1 - 2 * member.double())
     vertex = masks.inface(cost, at).bool()
     assert masks.contains(vertex)
-    best = least(masks, cost, member & other, member | other)
+    best = minimum(masks, cost, member & other, member | other)
     assert float((cost * vertex).sum()) == pytest.approx(best, abs=1e-7 * float(cost.abs().max()))
 
 
@@ -123,19 +125,19 @@ def test_infinite_costs(group: int) -> None:
     masks = TransposableNM(keep=2, group=group)
     cost = drawn("normal", (group, group), 0)
     good, bad = cost.clone(), cost.clone()
-    member = masks.lmo(drawn("normal", (group, group), 1))
+    member = masks.lmo_mask(drawn("normal", (group, group), 1))
     good[member], bad[~member] = -math.inf, math.inf
-    assert torch.equal(masks.lmo(good), member)
-    assert torch.equal(masks.lmo(bad), member)
+    assert torch.equal(masks.lmo_mask(good), member)
+    assert torch.equal(masks.lmo_mask(bad), member)
     # Fixed entries go before infinite ones.
-    other = masks.lmo(-member.double())
-    assert torch.equal(masks.restrict(kept=~member & other).lmo(good) & other, other)
+    other = masks.lmo_mask(-member.double())
+    assert torch.equal(masks.restrict(kept=~member & other).lmo_mask(good) & other, other)
 
 
 def test_ties_go_to_the_first_matrix() -> None:
     for value in (0.0, 1.0, -2.5):
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
-            chosen = TransposableNM(keep=2, group=4).lmo(torch.full((4, 4), value, dtype=dtype))
+            chosen = TransposableNM(keep=2, group=4).lmo_mask(torch.full((4, 4), value, dtype=dtype))
             assert chosen.int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
 
 
@@ -178,7 +180,7 @@ def test_center_of_fixed_tiles(group: int) -> None:
         (lambda: TransposableNM(keep=2.0, group=4), "counts entries"),
         (lambda: TransposableNM(keep=True, group=4), "counts entries"),
         (lambda: TransposableNM(keep=2, group=4).check((6, 8)), "needs rows and columns divisible by 4"),
-        (lambda: TransposableNM(keep=2, group=4).vertex(torch.zeros(4, 6)), "needs rows and columns divisible by 4"),
+        (lambda: TransposableNM(keep=2, group=4).lmo(torch.zeros(4, 6)), "needs rows and columns divisible by 4"),
         (lambda: TransposableNM(keep=1, group=2).restrict(torch.ones(2, 2) > 0), r"the tile of entry \(0, "),
         (lambda: TransposableNM(keep=1, group=2).restrict(torch.eye(2) > 0).check((4, 4)), "fixes entries of shape"),
     ],

@@ -12,7 +12,7 @@ from maskopt.oracles import PerRow
 from maskopt.problems import Function, Problem
 from maskopt.solvers import FrankWolfe, GapKind, solve
 from tests.helpers import examples
-from tests.walks import CONVEX, WAVY, function_case, normal, random
+from tests.loop_runs import CONVEX, WAVY, function_case, normal, random
 
 SHAPE = (3, 5)
 KINDS = [*CONVEX, *WAVY]
@@ -24,7 +24,7 @@ def difference(problem: Problem, x: Tensor, size: float = 1e-6) -> Tensor:
     for index in np.ndindex(*x.shape):
         step = torch.zeros_like(x)
         step[index] = size
-        ahead, behind = (problem.value(problem.at(y)).sum() for y in (x + step, x - step))
+        ahead, behind = (problem.value(problem.evaluate(y)).sum() for y in (x + step, x - step))
         slopes[index] = (ahead - behind) / (2 * size)
     return slopes
 
@@ -36,7 +36,7 @@ def test_gradients_are_finite_differences(kind: str, coupled: bool, shift: float
     for seed in range(3):
         problem = function_case(kind, SHAPE, seed, coupled=coupled, shift=shift).problem
         x = 0.1 + 0.8 * random(*SHAPE, seed=seed)
-        point = problem.at(x.clone())
+        point = problem.evaluate(x.clone())
         gradient = problem.gradient(point)
         torch.testing.assert_close(
             gradient, difference(problem, x), rtol=1e-5, atol=1e-5 * float(1 + gradient.abs().max())
@@ -49,18 +49,20 @@ def test_gradients_are_finite_differences(kind: str, coupled: bool, shift: float
 @examples(100)
 def test_moves_go_where_they_say(kind: str, coupled: bool, shift: float, seed: int, size: float) -> None:
     problem = function_case(kind, SHAPE, seed, coupled=coupled, shift=shift).problem
-    x, way = random(*SHAPE, seed=seed), normal(*SHAPE, seed=seed + 1) * 0.1
-    share = torch.full((3,), size, dtype=torch.float64) * (1.0 if coupled else torch.tensor([1.0, 0.5, 0.0]).double())
-    point, move = problem.at(x.clone()), problem.along(way.clone())
-    there = problem.at(x + share.unsqueeze(1) * way)
-    change = problem.change(point, move, share)
+    x, search = random(*SHAPE, seed=seed), normal(*SHAPE, seed=seed + 1) * 0.1
+    step_size = torch.full((3,), size, dtype=torch.float64) * (
+        1.0 if coupled else torch.tensor([1.0, 0.5, 0.0]).double()
+    )
+    point, direction = problem.evaluate(x.clone()), problem.hvp(search.clone())
+    there = problem.evaluate(x + step_size.unsqueeze(1) * search)
+    change = problem.change(point, direction, step_size)
     torch.testing.assert_close(change, problem.value(there) - problem.value(point))
-    slope = problem.slope(point, move, share)
-    torch.testing.assert_close(slope, (problem.gradient(there) * way).sum(1))
-    problem.advance(point, move, share.unsqueeze(1))
+    slope = problem.slope(point, direction, step_size)
+    torch.testing.assert_close(slope, (problem.gradient(there) * search).sum(1))
+    problem.advance(point, direction, step_size.unsqueeze(1))
     torch.testing.assert_close(point.x, there.x)
     torch.testing.assert_close(problem.gradient(point), problem.gradient(there))
-    assert torch.equal(move.x, way)
+    assert torch.equal(direction.x, search)
 
 
 @given(st.sampled_from(KINDS), st.sampled_from([0.0, 0.7, -2.0]), st.integers(0, 99))
@@ -76,7 +78,7 @@ def test_masks_see_no_shift_and_values_agree(kind: str, shift: float, seed: int)
             assert objective.tolist() == [float(objective[0])] * 3
             objective = objective.sum().view(1)
         torch.testing.assert_close(objective, expected)
-        torch.testing.assert_close(problem.value(problem.at(mask.double())), problem.objective(mask))
+        torch.testing.assert_close(problem.value(problem.evaluate(mask.double())), problem.objective(mask))
         torch.testing.assert_close(problem.scale(), problem.objective(torch.zeros_like(mask)))
         assert problem.unshifted().objective(mask).tolist() == problem.objective(mask).tolist()
 
@@ -89,8 +91,8 @@ def test_rows_are_parts(kind: str, shift: float, seed: int, data: st.DataObject)
     index = data.draw(st.sampled_from([torch.tensor(chosen), slice(min(chosen), max(chosen) + 1)]))
     part, x = whole.rows(index), random(5, 4, seed=seed)
     assert part.shape == tuple(x[index].shape)
-    torch.testing.assert_close(part.value(part.at(x[index])), whole.value(whole.at(x))[index])
-    torch.testing.assert_close(part.gradient(part.at(x[index])), whole.gradient(whole.at(x))[index])
+    torch.testing.assert_close(part.value(part.evaluate(x[index])), whole.value(whole.evaluate(x))[index])
+    torch.testing.assert_close(part.gradient(part.evaluate(x[index])), whole.gradient(whole.evaluate(x))[index])
     mask = x < 0.5
     assert torch.equal(part.objective(mask[index]), whole.objective(mask)[index])
     assert torch.equal(part.scale(), whole.scale()[index])
@@ -134,8 +136,8 @@ def test_gradients_where_none_are_recorded() -> None:
     problem = Function(lambda x: x.square().sum(1), SHAPE)
     with torch.no_grad():
         x = random(*SHAPE)
-        assert torch.equal(problem.at(x).gradient, 2 * x)
-    assert not problem.value(problem.at(x)).requires_grad
+        assert torch.equal(problem.evaluate(x).gradient, 2 * x)
+    assert not problem.value(problem.evaluate(x)).requires_grad
 
 
 def test_module_parameters_get_no_gradients() -> None:

@@ -44,7 +44,7 @@ def test_a_diagonal_negative_by_rounding() -> None:
 def test_inputs_stay() -> None:
     weight, gram = WEIGHT.clone(), GRAM.clone()
     problem = Saliency.ria(weight, gram)
-    problem.at(torch.zeros(2, 2))
+    problem.evaluate(torch.zeros(2, 2))
     problem.objective(torch.zeros(2, 2, dtype=torch.bool))
     assert torch.equal(weight, WEIGHT)
     assert torch.equal(gram, GRAM)

@@ -34,7 +34,7 @@ def test_values_and_gradients_are_those_of_the_outputs(layer, seed):
     truth = truth.detach()
     size = float(truth.sum()) + float(error(layer, target, -layer.weight).sum()) + 1.0
     for seen in (problem, problem.double(), problem.rows(slice(None)), problem.rows(torch.arange(len(x)))):
-        point = seen.at(x.detach().clone())
+        point = seen.evaluate(x.detach().clone())
         torch.testing.assert_close(seen.value(point), truth, rtol=0, atol=1e-12 * size)
         torch.testing.assert_close(seen.gradient(point), x.grad, rtol=0, atol=1e-11 * size)
     mask = x.detach() > 0.5
@@ -42,10 +42,12 @@ def test_values_and_gradients_are_those_of_the_outputs(layer, seed):
     for found in (problem.objective(mask), problem.error(kept)):
         torch.testing.assert_close(found, error(layer, target, kept), rtol=0, atol=1e-12 * size)
     torch.testing.assert_close(problem.scale(), error(layer, target, 0 * kept), rtol=0, atol=1e-12 * size)
-    move = problem.along(torch.ones_like(kept))
-    share = torch.full((len(kept),), 0.25, dtype=torch.float64)
-    ahead = problem.at(x.detach() + 0.25)
-    torch.testing.assert_close(problem.slope(point, move, share), ahead.gradient.sum(1), rtol=0, atol=1e-10 * size)
+    direction = problem.hvp(torch.ones_like(kept))
+    step_size = torch.full((len(kept),), 0.25, dtype=torch.float64)
+    ahead = problem.evaluate(x.detach() + 0.25)
+    torch.testing.assert_close(
+        problem.slope(point, direction, step_size), ahead.gradient.sum(1), rtol=0, atol=1e-10 * size
+    )
 
 
 @given(layers(), st.integers(0, 99))
@@ -56,7 +58,7 @@ def test_a_target_that_is_the_weight_changes_nothing(layer, seed):
     assert same.aims_elsewhere
     mask = torch.from_numpy(np.random.default_rng(seed).random(layer.shape)) > 0.5
     assert torch.equal(plain.objective(mask), same.objective(mask))
-    assert torch.equal(plain.at(mask.double()).gradient, same.at(mask.double()).gradient)
+    assert torch.equal(plain.evaluate(mask.double()).gradient, same.evaluate(mask.double()).gradient)
     assert torch.equal(plain.scale(), same.scale())
 
 
@@ -114,11 +116,11 @@ def test_towards_aims_at_the_best_weights_on_the_new_inputs(layer, seed):
         return float((wanted - weight @ new).square().sum())
 
     best = np.linalg.lstsq(new.T.numpy(), wanted.T.numpy(), rcond=None)[0].T
-    least, size = (
+    minimum, size = (
         lost(torch.from_numpy(best)),
         float(wanted.square().sum()) + float((layer.weight @ new).square().sum()),
     )
-    assert lost(target) <= least + 1e-5 * (size + 1.0)
+    assert lost(target) <= minimum + 1e-5 * (size + 1.0)
     # Without any difference between the inputs the weights are their own target.
     same = LayerReconstruction.towards(layer.weight, layer.gram, layer.gram)
     torch.testing.assert_close(same.scaled_target, layer.weight, rtol=0, atol=1e-12)

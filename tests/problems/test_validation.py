@@ -119,7 +119,7 @@ def test_half_precision_is_widened(weight: torch.dtype, gram: torch.dtype, expec
     problem = LayerReconstruction(w, g)
     assert problem.dtype == problem.weight.dtype == problem.gram.dtype == expected
     assert torch.equal(problem.weight, w.to(expected))  # widening changes no value
-    point = problem.at(torch.zeros(3, 4, dtype=expected))
+    point = problem.evaluate(torch.zeros(3, 4, dtype=expected))
     assert problem.gradient(point).dtype == expected
     assert problem.objective(torch.zeros(3, 4, dtype=torch.bool)).dtype == torch.float64
 
@@ -146,7 +146,7 @@ def test_sizes_at_the_ends_of_float32(size: float) -> None:
     ):
         problem = LayerReconstruction(w, g)
         torch.testing.assert_close(problem.objective(mask), plain.objective(mask) * factor, rtol=1e-5, atol=0.0)
-        assert bool(torch.isfinite(problem.at(torch.zeros(3, 4)).gradient).all())
+        assert bool(torch.isfinite(problem.evaluate(torch.zeros(3, 4)).gradient).all())
 
 
 def test_errors_beyond_float64() -> None:

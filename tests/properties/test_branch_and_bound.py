@@ -20,10 +20,10 @@ from tests.helpers import (
     every_mask,
     examples,
     feasible,
+    fractions,
     held_of,
     layers,
     magnitudes,
-    shares,
 )
 
 SMALL = BranchAndBound(start=Wanda(), batch=7, iterations=6)
@@ -33,12 +33,12 @@ def optimum(layer: Layer, masks: PartitionMatroid) -> float:
     return float(errors_of(layer.weight, layer.gram, every_mask(masks, layer.shape)).sum(1).min())
 
 
-@given(layers(rows=(1, 3), d=(1, 8)), shares)
+@given(layers(rows=(1, 3), d=(1, 8)), fractions)
 @pytest.mark.parametrize("name", MATROIDS)
 @examples(60)
-def test_proves_the_optimum(name: str, layer: Layer, share: float) -> None:
+def test_proves_the_optimum(name: str, layer: Layer, fraction: float) -> None:
     assume(layer.weight.numel() <= 14)
-    masks = ALL_SETS[name](layer.shape, share)
+    masks = ALL_SETS[name](layer.shape, fraction)
     assert isinstance(masks, PartitionMatroid)
     problem = layer.problem()
     result = solve(problem, masks, SMALL)
@@ -51,10 +51,10 @@ def test_proves_the_optimum(name: str, layer: Layer, share: float) -> None:
     assert float(result.lower_bound.sum()) >= best * (1 - 1e-7) - 1e-9 * size
 
 
-@given(layers(rows=(1, 2), d=(4, 8)), shares, st.integers(0, 6))
+@given(layers(rows=(1, 2), d=(4, 8)), fractions, st.integers(0, 6))
 @examples(400)
-def test_bounds_hold_whenever_it_is_stopped(layer: Layer, share: float, batches: int) -> None:
-    masks = ALL_SETS["per-row"](layer.shape, share)
+def test_bounds_hold_whenever_it_is_stopped(layer: Layer, fraction: float, batches: int) -> None:
+    masks = ALL_SETS["per-row"](layer.shape, fraction)
     assert isinstance(masks, PartitionMatroid)
     seen = 0
 
@@ -77,7 +77,7 @@ def test_bounds_hold_whenever_it_is_stopped(layer: Layer, share: float, batches:
 def test_fixing_never_cuts_off_an_optimum(name: str, data: st.DataObject, seed: int, constant: float) -> None:
     """The tangent of a convex quadratic at a random point, a constant added to its linear term."""
     shape = data.draw(st.sampled_from([(1, 6), (2, 4), (2, 6), (1, 9), (3, 4)]))
-    masks = ALL_SETS[name](shape, data.draw(shares))
+    masks = ALL_SETS[name](shape, data.draw(fractions))
     assert isinstance(masks, PartitionMatroid)
     members = every_mask(masks, shape)
     assume(len(members) > 0)
@@ -87,7 +87,7 @@ def test_fixing_never_cuts_off_an_optimum(name: str, data: st.DataObject, seed: 
     problem = QuadraticForm(factor @ factor.T, linear + constant)
     chosen = members[torch.randint(len(members), (3,), generator=random)].double()
     x = torch.einsum("n,nrd->rd", torch.rand(3, generator=random, dtype=torch.float64).softmax(0), chosen)
-    height = masks.band(shape)
+    height = masks.row_block(shape)
 
     def per_band(rows: torch.Tensor) -> torch.Tensor:
         return rows.view(-1, height).sum(1)
@@ -101,9 +101,9 @@ def test_fixing_never_cuts_off_an_optimum(name: str, data: st.DataObject, seed: 
         assert fixed.forbidden is not None
         fixed.forbidden.view(-1)[place] = True
     fixed = Restricted(free, fixed.protected, fixed.forbidden)
-    point = problem.at(x)
+    point = problem.evaluate(x)
     gradient = problem.gradient(point)
-    vertex = fixed.vertex(gradient)
+    vertex = fixed.lmo(gradient)
     bound = per_band(problem.value(point) + (gradient * (vertex - x)).sum(1))
     errors = torch.stack([per_band(problem.objective(mask)) for mask in members])
     best = errors.amin(0)
@@ -113,9 +113,9 @@ def test_fixing_never_cuts_off_an_optimum(name: str, data: st.DataObject, seed: 
     keep, prune = fixable(free, gradient, vertex, fixed, slack)
     # The rounding of values is of this size: only masks clearly as good as what is known have to survive.
     size = 1e-12 * (1 + abs(constant)) * shape[0] * shape[1] * (1 + float(errors.abs().max()))
-    for band in range(len(best)):
-        rows = slice(band * height, (band + 1) * height)
-        good = members[errors[:, band] <= known[band] - size][:, rows]
+    for row_block in range(len(best)):
+        rows = slice(row_block * height, (row_block + 1) * height)
+        good = members[errors[:, row_block] <= known[row_block] - size][:, rows]
         assert bool((good | ~keep[rows]).all())
         assert not bool((good & prune[rows]).any())
 
@@ -124,7 +124,7 @@ def test_fixing_sees_no_constant() -> None:
     masks = PartitionMatroid(2, (1, None))
     gradient = torch.tensor([[3.0, -1.0, 0.5, 2.0, -4.0]], dtype=torch.float64)
     fixed = Restricted(masks, torch.zeros(1, 5, dtype=torch.bool))
-    vertex = fixed.vertex(gradient)
+    vertex = fixed.lmo(gradient)
     for slack, kept, pruned in ((0.4, [1, 4], [0, 2, 3]), (2.0, [4], [0, 3]), (9.0, [], [])):
         for constant in (0.0, 100.0, -1e6):
             keep, prune = fixable(masks, gradient + constant, vertex, fixed, torch.tensor([slack]).double())
@@ -142,10 +142,10 @@ def test_limits_and_logs() -> None:
     solver = BranchAndBound(start=Wanda(), nodes=20, batch=8, log=logs.append)
     result = solve(layer.problem(), masks, solver)
     assert result.status is Status.ITERATION_LIMIT
-    assert {entry.band for entry in logs} == {0, 1}
+    assert {entry.row_block for entry in logs} == {0, 1}
     assert result.counters["nodes"] <= 2 * (20 + 8)
-    for band in (0, 1):
-        mine = [entry for entry in logs if entry.band == band]
+    for row_block in (0, 1):
+        mine = [entry for entry in logs if entry.row_block == row_block]
         assert all(a.bound <= b.bound + 1e-9 and a.incumbent >= b.incumbent for a, b in pairwise(mine))
         assert mine[-1].bound <= mine[-1].incumbent
         assert 0.0 <= mine[-1].gap <= 1.0

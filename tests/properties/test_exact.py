@@ -18,11 +18,11 @@ from tests.helpers import (
     every_mask,
     examples,
     feasible,
+    fractions,
     layers,
     magnitudes,
     sets,
     shapes,
-    shares,
 )
 
 FORMS = ["convex", "raw"]
@@ -31,17 +31,17 @@ ORDERED = ["per-row", "n:m", "unstructured", "row counts", "protected rows", "at
 SMALL = 12  # entries, all patterns of which are tried
 
 
-def minima(values: Tensor, band: int) -> Tensor:
-    """Return the least value of each band, given those of every member and row, shape (members, rows)."""
-    return values.view(len(values), -1, band).sum(2).amin(0)
+def minima(values: Tensor, row_block: int) -> Tensor:
+    """Return the least value of each row block, given those of every member and row, shape (members, rows)."""
+    return values.view(len(values), -1, row_block).sum(2).amin(0)
 
 
-def sizes(layer: Layer, gram: Tensor, band: int) -> Tensor:
-    return magnitudes(layer.weight, gram).view(-1, band).sum(1)
+def sizes(layer: Layer, gram: Tensor, row_block: int) -> Tensor:
+    return magnitudes(layer.weight, gram).view(-1, row_block).sum(1)
 
 
 def holds(problem: Problem, masks: MaskSet, result: Result, best: Tensor, loss: Tensor) -> None:
-    """Insist on a member that is optimal but for `loss` in each band, and on a bound below the optimum."""
+    """Insist on a member that is optimal but for `loss` in each row block, and on a bound below the optimum."""
     assert result.status is Status.OPTIMAL
     assert feasible(masks, result.mask)
     assert torch.equal(result.objective, problem.objective(result.mask))
@@ -53,17 +53,17 @@ def holds(problem: Problem, masks: MaskSet, result: Result, best: Tensor, loss: 
     assert bool((result.lower_bound >= best - 3 * loss).all()), (best - result.lower_bound, loss)
 
 
-@given(st.data(), layers(rows=(1, 4), d=(1, 6)), shares, st.sampled_from([torch.float64, torch.float32]))
+@given(st.data(), layers(rows=(1, 4), d=(1, 6)), fractions, st.sampled_from([torch.float64, torch.float32]))
 @pytest.mark.parametrize("name", ALL_SETS)
 @examples(25)
 def test_brute_force_finds_the_optimum(
-    name: str, data: st.DataObject, layer: Layer, share: float, dtype: torch.dtype
+    name: str, data: st.DataObject, layer: Layer, fraction: float, dtype: torch.dtype
 ) -> None:
     assume(layer.weight.numel() <= SMALL)
-    masks, problem = ALL_SETS[name](layer.shape, share), layer.problem(dtype)
-    band = masks.band(layer.shape)
-    best = minima(errors_of(problem.weight, problem.gram, every_mask(masks, layer.shape)), band)
-    holds(problem, masks, solve(problem, masks, BruteForce()), best, 1e-12 * sizes(layer, problem.gram, band))
+    masks, problem = ALL_SETS[name](layer.shape, fraction), layer.problem(dtype)
+    row_block = masks.row_block(layer.shape)
+    best = minima(errors_of(problem.weight, problem.gram, every_mask(masks, layer.shape)), row_block)
+    holds(problem, masks, solve(problem, masks, BruteForce()), best, 1e-12 * sizes(layer, problem.gram, row_block))
 
 
 @given(st.data(), layers(rows=(1, 3), d=(1, 6), exact=True))
@@ -80,38 +80,38 @@ def test_of_equal_masks_brute_force_takes_the_one_with_lower_indices(
     assert solve(problem, masks, BruteForce()).mask.flatten().int().tolist() == max(optimal)
 
 
-@given(st.data(), layers(rows=(1, 2), d=(1, 7)), shares)
+@given(st.data(), layers(rows=(1, 2), d=(1, 7)), fractions)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ALL_SETS)
 @examples(10)
-def test_scip_finds_the_optimum(name: str, form: str, data: st.DataObject, layer: Layer, share: float) -> None:
+def test_scip_finds_the_optimum(name: str, form: str, data: st.DataObject, layer: Layer, fraction: float) -> None:
     assume(layer.weight.numel() <= SMALL)
-    masks, problem = ALL_SETS[name](layer.shape, share), layer.problem()
-    band = masks.band(layer.shape)
-    best = minima(errors_of(layer.weight, layer.gram, every_mask(masks, layer.shape)), band)
+    masks, problem = ALL_SETS[name](layer.shape, fraction), layer.problem()
+    row_block = masks.row_block(layer.shape)
+    best = minima(errors_of(layer.weight, layer.gram, every_mask(masks, layer.shape)), row_block)
     start = solve(problem, masks, Wanda())
     # The documented tolerance: of the first error, and of the size of the data.
-    loss = 2e-5 * start.objective.view(-1, band).sum(1) + 1e-7 * sizes(layer, layer.gram, band)
+    loss = 2e-5 * start.objective.view(-1, row_block).sum(1) + 1e-7 * sizes(layer, layer.gram, row_block)
     holds(problem, masks, solve(problem, masks, Scip(form=form), start=start.mask), best, loss)  # type: ignore[arg-type]
 
 
-@given(shapes(2, 5), shares, st.integers(0, 999), st.sampled_from([-1.0, 0.0, 1.0]))
+@given(shapes(2, 5), fractions, st.integers(0, 999), st.sampled_from([-1.0, 0.0, 1.0]))
 @pytest.mark.parametrize("form", FORMS)
 @examples(12)
 def test_quadratic_forms_may_bend_either_way(
-    form: str, shape: tuple[int, int], share: float, seed: int, bend: float
+    form: str, shape: tuple[int, int], fraction: float, seed: int, correct: float
 ) -> None:
     random = torch.Generator().manual_seed(seed)
     matrix = torch.randn((shape[1], shape[1]), generator=random, dtype=torch.float64)
-    quadratic = matrix + matrix.T if bend == 0.0 else bend * matrix @ matrix.T
+    quadratic = matrix + matrix.T if correct == 0.0 else correct * matrix @ matrix.T
     problem = QuadraticForm(quadratic, torch.randn(shape, generator=random, dtype=torch.float64))
-    masks = ALL_SETS["at most rows"](shape, share)
+    masks = ALL_SETS["at most rows"](shape, fraction)
     every = every_mask(masks, shape)
     x = every.double()
     values = torch.einsum("nri,ij,nrj->nr", x, quadratic, x) + (x * problem.linear).sum(2)
     best, size = values.amin(0), problem.scale()
     holds(problem, masks, solve(problem, masks, BruteForce()), best, 1e-12 * size)
-    start = masks.lmo(torch.zeros(shape))
+    start = masks.lmo_mask(torch.zeros(shape))
     holds(problem, masks, solve(problem, masks, Scip(form=form), start=start), best, 1e-4 * size)  # type: ignore[arg-type]
 
 
@@ -127,7 +127,7 @@ def test_brute_force_takes_any_function(name: str, data: st.DataObject, layer: L
 
     problem, masks = Function(call, layer.shape), data.draw(sets(layer.shape, [name]))
     every = every_mask(masks, layer.shape)
-    rows, band = layer.shape[0], layer.shape[0] if coupled else masks.band(layer.shape)
+    rows, row_block = layer.shape[0], layer.shape[0] if coupled else masks.row_block(layer.shape)
     values = torch.stack([call(mask.double()).expand(rows) / (rows if coupled else 1) for mask in every])
-    best = minima(values, band)
+    best = minima(values, row_block)
     holds(problem, masks, solve(problem, masks, BruteForce()), best, torch.full_like(best, 1e-9) + 1e-11 * best.abs())

@@ -15,23 +15,23 @@ from torch import Tensor
 
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid, PerRow
-from maskopt.problems import Move, Problem, Saliency
+from maskopt.problems import Direction, Problem, Saliency
 from maskopt.solvers import (
     DIRECTIONS,
     STEPS,
-    Direction,
+    DirectionRule,
     FrankWolfe,
     GapKind,
+    IterationState,
+    SearchDirection,
     Status,
-    View,
-    Way,
     check_compatible,
     solve,
 )
-from maskopt.solvers.base import band_of
+from maskopt.solvers.base import row_block_of
 from tests import helpers
 from tests.helpers import FRANK_WOLFE, SETS, Layer, examples, layers, sets
-from tests.walks import CONVEX, WAVY, Bowl, Case, Diary, Steady, function_case, layer_case, normal, plain_layer
+from tests.loop_runs import CONVEX, WAVY, Bowl, Case, Diary, Steady, function_case, layer_case, normal, plain_layer
 
 ALL_SETS = getattr(helpers, "ALL_SETS", SETS)
 SHAPE = (4, 8)
@@ -67,11 +67,11 @@ def cases(shape: tuple[int, int] = SHAPE) -> dict[str, Case]:
 
 
 def member(masks: MaskSet, mask: Tensor) -> bool:
-    """By the set's definition if the helpers know it, and by its MILP twin."""
+    """By the set's definition if the helpers know it, and by its MILP formulation."""
     rule = masks.milp_constraints((mask.shape[0], mask.shape[1]))
     left = rule.A @ mask.flatten().double().numpy()
-    twin = bool(((left >= rule.lb - 1e-9) & (left <= rule.ub + 1e-9)).all())
-    return twin and (not isinstance(masks, PartitionMatroid) or helpers.feasible(masks, mask))
+    dense_copy = bool(((left >= rule.lb - 1e-9) & (left <= rule.ub + 1e-9)).all())
+    return dense_copy and (not isinstance(masks, PartitionMatroid) or helpers.feasible(masks, mask))
 
 
 # Everything with everything
@@ -101,7 +101,7 @@ def test_everything_with_everything(name: str, set_name: str, kind: str) -> None
         torch.testing.assert_close(result.objective, scratch, rtol=1e-12, atol=1e-13 * float(case.size.max()))
     assert torch.equal(result.scale, case.problem.scale())
     assert result.gap_kind is (GapKind.PROVEN if case.bounded else GapKind.STATIONARY)
-    assert result.lower_bound.shape == (SHAPE[0] // band_of(case.problem, masks),)
+    assert result.lower_bound.shape == (SHAPE[0] // row_block_of(case.problem, masks),)
     assert result.gap >= -1e-12 * float(case.size.sum())
 
 
@@ -144,8 +144,8 @@ def test_sentences_of_sets_name_the_protocol() -> None:
         def check(self, shape: tuple[int, int]) -> None:
             self.inner.check(shape)
 
-        def vertex(self, cost: Tensor) -> Tensor:
-            return self.inner.vertex(cost)
+        def lmo(self, cost: Tensor) -> Tensor:
+            return self.inner.lmo(cost)
 
         def contains(self, mask: Tensor) -> bool:
             return self.inner.contains(mask)
@@ -196,7 +196,7 @@ def test_refused_settings(settings: dict[str, object], sentence: str) -> None:
 def checked_history(case: Case, masks: MaskSet, solver: FrankWolfe, tolerance: float) -> None:
     """Compare every iteration with the optimum; `tolerance` times the size is what the enumeration may be off by."""
     result = solve(case.problem, masks, solver, record=1)
-    best, size = case.least(masks)
+    best, size = case.lmo_bound(masks)
     total, slack = float(best.sum()), tolerance * size
     history = result.history
     for bound, rounded, incumbent in zip(history["bound"], history["rounded"], history["incumbent"], strict=True):
@@ -302,7 +302,7 @@ def test_scores_are_solved_at_once(name: str) -> None:
     """A linear objective: the first vertex is the answer, and the bound says so."""
     for seed in range(3):
         problem, masks = Saliency(normal(*SHAPE, seed=seed)), SETS["n:m"](SHAPE, 0.5)
-        for start in (None, masks.lmo(normal(*SHAPE, seed=seed + 9))):
+        for start in (None, masks.lmo_mask(normal(*SHAPE, seed=seed + 9))):
             result = solve(problem, masks, FrankWolfe(direction=name, iterations=60), start=start)
             assert torch.equal(result.mask, helpers.cheapest(masks, -problem.scores))
             assert result.gap == pytest.approx(0.0, abs=1e-9)
@@ -404,7 +404,7 @@ def test_inputs_stay_as_they_are(name: str) -> None:
     diagonal = problem.diagonal()
     for set_name in ("per-row", "unstructured", "protected blocks"):
         masks = SETS[set_name](SHAPE, 0.5)
-        start = masks.lmo(normal(*SHAPE))
+        start = masks.lmo_mask(normal(*SHAPE))
         before = start.clone()
         solve(problem.shifted(diagonal, 0.5), masks, FRANK_WOLFE[name], start=start)
         assert torch.equal(start, before)
@@ -425,7 +425,7 @@ def test_every_solver_takes_shifted_problems(name: str) -> None:
         if not solver.relaxes:
             assert torch.equal(plain.mask, shifted.mask)
         if shifted.lower_bound is not None:
-            best, size = layer_case(plain_layer(0)).least(masks)
+            best, size = layer_case(plain_layer(0)).lmo_bound(masks)
             assert bool((shifted.lower_bound <= best + 1e-14 * size).all())
 
 
@@ -446,25 +446,25 @@ def hard_bowls(seeds: int, n: int = 60) -> Bowl:
 class Counting(Diary):
     """Counts the iterations that every row moved in, and its active vertices after the last one."""
 
-    def begin(self, view: View) -> Direction:
-        self.ids = torch.arange(len(view.x))
-        self.moves, self.active = torch.zeros(len(view.x)), torch.zeros(len(view.x), dtype=torch.int64)
-        return super().begin(view)
+    def begin(self, state: IterationState) -> DirectionRule:
+        self.ids = torch.arange(len(state.x))
+        self.moves, self.active = torch.zeros(len(state.x)), torch.zeros(len(state.x), dtype=torch.int64)
+        return super().begin(state)
 
-    def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
-        self.rule.moved(view, move, share, limit)
-        self.moves[self.ids] += (share > 0).float()
+    def update(self, state: IterationState, direction: Direction, step_size: Tensor, max_step: Tensor) -> None:
+        self.rule.update(state, direction, step_size, max_step)
+        self.moves[self.ids] += (step_size > 0).float()
         if hasattr(self.rule, "atoms"):
             self.active[self.ids] = self.rule.atoms.active
 
-    def way(self, view: View) -> Way:
-        return self.rule.way(view)
+    def search_direction(self, state: IterationState) -> SearchDirection:
+        return self.rule.search_direction(state)
 
-    def bend(self, view: View, move: Move) -> Move:
-        return self.rule.bend(view, move)
+    def correct(self, state: IterationState, direction: Direction) -> Direction:
+        return self.rule.correct(state, direction)
 
-    def take(self, rows: Tensor, bands: Tensor) -> Direction:
-        self.rule, self.ids = self.rule.take(rows, bands), self.ids[rows]
+    def take(self, rows: Tensor, blocks: Tensor) -> DirectionRule:
+        self.rule, self.ids = self.rule.take(rows, blocks), self.ids[rows]
         return self
 
 

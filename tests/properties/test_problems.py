@@ -58,7 +58,7 @@ def test_objective_is_the_output_error(layer: Layer, seed: int) -> None:
     outputs = layer.weight @ layer.x - (mask * layer.weight) @ layer.x
     error, size = outputs.square().sum(1), magnitudes(layer.weight, layer.gram)
     close(problem.objective(mask), error, size)
-    close(problem.value(problem.at(mask.double())) * problem.unit, error, size)
+    close(problem.value(problem.evaluate(mask.double())) * problem.unit, error, size)
     close(problem.scale(), (layer.weight @ layer.x).square().sum(1), size)
     assert bool((problem.objective(mask) >= 0).all())
     assert torch.equal(problem.objective(torch.ones_like(mask)), torch.zeros(layer.shape[0], dtype=torch.float64))
@@ -80,13 +80,13 @@ def test_integers_give_exact_objectives(dtype: torch.dtype, layer: Layer, seed: 
 def test_gradient_is_the_finite_difference(data: st.DataObject, layer: Layer) -> None:
     problem, size = problem_of(data, layer)
     x = relaxed(data, layer.shape)
-    gradient = problem.gradient(problem.at(x.clone()))
+    gradient = problem.gradient(problem.evaluate(x.clone()))
     for column in range(layer.shape[1]):
         step = torch.zeros_like(x)
         step[:, column] = 0.5  # central differences of a quadratic are exact for any step
-        ahead, behind = problem.value(problem.at(x + step)), problem.value(problem.at(x - step))
+        ahead, behind = problem.value(problem.evaluate(x + step)), problem.value(problem.evaluate(x - step))
         close(gradient[:, column], ahead - behind, 20 * size)
-        curvature = ahead + behind - 2 * problem.value(problem.at(x))
+        curvature = ahead + behind - 2 * problem.value(problem.evaluate(x))
         close(problem.diagonal()[:, column] * 0.5, curvature, 20 * size)
 
 
@@ -95,23 +95,23 @@ def test_gradient_is_the_finite_difference(data: st.DataObject, layer: Layer) ->
 def test_hessian_is_the_change_of_the_gradient(data: st.DataObject, layer: Layer) -> None:
     problem, size = problem_of(data, layer)
     a, b = relaxed(data, layer.shape), relaxed(data, layer.shape)
-    change = problem.gradient(problem.at(b)) - problem.gradient(problem.at(a))
-    move = problem.along(b - a)
-    assert torch.equal(move.x, b - a)
-    close(problem.hessian(move), change, 20 * size.unsqueeze(1))
+    change = problem.gradient(problem.evaluate(b)) - problem.gradient(problem.evaluate(a))
+    direction = problem.hvp(b - a)
+    assert torch.equal(direction.x, b - a)
+    close(problem.hessian(direction), change, 20 * size.unsqueeze(1))
 
 
 @given(st.data(), layers(), st.floats(-1, 2))
 @examples(200)
-def test_a_line_is_a_quadratic(data: st.DataObject, layer: Layer, share: float) -> None:
+def test_a_line_is_a_quadratic(data: st.DataObject, layer: Layer, step_size: float) -> None:
     problem, size = problem_of(data, layer)
     a, b = relaxed(data, layer.shape), relaxed(data, layer.shape)
-    point = problem.at(a.clone())
-    move = problem.along(b - a)
-    slope = (problem.gradient(point) * move.x).sum(1)
-    curvature = (problem.hessian(move) * move.x).sum(1)
-    expected = problem.value(point) + share * slope + 0.5 * share**2 * curvature
-    close(problem.value(problem.at(a + share * (b - a))), expected, 100 * size)
+    point = problem.evaluate(a.clone())
+    direction = problem.hvp(b - a)
+    slope = (problem.gradient(point) * direction.x).sum(1)
+    curvature = (problem.hessian(direction) * direction.x).sum(1)
+    expected = problem.value(point) + step_size * slope + 0.5 * step_size**2 * curvature
+    close(problem.value(problem.evaluate(a + step_size * (b - a))), expected, 100 * size)
 
 
 @given(st.data(), layers())
@@ -119,15 +119,15 @@ def test_a_line_is_a_quadratic(data: st.DataObject, layer: Layer, share: float) 
 def test_carried_points_are_the_points(data: st.DataObject, layer: Layer) -> None:
     problem, size = problem_of(data, layer)
     a, b, c = (relaxed(data, layer.shape) for _ in range(3))
-    shares = torch.linspace(0, 1, layer.shape[0], dtype=torch.float64).unsqueeze(1)
-    point = problem.at(a.clone())
-    move = problem.along(b - a)
-    move.blend_(problem.along(c - a), shares)
-    move.scale_(shares * 0.75)
-    problem.advance(point, move, 1 - shares)
-    there = a + (1 - shares) * shares * 0.75 * ((1 - shares) * (b - a) + shares * (c - a))
+    fractions = torch.linspace(0, 1, layer.shape[0], dtype=torch.float64).unsqueeze(1)
+    point = problem.evaluate(a.clone())
+    direction = problem.hvp(b - a)
+    direction.blend_(problem.hvp(c - a), fractions)
+    direction.scale_(fractions * 0.75)
+    problem.advance(point, direction, 1 - fractions)
+    there = a + (1 - fractions) * fractions * 0.75 * ((1 - fractions) * (b - a) + fractions * (c - a))
     close(point.x, there, 10.0)
-    fresh = problem.at(there)
+    fresh = problem.evaluate(there)
     close(problem.gradient(point), problem.gradient(fresh), 100 * size.unsqueeze(1))
     close(problem.value(point), problem.value(fresh), 100 * size)
 
@@ -139,7 +139,7 @@ def test_no_mask_sees_the_shift(layer: Layer, amount: float, seed: int) -> None:
     problem = layer.problem()
     for diagonal in (problem.diagonal(), -problem.diagonal(), torch.full_like(problem.weight, 1e9)):
         shifted = problem.shifted(diagonal, amount)
-        point = problem.at(mask.double())
+        point = problem.evaluate(mask.double())
         assert torch.equal(shifted.objective(mask), problem.objective(mask))
         assert torch.equal(shifted.value(point), problem.value(point))
         assert torch.equal(shifted.shifted(diagonal, amount).value(point), problem.value(point))
@@ -161,10 +161,10 @@ def test_rows_are_slices(data: st.DataObject, layer: Layer) -> None:
     index = data.draw(st.slices(layer.shape[0]).filter(lambda s: (s.step or 1) > 0 and range(layer.shape[0])[s]))
     part, size = problem.rows(index), size[index]
     x = relaxed(data, layer.shape)
-    point, inside = problem.at(x.clone()), part.at(x[index].clone())
+    point, inside = problem.evaluate(x.clone()), part.evaluate(x[index].clone())
     assert part.shape == tuple(x[index].shape)
-    bent = part.hessian(part.along(x[index].clone()))
-    close(bent, problem.hessian(problem.along(x.clone()))[index], 10 * size.unsqueeze(1))
+    product = part.hessian(part.hvp(x[index].clone()))
+    close(product, problem.hessian(problem.hvp(x.clone()))[index], 10 * size.unsqueeze(1))
     close(part.value(inside), problem.value(point)[index], size)
     close(part.gradient(inside), problem.gradient(point)[index], 10 * size.unsqueeze(1))
     assert torch.equal(part.diagonal(), problem.diagonal()[index])
@@ -187,10 +187,10 @@ def test_units_multiply_the_objective(
     assert torch.equal(scaled.objective(mask), plain.objective(mask) * factor)
     assert torch.equal(scaled.scale(), plain.scale() * factor)
     # What solvers see stays ordinary: no overflow, and no underflow of what matters.
-    gradient = scaled.gradient(scaled.at(mask.to(dtype)))
+    gradient = scaled.gradient(scaled.evaluate(mask.to(dtype)))
     assert bool(torch.isfinite(gradient).all())
     ratio = plain.unit / scaled.unit * factor
-    torch.testing.assert_close(gradient.double(), plain.gradient(plain.at(mask.to(dtype))).double() * ratio)
+    torch.testing.assert_close(gradient.double(), plain.gradient(plain.evaluate(mask.to(dtype))).double() * ratio)
 
 
 @given(layers())
@@ -200,7 +200,7 @@ def test_float32_is_close_to_float64(layer: Layer) -> None:
     mask = torch.arange(layer.weight.numel()).view(layer.shape) % 3 == 0
     size = magnitudes(layer.weight, layer.gram)
     assert bool(((narrow.objective(mask) - wide.objective(mask)).abs() <= 1e-6 * size).all())
-    point = narrow.double().at(mask.double())
+    point = narrow.double().evaluate(mask.double())
     close(narrow.double().value(point) * narrow.unit, narrow.objective(mask), 10 * size)
     assert narrow.double().dtype == torch.float64
 
@@ -234,7 +234,7 @@ def test_ria_by_loops(layer: Layer) -> None:
 def test_saliency_is_linear(layer: Layer) -> None:
     problem = Saliency.magnitude(layer.weight)
     mask = torch.arange(layer.weight.numel()).view(layer.shape) % 2 == 0
-    point = problem.at(mask.double())
+    point = problem.evaluate(mask.double())
     assert isinstance(point, Point)
     size = layer.weight.abs().sum(1)
     close(problem.value(point), problem.objective(mask), size)

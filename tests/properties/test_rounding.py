@@ -9,7 +9,7 @@ from torch import Tensor
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers import rounding
-from maskopt.solvers.base import Watch
+from maskopt.solvers.base import Monitor
 from maskopt.solvers.one_swap import descend
 from tests.helpers import (
     SETS,
@@ -33,13 +33,13 @@ def seeded(seed: int) -> torch.Generator:
 
 def members(masks: MaskSet, shape: tuple[int, int], seed: int, number: int) -> Tensor:
     cost = torch.randn((number, *shape), generator=seeded(seed), dtype=torch.float64)
-    return torch.stack([masks.lmo(one) for one in cost])
+    return torch.stack([masks.lmo_mask(one) for one in cost])
 
 
 def mixed(masks: MaskSet, shape: tuple[int, int], seed: int, number: int = 5) -> Tensor:
     """Return a random convex combination of random masks."""
-    share = torch.rand(number, generator=seeded(seed + 1), dtype=torch.float64).square()
-    return torch.einsum("n,nrd->rd", share / share.sum(), members(masks, shape, seed, number).double())
+    fraction = torch.rand(number, generator=seeded(seed + 1), dtype=torch.float64).square()
+    return torch.einsum("n,nrd->rd", fraction / fraction.sum(), members(masks, shape, seed, number).double())
 
 
 def eighths(masks: MaskSet, shape: tuple[int, int], seed: int) -> Tensor:
@@ -49,10 +49,10 @@ def eighths(masks: MaskSet, shape: tuple[int, int], seed: int) -> Tensor:
 
 def iterate(problem: LayerReconstruction, masks: PartitionMatroid, steps: int) -> Tensor:
     """Return the relaxed mask after plain Frank-Wolfe steps from the center."""
-    point = problem.at(masks.center(problem.shape, problem.dtype, problem.device))
+    point = problem.evaluate(masks.center(problem.shape, problem.dtype, problem.device))
     for step in range(steps):
-        move = problem.along(masks.vertex(point.gradient) - point.x)
-        problem.advance(point, move, torch.full((problem.shape[0], 1), 2.0 / (step + 3), dtype=problem.dtype))
+        direction = problem.hvp(masks.lmo(point.gradient) - point.x)
+        problem.advance(point, direction, torch.full((problem.shape[0], 1), 2.0 / (step + 3), dtype=problem.dtype))
     return point.x
 
 
@@ -94,7 +94,7 @@ def test_roundings_are_members_reproducible_and_polish_helps(
 ) -> None:
     masks, problem = data.draw(sets(layer.shape, [name])), layer.problem(dtype)
     x = relaxed(problem, masks, kind, seed)
-    gradient, copy = problem.at(x).gradient, x.clone()
+    gradient, copy = problem.evaluate(x).gradient, x.clone()
     found = roundings(problem, masks, x, gradient, seed)
     again = roundings(problem, masks, x, gradient, seed)
     for rule, mask in found.items():
@@ -102,13 +102,13 @@ def test_roundings_are_members_reproducible_and_polish_helps(
         assert masks.contains(mask), rule
         assert feasible(masks, mask), rule
         assert torch.equal(mask, again[rule]), rule
-        polished = descend(problem, masks, mask, Watch("test", None, None))[0]
+        polished = descend(problem, masks, mask, Monitor("test", None, None))[0]
         before, after = problem.objective(mask), problem.objective(polished)
         assert bool((after <= before).all() if masks.separable else after.sum() <= before.sum()), rule
         if kind == "mask":
             assert torch.equal(mask, x.bool()), rule
     assert torch.equal(x, copy)
-    errors = {rule: problem.objective(mask).view(-1, masks.band(x.shape)).sum(1) for rule, mask in found.items()}
+    errors = {rule: problem.objective(mask).view(-1, masks.row_block(x.shape)).sum(1) for rule, mask in found.items()}
     for rule in ("best weight", "best of"):
         assert bool((errors[rule] <= errors["top-k"]).all()), rule
     assert bool((errors["best weight"] <= errors["gradient"]).all())
@@ -165,13 +165,13 @@ def test_equal_values_of_any_type_give_equal_masks(data: st.DataObject, seed: in
     assert float((wide.double() * x).sum()) == pytest.approx(float((narrow.double() * x).sum()), abs=1e-4 * x.numel())
 
 
-def model(x: Tensor, gradient: Tensor, band: int, weight: float, chosen: Tensor) -> Tensor:
+def model(x: Tensor, gradient: Tensor, row_block: int, weight: float, chosen: Tensor) -> Tensor:
     """Return eta <g, m> + |m - x|^2 / 2 of masks (number, rows, d), by the definition; also 0 where no eta is."""
     value = 0.5 * (chosen.double() - x).square().sum((1, 2))
-    for top in range(0, len(x), band):
-        rows = slice(top, top + band)
-        g, share = gradient[rows].flatten().tolist(), x[rows].flatten().tolist()
-        undecided = [s * (1 - s) if 1e-9 < s < 1 - 1e-9 else 0.0 for s in share]
+    for top in range(0, len(x), row_block):
+        rows = slice(top, top + row_block)
+        g, fraction = gradient[rows].flatten().tolist(), x[rows].flatten().tolist()
+        undecided = [s * (1 - s) if 1e-9 < s < 1 - 1e-9 else 0.0 for s in fraction]
         whole = sum(undecided)
         if whole == 0.0:
             continue
@@ -191,7 +191,7 @@ def test_gradient_aware_minimises_its_model(data: st.DataObject, seed: int, weig
     x = (eighths if ties else mixed)(masks, shape, seed)
     gradient = torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
     mask = rounding.gradient_aware(masks, x, gradient, weight)
-    value = model(x, gradient, masks.band(shape), weight, torch.cat((mask.unsqueeze(0), every_mask(masks, shape))))
+    value = model(x, gradient, masks.row_block(shape), weight, torch.cat((mask.unsqueeze(0), every_mask(masks, shape))))
     assert float(value[0]) <= float(value.min()) + 1e-9 * (1 + float(value.abs().max()))
     for factor in (2.0**-300, 1024.0, 2.0**300):
         assert torch.equal(mask, rounding.gradient_aware(masks, x, gradient * factor, weight))
@@ -221,15 +221,15 @@ def test_the_best_is_chosen_by_bands(data: st.DataObject, layer: object, seed: i
     mask, index = rounding.best(problem, masks, *candidates)
     assert torch.equal(candidates, copy)
     assert feasible(masks, mask)
-    band = masks.band(layer.shape)
+    row_block = masks.row_block(layer.shape)
     errors = errors_of(layer.weight, layer.gram, candidates)  # small integers: exact
-    for start in range(0, layer.shape[0], band):
-        rows = slice(start, start + band)
+    for start in range(0, layer.shape[0], row_block):
+        rows = slice(start, start + row_block)
         totals = errors[:, rows].sum(1).tolist()
-        chosen = int(index[start // band])
+        chosen = int(index[start // row_block])
         assert chosen == totals.index(min(totals))
         assert torch.equal(mask[rows], candidates[chosen, rows])
-    assert index.shape == (layer.shape[0] // band,)
+    assert index.shape == (layer.shape[0] // row_block,)
 
 
 @given(st.data(), layers(), kinds, seeds, st.sampled_from([1.0, 2.0**60, 2.0**-60]))
@@ -244,7 +244,7 @@ def test_slack_is_proven(
     x = relaxed(problem, masks, kind, seed).double()
     slack = rounding.lemma2_slack(problem, masks, x)
     assert slack.dtype == torch.float64
-    assert slack.shape == (layer.shape[0] // masks.band(layer.shape),)
+    assert slack.shape == (layer.shape[0] // masks.row_block(layer.shape),)
     best = least_errors(problem.weight, problem.gram, masks)
     worse = problem.objective(rounding.top_k(masks, x)) - (best if masks.separable else 0.0)
     size = magnitudes(problem.weight, problem.gram)
@@ -261,14 +261,14 @@ def test_slack_is_the_formula(layer: object, seed: int) -> None:
     x = mixed(masks, layer.shape, seed)
     slack = rounding.lemma2_slack(problem, masks, x)
     for row in range(layer.shape[0]):
-        weight, share = layer.weight[row], x[row]
+        weight, fraction = layer.weight[row], x[row]
         quadratic = weight.unsqueeze(1) * layer.gram * weight
         largest = float(quadratic.abs().sum(1).max())
         assert largest >= float(torch.linalg.eigvalsh(quadratic)[-1]) * (1 - 1e-9)
-        order = share.sort(descending=True).values
-        keep = round(float(share.sum()))
-        tau, pruned = float(order[keep:].sum()), len(share) - keep
-        gradient = -2 * quadratic @ (1 - share)
-        gap = float(gradient @ share - gradient.sort().values[:keep].sum())
+        order = fraction.sort(descending=True).values
+        keep = round(float(fraction.sum()))
+        tau, pruned = float(order[keep:].sum()), len(fraction) - keep
+        gradient = -2 * quadratic @ (1 - fraction)
+        gap = float(gradient @ fraction - gradient.sort().values[:keep].sum())
         want = gap + 2 * tau * largest + 2 * largest * (pruned * 2 * tau) ** 0.5
         assert float(slack[row]) == pytest.approx(want, rel=1e-6, abs=1e-6 * largest + 1e-9)

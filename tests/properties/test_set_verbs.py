@@ -56,7 +56,7 @@ def points(draw: st.DrawFn, members: Tensor) -> Tensor:
 
 
 def limits(masks: MaskSet, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """Return A and b with hull = {x : A x <= b}, from the LP twin, which is integral for these sets."""
+    """Return A and b with hull = {x : A x <= b}, from the LP formulation, which is integral for these sets."""
     rule = masks.milp_constraints(shape)
     size = shape[0] * shape[1]
     left = np.vstack((rule.A.toarray(), -rule.A.toarray(), np.eye(size), -np.eye(size)))
@@ -88,7 +88,7 @@ def test_inface_is_the_best_of_the_smallest_face(name: str, dtype: torch.dtype, 
     face = members[torch.from_numpy((np.abs(left[tight] @ flat.T - right[tight, None]) < 1e-9).all(0))]
     cost = small_costs(data, shape)
     # Within the tolerance, and of either sign; equal in each unit.
-    sign = masks.vertex(small_costs(data, shape)).mul(2).sub(1)
+    sign = masks.lmo(small_costs(data, shape)).mul(2).sub(1)
     noise = data.draw(st.sampled_from([0.0, 1.0])) * sign * torch.finfo(dtype).eps
     vertex = masks.inface(cost.to(dtype), (at + noise).clamp(0, 1).to(dtype))
     assert vertex.dtype == dtype
@@ -104,7 +104,7 @@ def test_max_step_goes_to_the_boundary(name: str, dtype: torch.dtype, data: st.D
     masks, shape, members = data.draw(cases(name))
     at = data.draw(points(members)).to(dtype)
     away = masks.inface(small_costs(data, shape).to(dtype), at)
-    toward = masks.vertex(small_costs(data, shape).to(dtype))
+    toward = masks.lmo(small_costs(data, shape).to(dtype))
     direction = data.draw(st.sampled_from([at - away, toward - at, toward - away]))
     direction = direction * data.draw(st.sampled_from([1.0, 2.0**-10, 4.0]))
     step = masks.max_step(at, direction)
@@ -127,7 +127,7 @@ def test_full_groups_stay_full_through_many_steps(dtype: torch.dtype, sign: floa
     """Rounding moves a group's sum; it must neither look like room nor like a limit."""
     random = torch.Generator().manual_seed(0)
     masks, small = AtMost(PerRow(300)), torch.finfo(dtype).eps
-    at = torch.stack([masks.vertex(torch.rand((4, 700), generator=random).to(dtype) - 2) for _ in range(8)]).mean(0)
+    at = torch.stack([masks.lmo(torch.rand((4, 700), generator=random).to(dtype) - 2) for _ in range(8)]).mean(0)
     at *= 1.0 + sign * 2 * small
     assert bool((sign * (at.double().sum(1) - 300) > 0).all())
     for _ in range(50):
@@ -213,7 +213,7 @@ def test_restrict_keeps_the_members_that_fit(name: str, data: st.DataObject) -> 
         assert held_of(part) >= set(kept.flatten().nonzero().flatten().tolist())
         assert banned_of(part) >= set(pruned.flatten().nonzero().flatten().tolist())
         cost = small_costs(data, shape)
-        chosen = part.lmo(cost)
+        chosen = part.lmo_mask(cost)
         assert part.contains(chosen)
         assert float(cost[chosen].sum()) == float((fits.double() * cost).sum((1, 2)).min())
         assert all(part.contains(mask) == (tuple(mask.flatten().tolist()) in listed) for mask in members[:20])

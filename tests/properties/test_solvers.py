@@ -21,10 +21,10 @@ from tests.helpers import (
     magnitudes,
     sets,
 )
-from tests.walks import layer_case
+from tests.loop_runs import layer_case
 
 DTYPES = [torch.float64, torch.float32]
-# What rounding may cost, as a share of the sum of all terms' sizes.
+# What rounding may cost, as a fraction of the sum of all terms' sizes.
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-13}  # objectives are evaluated in float64 either way
 
 
@@ -67,7 +67,7 @@ def test_feasible_evaluated_and_never_below_the_optimum(
     checked(layer, masks, result, dtype)
     assert torch.equal(problem.weight, weight)
     assert torch.equal(problem.gram, gram)
-    best, size = layer_case(layer, dtype=dtype).least(masks)
+    best, size = layer_case(layer, dtype=dtype).lmo_bound(masks)
     assert bool((result.objective.view(len(best), -1).sum(1) >= best - 1e-13 * size).all())
     if result.lower_bound is not None:
         assert result.lower_bound.shape == best.shape
@@ -81,9 +81,9 @@ def test_feasible_evaluated_and_never_below_the_optimum(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @examples(60)
 def test_bounds_are_below_the_optimum_of_every_row(
-    dtype: torch.dtype, layer: Layer, share: float, iterations: int
+    dtype: torch.dtype, layer: Layer, fraction: float, iterations: int
 ) -> None:
-    masks, problem = SETS["per-row"](layer.shape, share), layer.problem(dtype)
+    masks, problem = SETS["per-row"](layer.shape, fraction), layer.problem(dtype)
     result = solve(problem, masks, SparseFW(iterations=iterations))
     assert result.gap_kind is GapKind.PROVEN
     best = least_errors(problem.weight, problem.gram, masks)
@@ -93,9 +93,9 @@ def test_bounds_are_below_the_optimum_of_every_row(
 @given(layers(rows=(8, 8), d=(2, 8), exact=True), st.floats(0, 1), st.sampled_from([1, 7, 60]))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @examples(60)
-def test_proven_bounds_need_no_tolerance(dtype: torch.dtype, layer: Layer, share: float, iterations: int) -> None:
+def test_proven_bounds_need_no_tolerance(dtype: torch.dtype, layer: Layer, fraction: float, iterations: int) -> None:
     """Integers: the optimum is exact, and so must be the claim."""
-    masks, problem = SETS["per-row"](layer.shape, share), layer.problem(dtype)
+    masks, problem = SETS["per-row"](layer.shape, fraction), layer.problem(dtype)
     result = solve(problem, masks, SparseFW(iterations=iterations))
     best = least_errors(problem.weight, problem.gram, masks)
     assert bool((result.lower_bound <= best).all()), float((result.lower_bound - best).max())
@@ -132,7 +132,7 @@ def test_no_swap_improves(name: str, dtype: torch.dtype, data: st.DataObject, la
 @examples(60)
 def test_swaps_never_harm(dtype: torch.dtype, data: st.DataObject, layer: Layer, seed: int) -> None:
     masks, problem = data.draw(sets(layer.shape)), layer.problem(dtype)
-    start = masks.lmo(torch.rand(layer.shape, generator=torch.Generator().manual_seed(seed)))
+    start = masks.lmo_mask(torch.rand(layer.shape, generator=torch.Generator().manual_seed(seed)))
     before, copy = problem.objective(start), start.clone()
     previous = before
     for steps in (0, 1, 3, None):

@@ -8,20 +8,20 @@ from torch import Tensor
 
 from maskopt.solvers.atoms import Atoms
 from tests.helpers import examples
-from tests.walks import normal, random
+from tests.loop_runs import normal, random
 
 
-def vertices_of(seed: int, bands: int, entries: int, equal: bool = False) -> Tensor:
+def vertices_of(seed: int, blocks: int, entries: int, equal: bool = False) -> Tensor:
     """Return 0/1 vectors; of any number of ones, none and all included, unless they are to be `equal`."""
-    order = random(bands, entries, seed=seed)
+    order = random(blocks, entries, seed=seed)
     if equal:
         return (order.argsort(1).argsort(1) < (entries + 1) // 2).double()
-    keep = torch.randint(0, entries + 1, (bands, 1), generator=torch.Generator().manual_seed(seed))
+    keep = torch.randint(0, entries + 1, (blocks, 1), generator=torch.Generator().manual_seed(seed))
     return (order.argsort(1).argsort(1) < keep).double()
 
 
 class Dense:
-    """The same by a dictionary per band: vertex -> weight."""
+    """The same by a dictionary per row block: vertex -> weight."""
 
     def __init__(self, vertices: Tensor) -> None:
         self.weight = [{tuple(row): 1.0} for row in vertices.tolist()]
@@ -34,34 +34,34 @@ class Dense:
     def scale(self, factor: float) -> None:
         self.weight = [{row: factor * weight for row, weight in own.items()} for own in self.weight]
 
-    def drop(self, band: int, row: tuple[float, ...]) -> None:
-        del self.weight[band][row]
+    def drop(self, row_block: int, row: tuple[float, ...]) -> None:
+        del self.weight[row_block][row]
 
     def combined(self, entries: int) -> Tensor:
         total = torch.zeros((len(self.weight), entries), dtype=torch.float64)
-        for band, own in enumerate(self.weight):
+        for row_block, own in enumerate(self.weight):
             for row, weight in own.items():
-                total[band] += weight * torch.tensor(row, dtype=torch.float64)
+                total[row_block] += weight * torch.tensor(row, dtype=torch.float64)
         return total
 
 
 def contents(atoms: Atoms) -> list[dict[tuple[float, ...], float]]:
-    """Return every band's active vertices and weights, read slot by slot."""
-    found: list[dict[tuple[float, ...], float]] = [{} for _ in range(atoms.bands)]
+    """Return every row block's active vertices and weights, read slot by slot."""
+    found: list[dict[tuple[float, ...], float]] = [{} for _ in range(atoms.blocks)]
     for slot in range(atoms.weight.shape[1]):
-        rows = atoms.dense(torch.full((atoms.bands,), slot), torch.float64).tolist()
-        for band, weight in enumerate(atoms.weight[:, slot].tolist()):
+        rows = atoms.dense(torch.full((atoms.blocks,), slot), torch.float64).tolist()
+        for row_block, weight in enumerate(atoms.weight[:, slot].tolist()):
             if weight > 0:
-                assert tuple(rows[band]) not in found[band]  # duplicates share a slot
-                found[band][tuple(rows[band])] = weight
+                assert tuple(rows[row_block]) not in found[row_block]  # duplicates share a slot
+                found[row_block][tuple(rows[row_block])] = weight
     return found
 
 
 def agree(atoms: Atoms, dense: Dense) -> None:
     found = contents(atoms)
-    for band, own in enumerate(dense.weight):
-        assert found[band].keys() == {row for row, weight in own.items() if weight > 0}
-        for row, weight in found[band].items():
+    for row_block, own in enumerate(dense.weight):
+        assert found[row_block].keys() == {row for row, weight in own.items() if weight > 0}
+        for row, weight in found[row_block].items():
             assert weight == pytest.approx(own[row], rel=1e-12)
     assert atoms.active.tolist() == [len(own) for own in found]
     torch.testing.assert_close(atoms.combined(atoms.weight, torch.float64), dense.combined(atoms.entries))
@@ -69,13 +69,13 @@ def agree(atoms: Atoms, dense: Dense) -> None:
 
 @given(st.integers(0, 9999), st.integers(1, 4), st.integers(1, 7), st.booleans(), st.integers(1, 25))
 @examples(150)
-def test_atoms_are_a_dictionary(seed: int, bands: int, entries: int, equal: bool, rounds: int) -> None:
+def test_atoms_are_a_dictionary(seed: int, blocks: int, entries: int, equal: bool, rounds: int) -> None:
     """Few entries, so that vertices come back: adding, emptying, scaling, growing, taking, in any order."""
-    first = vertices_of(seed, bands, entries, equal)
+    first = vertices_of(seed, blocks, entries, equal)
     atoms, dense = Atoms(first), Dense(first)
     for turn in range(rounds):
-        vertices = vertices_of(seed + turn + 1, bands, entries, equal)
-        weight = random(bands, seed=seed + turn) * (random(bands, seed=seed + turn + 77) < 0.8)
+        vertices = vertices_of(seed + turn + 1, blocks, entries, equal)
+        weight = random(blocks, seed=seed + turn) * (random(blocks, seed=seed + turn + 77) < 0.8)
         slot = atoms.add(vertices, weight)
         dense.add(vertices, weight)
         placed = atoms.dense(slot, torch.float64)
@@ -84,42 +84,42 @@ def test_atoms_are_a_dictionary(seed: int, bands: int, entries: int, equal: bool
         )
         assert torch.equal(placed[known], vertices[known])
         if turn % 3 == 2:
-            values = normal(bands, entries, seed=seed + turn)
+            values = normal(blocks, entries, seed=seed + turn)
             largest = bool(turn % 2)
             score, slot = atoms.best(atoms.scores(values), largest)
-            for band, own in enumerate(dense.weight):
-                scores = [float(torch.tensor(row).double() @ values[band]) for row in own]
-                assert float(score[band]) == pytest.approx(max(scores) if largest else min(scores), abs=1e-12)
+            for row_block, own in enumerate(dense.weight):
+                scores = [float(torch.tensor(row).double() @ values[row_block]) for row in own]
+                assert float(score[row_block]) == pytest.approx(max(scores) if largest else min(scores), abs=1e-12)
             where = atoms.active > 1
             gone = atoms.dense(slot, torch.float64).tolist()
             atoms.empty(slot, where)
-            for band in where.nonzero().flatten().tolist():
-                dense.drop(band, tuple(gone[band]))
+            for row_block in where.nonzero().flatten().tolist():
+                dense.drop(row_block, tuple(gone[row_block]))
         if turn % 4 == 3:
             atoms.weight *= 0.5
             dense.scale(0.5)
-        if turn % 7 == 6 and bands > 1:
-            part = torch.tensor([bands - 1, 0])
+        if turn % 7 == 6 and blocks > 1:
+            part = torch.tensor([blocks - 1, 0])
             atoms = atoms.take(part)
-            dense.weight = [dense.weight[band] for band in part.tolist()]
-            bands = 2
+            dense.weight = [dense.weight[row_block] for row_block in part.tolist()]
+            blocks = 2
         agree(atoms, dense)
     atoms.settle()
-    torch.testing.assert_close(atoms.weight.sum(1), torch.ones(bands, dtype=torch.float64))
+    torch.testing.assert_close(atoms.weight.sum(1), torch.ones(blocks, dtype=torch.float64))
 
 
 @given(st.integers(0, 999), st.integers(1, 4), st.integers(1, 9))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @examples(60)
-def test_scores_are_inner_products(dtype: torch.dtype, seed: int, bands: int, entries: int) -> None:
-    atoms = Atoms(vertices_of(seed, bands, entries).to(dtype))
+def test_scores_are_inner_products(dtype: torch.dtype, seed: int, blocks: int, entries: int) -> None:
+    atoms = Atoms(vertices_of(seed, blocks, entries).to(dtype))
     for turn in range(6):
-        atoms.add(vertices_of(seed + turn, bands, entries).to(dtype), torch.ones(bands))
-    values = normal(bands, entries, seed=seed).to(dtype)
+        atoms.add(vertices_of(seed + turn, blocks, entries).to(dtype), torch.ones(blocks))
+    values = normal(blocks, entries, seed=seed).to(dtype)
     scores = atoms.scores(values)
     assert scores.dtype == torch.float64
     for slot in range(scores.shape[1]):
-        dense = atoms.dense(torch.full((bands,), slot), dtype)
+        dense = atoms.dense(torch.full((blocks,), slot), dtype)
         torch.testing.assert_close(scores[:, slot], (dense * values).double().sum(1), rtol=1e-12, atol=1e-6)
 
 
@@ -143,27 +143,27 @@ def test_a_slot_whatever_the_weight() -> None:
 
 @given(st.integers(0, 999), st.integers(1, 5))
 @examples(40)
-def test_inner_products_move_with_their_atoms(seed: int, bands: int) -> None:
-    atoms, entries = Atoms(vertices_of(seed, bands, 6)), 6
-    bend = normal(entries, entries, seed=seed)
-    bend = bend @ bend.T
+def test_inner_products_move_with_their_atoms(seed: int, blocks: int) -> None:
+    atoms, entries = Atoms(vertices_of(seed, blocks, 6)), 6
+    correct = normal(entries, entries, seed=seed)
+    correct = correct @ correct.T
 
     def products(these: Atoms) -> Tensor:
         slots = range(these.weight.shape[1])
-        dense = torch.stack([these.dense(torch.full((these.bands,), slot), torch.float64) for slot in slots], 1)
-        return dense @ bend @ dense.mT
+        dense = torch.stack([these.dense(torch.full((these.blocks,), slot), torch.float64) for slot in slots], 1)
+        return dense @ correct @ dense.mT
 
     atoms.matrix = products(atoms)
     for turn in range(10):
-        slot = atoms.add(vertices_of(seed + turn, bands, entries), torch.ones(bands))
-        every = torch.arange(bands)
+        slot = atoms.add(vertices_of(seed + turn, blocks, entries), torch.ones(blocks))
+        every = torch.arange(blocks)
         own = products(atoms)
         atoms.matrix[every, slot, :] = own[every, slot, :]
         atoms.matrix[every, :, slot] = own[every, :, slot]
         active = (atoms.weight > 0).double()
         both = active.unsqueeze(1) * active.unsqueeze(2)
         torch.testing.assert_close(atoms.matrix * both, own * both)
-    part = torch.arange(bands).flip(0)
+    part = torch.arange(blocks).flip(0)
     torch.testing.assert_close(atoms.take(part).matrix, atoms.matrix[part])
 
 

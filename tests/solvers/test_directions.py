@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from maskopt.oracles import PartitionMatroid
-from maskopt.problems import Move, Problem
+from maskopt.problems import Direction, Problem
 from maskopt.solvers import (
     DIRECTIONS,
     Away,
@@ -18,26 +18,38 @@ from maskopt.solvers import (
     BlockCoordinate,
     Boosted,
     Conjugate,
-    Direction,
+    DirectionRule,
     ExactStep,
     FullyCorrective,
     InFace,
+    IterationState,
     Lazy,
     Momentum,
+    Monitor,
     OpenLoopStep,
     Pairwise,
-    Pool,
-    Step,
+    RowBlocks,
+    SearchDirection,
+    StepRule,
     Stochastic,
     Vanilla,
-    View,
-    Watch,
-    Way,
 )
 from maskopt.solvers.atoms import Atoms
 from tests import helpers
 from tests.helpers import SETS, Layer, every_mask, examples, layers
-from tests.walks import CPU, Bowl, Diary, Hull, function_case, normal, plain_layer, random, starts, view_at, walk
+from tests.loop_runs import (
+    CPU,
+    Bowl,
+    Diary,
+    Hull,
+    function_case,
+    loop_result,
+    normal,
+    plain_layer,
+    random,
+    starts,
+    state_at,
+)
 
 ALL_SETS = getattr(helpers, "ALL_SETS", SETS)
 SHAPE = (4, 8)
@@ -45,7 +57,7 @@ OPEN_LOOP = ["momentum", "stochastic"]
 ACTIVE = ["away", "pairwise", "blended-pairwise", "fully-corrective"]
 
 
-def step_for(name: str) -> Step:
+def step_for(name: str) -> StepRule:
     return OpenLoopStep() if name in OPEN_LOOP else ExactStep()
 
 
@@ -70,12 +82,12 @@ def test_ways_stay_in_the_hull_up_to_their_limit(name: str, set_name: str) -> No
     hull = Hull(masks, SHAPE)
     for problem in problems(3):
         diary = Diary(DIRECTIONS[name]())
-        end = walk(problem, masks, diary, step_for(name), 15).point
+        end = loop_result(problem, masks, diary, step_for(name), 15).point
         assert len(diary.events) == 15
         for event in diary.events:
             assert hull.holds(event.x)
-            assert bool((event.limit >= 0).all())
-            far = event.limit.clamp(max=1e3).unsqueeze(1) * event.way
+            assert bool((event.max_step >= 0).all())
+            far = event.max_step.clamp(max=1e3).unsqueeze(1) * event.search
             assert hull.holds(event.x + far, 1e-8)
         assert hull.holds(end.x)
 
@@ -86,12 +98,12 @@ def test_the_limit_is_where_the_hull_ends(name: str) -> None:
     masks, tight = SETS["per-row"](SHAPE, 0.5), 0
     for seed in range(3):
         diary = Diary(DIRECTIONS[name]())
-        walk(plain_layer(seed).problem(), masks, diary, ExactStep(), 25)
+        loop_result(plain_layer(seed).problem(), masks, diary, ExactStep(), 25)
         for event in diary.events:
             for row in range(SHAPE[0]):
-                way, limit = event.way[row], float(event.limit[row])
-                if float(way.abs().max()) > 1e-6 and limit > 1e-9:
-                    beyond = event.x[row] + way * (limit * 1.001 + 1e-6)
+                search, max_step = event.search[row], float(event.max_step[row])
+                if float(search.abs().max()) > 1e-6 and max_step > 1e-9:
+                    beyond = event.x[row] + search * (max_step * 1.001 + 1e-6)
                     assert float(beyond.min()) < -1e-9 or float(beyond.max()) > 1 + 1e-9
                     tight += 1
     assert tight > 50
@@ -103,11 +115,11 @@ def test_ways_lead_downhill_while_there_is_a_gap(name: str, set_name: str) -> No
     masks = SETS[set_name](SHAPE, 0.5)
     for problem in problems(1)[:2]:
         diary = Diary(DIRECTIONS[name]())
-        walk(problem, masks, diary, ExactStep(), 30)
-        pool = Pool(masks.band(SHAPE))
+        loop_result(problem, masks, diary, ExactStep(), 30)
+        row_blocks = RowBlocks(masks.row_block(SHAPE))
         for t, event in enumerate(diary.events):
-            slope = pool(vecdot(event.gradient, event.way))
-            gap = pool(vecdot(event.gradient, event.x - masks.vertex(event.gradient)))
+            slope = row_blocks(vecdot(event.gradient, event.search))
+            gap = row_blocks(vecdot(event.gradient, event.x - masks.lmo(event.gradient)))
             scale = 1e-9 * float(event.gradient.abs().sum())
             if name == "block-coordinate":
                 continue
@@ -120,23 +132,23 @@ def test_ways_lead_downhill_while_there_is_a_gap(name: str, set_name: str) -> No
 class Watched(Diary):
     """Also compares the point with its atoms after every iteration."""
 
-    def __init__(self, rule: Direction) -> None:
+    def __init__(self, rule: DirectionRule) -> None:
         super().__init__(rule)
         self.ends: list[tuple[Tensor, Tensor, Atoms]] = []
 
-    def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
-        super().moved(view, move, share, limit)
+    def update(self, state: IterationState, direction: Direction, step_size: Tensor, max_step: Tensor) -> None:
+        super().update(state, direction, step_size, max_step)
         atoms = self.rule.atoms
         assert bool((atoms.weight >= 0).all())
         torch.testing.assert_close(atoms.weight.sum(1), torch.ones_like(atoms.weight[:, 0]), rtol=0, atol=1e-12)
         combined = atoms.combined(atoms.weight, torch.float64)
-        torch.testing.assert_close(combined, view.pool.flat(view.x), rtol=0, atol=1e-9)
-        for slot in range(atoms.weight.shape[1] if view.iteration % 4 == 3 else 0):
-            dense = atoms.dense(torch.full((atoms.bands,), slot), torch.float64).reshape(view.x.shape)
-            used = (atoms.weight[:, slot] > 0).repeat_interleave(view.pool.band)
-            full = torch.where(used.unsqueeze(1), dense, view.vertex)
-            assert view.masks.contains(full.bool())
-        self.ends.append((view.point.x.clone(), atoms.active.clone(), atoms.take(torch.arange(atoms.bands))))
+        torch.testing.assert_close(combined, state.row_blocks.flat(state.x), rtol=0, atol=1e-9)
+        for slot in range(atoms.weight.shape[1] if state.iteration % 4 == 3 else 0):
+            dense = atoms.dense(torch.full((atoms.blocks,), slot), torch.float64).reshape(state.x.shape)
+            used = (atoms.weight[:, slot] > 0).repeat_interleave(state.row_blocks.row_block)
+            full = torch.where(used.unsqueeze(1), dense, state.vertex)
+            assert state.masks.contains(full.bool())
+        self.ends.append((state.point.x.clone(), atoms.active.clone(), atoms.take(torch.arange(atoms.blocks))))
 
 
 @pytest.mark.parametrize("set_name", ALL_SETS)
@@ -145,18 +157,18 @@ def test_points_are_combinations_of_their_atoms(name: str, set_name: str) -> Non
     masks = ALL_SETS[set_name](SHAPE, 0.5)
     for problem in problems(2):
         watched = Watched(DIRECTIONS[name]())
-        walk(problem, masks, watched, ExactStep(), 24)
+        loop_result(problem, masks, watched, ExactStep(), 24)
         assert len(watched.ends) == 24
 
 
 @given(layers(rows=(1, 4), d=(1, 8)), st.sampled_from(sorted(SETS)), st.floats(0, 1), st.sampled_from([0.0, -1.0, 2.0]))
 @pytest.mark.parametrize("name", ACTIVE)
 @examples(40)
-def test_ugly_combinations(name: str, layer: Layer, set_name: str, share: float, amount: float) -> None:
+def test_ugly_combinations(name: str, layer: Layer, set_name: str, step_size: float, amount: float) -> None:
     base = layer.problem()
-    problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, share)
+    problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, step_size)
     watched = Watched(DIRECTIONS[name]())
-    walk(problem, masks, watched, ExactStep(), 12)
+    loop_result(problem, masks, watched, ExactStep(), 12)
 
 
 @pytest.mark.parametrize("name", ["away", "pairwise", "blended-pairwise"])
@@ -164,7 +176,7 @@ def test_combinations_of_functions_too(name: str) -> None:
     for coupled in (False, True):
         problem = function_case("logistic", SHAPE, coupled=coupled).problem
         watched = Watched(DIRECTIONS[name]())
-        walk(problem, SETS["n:m"](SHAPE, 0.5), watched, OpenLoopStep(), 30)
+        loop_result(problem, SETS["n:m"](SHAPE, 0.5), watched, OpenLoopStep(), 30)
 
 
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "blocks", "protected rows"])
@@ -174,14 +186,14 @@ def test_fully_corrective_points_are_the_best_of_their_atoms(set_name: str) -> N
     for seed in range(4):
         for problem in problems(seed)[:2]:
             watched = Watched(FullyCorrective())
-            walk(problem, masks, watched, ExactStep(), 15)
+            loop_result(problem, masks, watched, ExactStep(), 15)
             for x, active, atoms in watched.ends:
-                gradient = problem.gradient(problem.at(x.clone()))
-                pool = Pool(masks.band(SHAPE))
-                flat = pool.flat(gradient)
-                here = vecdot(flat, pool.flat(x))
+                gradient = problem.gradient(problem.evaluate(x.clone()))
+                row_blocks = RowBlocks(masks.row_block(SHAPE))
+                flat = row_blocks.flat(gradient)
+                here = vecdot(flat, row_blocks.flat(x))
                 scores = torch.where(atoms.weight > 0, atoms.scores(flat), here.unsqueeze(1))
-                scale = 1e-9 * float(problem.gradient(problem.at(torch.zeros_like(x))).abs().sum())
+                scale = 1e-9 * float(problem.gradient(problem.evaluate(torch.zeros_like(x))).abs().sum())
                 assert float((scores - here.unsqueeze(1)).abs().max()) <= scale
                 assert bool((active >= 1).all())
 
@@ -193,16 +205,16 @@ def test_fully_corrective_points_are_the_best_of_their_atoms(set_name: str) -> N
     st.sampled_from([0.0, -1.0, 1.0, 3.0]),
 )
 @examples(120)
-def test_fully_corrective_never_climbs(layer: Layer, set_name: str, share: float, amount: float) -> None:
+def test_fully_corrective_never_climbs(layer: Layer, set_name: str, step_size: float, amount: float) -> None:
     """Also where the objective is flat or concave along some ways, and from any mask."""
     base = layer.problem()
-    problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, share)
-    start = masks.vertex(normal(*layer.shape, seed=5))
+    problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, step_size)
+    start = masks.lmo(normal(*layer.shape, seed=5))
     diary = Diary(FullyCorrective())
-    end = walk(problem, masks, diary, ExactStep(), 10, start=start).point.x
-    pool = Pool(masks.band(layer.shape))
+    end = loop_result(problem, masks, diary, ExactStep(), 10, start=start).point.x
+    row_blocks = RowBlocks(masks.row_block(layer.shape))
     points = [event.x for event in diary.events] + [end]
-    values = torch.stack([pool(problem.value(problem.at(x.clone()))) for x in points])
+    values = torch.stack([row_blocks(problem.value(problem.evaluate(x.clone()))) for x in points])
     size = float(base.scale().sum() / base.unit + base.diagonal().abs().sum()) * (1 + abs(amount))
     assert bool((values.diff(dim=0) <= 1e-9 * size).all())
 
@@ -211,9 +223,9 @@ def test_fully_corrective_on_linear_objectives() -> None:
     masks = SETS["n:m"](SHAPE, 0.5)
     for seed in range(5):
         problem = Bowl(torch.zeros(8, 8, dtype=torch.float64), normal(*SHAPE, seed=seed))
-        start = masks.vertex(normal(*SHAPE, seed=seed + 10))
-        x = walk(problem, masks, FullyCorrective(), ExactStep(), 3, start=start).point.x
-        torch.testing.assert_close(x, masks.vertex(problem.linear), rtol=0, atol=1e-12)
+        start = masks.lmo(normal(*SHAPE, seed=seed + 10))
+        x = loop_result(problem, masks, FullyCorrective(), ExactStep(), 3, start=start).point.x
+        torch.testing.assert_close(x, masks.lmo(problem.linear), rtol=0, atol=1e-12)
 
 
 def test_away_leaves_the_worst_atom() -> None:
@@ -221,42 +233,42 @@ def test_away_leaves_the_worst_atom() -> None:
     masks, seen = SETS["per-row"](SHAPE, 0.5), Counter()
 
     class Checked(Watched):
-        def way(self, view: View) -> Way:
+        def search_direction(self, state: IterationState) -> SearchDirection:
             atoms = self.rule.atoms
             slots = range(atoms.weight.shape[1])
-            dense = [atoms.dense(torch.full((atoms.bands,), slot), torch.float64) for slot in slots]
+            dense = [atoms.dense(torch.full((atoms.blocks,), slot), torch.float64) for slot in slots]
             weight = atoms.weight.clone()
-            way = super().way(view)
+            search = super().search_direction(state)
             for row in range(SHAPE[0]):
-                gradient = view.gradient[row]
+                gradient = state.gradient[row]
                 scores = {s: float(dense[s][row] @ gradient) for s in slots if weight[row, s] > 0}
                 worst = max(scores.values())
-                here, least = float(view.x[row] @ gradient), float(view.vertex[row] @ gradient)
+                here, minimum = float(state.x[row] @ gradient), float(state.vertex[row] @ gradient)
                 rounding = 1e-9 * float(gradient.abs().sum())
-                if here - least < rounding or abs(worst - here - (here - least)) < rounding:
+                if here - minimum < rounding or abs(worst - here - (here - minimum)) < rounding:
                     continue  # nothing to gain, or equal gains: rounding decides
                 # An exact step makes slopes equal: any of the worst will do.
-                ways = [(view.vertex[row] - view.x[row], 1.0, "toward")]
+                directions = [(state.vertex[row] - state.x[row], 1.0, "toward")]
                 tied = [s for s, score in scores.items() if score >= worst - rounding]
                 if isinstance(self.checked, Pairwise):
-                    ways = [(view.vertex[row] - dense[s][row], float(weight[row, s]), "pair") for s in tied]
-                elif worst - here > here - least and len(scores) > 1:
+                    directions = [(state.vertex[row] - dense[s][row], float(weight[row, s]), "pair") for s in tied]
+                elif worst - here > here - minimum and len(scores) > 1:
                     own = {s: float(weight[row, s]) for s in tied}
-                    ways = [(view.x[row] - dense[s][row], own[s] / (1 - own[s]), "away") for s in tied]
-                seen[ways[0][2]] += 1
+                    directions = [(state.x[row] - dense[s][row], own[s] / (1 - own[s]), "away") for s in tied]
+                seen[directions[0][2]] += 1
                 assert any(
-                    torch.allclose(way.x[row], x, rtol=0, atol=1e-12)
-                    and float(way.limit[row]) == pytest.approx(limit, rel=1e-9)
-                    for x, limit, _ in ways
+                    torch.allclose(search.x[row], x, rtol=0, atol=1e-12)
+                    and float(search.max_step[row]) == pytest.approx(max_step, rel=1e-9)
+                    for x, max_step, _ in directions
                 )
-            return way
+            return search
 
     for rule in (Away(), Pairwise()):
         for seed in range(2):
             problem = plain_layer(seed).problem()
             checked = Checked(rule)
             checked.checked = rule
-            walk(problem, masks, checked, ExactStep(), 40)
+            loop_result(problem, masks, checked, ExactStep(), 40)
     assert seen["away"] > 20
     assert seen["toward"] > 20
     assert seen["pair"] > 40
@@ -268,7 +280,7 @@ def test_blended_pairwise_keeps_the_fewest_atoms() -> None:
     for rule in (Away(), Pairwise(), BlendedPairwise()):
         problem = plain_layer(0, (8, 24)).problem()
         watched = Watched(rule)
-        walk(problem, masks, watched, ExactStep(), 120)
+        loop_result(problem, masks, watched, ExactStep(), 120)
         most[type(rule).__name__] = float(watched.ends[-1][1].double().mean())
     assert most["BlendedPairwise"] <= most["Pairwise"]
     assert most["BlendedPairwise"] <= most["Away"]
@@ -286,17 +298,19 @@ def test_away_vertices_lie_on_the_face(set_name: str) -> None:
     for seed in range(3):
         problem = plain_layer(seed, shape).problem()
         diary = Diary(InFace())
-        walk(problem, masks, diary, ExactStep(), 20)
-        pool = Pool(masks.band(shape))
+        loop_result(problem, masks, diary, ExactStep(), 20)
+        row_blocks = RowBlocks(masks.row_block(shape))
         for event in diary.events:
-            away = masks.vertex(event.gradient) - event.way
+            away = masks.lmo(event.gradient) - event.search
             fixed = (event.x < 1e-14) | (event.x > 1 - 1e-14)
             assert torch.equal(away[fixed], event.x.round()[fixed])
             assert masks.contains(away.round().bool())
             torch.testing.assert_close(away, away.round(), rtol=0, atol=1e-12)
             on_face = members[((members - event.x).abs() * fixed).flatten(1).amax(1) < 1e-12]
             worst = (on_face * event.gradient).flatten(1).sum(1).max()
-            assert float(pool.first(pool(vecdot(away, event.gradient))).sum()) == pytest.approx(float(worst), abs=1e-9)
+            assert float(row_blocks.first(row_blocks(vecdot(away, event.gradient))).sum()) == pytest.approx(
+                float(worst), abs=1e-9
+            )
             checked += 1
     assert checked == 60
 
@@ -308,25 +322,25 @@ def test_away_vertices_lie_on_the_face(set_name: str) -> None:
 @examples(60)
 def test_boosted_ways_point_no_worse_than_vanilla_ones(seed: int, set_name: str, iterations: int) -> None:
     masks, problem = SETS[set_name](SHAPE, 0.5), plain_layer(seed).problem()
-    x = walk(problem, masks, Vanilla(), ExactStep(), iterations).point.x
-    view = view_at(problem, masks, x)
+    x = loop_result(problem, masks, Vanilla(), ExactStep(), iterations).point.x
+    state = state_at(problem, masks, x)
     cosines = []
     for rule in (Boosted(), Vanilla()):
-        way = rule.begin(view).way(view).x
-        lengths = view.dot(way, way).sqrt() * view.dot(view.gradient, view.gradient).sqrt()
-        cosines.append((-view.dot(way, view.gradient) / lengths).nan_to_num(0.0))  # nan where the row is solved
+        search = rule.begin(state).search_direction(state).x
+        lengths = state.dot(search, search).sqrt() * state.dot(state.gradient, state.gradient).sqrt()
+        cosines.append((-state.dot(search, state.gradient) / lengths).nan_to_num(0.0))  # nan where the row is solved
     assert bool((cosines[0] >= cosines[1] - 1e-12).all())
 
 
 def test_boosting_helps() -> None:
     masks, problem, better = SETS["per-row"](SHAPE, 0.5), plain_layer(0).problem(), 0
-    x = walk(problem, masks, Vanilla(), ExactStep(), 3).point.x
-    view = view_at(problem, masks, x)
-    one, many = (Boosted(rounds=rounds).way(view).x for rounds in (1, 30))
-    torch.testing.assert_close(one, view.vertex - view.x, rtol=0, atol=1e-12)
+    x = loop_result(problem, masks, Vanilla(), ExactStep(), 3).point.x
+    state = state_at(problem, masks, x)
+    one, many = (Boosted(rounds=rounds).search_direction(state).x for rounds in (1, 30))
+    torch.testing.assert_close(one, state.vertex - state.x, rtol=0, atol=1e-12)
 
-    def cosine(way: Tensor) -> Tensor:
-        return -vecdot(way, view.gradient) / (way.norm(dim=1) * view.gradient.norm(dim=1))
+    def cosine(search: Tensor) -> Tensor:
+        return -vecdot(search, state.gradient) / (search.norm(dim=1) * state.gradient.norm(dim=1))
 
     better = cosine(many) - cosine(one)
     assert bool((better >= -1e-12).all())
@@ -341,49 +355,49 @@ def test_boosting_helps() -> None:
 @examples(200)
 def test_conjugate_moves_are_conjugate(together: bool, seed: int, amount: float, slack: float) -> None:
     base = plain_layer(seed).problem()
-    problem, pool = base.shifted(base.diagonal(), amount), Pool(SHAPE[0] if together else 1)
+    problem, row_blocks = base.shifted(base.diagonal(), amount), RowBlocks(SHAPE[0] if together else 1)
     one, two = 2 * random(*SHAPE, seed=seed) - 1, 2 * random(*SHAPE, seed=seed + 1000) - 1
-    view = view_at(problem, SETS["per-row"](SHAPE, 0.5), random(*SHAPE), band=pool.band)
-    rule, still = Conjugate(slack).begin(view), torch.zeros(SHAPE[0], dtype=torch.float64)
-    rule.moved(view, problem.along(one.clone()), still, still + 1)  # the past: stood still, so that it is whole
-    vertex, previous = problem.along(two.clone()), problem.along(one.clone())
-    chosen = rule.bend(view, vertex)
+    state = state_at(problem, SETS["per-row"](SHAPE, 0.5), random(*SHAPE), row_block=row_blocks.row_block)
+    rule, still = Conjugate(slack).begin(state), torch.zeros(SHAPE[0], dtype=torch.float64)
+    rule.update(state, problem.hvp(one.clone()), still, still + 1)  # the past: stood still, so that it is whole
+    vertex, previous = problem.hvp(two.clone()), problem.hvp(one.clone())
+    chosen = rule.correct(state, vertex)
     # The move is (1 - a) vertex + a previous, with one a for each row, or for all.
     a = vecdot(chosen.x - two, one - two) / vecdot(one - two, one - two)
     torch.testing.assert_close(chosen.x, torch.lerp(two, one, a.unsqueeze(1)), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(chosen.gradient, problem.along(chosen.x.clone()).gradient, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(chosen.gradient, problem.hvp(chosen.x.clone()).gradient, rtol=1e-9, atol=1e-9)
     assert bool(((a >= -1e-12) & (a <= 1 - slack + 1e-12)).all())
     if together:
         torch.testing.assert_close(a, a[:1].expand_as(a), rtol=1e-9, atol=1e-9)
-    bent = problem.hessian(previous)
-    cross, size = pool(vecdot(bent, chosen.x)), pool((bent.abs() * chosen.x.abs()).sum(1))
+    product = problem.hessian(previous)
+    cross, size = row_blocks(vecdot(product, chosen.x)), row_blocks((product.abs() * chosen.x.abs()).sum(1))
     inside = (a > 1e-9) & (a < 1 - slack - 1e-9)
     assert bool((cross.abs() <= 1e-9 * size)[inside].all())
     # At an end of the range, no inner share would have made them conjugate.
-    ahead, back = pool(vecdot(bent, one)), pool(vecdot(bent, two))
+    ahead, back = row_blocks(vecdot(product, one)), row_blocks(vecdot(product, two))
     at_zero, root = a <= 1e-9, back / (back - ahead)
     assert bool(((root <= 1e-6) | (root >= 1 - slack - 1e-6))[at_zero | ~inside].all())
 
 
 def test_conjugate_without_a_past_is_vanilla() -> None:
     problem, masks = plain_layer(3).problem(), SETS["per-row"](SHAPE, 0.5)
-    view = view_at(problem, masks, random(*SHAPE))
-    rule = Conjugate().begin(view)
-    assert torch.equal(rule.way(view).x, Vanilla().way(view).x)
-    move = problem.along(random(*SHAPE))
-    before = move.x.clone()
-    assert rule.bend(view, move) is move
-    assert torch.equal(move.x, before)
+    state = state_at(problem, masks, random(*SHAPE))
+    rule = Conjugate().begin(state)
+    assert torch.equal(rule.search_direction(state).x, Vanilla().search_direction(state).x)
+    direction = problem.hvp(random(*SHAPE))
+    before = direction.x.clone()
+    assert rule.correct(state, direction) is direction
+    assert torch.equal(direction.x, before)
 
 
 def test_conjugate_of_a_past_that_stood_still() -> None:
     problem, masks = plain_layer(3).problem(), SETS["per-row"](SHAPE, 0.5)
-    view = view_at(problem, masks, random(*SHAPE))
-    rule, ones = Conjugate().begin(view), torch.ones(SHAPE[0], dtype=torch.float64)
-    rule.moved(view, problem.along(random(*SHAPE)), ones, ones)  # all the way: nothing of it is left
-    move = problem.along(random(*SHAPE))
-    before = move.x.clone()
-    assert torch.equal(rule.bend(view, move).x, before)
+    state = state_at(problem, masks, random(*SHAPE))
+    rule, ones = Conjugate().begin(state), torch.ones(SHAPE[0], dtype=torch.float64)
+    rule.update(state, problem.hvp(random(*SHAPE)), ones, ones)  # all the way: nothing of it is left
+    direction = problem.hvp(random(*SHAPE))
+    before = direction.x.clone()
+    assert torch.equal(rule.correct(state, direction).x, before)
 
 
 @pytest.mark.parametrize("set_name", helpers.FREE_SETS)
@@ -392,17 +406,17 @@ def test_the_past_points_to_where_it_would_have_ended(set_name: str) -> None:
     masks, ends = SETS[set_name](SHAPE, 0.4), []
 
     class Spy(Diary):
-        def bend(self, view: View, move: Move) -> Move:
+        def correct(self, state: IterationState, direction: Direction) -> Direction:
             past = self.rule.previous
-            ends.append(None if past is None else view.x + past.x)
-            return super().bend(view, move)
+            ends.append(None if past is None else state.x + past.x)
+            return super().correct(state, direction)
 
     diary = Spy(Conjugate())
-    walk(plain_layer(1).problem(), masks, diary, ExactStep(), 40)
+    loop_result(plain_layer(1).problem(), masks, diary, ExactStep(), 40)
     for t, end in enumerate(ends):
         if t:
             before = diary.events[t - 1]
-            torch.testing.assert_close(end, before.x + before.way, rtol=0, atol=1e-9)
+            torch.testing.assert_close(end, before.x + before.search, rtol=0, atol=1e-9)
         else:
             assert end is None
 
@@ -411,7 +425,7 @@ def test_the_past_points_to_where_it_would_have_ended(set_name: str) -> None:
 
 
 class Counted(PartitionMatroid):
-    """A set that counts the bands its oracle was asked for, and keeps every question."""
+    """A set that counts the row blocks its oracle was asked for, and keeps every question."""
 
     def __init__(self, masks: PartitionMatroid) -> None:
         super().__init__(masks.keep, masks.tile, masks.name)
@@ -422,32 +436,32 @@ class Counted(PartitionMatroid):
         part.asked = self.asked
         return part
 
-    def vertex(self, cost: Tensor) -> Tensor:
+    def lmo(self, cost: Tensor) -> Tensor:
         self.asked.append(cost.clone())
-        return super().vertex(cost)
+        return super().lmo(cost)
 
 
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "blocks"])
 def test_lazy_asks_less_often(set_name: str) -> None:
     masks, problem = Counted(SETS[set_name](SHAPE, 0.5)), plain_layer(0).problem()
-    end = walk(problem, masks, Lazy(), ExactStep(), 2000)
+    end = loop_result(problem, masks, Lazy(), ExactStep(), 2000)
     rows = sum(len(cost) for cost in masks.asked)
     assert rows < 0.8 * 2000 * SHAPE[0]
-    gradient = problem.gradient(problem.at(end.point.x.clone()))
-    gap = float((gradient * (end.point.x - masks.vertex(gradient))).sum())
+    gradient = problem.gradient(problem.evaluate(end.point.x.clone()))
+    gap = float((gradient * (end.point.x - masks.lmo(gradient))).sum())
     assert gap <= 2e-3 * float(problem.scale().sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_lazy_certifies_where_there_is_nothing_to_do(dtype: torch.dtype) -> None:
-    """Keeping all, or a row of noughts: the first gap is nought, or a little less by rounding."""
+    """Keeping all, or a row of noughts: the first gap is zero, or a little less by rounding."""
     weight = normal(*SHAPE)
     weight[1] = 0.0
     problem = Layer(weight, normal(8, 20), "").problem(dtype)
     for keep in (8, 0):
-        assert walk(problem, SETS["per-row"](SHAPE, keep / 8), Lazy(), ExactStep(), 50, tolerance=0.0).converged
+        assert loop_result(problem, SETS["per-row"](SHAPE, keep / 8), Lazy(), ExactStep(), 50, tolerance=0.0).converged
     one = problem.rows(torch.tensor([1]))
-    assert walk(one, SETS["per-row"]((1, 8), 0.5), Lazy(), ExactStep(), 50, tolerance=0.0).converged
+    assert loop_result(one, SETS["per-row"]((1, 8), 0.5), Lazy(), ExactStep(), 50, tolerance=0.0).converged
 
 
 def test_lazy_forgets_when_its_memory_is_full() -> None:
@@ -455,11 +469,11 @@ def test_lazy_forgets_when_its_memory_is_full() -> None:
     sizes = []
 
     class Spy(Diary):
-        def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
-            super().moved(view, move, share, limit)
+        def update(self, state: IterationState, direction: Direction, step_size: Tensor, max_step: Tensor) -> None:
+            super().update(state, direction, step_size, max_step)
             sizes.append(int(self.rule.atoms.active.max()))
 
-    walk(problem, masks, Spy(Lazy(remember=5)), ExactStep(), 400)
+    loop_result(problem, masks, Spy(Lazy(remember=5)), ExactStep(), 400)
     assert max(sizes) == 5
     assert 1 in sizes[50:]
 
@@ -472,13 +486,13 @@ def test_lazy_forgets_when_its_memory_is_full() -> None:
 def test_block_coordinate_moves_its_groups_only(blocks: int, set_name: str) -> None:
     masks, problem = SETS[set_name](SHAPE, 0.5), plain_layer(1).problem()
     diary = Diary(BlockCoordinate(blocks=blocks))
-    walk(problem, masks, diary, OpenLoopStep(), 12)
-    within = masks.groups(torch.zeros(SHAPE)).shape[0] * masks.band(SHAPE) // SHAPE[0]  # groups of one band
+    loop_result(problem, masks, diary, OpenLoopStep(), 12)
+    within = masks.groups(torch.zeros(SHAPE)).shape[0] * masks.row_block(SHAPE) // SHAPE[0]  # groups of one row block
     turns = min(blocks, within)
     moves = []
     for event in diary.events:
-        whole = masks.groups(masks.vertex(event.gradient) - event.x)
-        groups = masks.groups(event.way)
+        whole = masks.groups(masks.lmo(event.gradient) - event.x)
+        groups = masks.groups(event.search)
         moved = groups.abs().amax(1) > 0
         assert torch.equal(groups[moved], whole[moved])
         still = (whole.abs().amax(1) == 0) & ~moved
@@ -501,17 +515,17 @@ def test_gaps_are_taken_with_true_gradients(name: str) -> None:
     rule, handed = {"momentum": Momentum(check=4), "stochastic": Stochastic(check=4)}[name], []
 
     class Spy(Diary):
-        def way(self, view: View) -> Way:
-            way = super().way(view)
-            gap = view.certified_gap()
+        def search_direction(self, state: IterationState) -> SearchDirection:
+            search = super().search_direction(state)
+            gap = state.certified_gap()
             if gap is not None:
-                true = problem.gradient(problem.at(view.x.clone()))
-                expected = vecdot(true, view.x - masks.vertex(true))
+                true = problem.gradient(problem.evaluate(state.x.clone()))
+                expected = vecdot(true, state.x - masks.lmo(true))
                 torch.testing.assert_close(gap, expected, rtol=1e-9, atol=1e-9 * float(true.abs().sum()))
-                handed.append(view.iteration)
-            return way
+                handed.append(state.iteration)
+            return search
 
-    walk(problem, masks, Spy(rule), OpenLoopStep(), 21, tolerance=1e-30)
+    loop_result(problem, masks, Spy(rule), OpenLoopStep(), 21, tolerance=1e-30)
     assert handed == [0, 4, 8, 12, 16, 20]
 
 
@@ -521,20 +535,20 @@ def test_handed_gaps_are_gaps(name: str) -> None:
     problem, handed = plain_layer(4).problem(), []
     for set_name in ("per-row", "unstructured", "n:m"):
         masks = SETS[set_name](SHAPE, 0.5)
-        pool = Pool(masks.band(SHAPE))
+        row_blocks = RowBlocks(masks.row_block(SHAPE))
 
         class Spy(Diary):
-            def way(self, view: View) -> Way:
-                way = super().way(view)
-                gap = view.certified_gap()
+            def search_direction(self, state: IterationState) -> SearchDirection:
+                search = super().search_direction(state)
+                gap = state.certified_gap()
                 if gap is not None:
-                    true = problem.gradient(problem.at(view.x.clone()))
-                    expected = pool(vecdot(true, view.x - masks.vertex(true)))  # noqa: B023
+                    true = problem.gradient(problem.evaluate(state.x.clone()))
+                    expected = row_blocks(vecdot(true, state.x - masks.lmo(true)))  # noqa: B023
                     assert bool((gap >= expected - 1e-9 * float(true.abs().sum())).all())
                     handed.append(gap)
-                return way
+                return search
 
-        walk(problem, masks, Spy(DIRECTIONS[name]()), step_for(name), 40)
+        loop_result(problem, masks, Spy(DIRECTIONS[name]()), step_for(name), 40)
     assert len(handed) >= 3
 
 
@@ -544,7 +558,7 @@ def test_samples_have_the_gradient_as_their_mean() -> None:
     for problem in (base, base.shifted(base.diagonal(), 0.7)):
         x = random(*SHAPE)
         mean = torch.stack([problem.sampled(x, 0.25, random_) for _ in range(4000)])
-        true = problem.gradient(problem.at(x.clone()))
+        true = problem.gradient(problem.evaluate(x.clone()))
         error = mean.std(0) / 4000**0.5
         assert bool(((mean.mean(0) - true).abs() <= 5 * error + 1e-9).all())
         assert torch.allclose(problem.sampled(x, 1.0, random_), true, rtol=1e-9, atol=1e-9)
@@ -553,16 +567,16 @@ def test_samples_have_the_gradient_as_their_mean() -> None:
 def test_momentum_averages() -> None:
     """By the recurrence: a_t = a_{t-1} + 2 / (t + 2) (g_t - a_{t-1}), and the way leads to its vertex."""
     masks, diary = SETS["per-row"](SHAPE, 0.5), Diary(Momentum())
-    walk(plain_layer(0).problem(), masks, diary, OpenLoopStep(), 25)
+    loop_result(plain_layer(0).problem(), masks, diary, OpenLoopStep(), 25)
     average = torch.zeros(SHAPE, dtype=torch.float64)
     for t, event in enumerate(diary.events):
         average = average + 2 / (t + 2) * (event.gradient - average)
-        torch.testing.assert_close(event.x + event.way, masks.vertex(average), rtol=0, atol=1e-12)
+        torch.testing.assert_close(event.x + event.search, masks.lmo(average), rtol=0, atol=1e-12)
 
 
 def test_stochastic_seeds() -> None:
     masks, problem = SETS["per-row"](SHAPE, 0.5), plain_layer(0).problem()
-    ends = [walk(problem, masks, Stochastic(seed=seed), OpenLoopStep(), 20).point.x for seed in (0, 0, 1)]
+    ends = [loop_result(problem, masks, Stochastic(seed=seed), OpenLoopStep(), 20).point.x for seed in (0, 0, 1)]
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])
 
@@ -574,7 +588,7 @@ def test_stochastic_seeds() -> None:
 def test_a_rule_forgets_its_last_run(name: str) -> None:
     rule, masks, ends = DIRECTIONS[name](), SETS["n:m"](SHAPE, 0.5), []
     for seed in (0, 1, 0):
-        ends.append(walk(plain_layer(seed).problem(), masks, rule, step_for(name), 20).point.x)
+        ends.append(loop_result(plain_layer(seed).problem(), masks, rule, step_for(name), 20).point.x)
     assert torch.equal(ends[0], ends[2])
     assert not torch.equal(ends[0], ends[1])
     assert rule == DIRECTIONS[name]()
@@ -586,7 +600,7 @@ def test_nothing_to_choose(name: str) -> None:
     for keep in (0.0, 1.0):
         masks = SETS["per-row"](SHAPE, keep)
         for problem in (plain_layer(0).problem(), Layer(torch.zeros(SHAPE), torch.ones(8, 2), "").problem()):
-            end = walk(problem, masks, DIRECTIONS[name](), step_for(name), 6).point.x
+            end = loop_result(problem, masks, DIRECTIONS[name](), step_for(name), 6).point.x
             assert torch.equal(end, masks.center(SHAPE, problem.dtype, CPU))
 
 
@@ -599,7 +613,7 @@ def test_starts_at_vertices() -> None:
             assert masks.contains(starts(problem, masks, rule()).bool())
     for rule in (Lazy(), Away(), Momentum(), Stochastic()):
         with pytest.raises(AssertionError, match="begin first"):
-            rule.way(view_at(problem, masks, random(*SHAPE)))
+            rule.search_direction(state_at(problem, masks, random(*SHAPE)))
 
 
 def test_the_work_is_counted() -> None:
@@ -611,6 +625,6 @@ def test_the_work_is_counted() -> None:
         "momentum": (11, 10), "fully-corrective": (10, 21),
     }  # fmt: skip
     for name, (oracle, products) in expected.items():
-        watch = Watch("test", None, None)
-        walk(problem, masks, DIRECTIONS[name](), step_for(name), 10, watch=watch)
-        assert (watch.counters["lmo"], watch.counters["products"]) == (oracle, products), name
+        monitor = Monitor("test", None, None)
+        loop_result(problem, masks, DIRECTIONS[name](), step_for(name), 10, monitor=monitor)
+        assert (monitor.counters["lmo"], monitor.counters["products"]) == (oracle, products), name

@@ -12,7 +12,7 @@ import torch
 from maskopt import NM, Function, LayerReconstruction, MaskoptError, PerRow, Unstructured, solve
 from maskopt.solvers import BruteForce, GapKind, Scip, State, Status, Stop, Wanda
 from maskopt.solvers import scip as scip_module
-from maskopt.solvers.base import Watch
+from maskopt.solvers.base import Monitor
 
 FORMS = ["convex", "raw"]
 
@@ -79,7 +79,7 @@ def test_time_limits_of_the_whole_solve(solver: Any, optimum: float) -> None:
 def test_bands_share_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     limits, left = [], iter([8.0, 6.0, 4.0, 1.0])
     plain = scip_module._Model.solve
-    monkeypatch.setattr(Watch, "left", property(lambda _: next(left)))
+    monkeypatch.setattr(Monitor, "left", property(lambda _: next(left)))
     monkeypatch.setattr(
         scip_module._Model, "solve", lambda self, limit, stops: (limits.append(limit), plain(self, 60.0, stops))[1]
     )
@@ -88,9 +88,9 @@ def test_bands_share_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_time_left() -> None:
-    assert Watch("solver", None, None).left == float("inf")
-    assert 0.0 < Watch("solver", None, 100.0).left <= 100.0
-    assert Watch("solver", None, 0.0).left == 0.0
+    assert Monitor("solver", None, None).left == float("inf")
+    assert 0.0 < Monitor("solver", None, 100.0).left <= 100.0
+    assert Monitor("solver", None, 0.0).left == 0.0
 
 
 @pytest.mark.parametrize("solver", [Scip(start=Wanda()), BruteForce()])

@@ -15,16 +15,16 @@ from maskopt.solvers import (
     FrankWolfe,
     GapKind,
     OneSwap,
-    Pool,
+    RowBlocks,
     SparseFW,
     Status,
     Wanda,
     solve,
 )
-from maskopt.solvers.certificate import tangent
+from maskopt.solvers.certificate import dual_bound
 from maskopt.solvers.history import Recorder, merged
 from tests.helpers import SETS
-from tests.walks import function_case, layer_case, normal, plain_layer, random
+from tests.loop_runs import function_case, layer_case, normal, plain_layer, random
 
 SHAPE = (4, 8)
 
@@ -55,22 +55,22 @@ def test_columns(set_name: str, record: object, memory: int) -> None:
     assert history["incumbent"][-1] == pytest.approx(result.total, rel=1e-12)
     assert history["bound"][-1] == pytest.approx(float(result.lower_bound.sum()), rel=1e-12)
     assert all(a <= b for a, b in zip(history["incumbent"], history["rounded"], strict=True))
-    assert sum(result.sources.values()) == SHAPE[0] // masks.band(SHAPE)
+    assert sum(result.sources.values()) == SHAPE[0] // masks.row_block(SHAPE)
     assert set(result.sources) <= {"round", "vertex", "gradient", "swap", "polish"}
 
 
 def test_figures_of_a_point_are_those_of_its_tangent() -> None:
     problem, masks = plain_layer(1).problem(torch.float32), SETS["blocks"](SHAPE, 0.5)
-    pool = Pool(masks.band(SHAPE))
-    recorder = Recorder(problem, masks, pool, 1)
-    points = [masks.center(SHAPE, torch.float32, torch.device("cpu")), masks.vertex(normal(*SHAPE)).float()]
+    row_blocks = RowBlocks(masks.row_block(SHAPE))
+    recorder = Recorder(problem, masks, row_blocks, 1)
+    points = [masks.center(SHAPE, torch.float32, torch.device("cpu")), masks.lmo(normal(*SHAPE)).float()]
     best = math.inf
     for number, x in enumerate(points):
         assert recorder.due()
         recorder.relaxed(problem, x, 0.5 * number)
         exact = problem.double()
-        point = exact.at(x.double())
-        gap = (point.gradient * (x.double() - masks.vertex(point.gradient))).sum()
+        point = exact.evaluate(x.double())
+        gap = (point.gradient * (x.double() - masks.lmo(point.gradient))).sum()
         row = {name: column[-1] for name, column in recorder.history.items()}
         assert row["iteration"] == number
         assert row["seconds"] == 0.5 * number
@@ -80,16 +80,16 @@ def test_figures_of_a_point_are_those_of_its_tangent() -> None:
         best = min(best, row["rounded"])
         assert row["incumbent"] <= best
     assert recorder.bound is not None
-    single = [tangent(problem.double(), masks, pool, x.double()).bound for x in points]
+    single = [dual_bound(problem.double(), masks, row_blocks, x.double()).bound for x in points]
     assert torch.equal(recorder.bound, torch.maximum(*single))
 
 
 def test_the_incumbent_is_the_best_of_every_band() -> None:
-    """Offered masks are mixed band by band, and each band remembers its source."""
-    case, masks = layer_case(plain_layer(2, (6, 4))), SETS["bands"]((6, 4), 0.5)
-    pool = Pool(masks.band((6, 4)))
-    recorder = Recorder(case.problem, masks, pool, 1)
-    offered = [masks.lmo(random(6, 4, seed=seed)) for seed in range(8)]
+    """Offered masks are mixed row block by row block, and each row block remembers its source."""
+    case, masks = layer_case(plain_layer(2, (6, 4))), SETS["row blocks"]((6, 4), 0.5)
+    row_blocks = RowBlocks(masks.row_block((6, 4)))
+    recorder = Recorder(case.problem, masks, row_blocks, 1)
+    offered = [masks.lmo_mask(random(6, 4, seed=seed)) for seed in range(8)]
     totals = torch.stack([case.problem.objective(mask).view(3, 2).sum(1) for mask in offered])
     for number, mask in enumerate(offered):
         assert recorder.offer(mask, "odd" if number % 2 else "even") == pytest.approx(float(totals[number].sum()))
@@ -102,8 +102,8 @@ def test_the_incumbent_is_the_best_of_every_band() -> None:
 
 def test_ties_stay_with_the_first() -> None:
     problem, masks = Function(lambda x: 0 * x.sum(1), (2, 4)), SETS["per-row"]((2, 4), 0.5)
-    recorder = Recorder(problem, masks, Pool(1), 1)
-    first, second = masks.lmo(normal(2, 4)), masks.lmo(-normal(2, 4))
+    recorder = Recorder(problem, masks, RowBlocks(1), 1)
+    first, second = masks.lmo_mask(normal(2, 4)), masks.lmo_mask(-normal(2, 4))
     recorder.offer(first, "first")
     recorder.offer(second, "second")
     assert torch.equal(recorder.mask, first)
@@ -114,7 +114,7 @@ def test_what_is_due() -> None:
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
 
     def due(record: object) -> list[int]:
-        recorder = Recorder(problem, masks, Pool(1), record)
+        recorder = Recorder(problem, masks, RowBlocks(1), record)
         return [t for t in range(20) if recorder.due()]
 
     assert due("doubling") == [0, 1, 2, 4, 8, 16]
@@ -148,7 +148,7 @@ def test_any_iterative_solver_can_be_recorded(solver: object, set_name: str, mem
     case, masks = layer_case(plain_layer(3, (2, 6))), SETS[set_name]((2, 6), 0.5)
     plain = solve(case.problem, masks, solver, memory=memory)
     result = solve(case.problem, masks, solver, record=1, memory=memory)
-    best, size = case.least(masks)
+    best, size = case.lmo_bound(masks)
     assert result.total <= plain.total
     assert result.status is plain.status
     history = result.history

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from maskopt.problems import LayerReconstruction, Move, Problem
+from maskopt.problems import Direction, LayerReconstruction, Problem
 from maskopt.solvers import (
     DIRECTIONS,
     AdaptiveStep,
@@ -16,36 +16,47 @@ from maskopt.solvers import (
     FrankWolfe,
     GapKind,
     LogStep,
+    Monitor,
     OpenLoopStep,
-    Pool,
+    RowBlocks,
     State,
     Status,
-    Step,
+    StepRule,
     Stop,
     Vanilla,
-    Watch,
     frank_wolfe,
     solve,
 )
 from tests.helpers import FREE_SETS, SETS, Layer
-from tests.walks import CPU, Diary, Hull, Steady, function_case, normal, plain_layer, relaxed_optimum, starts, walk
+from tests.loop_runs import (
+    CPU,
+    Diary,
+    Hull,
+    Steady,
+    function_case,
+    loop_result,
+    normal,
+    plain_layer,
+    relaxed_optimum,
+    starts,
+)
 
 SHAPE = (4, 8)
 OPEN_LOOP = ("momentum", "stochastic")
 
 
-def step_for(name: str, problem: Problem | None = None) -> Step:
+def step_for(name: str, problem: Problem | None = None) -> StepRule:
     if name in OPEN_LOOP:
         return OpenLoopStep()
     return ExactStep() if problem is None or hasattr(problem, "hessian") else AdaptiveStep()
 
 
 def true_gap(problem: Problem, masks: object, x: Tensor) -> Tensor:
-    """Return the float64 gap of every band, from scratch."""
+    """Return the float64 gap of every row block, from scratch."""
     exact = problem.double()
-    gradient = exact.gradient(exact.at(x.double()))
-    gap = vecdot(gradient, x.double() - masks.vertex(gradient))
-    return gap.view(-1, masks.band(x.shape)).sum(1)
+    gradient = exact.gradient(exact.evaluate(x.double()))
+    gap = vecdot(gradient, x.double() - masks.lmo(gradient))
+    return gap.view(-1, masks.row_block(x.shape)).sum(1)
 
 
 def easy_and_hard(rows: int = 8, d: int = 12, seed: int = 0, dtype: torch.dtype = torch.float64) -> LayerReconstruction:
@@ -78,24 +89,24 @@ def test_it_approaches_the_relaxed_optimum(name: str, set_name: str) -> None:
     problem, masks = plain_layer(1).problem(), SETS[set_name](SHAPE, 0.5)
     best, scale = best_of_layer(1, set_name), float(problem.scale().sum())
     hull = Hull(masks, SHAPE)
-    point = walk(problem, masks, DIRECTIONS[name](), step_for(name), 400).point
-    value = float(problem.value(problem.at(point.x)).sum())
+    point = loop_result(problem, masks, DIRECTIONS[name](), step_for(name), 400).point
+    value = float(problem.value(problem.evaluate(point.x)).sum())
     assert hull.holds(point.x)
     assert value >= best - 1e-6 * scale
     assert value <= best + accuracy.get(name, 1e-3) * scale
     if name != "stochastic":
-        fresh = problem.at(point.x)
+        fresh = problem.evaluate(point.x)
         size = 1e-8 * float(fresh.gradient.abs().max())
         torch.testing.assert_close(point.gradient, fresh.gradient, rtol=1e-6, atol=size)
 
 
 @pytest.mark.parametrize("step", [OpenLoopStep(), LogStep()], ids=repr)
-def test_open_loops_approach_the_relaxed_optimum(step: Step) -> None:
+def test_open_loops_approach_the_relaxed_optimum(step: StepRule) -> None:
     for set_name in ("per-row", "unstructured", "n:m"):
         problem, masks = plain_layer(0).problem(), SETS[set_name](SHAPE, 0.5)
         best, scale = relaxed_optimum(problem, masks), float(problem.scale().sum())
-        x = walk(problem, masks, Vanilla(), step, 1500).point.x
-        assert abs(float(problem.value(problem.at(x)).sum()) - best) <= 2e-3 * scale
+        x = loop_result(problem, masks, Vanilla(), step, 1500).point.x
+        assert abs(float(problem.value(problem.evaluate(x)).sum()) - best) <= 2e-3 * scale
 
 
 @pytest.mark.parametrize("coupled", [False, True], ids=["rows apart", "rows together"])
@@ -104,8 +115,8 @@ def test_functions_approach_the_relaxed_optimum(name: str, coupled: bool) -> Non
     for kind, set_name, accuracy in (("softplus", "n:m", 5e-3), ("root", "per-row", 3e-2)):
         problem, masks = function_case(kind, SHAPE, coupled=coupled).problem, SETS[set_name](SHAPE, 0.5)
         best = best_of_function(kind, set_name, coupled)
-        x = walk(problem, masks, DIRECTIONS[name](), step_for(name, problem), 120).point.x
-        value = float(problem.value(problem.at(x)).sum())
+        x = loop_result(problem, masks, DIRECTIONS[name](), step_for(name, problem), 120).point.x
+        value = float(problem.value(problem.evaluate(x)).sum())
         if name in ("away", "pairwise", "blended-pairwise", "dicg", "blended-dicg") and kind == "softplus":
             accuracy = 1e-4
         elif name in (*OPEN_LOOP, "block-coordinate"):
@@ -119,9 +130,9 @@ def test_functions_approach_the_relaxed_optimum(name: str, coupled: bool) -> Non
 def test_exact_steps_never_climb(name: str, set_name: str) -> None:
     problem, masks = plain_layer(5).problem(), SETS[set_name](SHAPE, 0.4)
     diary = Diary(DIRECTIONS[name]())
-    walk(problem, masks, diary, ExactStep(), 60)
-    pool = Pool(masks.band(SHAPE))
-    values = torch.stack([pool(problem.value(problem.at(event.x))) for event in diary.events])
+    loop_result(problem, masks, diary, ExactStep(), 60)
+    row_blocks = RowBlocks(masks.row_block(SHAPE))
+    values = torch.stack([row_blocks(problem.value(problem.evaluate(event.x))) for event in diary.events])
     assert len(values) == 60
     assert bool((values.diff(dim=0) <= 1e-12 * values[:-1] + 1e-14 * float(problem.scale().sum())).all())
 
@@ -130,8 +141,8 @@ def test_open_loop_forgets_its_start() -> None:
     """The first step has length one, so only the first gradient depends on the start."""
     problem, masks = plain_layer(2).problem(), SETS["per-row"](SHAPE, 0.5)
     center = masks.center(SHAPE, torch.float64, CPU)
-    after = walk(problem, masks, Vanilla(), OpenLoopStep(), 1, start=center).point.x
-    assert torch.equal(after.bool(), masks.lmo(problem.gradient(problem.at(center))))
+    after = loop_result(problem, masks, Vanilla(), OpenLoopStep(), 1, start=center).point.x
+    assert torch.equal(after.bool(), masks.lmo_mask(problem.gradient(problem.evaluate(center))))
     assert float((after - after.round()).abs().max()) <= 1e-15
 
 
@@ -147,23 +158,23 @@ def test_a_schedule_of_shifts() -> None:
         direction=diary,
         step=ExactStep(),
         iterations=20,
-        watch=Watch("test", None, None),
+        monitor=Monitor("test", None, None),
     )
     assert end.iterations == 20
     assert not end.converged
     for problem, event in zip(shifts, diary.events, strict=True):
-        torch.testing.assert_close(event.gradient, problem.gradient(problem.at(event.x)), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(event.gradient, problem.gradient(problem.evaluate(event.x)), rtol=1e-9, atol=1e-9)
         values = [
-            problem.value(problem.at(event.x + s.unsqueeze(1) * event.way))
-            for s in (event.share, event.share * 0.99, (event.share * 1.01).clamp(max=1.0))
+            problem.value(problem.evaluate(event.x + s.unsqueeze(1) * event.search))
+            for s in (event.step_size, event.step_size * 0.99, (event.step_size * 1.01).clamp(max=1.0))
         ]
         assert bool((values[0] <= torch.minimum(values[1], values[2]) + 1e-12).all())
 
 
 def test_refreshed_gradients_are_new() -> None:
     problem, masks = plain_layer(0).problem(torch.float32), SETS["per-row"](SHAPE, 0.5)
-    ends = [walk(problem, masks, Vanilla(), OpenLoopStep(), 301, refresh=refresh).point for refresh in (0, 100)]
-    errors = [float((end.gradient - problem.at(end.x).gradient).abs().max()) for end in ends]
+    ends = [loop_result(problem, masks, Vanilla(), OpenLoopStep(), 301, refresh=refresh).point for refresh in (0, 100)]
+    errors = [float((end.gradient - problem.evaluate(end.x).gradient).abs().max()) for end in ends]
     assert 0 < errors[1] < errors[0]
 
 
@@ -174,7 +185,7 @@ def test_refreshed_gradients_are_new() -> None:
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "blocks"])
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_converged_means_a_small_gap(name: str, set_name: str, dtype: torch.dtype) -> None:
-    """Of every band, evaluated anew in float64."""
+    """Of every row block, evaluated anew in float64."""
     masks, stopped, seen = SETS[set_name](SHAPE, 0.5), 0, []
     for seed in range(2):
         problem = plain_layer(seed).problem(dtype)
@@ -188,7 +199,7 @@ def test_converged_means_a_small_gap(name: str, set_name: str, dtype: torch.dtyp
         if result.status is Status.CONVERGED:
             stopped += 1
             assert result.iterations < 600
-            scale = problem.scale().view(-1, masks.band(SHAPE)).sum(1)
+            scale = problem.scale().view(-1, masks.row_block(SHAPE)).sum(1)
             gap = true_gap(problem, masks, seen[0]) * problem.unit
             assert bool((gap <= relative * scale * (1 + (1e-4 if dtype == torch.float32 else 1e-9))).all())
         else:
@@ -228,9 +239,9 @@ def test_callbacks_stop_it(name: str, after: int) -> None:
         return Stop.STOP if len(calls) > after else None
 
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
-    watch = Watch("test", stop, None)
-    end = walk(problem, masks, DIRECTIONS[name](), step_for(name), 50, watch=watch)
-    assert (end.iterations, end.converged, watch.ended) == (after, False, Status.STOPPED)
+    monitor = Monitor("test", stop, None)
+    end = loop_result(problem, masks, DIRECTIONS[name](), step_for(name), 50, monitor=monitor)
+    assert (end.iterations, end.converged, monitor.ended) == (after, False, Status.STOPPED)
     assert calls == list(range(after + 1))
     result = solve(problem, masks, FrankWolfe(direction=name), time_limit=0)
     assert result.status is Status.TIME_LIMIT
@@ -252,9 +263,9 @@ class Spying(LayerReconstruction):
         part.seen = []
         return part
 
-    def along(self, x: Tensor) -> Move:
+    def value_after(self, x: Tensor) -> Direction:
         self.seen.append(len(x))
-        return super().along(x)
+        return super().hvp(x)
 
     def rows(self, index: slice | Tensor) -> LayerReconstruction:
         part = Spying.of(super().rows(index))
@@ -270,8 +281,8 @@ def test_finished_rows_leave(name: str) -> None:
     problem, masks, points = Spying.of(easy_and_hard()), SETS["per-row"]((8, 12), 0.5), []
     hull = Hull(masks, (8, 12))
     tolerance = 1e-3 * problem.scale()
-    watch = Watch("test", lambda state: points.append(state.point.x.clone()), None)
-    walk(problem, masks, DIRECTIONS[name](), step_for(name), 400, tolerance=tolerance, watch=watch)
+    monitor = Monitor("test", lambda state: points.append(state.point.x.clone()), None)
+    loop_result(problem, masks, DIRECTIONS[name](), step_for(name), 400, tolerance=tolerance, monitor=monitor)
     sizes = [size for size in problem.seen if size <= 8]
     assert sizes[0] == 8
     assert min(sizes) <= 4
@@ -289,25 +300,25 @@ def steady(seed: int = 0) -> Steady:
     )
 
 
-def alone(problem: Problem, masks: object, bands: int, band: int) -> list[tuple[Problem, object, slice]]:
+def alone(problem: Problem, masks: object, blocks: int, row_block: int) -> list[tuple[Problem, object, slice]]:
     parts = []
-    for number in range(bands):
-        index = slice(number * band, number * band + band)
+    for number in range(blocks):
+        index = slice(number * row_block, number * row_block + row_block)
         parts.append((problem.rows(index), masks.rows(index, problem.shape), index))
     return parts
 
 
-@pytest.mark.parametrize("set_name", ["per-row", "n:m", "blocks", "bands", "protected rows"])
+@pytest.mark.parametrize("set_name", ["per-row", "n:m", "blocks", "row blocks", "protected rows"])
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_a_batch_is_its_rows_alone(name: str, set_name: str) -> None:
-    """Bands stop on their own, stand still from then on, and leave; none notices the others."""
+    """Row blocks stop on their own, stand still from then on, and leave; none notices the others."""
     problem, masks = steady(), SETS[set_name]((8, 12), 0.5)
-    band, iterations = masks.band((8, 12)), 120
-    tolerance = torch.full((8,), 0.03 * band, dtype=torch.float64)
-    together = walk(problem, masks, DIRECTIONS[name](), step_for(name), iterations, tolerance=tolerance)
+    row_block, iterations = masks.row_block((8, 12)), 120
+    tolerance = torch.full((8,), 0.03 * row_block, dtype=torch.float64)
+    together = loop_result(problem, masks, DIRECTIONS[name](), step_for(name), iterations, tolerance=tolerance)
     converged = []
-    for part, part_masks, index in alone(problem, masks, 8 // band, band):
-        one = walk(part, part_masks, DIRECTIONS[name](), step_for(name), iterations, tolerance=tolerance[index])
+    for part, part_masks, index in alone(problem, masks, 8 // row_block, row_block):
+        one = loop_result(part, part_masks, DIRECTIONS[name](), step_for(name), iterations, tolerance=tolerance[index])
         torch.testing.assert_close(one.point.x, together.point.x[index], rtol=0, atol=1e-12)
         converged.append(one.converged)
     assert together.converged == all(converged)
@@ -320,9 +331,9 @@ def test_a_batch_of_functions_is_its_rows_alone(kind: str) -> None:
     tolerance = torch.full((6,), 1e-3, dtype=torch.float64) * 10.0 ** torch.arange(6).double().neg().add(3)
     for name in ("vanilla", "pairwise", "dicg", "lazy", "momentum", "block-coordinate"):
         step = step_for(name, problem)
-        together = walk(problem, masks, DIRECTIONS[name](), step, 60, tolerance=tolerance)
+        together = loop_result(problem, masks, DIRECTIONS[name](), step, 60, tolerance=tolerance)
         for part, part_masks, index in alone(problem, masks, 6, 1):
-            one = walk(part, part_masks, DIRECTIONS[name](), step, 60, tolerance=tolerance[index])
+            one = loop_result(part, part_masks, DIRECTIONS[name](), step, 60, tolerance=tolerance[index])
             torch.testing.assert_close(one.point.x, together.point.x[index], rtol=0, atol=1e-7)
 
 
@@ -331,8 +342,8 @@ def test_finished_rows_stand_still(name: str) -> None:
     """From the first iteration at which a row's gap is seen to be small enough, also between later looks."""
     problem, masks, points = easy_and_hard(), SETS["per-row"]((8, 12), 0.5), []
     tolerance = 2e-2 * problem.scale()
-    watch = Watch("test", lambda state: points.append(state.point.x.clone()), None)
-    walk(problem, masks, DIRECTIONS[name](), step_for(name), 120, tolerance=tolerance, watch=watch)
+    monitor = Monitor("test", lambda state: points.append(state.point.x.clone()), None)
+    loop_result(problem, masks, DIRECTIONS[name](), step_for(name), 120, tolerance=tolerance, monitor=monitor)
     stood = 0
     for row in range(8):
         moves = [t for t in range(1, len(points)) if not torch.equal(points[t][row], points[t - 1][row])]
@@ -362,7 +373,7 @@ def test_blocks_of_rows_change_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_a_start_is_where_it_starts(name: str, set_name: str) -> None:
     problem, masks, first = plain_layer(0).problem(), SETS[set_name](SHAPE, 0.5), []
-    mask = masks.lmo(normal(*SHAPE, seed=4))
+    mask = masks.lmo_mask(normal(*SHAPE, seed=4))
 
     def look(state: State) -> None:
         if state.iteration == 0 and state.point is not None:

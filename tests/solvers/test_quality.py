@@ -12,7 +12,7 @@ SEEDS = range(20)
 
 
 def hits(solver: object, family: str, masks: PartitionMatroid, d: int = 12, rows: int = 32) -> tuple[float, float]:
-    """Return the share of rows solved to optimality, and the total error over the total optimum."""
+    """Return the fraction of rows solved to optimality, and the total error over the total optimum."""
     found, error, optimum = 0, 0.0, 0.0
     for seed in SEEDS:
         instance = synthetic(family, rows, d, seed=seed)

@@ -28,8 +28,8 @@ def width(draws: int, comparisons: int) -> float:
 
 def hull(masks: MaskSet, shape: tuple[int, int], seed: int) -> Tensor:
     cost = torch.randn((6, *shape), generator=seeded(seed), dtype=torch.float64)
-    share = torch.rand(6, generator=seeded(seed), dtype=torch.float64)
-    return sum(s * masks.vertex(c) for s, c in zip(share / share.sum(), cost, strict=True))
+    fraction = torch.rand(6, generator=seeded(seed), dtype=torch.float64)
+    return sum(s * masks.lmo(c) for s, c in zip(fraction / fraction.sum(), cost, strict=True))
 
 
 def check_moments(x: Tensor, drawn: Tensor, groups: list[list[int]]) -> None:
@@ -38,12 +38,12 @@ def check_moments(x: Tensor, drawn: Tensor, groups: list[list[int]]) -> None:
     assert float((drawn.double().mean(0) - x.flatten()).abs().max()) <= near
     for group in groups:
         kept = drawn[:, group].double()
-        share = x.flatten()[group]
-        excess = kept.T @ kept / len(drawn) - share.unsqueeze(1) * share
+        fraction = x.flatten()[group]
+        excess = kept.T @ kept / len(drawn) - fraction.unsqueeze(1) * fraction
         excess.fill_diagonal_(0.0)
         assert float(excess.max()) <= near
         pruned = 1 - kept
-        excess = pruned.T @ pruned / len(drawn) - (1 - share).unsqueeze(1) * (1 - share)
+        excess = pruned.T @ pruned / len(drawn) - (1 - fraction).unsqueeze(1) * (1 - fraction)
         excess.fill_diagonal_(0.0)
         assert float(excess.max()) <= near
 
@@ -140,7 +140,7 @@ class AtMost(MaskSet):
 
     def check(self, shape: Shape) -> None: ...
 
-    def vertex(self, cost: Tensor) -> Tensor:
+    def lmo(self, cost: Tensor) -> Tensor:
         ranks = cost.argsort(dim=1, stable=True).argsort(1)
         return ((ranks < self.keep) & (cost < 0)).to(cost.dtype)
 
@@ -153,7 +153,7 @@ class AtMost(MaskSet):
     def milp_constraints(self, shape: Shape) -> LinearConstraint:
         raise NotImplementedError
 
-    def band(self, shape: Shape) -> int:
+    def row_block(self, shape: Shape) -> int:
         return 1
 
 

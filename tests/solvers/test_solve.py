@@ -41,7 +41,7 @@ def layer(rows: int = SHAPE[0], d: int = SHAPE[1], seed: int = 0, family: str = 
 
 
 def any_member(masks: PartitionMatroid, shape: tuple[int, int] = SHAPE) -> Tensor:
-    return masks.lmo(torch.rand(shape, generator=torch.Generator().manual_seed(3)))
+    return masks.lmo_mask(torch.rand(shape, generator=torch.Generator().manual_seed(3)))
 
 
 def test_every_named_solver_is_tested() -> None:
@@ -141,8 +141,8 @@ def test_the_start_matters() -> None:
     [
         (torch.ones(SHAPE, dtype=torch.bool), r"boolean mask of shape \(6, 24\) in PerRow.* that is not in the set"),
         (torch.zeros(SHAPE, dtype=torch.bool), "that is not in the set"),
-        (PerRow(0.5).lmo(torch.zeros(SHAPE)).float(), "got a torch.float32 tensor of shape .* not in the set"),
-        (PerRow(0.5).lmo(torch.zeros(SHAPE)).int(), "got a torch.int32 tensor"),
+        (PerRow(0.5).lmo_mask(torch.zeros(SHAPE)).float(), "got a torch.float32 tensor of shape .* not in the set"),
+        (PerRow(0.5).lmo_mask(torch.zeros(SHAPE)).int(), "got a torch.int32 tensor"),
         (torch.ones(24, 6, dtype=torch.bool), r"got a torch.bool tensor of shape \(24, 6\)\."),
         (torch.ones(24, dtype=torch.bool), r"of shape \(24,\)\."),
     ],
@@ -381,7 +381,7 @@ def test_inputs_without_correlation(name: str) -> None:
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     problem = LayerReconstruction(weight, torch.eye(32))
     result = solve(problem, PerRow(0.5), SOLVERS[name])
-    assert torch.equal(result.mask, PerRow(0.5).lmo(-weight.abs()))
+    assert torch.equal(result.mask, PerRow(0.5).lmo_mask(-weight.abs()))
 
 
 @pytest.mark.parametrize("name", ["one-swap", "continuation"])

@@ -42,7 +42,7 @@ def test_fixed_entries_stay(masks: PartitionMatroid, alpha: float, start: object
 def test_fixing_needs_the_start_to_keep_them(alpha: float) -> None:
     """A start that prunes what would be fixed takes precedence: its mask has to be feasible."""
     problem, masks = synthetic(rows=SHAPE[0], d=SHAPE[1]).problem(), PerRow(0.5)
-    against = masks.lmo(Saliency.wanda(problem.weight, problem.gram).scores)  # keeps the worst
+    against = masks.lmo_mask(Saliency.wanda(problem.weight, problem.gram).scores)  # keeps the worst
     result = solve(problem, masks, SparseFW(iterations=30, alpha=alpha), start=against)
     assert masks.contains(result.mask)
 
@@ -55,7 +55,7 @@ def test_gap_shrinks_with_iterations(masks: PartitionMatroid) -> None:
         result = solve(problem, masks, SparseFW(iterations=iterations))
         assert result.gap_kind is GapKind.PROVEN
         assert result.status is Status.COMPLETED
-        assert result.lower_bound.shape == (SHAPE[0] // masks.band(SHAPE),)
+        assert result.lower_bound.shape == (SHAPE[0] // masks.row_block(SHAPE),)
         bounds.append(float(result.lower_bound.sum()))
         assert 0 <= bounds[-1] <= result.total
         assert result.gap == result.total - bounds[-1]

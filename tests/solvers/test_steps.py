@@ -11,57 +11,61 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from maskopt.problems import Function, Move, Problem
+from maskopt.problems import Direction, Function, Problem
 from maskopt.solvers import (
     STEPS,
     AdaptiveStep,
     ExactStep,
+    IterationState,
     LogStep,
     MonotoneStep,
     OpenLoopStep,
-    Pool,
+    RowBlocks,
     SecantStep,
     ShortStep,
-    Step,
+    StepRule,
     Vanilla,
-    View,
 )
 from tests.helpers import SETS, Layer, examples, layers, magnitudes
-from tests.walks import CONVEX, WAVY, Bowl, function_case, normal, plain_layer, random, walk
+from tests.loop_runs import CONVEX, WAVY, Bowl, function_case, loop_result, normal, plain_layer, random
 
 SHAPE = (4, 8)
 BANDS = pytest.mark.parametrize("together", [False, True], ids=["rows apart", "rows together"])
 AMOUNTS = st.sampled_from([0.0, 0.4, 1.0, 3.0, -1.0])
 
 
-def view_of(problem: Problem, x: Tensor, together: bool, iteration: int = 0) -> View:
-    band = problem.shape[0] if together else 1
-    return View(problem, SETS["per-row"](problem.shape, 0.5), Pool(band), iteration, problem.at(x), Counter())
+def state_of(problem: Problem, x: Tensor, together: bool, iteration: int = 0) -> IterationState:
+    row_block = problem.shape[0] if together else 1
+    return IterationState(
+        problem, SETS["per-row"](problem.shape, 0.5), RowBlocks(row_block), iteration, problem.evaluate(x), Counter()
+    )
 
 
-def along(problem: Problem, x: Tensor, share: Tensor, way: Tensor, together: bool) -> Tensor:
-    """Return the objective at some shares of the way, in bands."""
-    value = problem.value(problem.at(x + share.unsqueeze(1) * way))
+def value_after(problem: Problem, x: Tensor, step_size: Tensor, search: Tensor, together: bool) -> Tensor:
+    """Return the objective at some shares of the way, in row blocks."""
+    value = problem.value(problem.evaluate(x + step_size.unsqueeze(1) * search))
     return value.sum().expand_as(value) if together else value
 
 
-def grid(problem: Problem, x: Tensor, limit: Tensor, way: Tensor, together: bool) -> Tensor:
-    return torch.stack([along(problem, x, limit * at, way, together) for at in np.linspace(0, 1, 101)])
+def grid(problem: Problem, x: Tensor, max_step: Tensor, search: Tensor, together: bool) -> Tensor:
+    return torch.stack([value_after(problem, x, max_step * at, search, together) for at in np.linspace(0, 1, 101)])
 
 
-def share_of(step: Step, problem: Problem, x: Tensor, way: Tensor, limit: Tensor, together: bool = False) -> Tensor:
+def step_size_of(
+    step: StepRule, problem: Problem, x: Tensor, search: Tensor, max_step: Tensor, together: bool = False
+) -> Tensor:
     """Ask a rule for its first step; nothing it sees may change."""
-    view = view_of(problem, x.clone(), together)
-    move = problem.along(way.clone())
-    share = step.begin(view).share(view, move, limit)
-    assert share.shape == (problem.shape[0],)
-    assert share.dtype == problem.dtype
-    assert bool(((share >= 0) & (share <= limit)).all())
-    assert torch.equal(view.point.x, x)
-    assert torch.equal(move.x, way)
+    state = state_of(problem, x.clone(), together)
+    direction = problem.hvp(search.clone())
+    step_size = step.begin(state).step_size(state, direction, max_step)
+    assert step_size.shape == (problem.shape[0],)
+    assert step_size.dtype == problem.dtype
+    assert bool(((step_size >= 0) & (step_size <= max_step)).all())
+    assert torch.equal(state.point.x, x)
+    assert torch.equal(direction.x, search)
     if together:
-        assert bool((share == share[0]).all())
-    return share
+        assert bool((step_size == step_size[0]).all())
+    return step_size
 
 
 @BANDS
@@ -73,13 +77,13 @@ def test_exact_step_is_the_best_of_the_segment(
     base = layer.problem()
     problem = base.shifted(base.diagonal(), amount)  # convex, in between, concave
     x = random(*base.shape, seed=seed)
-    way = random(*base.shape, seed=seed + 100) - x
-    limit = torch.full((base.shape[0],), most, dtype=torch.float64)
-    share = share_of(ExactStep(), problem, x, way, limit, together)
+    search = random(*base.shape, seed=seed + 100) - x
+    max_step = torch.full((base.shape[0],), most, dtype=torch.float64)
+    step_size = step_size_of(ExactStep(), problem, x, search, max_step, together)
     size = magnitudes(base.scaled_weight, base.scaled_gram) * (1 + abs(amount)) * (1 + most) ** 2
     size = size.sum() if together else size
-    best = grid(problem, x, limit, way, together).amin(0)
-    assert bool((along(problem, x, share, way, together) <= best + 1e-12 * size).all())
+    best = grid(problem, x, max_step, search, together).amin(0)
+    assert bool((value_after(problem, x, step_size, search, together) <= best + 1e-12 * size).all())
 
 
 @BANDS
@@ -90,17 +94,19 @@ def test_short_step_lowers_what_it_promises(together: bool, layer: Layer, amount
     base = layer.problem()
     problem = base.shifted(base.diagonal(), amount)
     x = random(*base.shape, seed=seed)
-    way = random(*base.shape, seed=seed + 100) - x
-    limit = torch.ones(base.shape[0], dtype=torch.float64)
-    share = share_of(ShortStep(), problem, x, way, limit, together)
+    search = random(*base.shape, seed=seed + 100) - x
+    max_step = torch.ones(base.shape[0], dtype=torch.float64)
+    step_size = step_size_of(ShortStep(), problem, x, search, max_step, together)
     smoothness = problem.smoothness()
-    slope, square = (problem.gradient(problem.at(x.clone())) * way).sum(1), way.square().sum(1)
+    slope, square = (problem.gradient(problem.evaluate(x.clone())) * search).sum(1), search.square().sum(1)
     if together:
         smoothness, slope, square = (v.expand(len(x)) for v in (smoothness.max(), slope.sum(), square.sum()))
-    model = share * slope + 0.5 * share**2 * smoothness * square
+    model = step_size * slope + 0.5 * step_size**2 * smoothness * square
     size = magnitudes(base.scaled_weight, base.scaled_gram) * (1 + abs(amount)) * 10
     size = size.sum() if together else size
-    change = along(problem, x, share, way, together) - along(problem, x, 0 * share, way, together)
+    change = value_after(problem, x, step_size, search, together) - value_after(
+        problem, x, 0 * step_size, search, together
+    )
     assert bool((change <= model + 1e-12 * size).all())
     for other in np.linspace(0, 1, 41):
         assert bool((model <= other * slope + 0.5 * other**2 * smoothness * square + 1e-12 * size).all())
@@ -125,64 +131,64 @@ def test_a_move_of_no_size_stays(name: str, together: bool) -> None:
         if name in ("exact", "short") and isinstance(problem, Function):
             continue
         for most in (1.0, math.inf, 0.0):
-            limit = torch.full((4,), most, dtype=torch.float64)
-            share = share_of(STEPS[name](), problem, random(*SHAPE), nothing, limit, together)
-            assert bool(torch.isfinite(share).all())
+            max_step = torch.full((4,), most, dtype=torch.float64)
+            step_size = step_size_of(STEPS[name](), problem, random(*SHAPE), nothing, max_step, together)
+            assert bool(torch.isfinite(step_size).all())
             if name not in ("open-loop", "log"):
-                assert share.tolist() == [0.0] * 4
+                assert step_size.tolist() == [0.0] * 4
 
 
 @BANDS
 @pytest.mark.parametrize("name", STEPS)
 def test_no_room_no_step(name: str, together: bool) -> None:
-    x, way = random(*SHAPE), normal(*SHAPE)
+    x, search = random(*SHAPE), normal(*SHAPE)
     for problem in (plain_layer(0).problem(), function_case("softplus", SHAPE).problem):
         if name in ("exact", "short") and isinstance(problem, Function):
             continue
-        share = share_of(STEPS[name](), problem, x, way, torch.zeros(4, dtype=torch.float64), together)
-        assert share.tolist() == [0.0] * 4
+        step_size = step_size_of(STEPS[name](), problem, x, search, torch.zeros(4, dtype=torch.float64), together)
+        assert step_size.tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("name", ["exact", "short", "secant", "adaptive", "monotone"])
 def test_uphill_stays(name: str) -> None:
-    limit = torch.ones(4, dtype=torch.float64)
+    max_step = torch.ones(4, dtype=torch.float64)
     for seed in range(5):
         for problem in (plain_layer(seed).problem(), function_case("softplus", SHAPE, seed).problem):
             if name in ("exact", "short") and isinstance(problem, Function):
                 continue
             x = random(*SHAPE, seed=seed)
-            way = 0.1 * problem.gradient(problem.at(x.clone()))
-            assert share_of(STEPS[name](), problem, x, way, limit).tolist() == [0.0] * 4
+            search = 0.1 * problem.gradient(problem.evaluate(x.clone()))
+            assert step_size_of(STEPS[name](), problem, x, search, max_step).tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("name", ["exact", "short", "secant", "adaptive"])
 def test_a_linear_objective_goes_all_the_way(name: str) -> None:
     problem = Bowl(torch.zeros(8, 8, dtype=torch.float64), normal(*SHAPE))
-    limit = torch.tensor([1.0, 0.25, 0.0, 3.0], dtype=torch.float64)
-    share = share_of(STEPS[name](), problem, random(*SHAPE), -problem.linear, limit)
-    assert torch.equal(share, limit)
-    assert share_of(STEPS[name](), problem, random(*SHAPE), problem.linear.clone(), limit).tolist() == [0.0] * 4
+    max_step = torch.tensor([1.0, 0.25, 0.0, 3.0], dtype=torch.float64)
+    step_size = step_size_of(STEPS[name](), problem, random(*SHAPE), -problem.linear, max_step)
+    assert torch.equal(step_size, max_step)
+    assert step_size_of(STEPS[name](), problem, random(*SHAPE), problem.linear.clone(), max_step).tolist() == [0.0] * 4
 
 
 def test_open_loop_step() -> None:
     problem = plain_layer(0).problem()
-    x, move = random(*SHAPE), problem.along(random(*SHAPE))
-    limit = torch.tensor([1.0, 0.6, 0.1, 0.0], dtype=torch.float64)
+    x, direction = random(*SHAPE), problem.hvp(random(*SHAPE))
+    max_step = torch.tensor([1.0, 0.6, 0.1, 0.0], dtype=torch.float64)
     for iteration in (0, 1, 2, 5, 1000):
-        view = view_of(problem, x, False, iteration)
-        expected = [min(2 / (iteration + 2), most) for most in limit.tolist()]
-        assert OpenLoopStep().share(view, move, limit).tolist() == expected
-        expected = [min(2 / (iteration + 4), most) for most in limit.tolist()]
-        assert OpenLoopStep(offset=4).share(view, move, limit).tolist() == expected
+        state = state_of(problem, x, False, iteration)
+        expected = [min(2 / (iteration + 2), most) for most in max_step.tolist()]
+        assert OpenLoopStep().step_size(state, direction, max_step).tolist() == expected
+        expected = [min(2 / (iteration + 4), most) for most in max_step.tolist()]
+        assert OpenLoopStep(offset=4).step_size(state, direction, max_step).tolist() == expected
 
 
 def test_log_step() -> None:
     problem = plain_layer(0).problem()
-    x, move, limit = random(*SHAPE), problem.along(random(*SHAPE)), torch.tensor([1.0, 0.6, 0.1, 0.0])
+    x, direction, max_step = random(*SHAPE), problem.hvp(random(*SHAPE)), torch.tensor([1.0, 0.6, 0.1, 0.0])
     for t in (0, 1, 2, 5, 1000):
         size = (2 + math.log(t + 1)) / (t + 2 + math.log(t + 1))
-        share = LogStep().share(view_of(problem, x, False, t), move, limit.double())
-        assert share.tolist() == pytest.approx([min(size, most) for most in limit.double().tolist()], rel=1e-15)
+        step_size = LogStep().step_size(state_of(problem, x, False, t), direction, max_step.double())
+        assert step_size.tolist() == pytest.approx([min(size, most) for most in max_step.double().tolist()], rel=1e-15)
         assert size <= 1
 
 
@@ -193,19 +199,21 @@ def test_secant_step_finds_the_minimum(kind: str, together: bool) -> None:
         for coupled in (False, True) if together else (False,):
             problem = function_case(kind, SHAPE, seed, coupled=coupled).problem
             x = random(*SHAPE, seed=seed)
-            way = random(*SHAPE, seed=seed + 50) - x
+            search = random(*SHAPE, seed=seed + 50) - x
             most = [1.0, 0.4, 0.05][seed % 3]
-            limit = torch.full((4,), most, dtype=torch.float64)
-            share = share_of(SecantStep(evaluations=40), problem, x, way, limit, together)
+            max_step = torch.full((4,), most, dtype=torch.float64)
+            step_size = step_size_of(SecantStep(evaluations=40), problem, x, search, max_step, together)
             for row in range(1 if together else 4):
 
-                def value(at: float, row: int = row, line: tuple[Problem, Tensor, Tensor] = (problem, x, way)) -> float:
-                    share = torch.full((4,), at, dtype=torch.float64)
-                    return float(along(line[0], line[1], share, line[2], together)[row])
+                def value(
+                    at: float, row: int = row, line: tuple[Problem, Tensor, Tensor] = (problem, x, search)
+                ) -> float:
+                    step_size = torch.full((4,), at, dtype=torch.float64)
+                    return float(value_after(line[0], line[1], step_size, line[2], together)[row])
 
                 best = minimize_scalar(value, bounds=(0, most), method="bounded", options={"xatol": 1e-12})
                 ends = min(best.fun, value(0.0), value(most))
-                assert value(float(share[row])) <= ends + 1e-10 * (1 + abs(ends))
+                assert value(float(step_size[row])) <= ends + 1e-10 * (1 + abs(ends))
 
 
 @BANDS
@@ -215,10 +223,10 @@ def test_secant_is_exact_for_convex_quadratics(together: bool, layer: Layer, amo
     base = layer.problem()
     problem = base.shifted(base.diagonal(), amount) if amount <= 0 else base
     x = random(*base.shape, seed=seed)
-    way = random(*base.shape, seed=seed + 100) - x
-    limit = torch.ones(base.shape[0], dtype=torch.float64)
+    search = random(*base.shape, seed=seed + 100) - x
+    max_step = torch.ones(base.shape[0], dtype=torch.float64)
     values = [
-        along(problem, x, share_of(step, problem, x, way, limit, together), way, together)
+        value_after(problem, x, step_size_of(step, problem, x, search, max_step, together), search, together)
         for step in (SecantStep(), ExactStep())
     ]
     size = magnitudes(base.scaled_weight, base.scaled_gram) * 2
@@ -240,22 +248,24 @@ def test_steps_that_look_do_not_climb(kind: str, name: str, together: bool) -> N
             base = plain_layer(seed).problem()
             problem = base.shifted(base.diagonal(), 4.0) if kind == "concave" else base
         x = random(*SHAPE, seed=seed)
-        view = view_of(problem, x.clone(), together)
-        rule = STEPS[name]().begin(view)
-        first = along(problem, x, torch.zeros(4).double(), x, together)
+        state = state_of(problem, x.clone(), together)
+        rule = STEPS[name]().begin(state)
+        first = value_after(problem, x, torch.zeros(4).double(), x, together)
         moved = 0
         for iteration in range(12):
-            view = View(problem, view.masks, view.pool, iteration, problem.at(x.clone()), Counter())
-            way = random(*SHAPE, seed=100 * seed + iteration) - x
-            slope = (view.gradient * way).sum(1, keepdim=True)
-            way = -way * torch.sign(slope.sum() if together else slope)
-            limit = torch.full((4,), [1.0, 0.2][iteration % 2], dtype=torch.float64)
-            share = rule.share(view, problem.along(way.clone()), limit)
-            assert bool(((share >= 0) & (share <= limit)).all())
-            before, after = (along(problem, x, s, way, together) for s in (0 * share, share))
+            state = IterationState(
+                problem, state.masks, state.row_blocks, iteration, problem.evaluate(x.clone()), Counter()
+            )
+            search = random(*SHAPE, seed=100 * seed + iteration) - x
+            slope = (state.gradient * search).sum(1, keepdim=True)
+            search = -search * torch.sign(slope.sum() if together else slope)
+            max_step = torch.full((4,), [1.0, 0.2][iteration % 2], dtype=torch.float64)
+            step_size = rule.step_size(state, problem.hvp(search.clone()), max_step)
+            assert bool(((step_size >= 0) & (step_size <= max_step)).all())
+            before, after = (value_after(problem, x, s, search, together) for s in (0 * step_size, step_size))
             assert bool((after <= before + 1e-12 * first.abs().clamp_min(1.0)).all())
-            moved += int((share > 0).sum())
-            x = x + share.unsqueeze(1) * way
+            moved += int((step_size > 0).sum())
+            x = x + step_size.unsqueeze(1) * search
         assert moved >= 40
 
 
@@ -267,10 +277,10 @@ def test_functions_that_are_not_convex_do_not_stop_a_step(kind: str, name: str) 
     for seed in range(10):
         problem = function_case(kind, SHAPE, seed).problem
         x = random(*SHAPE, seed=seed)
-        gradient = problem.gradient(problem.at(x.clone()))
-        way = -gradient / gradient.norm(dim=1, keepdim=True)
-        share = share_of(STEPS[name](), problem, x, way, torch.full((4,), 3.0, dtype=torch.float64))
-        assert bool((share > 0).all())
+        gradient = problem.gradient(problem.evaluate(x.clone()))
+        search = -gradient / gradient.norm(dim=1, keepdim=True)
+        step_size = step_size_of(STEPS[name](), problem, x, search, torch.full((4,), 3.0, dtype=torch.float64))
+        assert bool((step_size > 0).all())
         going += 4
     assert going == 40
 
@@ -278,14 +288,14 @@ def test_functions_that_are_not_convex_do_not_stop_a_step(kind: str, name: str) 
 def test_adaptive_steps_recover_from_any_estimate() -> None:
     """Long stretches at the limit let the estimate of the smoothness sink; one steep way must not cost the step."""
     problem = function_case("root", SHAPE).problem
-    x, limit = random(*SHAPE), torch.full((4,), 1e-3, dtype=torch.float64)
-    view = view_of(problem, x, False)
-    rule = AdaptiveStep().begin(view)
-    downhill = -problem.gradient(view.point)
+    x, max_step = random(*SHAPE), torch.full((4,), 1e-3, dtype=torch.float64)
+    state = state_of(problem, x, False)
+    rule = AdaptiveStep().begin(state)
+    downhill = -problem.gradient(state.point)
     for _ in range(500):
-        assert torch.equal(rule.share(view, problem.along(downhill), limit), limit)
-    share = rule.share(view, problem.along(1e4 * downhill), torch.ones(4, dtype=torch.float64))
-    assert bool((share > 0).all())
+        assert torch.equal(rule.step_size(state, problem.hvp(downhill), max_step), max_step)
+    step_size = rule.step_size(state, problem.hvp(1e4 * downhill), torch.ones(4, dtype=torch.float64))
+    assert bool((step_size > 0).all())
 
 
 @pytest.mark.parametrize("kind", ["softplus", "powers", "waves"])
@@ -294,11 +304,11 @@ def test_steps_stay_where_functions_are_defined(kind: str, name: str) -> None:
     """However little room there is, nothing is evaluated outside the segment from x to x + limit * way."""
     case = function_case(kind, SHAPE)
     x = random(*SHAPE)
-    way = 1000.0 * normal(*SHAPE)
-    slopes = (case.problem.gradient(case.problem.at(x.clone())) * way).sum(1, keepdim=True)
-    way = -way * torch.sign(slopes)
-    limit = torch.tensor([0.0, 1e-6, 1e-4, 1e-5], dtype=torch.float64)
-    ends = x + limit.unsqueeze(1) * way
+    search = 1000.0 * normal(*SHAPE)
+    slopes = (case.problem.gradient(case.problem.evaluate(x.clone())) * search).sum(1, keepdim=True)
+    search = -search * torch.sign(slopes)
+    max_step = torch.tensor([0.0, 1e-6, 1e-4, 1e-5], dtype=torch.float64)
+    ends = x + max_step.unsqueeze(1) * search
     low, high, seen = torch.minimum(x, ends) - 1e-12, torch.maximum(x, ends) + 1e-12, []
 
     def guarded(inside: Tensor) -> Tensor:
@@ -307,7 +317,7 @@ def test_steps_stay_where_functions_are_defined(kind: str, name: str) -> None:
 
     problem = Function(guarded, SHAPE)
     seen.clear()
-    share_of(STEPS[name](), problem, x, way, limit)
+    step_size_of(STEPS[name](), problem, x, search, max_step)
     assert len(seen) >= 2
     assert all(seen)
 
@@ -319,7 +329,7 @@ def test_a_rule_forgets_its_last_run(name: str, dtype: torch.dtype) -> None:
     ends = []
     for seed in (0, 1, 0):
         problem = plain_layer(seed).problem(dtype)
-        ends.append(walk(problem, masks, Vanilla(), step, 15).point.x)
+        ends.append(loop_result(problem, masks, Vanilla(), step, 15).point.x)
     assert torch.equal(ends[0], ends[2])
     assert not torch.equal(ends[0], ends[1])
     assert step == STEPS[name]()
@@ -330,27 +340,32 @@ def test_what_a_rule_remembers_goes_with_its_rows(name: str) -> None:
     """Two iterations, some rows taken, a third: as if these rows had been alone from the start."""
     problem, rows = plain_layer(3).problem(), torch.tensor([3, 1])
     alone = problem.rows(rows)
-    masks, pool = SETS["per-row"](SHAPE, 0.5), Pool(1)
-    x, limit = random(*SHAPE), torch.ones(4, dtype=torch.float64)
-    views = [View(p, masks, pool, 0, p.at(y), Counter()) for p, y in ((problem, x), (alone, x[rows]))]
-    rules = [STEPS[name]().begin(view) for view in views]
+    masks, row_blocks = SETS["per-row"](SHAPE, 0.5), RowBlocks(1)
+    x, max_step = random(*SHAPE), torch.ones(4, dtype=torch.float64)
+    states = [
+        IterationState(p, masks, row_blocks, 0, p.evaluate(y), Counter()) for p, y in ((problem, x), (alone, x[rows]))
+    ]
+    rules = [STEPS[name]().begin(state) for state in states]
     for turn in range(2):
-        way = random(*SHAPE, seed=turn) - x
-        rules[0].share(views[0], problem.along(way), limit)
-        rules[1].share(views[1], alone.along(way[rows]), limit[:2])
-    way = random(*SHAPE, seed=7)[rows] - x[rows]
+        search = random(*SHAPE, seed=turn) - x
+        rules[0].step_size(states[0], problem.hvp(search), max_step)
+        rules[1].step_size(states[1], alone.hvp(search[rows]), max_step[:2])
+    search = random(*SHAPE, seed=7)[rows] - x[rows]
     taken = rules[0].take(rows, rows)
-    shares = [rule.share(views[1], alone.along(way), limit[:2]) for rule in (taken, rules[1])]
-    torch.testing.assert_close(*shares, rtol=1e-12, atol=0)
+    fractions = [rule.step_size(states[1], alone.hvp(search), max_step[:2]) for rule in (taken, rules[1])]
+    torch.testing.assert_close(*fractions, rtol=1e-12, atol=0)
 
 
 def test_monotone_halves_for_good() -> None:
     """f = x^2 / 2 from x = 1 along -4: half of the open-loop step overshoots, a quarter does not."""
     problem = Bowl(torch.eye(1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64))
-    view = view_of(problem, torch.ones(1, 1, dtype=torch.float64), False)
-    rule = MonotoneStep().begin(view)
-    move, limit = Move(torch.full((1, 1), -4.0).double(), torch.full((1, 1), -4.0).double()), torch.ones(1).double()
-    assert rule.share(view, move, limit).tolist() == [0.5]  # f(-1) = f(1) is no rise
-    longer = Move(move.x * 1.5, move.gradient * 1.5)
-    assert rule.share(view, longer, limit).tolist() == [0.25]
-    assert rule.share(view, move, limit).tolist() == [0.25]
+    state = state_of(problem, torch.ones(1, 1, dtype=torch.float64), False)
+    rule = MonotoneStep().begin(state)
+    direction, max_step = (
+        Direction(torch.full((1, 1), -4.0).double(), torch.full((1, 1), -4.0).double()),
+        torch.ones(1).double(),
+    )
+    assert rule.step_size(state, direction, max_step).tolist() == [0.5]  # f(-1) = f(1) is no rise
+    longer = Direction(direction.x * 1.5, direction.gradient * 1.5)
+    assert rule.step_size(state, longer, max_step).tolist() == [0.25]
+    assert rule.step_size(state, direction, max_step).tolist() == [0.25]

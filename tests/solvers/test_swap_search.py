@@ -17,7 +17,7 @@ KEEP = [0.3, 0.5, 0.8]
 def setting(family: str, rows: int, d: int, masks: PartitionMatroid, dtype: torch.dtype, seed: int = 0) -> tuple:
     instance = synthetic(family, rows, d, seed=seed)
     problem = LayerReconstruction(instance.weight.to(dtype), instance.gram.to(dtype))
-    kept = masks.lmo(torch.rand(rows, d, generator=torch.Generator().manual_seed(seed)))
+    kept = masks.lmo_mask(torch.rand(rows, d, generator=torch.Generator().manual_seed(seed)))
     return problem, kept, problem.product(kept.to(dtype)), torch.ones(rows, dtype=torch.bool)
 
 

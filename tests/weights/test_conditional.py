@@ -14,7 +14,7 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import NM, AtMost, MaskSet, PartitionMatroid, PerRow, TransposableNM, Unstructured
 from maskopt.problems import FAMILIES, LayerReconstruction, QuadraticForm, synthetic
 from maskopt.solvers import Result, Status, Stop, Wanda, solve
-from maskopt.solvers.base import Watch
+from maskopt.solvers.base import Monitor
 from maskopt.weights import ADMM, ALPS, ConditionalADMM, LeastSquares, SparseGPT, System, conjugate_gradients
 from maskopt.weights.conditional import _conditional_deviations
 from tests.helpers import ALL_SETS, MATROIDS, Layer, every_mask, examples, feasible, layers, sets
@@ -28,7 +28,7 @@ def unchecked(
     problem: LayerReconstruction, masks: MaskSet, method: ConditionalADMM = METHOD, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return mask and weights as the method makes them: `solve` would put back the rows it made worse."""
-    outcome = method.run(problem, masks, start, Watch("test", None, None))
+    outcome = method.run(problem, masks, start, Monitor("test", None, None))
     assert outcome.weight is not None
     return outcome.mask, outcome.weight
 
@@ -80,14 +80,14 @@ def test_members_with_finite_weights_and_no_worse_than_kept(
 def test_every_kind_of_set(name: str, dtype: torch.dtype) -> None:
     instance = synthetic(rows=8, d=12)
     problem = LayerReconstruction(instance.weight.to(dtype), instance.gram.to(dtype))
-    for share in (0.0, 0.5, 1.0):
-        masks = ALL_SETS[name]((8, 12), share)
+    for fraction in (0.0, 0.5, 1.0):
+        masks = ALL_SETS[name]((8, 12), fraction)
         result = solve(problem, masks, METHOD)
         checked(problem, masks, result)
-        if share == 1.0 and "restricted" not in name and "counts" not in name:
+        if fraction == 1.0 and "restricted" not in name and "counts" not in name:
             assert bool(result.mask.all())
             assert result.relative_error <= 1e-9
-        if share == 0.5 and name != "whole rows":
+        if fraction == 0.5 and name != "whole rows":
             # Weights that moved are worth it, whatever the set, as long as rows are pruned in part.
             assert result.relative_error < 0.99 * result.kept_error
 
@@ -97,11 +97,11 @@ def test_fixed_entries_stay(base: PartitionMatroid) -> None:
     problem = synthetic(rows=8, d=16).problem()
     # What the method would least like: the dearest entries forbidden, the cheapest protected.
     size = problem.diagonal()
-    dear, cheap = NM(keep=1, group=4).lmo(-size), NM(keep=1, group=4).lmo(size)
-    mask, weight = unchecked(problem, base.restrict(kept=cheap, pruned=dear))
+    costly, cheap = NM(keep=1, group=4).lmo_mask(-size), NM(keep=1, group=4).lmo_mask(size)
+    mask, weight = unchecked(problem, base.restrict(kept=cheap, pruned=costly))
     assert bool(mask[cheap].all())
-    assert not bool(mask[dear].any())
-    assert not bool(weight[dear].any())
+    assert not bool(mask[costly].any())
+    assert not bool(weight[costly].any())
 
 
 @pytest.mark.parametrize("masks", [PerRow(0.5), Unstructured(0.4)], ids=repr)
@@ -130,7 +130,7 @@ def test_stops_when_told_with_a_member(masks: PartitionMatroid) -> None:
 
 def test_starts_where_told() -> None:
     problem = synthetic(rows=6, d=16).problem()
-    start = PerRow(0.5).lmo(problem.diagonal())  # the worst
+    start = PerRow(0.5).lmo_mask(problem.diagonal())  # the worst
     for from_start in (start, Wanda()):
         result = solve(problem, PerRow(0.5), METHOD, start=from_start, time_limit=0.0)
         expected = start if isinstance(from_start, Tensor) else solve(problem, PerRow(0.5), from_start).mask
@@ -273,7 +273,7 @@ def test_independent_inputs_are_pruned_by_size() -> None:
     weight = torch.randn((6, 16), generator=random, dtype=torch.float64)
     gram = torch.rand(16, generator=random, dtype=torch.float64).add_(0.5).diag()
     problem = LayerReconstruction(weight, gram)
-    best = PerRow(0.5).lmo(-problem.diagonal())
+    best = PerRow(0.5).lmo_mask(-problem.diagonal())
     mask, moved = unchecked(problem, PerRow(0.5), ConditionalADMM(ridge=0.0, penalty=(1.0, 1.0)))
     assert torch.equal(mask, best)
     torch.testing.assert_close(moved, weight * mask)
@@ -293,7 +293,7 @@ def test_it_settles_where_the_mask_is_its_own_answer() -> None:
     metric = _conditional_deviations(system.gram, 0.1)
     dual = ((system.weight - best) @ system.gram) / metric / 8.0
     size = torch.where(mask, best * metric, dual).abs()
-    assert torch.equal(PerRow(0.5).lmo(-size), mask)
+    assert torch.equal(PerRow(0.5).lmo_mask(-size), mask)
 
 
 def test_polishing_lowers_the_error_on_the_same_mask() -> None:
@@ -375,21 +375,21 @@ def test_below_the_published_methods_on_average(masks: PartitionMatroid) -> None
     assert max(ratios["alps"].values()) < 1.05, ratios["alps"]
 
 
-@pytest.mark.parametrize("share", [0.5, 0.25])
-def test_between_the_optimum_and_little_above_it(share: float) -> None:
+@pytest.mark.parametrize("fraction", [0.5, 0.25])
+def test_between_the_optimum_and_little_above_it(fraction: float) -> None:
     """Enumeration of all masks with the best weights on each, rows of eight inputs."""
     method, ratios = ConditionalADMM(ridge=0.0, polish=50), []
     for seed in range(6):
         problem = normal(6, 8, seed)
-        masks = PerRow(share)
+        masks = PerRow(fraction)
         result = solve(problem, masks, method)
         candidates = every_mask(masks, (1, 8))[:, 0]
         for row in range(6):
             w = problem.weight[row]
-            least = min(float(_rest(w, problem.gram, kept)) for kept in candidates)
+            minimum = min(float(_rest(w, problem.gram, kept)) for kept in candidates)
             error = float(result.objective[row])
-            assert error >= least * (1 - 1e-9)
-            ratios.append(error / least)
+            assert error >= minimum * (1 - 1e-9)
+            ratios.append(error / minimum)
     assert median(ratios) < 1.1
     assert sum(ratio < 1 + 1e-6 for ratio in ratios) >= 0.3 * len(ratios)
 

@@ -40,10 +40,10 @@ def problems(draw: st.DrawFn, d: tuple[int, int] = (1, 10)) -> tuple[LayerRecons
     problem = Layer(layer.weight * weight_unit, layer.x * root_unit, layer.name).problem()
     kind = draw(st.sampled_from(["any", "any", "per-row", "unstructured", "n:m"]))
     if kind != "any":
-        return problem, draw(sets(layer.shape, [kind])).lmo(-problem.diagonal())
+        return problem, draw(sets(layer.shape, [kind])).lmo_mask(-problem.diagonal())
     random = torch.Generator().manual_seed(draw(st.integers(0, 999)))
-    share = torch.tensor([0.0, 0.3, 0.7, 1.0])[torch.randint(4, (layer.shape[0], 1), generator=random)]
-    return problem, torch.rand(layer.shape, generator=random) < share
+    fraction = torch.tensor([0.0, 0.3, 0.7, 1.0])[torch.randint(4, (layer.shape[0], 1), generator=random)]
+    return problem, torch.rand(layer.shape, generator=random) < fraction
 
 
 def errors(system: System, v: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def errors(system: System, v: Tensor) -> Tensor:
     return ((off @ system.gram) * off).sum(1)
 
 
-def least(system: System, mask: Tensor) -> Tensor:
+def minimum(system: System, mask: Tensor) -> Tensor:
     """Return the least error of each row on its mask: numpy's least squares with a root of H."""
     values, vectors = np.linalg.eigh(system.gram.numpy())
     root = np.sqrt(values.clip(0))[:, None] * vectors.T
@@ -83,7 +83,7 @@ def test_exact_weights_are_the_best_on_the_mask(drawn: tuple[LayerReconstruction
     gradient = ((system.weight - v) @ system.gram) * mask
     size = (system.weight.abs() + v.abs()) @ system.gram.abs()
     assert bool((gradient.abs() <= 1e-10 * size).all())
-    assert bool((errors(system, v) - least(system, mask) <= 1e-9 * sizes(system, system.weight)).all())
+    assert bool((errors(system, v) - minimum(system, mask) <= 1e-9 * sizes(system, system.weight)).all())
 
 
 @given(problems(), st.sampled_from([1e-4, 0.01, 1.0]))
@@ -115,7 +115,7 @@ def test_memory_changes_nothing(drawn: tuple[LayerReconstruction, Tensor], ridge
 
 def test_rows_of_their_own_matrices_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = synthetic(rows=40, d=24).problem()
-    mask = Unstructured(0.5).lmo(-problem.diagonal())
+    mask = Unstructured(0.5).lmo_mask(-problem.diagonal())
     system, cholesky, seen = System.of(problem, 0.01), torch.linalg.cholesky_ex, list[torch.Size]()
 
     def spy(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,22 +138,22 @@ def test_rows_of_their_own_matrices_fit_the_memory(monkeypatch: pytest.MonkeyPat
     assert not seen
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (7, 1), (3, 5)])
-def test_nothing_and_everything(shape: tuple[int, int], share: float) -> None:
+def test_nothing_and_everything(shape: tuple[int, int], fraction: float) -> None:
     system = System.of(synthetic(rows=shape[0], d=shape[1]).problem(), 0.01)
-    mask = torch.full(shape, bool(share))
+    mask = torch.full(shape, bool(fraction))
     for v in (exact_weights(system, mask), conjugate_gradients(system, mask, system.weight * mask, 9)):
-        torch.testing.assert_close(v, system.weight * share)
+        torch.testing.assert_close(v, system.weight * fraction)
 
 
 @given(st.data(), layers(d=(1, 10)))
 @examples(200)
 def test_singular_grams_in_float32_are_not_fitted_to_their_rounding(data: st.DataObject, layer: Layer) -> None:
-    mask = data.draw(sets(layer.shape, ["per-row", "unstructured", "n:m"])).lmo(-layer.problem().diagonal())
+    mask = data.draw(sets(layer.shape, ["per-row", "unstructured", "n:m"])).lmo_mask(-layer.problem().diagonal())
     narrow, wide = (System.of(layer.problem(dtype), 0.0) for dtype in (torch.float32, torch.float64))
     v = exact_weights(narrow, mask).double() / narrow.size * wide.size
-    assert bool((errors(wide, v) - least(wide, mask) <= 1e-5 * sizes(wide, wide.weight)).all())
+    assert bool((errors(wide, v) - minimum(wide, mask) <= 1e-5 * sizes(wide, wide.weight)).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -165,7 +165,7 @@ def test_without_a_ridge_layers_of_low_rank_lose_nothing_to_rounding(family: str
     system = System.of(problem, 0.0)
     wide = System(system.weight.double(), system.gram.double(), system.size.double())
     after, before = errors(wide, exact_weights(wide, mask)).sum(), errors(wide, wide.weight * mask).sum()
-    best = least(wide, mask).sum()
+    best = minimum(wide, mask).sum()
     assert float(after) <= float(best) + 1e-6 * float(before)
 
 
@@ -335,7 +335,7 @@ def test_needs_are_those_of_the_solver() -> None:
 
 def test_starts_where_the_solver_would_or_is_told() -> None:
     problem = synthetic(rows=6, d=16).problem()
-    start = PerRow(0.5).lmo(problem.diagonal())  # the worst
+    start = PerRow(0.5).lmo_mask(problem.diagonal())  # the worst
     pair = LeastSquares(solver=OneSwap(max_steps=0))
     assert torch.equal(solve(problem, PerRow(0.5), pair, start=start).mask, start)
     assert torch.equal(

@@ -15,7 +15,7 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import NM, AtMost, Columns, MaskSet, PartitionMatroid, PerRow, Protected, Unstructured
 from maskopt.problems import LayerReconstruction, synthetic
 from maskopt.solvers import Result, Status, Stop, Wanda, solve
-from maskopt.solvers.base import Watch
+from maskopt.solvers.base import Monitor
 from maskopt.weights import ADMM, ALPS, FISTAPruner, Joint, SparseGPT, System
 from maskopt.weights.least_squares import conjugate_gradients, definite_factor
 from tests.helpers import ALL_SETS, MATROIDS, Layer, examples, feasible, layers, sets
@@ -40,7 +40,7 @@ def known(method: Joint) -> list[str]:
 
 def unchecked(problem: LayerReconstruction, masks: MaskSet, method: Joint) -> tuple[Tensor, Tensor]:
     """Return mask and weights as the method makes them: `solve` would put back the rows it made worse."""
-    outcome = method.run(problem, masks, None, Watch("test", None, None))
+    outcome = method.run(problem, masks, None, Monitor("test", None, None))
     assert outcome.weight is not None
     return outcome.mask, outcome.weight
 
@@ -137,12 +137,12 @@ def test_ill_conditioned_layers_in_float32(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_nothing_and_everything(name: str, share: float) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_nothing_and_everything(name: str, fraction: float) -> None:
     problem = synthetic(rows=5, d=12).problem()
-    result = solve(problem, PerRow(share), METHODS[name])
-    assert float(result.mask.double().mean()) == share
-    assert result.relative_error == pytest.approx(1.0 - share, abs=1e-9)
+    result = solve(problem, PerRow(fraction), METHODS[name])
+    assert float(result.mask.double().mean()) == fraction
+    assert result.relative_error == pytest.approx(1.0 - fraction, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -162,12 +162,12 @@ def test_fixed_entries_stay(name: str, base: PartitionMatroid) -> None:
     problem = synthetic(rows=8, d=16).problem()
     # What the method would least like: the dearest entries forbidden, the cheapest protected.
     size = problem.diagonal()
-    dear, cheap = NM(keep=1, group=4).lmo(-size), NM(keep=1, group=4).lmo(size)
-    masks = base.restrict(kept=cheap, pruned=dear)
+    costly, cheap = NM(keep=1, group=4).lmo_mask(-size), NM(keep=1, group=4).lmo_mask(size)
+    masks = base.restrict(kept=cheap, pruned=costly)
     mask, weight = unchecked(problem, masks, METHODS[name])
     assert bool(mask[cheap].all())
-    assert not bool(mask[dear].any())
-    assert not bool(weight[dear].any())
+    assert not bool(mask[costly].any())
+    assert not bool(weight[costly].any())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -340,7 +340,7 @@ def test_alps_polishes_to_least_squares_on_its_mask() -> None:
 
 def test_alps_starts_where_told() -> None:
     problem = synthetic(rows=6, d=16).problem()
-    start = PerRow(0.5).lmo(problem.weight.abs())
+    start = PerRow(0.5).lmo_mask(problem.weight.abs())
     result = solve(problem, PerRow(0.5), ALPS(), start=start, time_limit=0.0)
     assert torch.equal(result.mask, start)
 
@@ -351,7 +351,7 @@ def test_fista_solves_its_relaxation() -> None:
     target, steepness = weight @ gram, float(torch.linalg.eigvalsh(gram)[-1])
     penalty = 0.1 * float(target.abs().max())
     method = FISTAPruner(iterations=20_000)
-    v = method._proximal(torch.zeros_like(weight), gram, target, steepness, penalty, Watch("test", None, None))
+    v = method._proximal(torch.zeros_like(weight), gram, target, steepness, penalty, Monitor("test", None, None))
     # Optimality: the gradient is minus the penalty's subgradient.
     gradient = (v - weight) @ gram
     assert bool((v != 0).any())
@@ -366,7 +366,7 @@ def test_fista_solves_its_relaxation() -> None:
 def test_conjugate_gradients_lower_the_error_on_the_mask(dtype: torch.dtype, data: st.DataObject, layer: Layer) -> None:
     masks = data.draw(sets(layer.shape, ["per-row", "n:m", "unstructured"]))
     problem = layer.problem(dtype)
-    system, mask = System.of(problem, 0.01), masks.lmo(-problem.diagonal())
+    system, mask = System.of(problem, 0.01), masks.lmo_mask(-problem.diagonal())
 
     def error(v: Tensor) -> Tensor:
         off = (system.weight - v).double()
@@ -406,14 +406,14 @@ def test_no_factor_of_data_that_is_not_a_number() -> None:
 LAYERS = ["l1_attn_query", "l1_attn_output", "l1_intermediate", "l1_output"]
 ORIGINALS = [
     *(
-        (name, share, method, masks(keep))
+        (name, fraction, method, masks(keep))
         for name, method, masks in (
             ("sparsegpt original", SparseGPT(), Unstructured),
             ("admm original (per row)", ADMM(), PerRow),
             ("admm original (whole matrix)", ADMM(gradual=False), Unstructured),
             ("alps original (whole matrix)", ALPS(), Unstructured),
         )
-        for share, keep in (("50%", 0.5), ("60%", 0.4), ("70%", 0.3))
+        for fraction, keep in (("50%", 0.5), ("60%", 0.4), ("70%", 0.3))
     ),
     ("sparsegpt original", "2:4", SparseGPT(), NM(keep=2, group=4)),
     ("admm original", "2:4", ADMM(), NM(keep=2, group=4)),
@@ -424,12 +424,12 @@ ORIGINALS = [
 @pytest.mark.skipif(not FIGURES.is_file(), reason=f"no figures of the originals in {SHARED} (set MASKOPT_SHARED)")
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize(
-    ("name", "share", "method", "masks"), ORIGINALS, ids=[f"{name} {share}" for name, share, *_ in ORIGINALS]
+    ("name", "fraction", "method", "masks"), ORIGINALS, ids=[f"{name} {fraction}" for name, fraction, *_ in ORIGINALS]
 )
 def test_errors_are_those_of_the_originals(
-    name: str, share: str, method: Joint, masks: PartitionMatroid, layer: str
+    name: str, fraction: str, method: Joint, masks: PartitionMatroid, layer: str
 ) -> None:
-    figure = json.loads(FIGURES.read_text())[layer][share][name]["relative_error"]
+    figure = json.loads(FIGURES.read_text())[layer][fraction][name]["relative_error"]
     tensors = load_file(SHARED / "layers" / f"{layer}.safetensors")
     result = solve(LayerReconstruction(tensors["weight"], tensors["gram"]), masks, method)
     assert result.relative_error == pytest.approx(figure, rel=0.01)

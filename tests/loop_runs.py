@@ -12,10 +12,19 @@ from scipy.optimize import LinearConstraint, minimize
 from torch import Tensor
 
 from maskopt.oracles import MaskSet
-from maskopt.problems import Function, Move, Point, Problem, Quadratic
-from maskopt.problems.base import shift_deficit
-from maskopt.solvers import Direction, Pool, Step, View, Walk, Watch, Way, frank_wolfe
-from maskopt.solvers.base import band_of
+from maskopt.problems import Direction, Function, Point, Problem, Quadratic
+from maskopt.problems.base import shift_convexity_error
+from maskopt.solvers import (
+    DirectionRule,
+    IterationState,
+    LoopResult,
+    Monitor,
+    RowBlocks,
+    SearchDirection,
+    StepRule,
+    frank_wolfe,
+)
+from maskopt.solvers.base import row_block_of
 from tests.helpers import Layer, errors_of, every_mask, magnitudes
 
 Shape = tuple[int, int]
@@ -43,11 +52,11 @@ class Bowl(Quadratic):
     def device(self) -> torch.device:
         return self.linear.device
 
-    def at(self, x: Tensor) -> Point:
+    def evaluate(self, x: Tensor) -> Point:
         return Point(x, self._product(x) + self.linear)
 
-    def along(self, x: Tensor) -> Move:
-        return Move(x, self._product(x))
+    def value_after(self, x: Tensor) -> Direction:
+        return Direction(x, self._product(x))
 
     def _product(self, x: Tensor) -> Tensor:
         return x @ self.matrix if self.matrix.ndim == 2 else (x.unsqueeze(1) @ self.matrix).squeeze(1)
@@ -66,7 +75,7 @@ class Bowl(Quadratic):
 
     def objective(self, mask: Tensor) -> Tensor:
         exact = self.double()
-        return exact.value(exact.at(mask.double()))
+        return exact.value(exact.evaluate(mask.double()))
 
     def scale(self) -> Tensor:
         return torch.zeros(len(self.linear), dtype=torch.float64)
@@ -74,9 +83,9 @@ class Bowl(Quadratic):
     def double(self) -> Bowl:
         return Bowl(self.matrix.double(), self.linear.double())
 
-    def deficit(self, point: Point, shift: Tensor | None = None) -> Tensor:
+    def convexity_error(self, point: Point, shift: Tensor | None = None) -> Tensor:
         size = self.matrix.double().abs().sum((-2, -1)) + self.linear.double().abs().sum(1)
-        return 1e-13 * size + shift_deficit(point, shift)
+        return 1e-13 * size + shift_convexity_error(point, shift)
 
 
 class Steady(Bowl):
@@ -120,18 +129,18 @@ class Case:
     size: Tensor
     bounded: bool
 
-    def least(self, masks: MaskSet) -> tuple[Tensor, Tensor]:
-        """Return the optimum of every band by enumeration, and the size of what was added up."""
+    def lmo_bound(self, masks: MaskSet) -> tuple[Tensor, Tensor]:
+        """Return the optimum of every row block by enumeration, and the size of what was added up."""
         rows, d = self.problem.shape
-        band = band_of(self.problem, masks)
+        row_block = row_block_of(self.problem, masks)
         best = []
-        for first in range(0, rows, band):
-            part = masks if band == rows else masks.rows(slice(first, first + band), (rows, d))
-            chosen = every_mask(part, (band, d))
+        for first in range(0, rows, row_block):
+            part = masks if row_block == rows else masks.rows(slice(first, first + row_block), (rows, d))
+            chosen = every_mask(part, (row_block, d))
             errors = self.errors(_at_rows(chosen, first, rows))
-            mine = errors.sum(1) if self.problem.coupled else errors[:, first : first + band].sum(1)
+            mine = errors.sum(1) if self.problem.coupled else errors[:, first : first + row_block].sum(1)
             best.append(mine.min())
-        return torch.stack(best), self.size.view(-1, band).sum(1)
+        return torch.stack(best), self.size.view(-1, row_block).sum(1)
 
 
 def _at_rows(chosen: Tensor, first: int, rows: int) -> Tensor:
@@ -180,7 +189,7 @@ def function_case(
     dtype: torch.dtype = torch.float64,
 ) -> Case:
     """Return a function of linear maps of the mask as a torch callable; bounds are due where it is declared convex."""
-    call, twin = _TERMS[kind]
+    call, dense_copy = _TERMS[kind]
     rows, d = shape
     maps, offset = normal(rows, d, 3, seed=seed), normal(rows, 1, 3, seed=seed + 1)
     maps, offset = maps.to(dtype), offset.to(dtype)
@@ -191,7 +200,11 @@ def function_case(
 
     def errors(chosen: Tensor) -> Tensor:
         z = np.einsum("nrd,rdk->nrk", chosen.double().numpy(), maps.double().numpy()) + offset.double().numpy()[:, 0]
-        values = twin(z.reshape(len(z), -1))[:, None] if coupled else np.stack([twin(z[:, r]) for r in range(rows)], 1)
+        values = (
+            dense_copy(z.reshape(len(z), -1))[:, None]
+            if coupled
+            else np.stack([dense_copy(z[:, r]) for r in range(rows)], 1)
+        )
         return torch.from_numpy(values)
 
     problem: Problem = Function(function, shape, convex=declared and kind in CONVEX, dtype=dtype)
@@ -204,9 +217,11 @@ def function_case(
 # Views and walks
 
 
-def view_at(problem: Problem, masks: MaskSet, x: Tensor, iteration: int = 0, band: int | None = None) -> View:
-    pool = Pool(band_of(problem, masks) if band is None else band)
-    return View(problem, masks, pool, iteration, problem.at(x), Counter())
+def state_at(
+    problem: Problem, masks: MaskSet, x: Tensor, iteration: int = 0, row_block: int | None = None
+) -> IterationState:
+    row_blocks = RowBlocks(row_block_of(problem, masks) if row_block is None else row_block)
+    return IterationState(problem, masks, row_blocks, iteration, problem.evaluate(x), Counter())
 
 
 @dataclass
@@ -215,61 +230,63 @@ class Event:
 
     x: Tensor
     gradient: Tensor
-    way: Tensor
-    limit: Tensor
-    share: Tensor
+    search: Tensor
+    max_step: Tensor
+    step_size: Tensor
 
 
-class Diary(Direction):
+class Diary(DirectionRule):
     """A direction that writes down what another one does; `rule` is the one that is running."""
 
-    def __init__(self, rule: Direction, events: list[Event] | None = None) -> None:
+    def __init__(self, rule: DirectionRule, events: list[Event] | None = None) -> None:
         self.rule, self.events = rule, [] if events is None else events
         self.requires, self.asks = rule.requires, rule.asks
         self.from_vertex, self.exact = rule.from_vertex, rule.exact
 
-    def begin(self, view: View) -> Direction:
-        self.rule = self.rule.begin(view)
+    def begin(self, state: IterationState) -> DirectionRule:
+        self.rule = self.rule.begin(state)
         return self
 
-    def way(self, view: View) -> Way:
-        way = self.rule.way(view)
-        limit = torch.ones(len(view.x), dtype=view.x.dtype) if way.limit is None else way.limit
-        event = Event(view.x.clone(), view.gradient.clone(), way.x.clone(), limit.clone(), torch.zeros_like(limit))
+    def search_direction(self, state: IterationState) -> SearchDirection:
+        search = self.rule.search_direction(state)
+        max_step = torch.ones(len(state.x), dtype=state.x.dtype) if search.max_step is None else search.max_step
+        event = Event(
+            state.x.clone(), state.gradient.clone(), search.x.clone(), max_step.clone(), torch.zeros_like(max_step)
+        )
         self.events.append(event)
-        return way
+        return search
 
-    def bend(self, view: View, move: Move) -> Move:
-        bent = self.rule.bend(view, move)
-        self.events[-1].way = bent.x.clone()
-        return bent
+    def correct(self, state: IterationState, direction: Direction) -> Direction:
+        product = self.rule.correct(state, direction)
+        self.events[-1].search = product.x.clone()
+        return product
 
-    def moved(self, view: View, move: Move, share: Tensor, limit: Tensor) -> None:
-        self.events[-1].share = share.clone()
-        self.rule.moved(view, move, share, limit)
+    def update(self, state: IterationState, direction: Direction, step_size: Tensor, max_step: Tensor) -> None:
+        self.events[-1].step_size = step_size.clone()
+        self.rule.update(state, direction, step_size, max_step)
 
-    def take(self, rows: Tensor, bands: Tensor) -> Direction:
-        return Diary(self.rule.take(rows, bands), self.events)
+    def take(self, rows: Tensor, blocks: Tensor) -> DirectionRule:
+        return Diary(self.rule.take(rows, blocks), self.events)
 
 
-def starts(problem: Problem, masks: MaskSet, direction: Direction) -> Tensor:
+def starts(problem: Problem, masks: MaskSet, direction: DirectionRule) -> Tensor:
     """Return a point that a direction may start from: the hull's center or a vertex."""
     center = masks.center(problem.shape, problem.dtype, CPU)
-    return masks.vertex(problem.gradient(problem.at(center.clone()))) if direction.from_vertex else center
+    return masks.lmo(problem.gradient(problem.evaluate(center.clone()))) if direction.from_vertex else center
 
 
-def walk(
+def loop_result(
     problem: Problem,
     masks: MaskSet,
-    direction: Direction,
-    step: Step,
+    direction: DirectionRule,
+    step: StepRule,
     iterations: int,
     *,
     start: Tensor | None = None,
-    watch: Watch | None = None,
+    monitor: Monitor | None = None,
     tolerance: float | Tensor | None = None,
     refresh: int = 0,
-) -> Walk:
+) -> LoopResult:
     start = starts(problem, masks, direction) if start is None else start
     before = start.clone()
     if isinstance(tolerance, float):
@@ -281,7 +298,7 @@ def walk(
         direction=direction,
         step=step,
         iterations=iterations,
-        watch=watch or Watch("test", None, None),
+        monitor=monitor or Monitor("test", None, None),
         tolerance=tolerance,
         refresh=refresh,
     )
@@ -290,7 +307,7 @@ def walk(
 
 
 class Hull:
-    """The inequalities of a set's LP twin."""
+    """The inequalities of a set's LP formulation."""
 
     def __init__(self, masks: MaskSet, shape: Shape) -> None:
         rule = masks.milp_constraints(shape)
@@ -306,15 +323,15 @@ class Hull:
 
 
 def relaxed_optimum(problem: Problem, masks: MaskSet) -> float:
-    """Solve min f(x) over the set's LP twin by a method that knows nothing of Frank-Wolfe."""
+    """Solve min f(x) over the set's LP formulation by a method that knows nothing of Frank-Wolfe."""
     shape = problem.shape
     rule = masks.milp_constraints(shape)
 
     def value(flat: np.ndarray) -> float:
-        return float(problem.value(problem.at(torch.from_numpy(flat).view(shape))).sum())
+        return float(problem.value(problem.evaluate(torch.from_numpy(flat).view(shape))).sum())
 
     def gradient(flat: np.ndarray) -> np.ndarray:
-        return problem.gradient(problem.at(torch.from_numpy(flat).view(shape))).flatten().numpy()
+        return problem.gradient(problem.evaluate(torch.from_numpy(flat).view(shape))).flatten().numpy()
 
     answer = minimize(
         value,
