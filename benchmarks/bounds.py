@@ -3,9 +3,9 @@
     python benchmarks/bounds.py INSTANCE [INSTANCE ...] [--rows 2] [--inputs 48 96 0] [--keep 0.5] [--group 4]
         [--cuts 50] [--check]
 
-Every figure is a lower bound as a fraction of the best mask known (continuation from several schedules, 1-swaps), summed
-over the first rows on the first inputs (0: all of them), and the seconds it took for each row. `--check` also solves
-the semidefinite programs with the conic solver clarabel where it is installed (pip install clarabel), small
+Every figure is a lower bound as a fraction of the best mask known (continuation from several schedules, 1-swaps),
+summed over the first rows on the first inputs (0: all of them), and the seconds it took for each row. `--check` also
+solves the semidefinite programs with the conic solver clarabel where it is installed (pip install clarabel), small
 ones only. Writes benchmarks/results/bounds.{md,json}.
 """
 

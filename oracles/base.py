@@ -107,7 +107,7 @@ class MaskSet(ABC):
         """Return the set's exact formulation for scipy's MILP solver: constraints on the flattened mask in {0, 1}."""
 
     def row_block(self, shape: Shape) -> int:
-        """Return how many consecutive rows the set couples; row blocks of so many rows are independent of each other."""
+        """Return how many consecutive rows the set couples: a row block, independent of all others."""
         return shape[0]
 
     def rows(self, index: Index, shape: Shape) -> MaskSet:
@@ -124,7 +124,7 @@ class MaskSet(ABC):
         return self.lmo(cost if cost.is_floating_point() else cost.double()).bool()
 
     def lmo_bound(self, cost: Tensor) -> Tensor:
-        """Return a proven lower bound of the least cost of any mask, one per row block, float64; tight for exact sets."""
+        """Return a proven lower bound on the cost of any mask, one per row block, float64; tight for exact sets."""
         chosen = (cost.double() * self.lmo(cost)).sum(1)
         return chosen.view(-1, self.row_block(cost.shape)).sum(1)
 

@@ -330,7 +330,7 @@ class PartitionMatroid(MaskSet):
             yield self.ungroup(groups, shape)
 
     def milp_constraints(self, shape: Shape) -> LinearConstraint:
-        """Return the set's exact formulation for scipy's LP and MILP solvers: A x = keep (or <=) on the flattened mask."""
+        """Return the set's exact LP/MILP formulation for scipy: A x = keep (or <=) on the flattened mask."""
         entries = self.groups(torch.arange(shape[0] * shape[1]).view(shape)).numpy()
         keep = self.kept_per_group(shape).numpy()
         group = np.repeat(np.arange(len(entries)), entries.shape[1])

@@ -23,8 +23,8 @@ def parse_masks(pattern: str, sparsity: float | None = None) -> MaskSet:
         of every m ("2:4"), or "transposable-n:m". "at-most-" before a set of single entries lets its groups keep
         fewer.
     sparsity : float, optional
-        Fraction of the weights pruned, in [0, 1]; of each tile for "blocks-HxW". With "n:m" it may be left out, and must
-        agree if given.
+        Fraction of the weights pruned, in [0, 1]; of each tile for "blocks-HxW". With "n:m" it may be left out, and
+        must agree if given.
 
     Raises
     ------

@@ -38,38 +38,44 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Direction:
-    """A direction, shape (rows, d), and the change of the gradient along it: the Hessian times it.
+    """A direction and its Hessian product.
 
-    Where the objective is not quadratic there is no such change, and `gradient` is empty.
+    Attributes
+    ----------
+    vector : Tensor
+        The direction, shape (rows, d).
+    product : Tensor
+        The Hessian times the direction, which is the change of the gradient by it, shape (rows, d). Empty where the
+        objective is not quadratic.
     """
 
-    x: Tensor
-    gradient: Tensor
+    vector: Tensor
+    product: Tensor
 
-    def blend_(self, other: Direction, step_size: Tensor) -> None:
-        """Become (1 - share) * self + share * other in place; `step_size` has shape (rows, 1)."""
-        self.x.lerp_(other.x, step_size)
-        self.gradient.lerp_(other.gradient, step_size)
+    def blend_(self, other: Direction, fraction: Tensor) -> None:
+        """Become (1 - fraction) * self + fraction * other in place; `fraction` has shape (rows, 1)."""
+        self.vector.lerp_(other.vector, fraction)
+        self.product.lerp_(other.product, fraction)
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply each row in place; `factor` has shape (rows, 1)."""
-        self.x.mul_(factor)
-        self.gradient.mul_(factor)
+        self.vector.mul_(factor)
+        self.product.mul_(factor)
 
     def take(self, index: Tensor) -> Direction:
         """Return a copy for some rows."""
-        return Direction(self.x[index], self.gradient[index] if len(self.gradient) else self.gradient)
+        return Direction(self.vector[index], self.product[index] if len(self.product) else self.product)
 
 
 class Problem(ABC):
     """A function of relaxed keep masks x in [0, 1]^(rows x d), a sum of one term per row.
 
-    What is expensive has a verb of its own: `evaluate`, called to start; `hvp`, called once for every new direction; and
-    `advance`. For a quadratic (`Quadratic`) the last costs nothing; for other functions `hvp` does.
+    What is expensive has a method of its own: `evaluate`, called to start; `hvp`, called once for every new direction;
+    and `advance`. For a `Quadratic` the last costs no matrix product; for other functions `hvp` costs none.
     """
 
     coupled: bool = False
-    """Whether rows share one value: then steps are common to all rows, and each row reports an equal share."""
+    """Whether all rows have one value in common: then steps are common too, and each row reports an equal part."""
 
     unit: float = 1.0
     """Objectives are `unit` times what `value` and `gradient` say."""
@@ -98,7 +104,7 @@ class Problem(ABC):
 
     @abstractmethod
     def hvp(self, x: Tensor) -> Direction:
-        """Return the move in direction `x`, shape (rows, d); `x` is not copied, the gradient is new."""
+        """Return the direction `x`, shape (rows, d), with its Hessian product; `x` is not copied."""
 
     @abstractmethod
     def advance(self, point: Point, direction: Direction, step_size: Tensor) -> None:
@@ -110,15 +116,15 @@ class Problem(ABC):
 
     @abstractmethod
     def slope(self, point: Point, direction: Direction, step_size: Tensor) -> Tensor:
-        """Return each row's derivative along `direction` after going `step_size` of it, both shape (rows,)."""
+        """Return each row's derivative in `direction` after a step of `step_size`, both shape (rows,)."""
 
     def change(self, point: Point, direction: Direction, step_size: Tensor) -> Tensor:
-        """Return each row's objective after going `step_size` of `direction` minus that at `point`, both shape (rows,)."""
-        there = torch.addcmul(point.x, direction.x, step_size.unsqueeze(1))
+        """Return each row's change of the objective by a step of `step_size` in `direction`, both shape (rows,)."""
+        there = torch.addcmul(point.x, direction.vector, step_size.unsqueeze(1))
         return (self.value(self.evaluate(there)) - self.value(point)).to(step_size.dtype)
 
     def sampled(self, x: Tensor, fraction: float, random: torch.Generator) -> Tensor:
-        """Return an unbiased estimate of the gradient at `x` that costs about `step_size` of the whole."""
+        """Return an unbiased estimate of the gradient at `x` that costs about `fraction` of the whole."""
         return self.gradient(self.evaluate(x))
 
     def gradient(self, point: Point) -> Tensor:
@@ -143,7 +149,7 @@ class Problem(ABC):
 
     @abstractmethod
     def convexity_error(self, point: Point, shift: Tensor | None = None) -> Tensor | None:
-        """Return how far each row may lie below its tangent at `point` anywhere in the unit cube; None: unknown.
+        """Return how far each row may lie below its linear model at `point` anywhere in the unit cube; None: unknown.
 
         Zero for a convex function, up to the rounding of `value` and `gradient`, which is included. Proven, in
         float64; meant for problems made by `double`. In `unit`, shape (rows,).
@@ -151,7 +157,7 @@ class Problem(ABC):
         Parameters
         ----------
         point : Point
-            Where the tangent touches.
+            Where the linear model is made.
         shift : Tensor, optional
             Answer for the objective plus sum_i shift_i (x_i - x_i^2) instead, shape (rows, d).
         """
@@ -179,7 +185,7 @@ class Problem(ABC):
 
 
 def shift_convexity_error(point: Point, shift: Tensor | None) -> Tensor:
-    """Return how far sum_i shift_i (x_i - x_i^2) may fall below its tangent at `point` in the unit cube, per row."""
+    """Return how far sum_i shift_i (x_i - x_i^2) may fall below its linear model at `point`, per row."""
     if shift is None:
         return point.x.new_zeros(len(point.x), dtype=torch.float64)
     farthest = torch.maximum(point.x, 1.0 - point.x).double().square()
@@ -189,27 +195,27 @@ def shift_convexity_error(point: Point, shift: Tensor | None) -> Tensor:
 class Quadratic(Problem):
     """An objective with a constant Hessian.
 
-    Gradients are affine in x, so points move without a new evaluation, exact line searches and conjugate directions
-    cost nothing, and all of that holds for shifted objectives too.
+    Gradients are affine in x, so points are updated without a new evaluation, exact line searches and conjugate
+    directions cost nothing, and all of that holds for shifted objectives too.
     """
 
     def advance(self, point: Point, direction: Direction, step_size: Tensor) -> None:
-        point.x.addcmul_(direction.x, step_size)
-        point.gradient.addcmul_(direction.gradient, step_size)
+        point.x.addcmul_(direction.vector, step_size)
+        point.gradient.addcmul_(direction.product, step_size)
 
     def slope(self, point: Point, direction: Direction, step_size: Tensor) -> Tensor:
-        start: Tensor = torch.linalg.vecdot(self.gradient(point), direction.x)
-        curvature: Tensor = torch.linalg.vecdot(self.hessian(direction), direction.x)
+        start: Tensor = torch.linalg.vecdot(self.gradient(point), direction.vector)
+        curvature: Tensor = torch.linalg.vecdot(self.hessian(direction), direction.vector)
         return start + step_size * curvature
 
     def change(self, point: Point, direction: Direction, step_size: Tensor) -> Tensor:
-        start: Tensor = torch.linalg.vecdot(self.gradient(point), direction.x)
-        curvature: Tensor = torch.linalg.vecdot(self.hessian(direction), direction.x)
+        start: Tensor = torch.linalg.vecdot(self.gradient(point), direction.vector)
+        curvature: Tensor = torch.linalg.vecdot(self.hessian(direction), direction.vector)
         return step_size * (start + 0.5 * step_size * curvature)
 
     def hessian(self, direction: Direction) -> Tensor:
-        """Return the second derivative times `direction`, shape (rows, d); read only, it may be the move's own."""
-        return direction.gradient
+        """Return the second derivative times `direction`, shape (rows, d); read only, it may be the direction's own."""
+        return direction.product
 
     @abstractmethod
     def diagonal(self) -> Tensor:
@@ -221,6 +227,9 @@ class Quadratic(Problem):
 
     @abstractmethod
     def rows(self, index: slice | Tensor) -> Quadratic: ...
+
+    @abstractmethod
+    def double(self) -> Quadratic: ...
 
     def shifted(self, diagonal: Tensor, amount: float = 1.0) -> ShiftedQuadratic:
         from maskopt.problems.shifted import ShiftedQuadratic

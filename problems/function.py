@@ -98,7 +98,7 @@ class Function(Problem):
         return Direction(x, x.new_empty(0))
 
     def advance(self, point: Point, direction: Direction, step_size: Tensor) -> None:
-        point.x.addcmul_(direction.x, step_size)
+        point.x.addcmul_(direction.vector, step_size)
         point.gradient.copy_(self.evaluate(point.x).gradient)
 
     def value(self, point: Point) -> Tensor:
@@ -111,8 +111,8 @@ class Function(Problem):
         return values.expand(rows) / rows if self.coupled else values
 
     def slope(self, point: Point, direction: Direction, step_size: Tensor) -> Tensor:
-        there = self.evaluate(torch.addcmul(point.x, direction.x, step_size.unsqueeze(1)))
-        slope: Tensor = torch.linalg.vecdot(there.gradient, direction.x)
+        there = self.evaluate(torch.addcmul(point.x, direction.vector, step_size.unsqueeze(1)))
+        slope: Tensor = torch.linalg.vecdot(there.gradient, direction.vector)
         return slope
 
     def rows(self, index: slice | Tensor) -> "Function":

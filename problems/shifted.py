@@ -1,4 +1,4 @@
-"""Diagonal terms moved between the quadratic and the linear part: the same masks, another relaxation."""
+"""Diagonal terms shifted between the quadratic and the linear part: the same masks, another relaxation."""
 
 import torch
 from torch import Tensor
@@ -58,8 +58,8 @@ class Shifted(Problem):
         return self.base.value(point) + self.amount * (self.shift * (x - x * x)).sum(1, dtype=torch.float64)
 
     def slope(self, point: Point, direction: Direction, step_size: Tensor) -> Tensor:
-        there = torch.addcmul(point.x, direction.x, step_size.unsqueeze(1))
-        added = (self.shift * direction.x * (1.0 - 2.0 * there)).sum(1).mul_(self.amount)
+        there = torch.addcmul(point.x, direction.vector, step_size.unsqueeze(1))
+        added = (self.shift * direction.vector * (1.0 - 2.0 * there)).sum(1).mul_(self.amount)
         return self.base.slope(point, direction, step_size) + added
 
     def sampled(self, x: Tensor, fraction: float, random: torch.Generator) -> Tensor:
@@ -99,7 +99,7 @@ class ShiftedQuadratic(Shifted, Quadratic):
     change = Quadratic.change
 
     def hessian(self, direction: Direction) -> Tensor:
-        return torch.addcmul(self.base.hessian(direction), self.shift, direction.x, value=-2.0 * self.amount)
+        return torch.addcmul(self.base.hessian(direction), self.shift, direction.vector, value=-2.0 * self.amount)
 
     def diagonal(self) -> Tensor:
         return self.base.diagonal() - self.amount * self.shift
@@ -109,3 +109,6 @@ class ShiftedQuadratic(Shifted, Quadratic):
 
     def rows(self, index: slice | Tensor) -> Quadratic:
         return self.base.rows(index).shifted(self.shift[index], self.amount)
+
+    def double(self) -> Quadratic:
+        return self.base.double().shifted(self.shift.double(), self.amount)

@@ -24,7 +24,7 @@ from maskopt.solvers import (
     StepRule,
     frank_wolfe,
 )
-from maskopt.solvers.base import row_block_of
+from maskopt.solvers.rules import row_block_of
 from tests.helpers import Layer, errors_of, every_mask, magnitudes
 
 Shape = tuple[int, int]
@@ -55,7 +55,7 @@ class Bowl(Quadratic):
     def evaluate(self, x: Tensor) -> Point:
         return Point(x, self._product(x) + self.linear)
 
-    def value_after(self, x: Tensor) -> Direction:
+    def hvp(self, x: Tensor) -> Direction:
         return Direction(x, self._product(x))
 
     def _product(self, x: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ class Diary(DirectionRule):
 
     def __init__(self, rule: DirectionRule, events: list[Event] | None = None) -> None:
         self.rule, self.events = rule, [] if events is None else events
-        self.requires, self.asks = rule.requires, rule.asks
+        self.requires = rule.requires
         self.from_vertex, self.exact = rule.from_vertex, rule.exact
 
     def begin(self, state: IterationState) -> DirectionRule:
@@ -251,14 +251,14 @@ class Diary(DirectionRule):
         search = self.rule.search_direction(state)
         max_step = torch.ones(len(state.x), dtype=state.x.dtype) if search.max_step is None else search.max_step
         event = Event(
-            state.x.clone(), state.gradient.clone(), search.x.clone(), max_step.clone(), torch.zeros_like(max_step)
+            state.x.clone(), state.gradient.clone(), search.vector.clone(), max_step.clone(), torch.zeros_like(max_step)
         )
         self.events.append(event)
         return search
 
     def correct(self, state: IterationState, direction: Direction) -> Direction:
         product = self.rule.correct(state, direction)
-        self.events[-1].search = product.x.clone()
+        self.events[-1].search = product.vector.clone()
         return product
 
     def update(self, state: IterationState, direction: Direction, step_size: Tensor, max_step: Tensor) -> None:
@@ -275,7 +275,7 @@ def starts(problem: Problem, masks: MaskSet, direction: DirectionRule) -> Tensor
     return masks.lmo(problem.gradient(problem.evaluate(center.clone()))) if direction.from_vertex else center
 
 
-def loop_result(
+def run_loop(
     problem: Problem,
     masks: MaskSet,
     direction: DirectionRule,

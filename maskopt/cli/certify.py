@@ -30,8 +30,7 @@ from maskopt.cli.part import RowsOption, parse_rows
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, parse_masks
 from maskopt.problems import LayerReconstruction
-from maskopt.solvers import FrankWolfe, solve
-from maskopt.solvers.base import Callback
+from maskopt.solvers import Callback, FrankWolfe, solve
 
 __all__ = ["BOUNDS", "certify"]
 
@@ -59,7 +58,7 @@ BOUNDS: dict[str, Callable[[LayerReconstruction, MaskSet, Callback | None, int],
     "gap": _gap,
     **{kind: _row_bound(kind) for kind in get_args(BoundKind)},
 }
-"""What proves lower bounds, float64, one per row block of rows, by the names people type."""
+"""What proves lower bounds, float64, one per row block, by the names people type."""
 
 
 def certify(
@@ -89,7 +88,8 @@ def certify(
     index, row_block = parse_rows(rows, layer.shape[0]), masks.row_block(layer.shape)
     if index.start % row_block or index.stop % row_block:
         raise MaskoptError(
-            f"{masks} couples {row_block} rows at a time, so --rows must begin and end at a multiple of {row_block}; got {rows}."
+            f"{masks} couples {row_block} rows at a time, so --rows must begin and end at a multiple of {row_block}; "
+            f"got {rows}."
         )
     part = masks if index == slice(0, layer.shape[0]) else masks.rows(index, layer.shape)
     problem = layer.rows(index)

@@ -19,8 +19,7 @@ from rich.text import Text
 import maskopt
 from maskopt.errors import MaskoptError
 from maskopt.files import atomic_path, require_absent
-from maskopt.solvers import State
-from maskopt.solvers.base import Callback
+from maskopt.solvers import Callback, State
 
 __all__ = ["Bar", "check_outputs", "environment", "facts", "finite", "json_output", "stderr", "tables"]
 

@@ -54,7 +54,7 @@ def verify(
     json: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Hold a heuristic's mask against the optimum, row by row (or row block of rows that the set couples)."""
+    """Hold a heuristic's mask against the optimum, row by row (or row block that the set couples)."""
     check_outputs(json)
     if not time_limit > 0:
         raise MaskoptError(f"The time limit must be positive; got {time_limit}.")

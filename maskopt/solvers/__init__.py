@@ -1,7 +1,7 @@
 """How: algorithms that choose masks, one per file, with one shared loop and one Result."""
 
 from maskopt.solvers.active import Away, BlendedPairwise, FullyCorrective, Lazy, Pairwise
-from maskopt.solvers.base import GapKind, Monitor, Outcome, Result, Solver, State, Status, Stop, check_compatible, solve
+from maskopt.solvers.base import Solver
 from maskopt.solvers.branch_and_bound import BranchAndBound, NodeLog
 from maskopt.solvers.brute_force import BruteForce
 from maskopt.solvers.continuation import ContinuationFrankWolfe
@@ -10,11 +10,15 @@ from maskopt.solvers.frank_wolfe import DIRECTIONS, STEPS, FrankWolfe
 from maskopt.solvers.history import COLUMNS
 from maskopt.solvers.inface import BlendedInFace, InFace
 from maskopt.solvers.loop import LoopResult, frank_wolfe
+from maskopt.solvers.monitor import Callback, Monitor, State, Stop
 from maskopt.solvers.one_swap import OneSwap
+from maskopt.solvers.outcome import GapKind, Outcome, Result, Status
 from maskopt.solvers.registry import SOLVERS, make_solver
+from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rules import DirectionRule, IterationState, RowBlocks, SearchDirection, StepRule
 from maskopt.solvers.scip import Scip
 from maskopt.solvers.scores import RIA, Magnitude, Wanda
+from maskopt.solvers.solve import check_compatible, solve
 from maskopt.solvers.sparsefw import SparseFW
 from maskopt.solvers.steps import (
     AdaptiveStep,
@@ -40,6 +44,7 @@ __all__ = [
     "Boosted",
     "BranchAndBound",
     "BruteForce",
+    "Callback",
     "Conjugate",
     "ContinuationFrankWolfe",
     "DirectionRule",
@@ -61,6 +66,7 @@ __all__ = [
     "OpenLoopStep",
     "Outcome",
     "Pairwise",
+    "Requirements",
     "Result",
     "RowBlocks",
     "Scip",

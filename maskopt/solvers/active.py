@@ -11,6 +11,7 @@ from torch.linalg import vecdot
 
 from maskopt.problems import Direction, Quadratic
 from maskopt.solvers.atoms import Atoms
+from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rules import DirectionRule, IterationState, SearchDirection
 
 __all__ = ["Away", "BlendedPairwise", "FullyCorrective", "Lazy", "Pairwise"]
@@ -18,14 +19,14 @@ __all__ = ["Away", "BlendedPairwise", "FullyCorrective", "Lazy", "Pairwise"]
 
 @dataclass(frozen=True)
 class _OnAtoms(DirectionRule):
-    """What the rules of this file share: they start at a vertex."""
+    """Base of the rules of this file: they start at a vertex."""
 
     from_vertex: ClassVar[bool] = True
 
 
 @dataclass
 class _Run(DirectionRule):
-    """A run that carries its atoms; rules say which to use and how weights move."""
+    """A run that carries its atoms; rules say which to use and how their weights change."""
 
     atoms: Atoms
 
@@ -110,7 +111,7 @@ class _PairwiseRun(_Run):
 
 @dataclass(frozen=True)
 class BlendedPairwise(_OnAtoms):
-    """Weight moves between active vertices while that promises enough, else to the oracle's vertex.
+    """Shift weight between active vertices while that promises enough, else to the oracle's vertex.
 
     Tsuji, Tanaka and Pokutta (ICML 2022, algorithm 1): keeps by far the fewest vertices.
 
@@ -168,7 +169,7 @@ class FullyCorrective(_OnAtoms):
     through their inner products with the Hessian, at one matrix product per new vertex.
     """
 
-    requires: ClassVar[tuple[str, ...]] = ("hessian",)
+    requires: ClassVar[Requirements] = Requirements((Quadratic,))
 
     def begin(self, state: IterationState) -> DirectionRule:
         run = _CorrectiveRun(_first(state))
@@ -180,8 +181,7 @@ class FullyCorrective(_OnAtoms):
 class _CorrectiveRun(_Run):
     def extend(self, state: IterationState, slot: Tensor, vertex: Tensor) -> None:
         """Fill in the inner products of one slot per row block."""
-        assert isinstance(state.objective, Quadratic)
-        product = state.objective.hessian(state.hvp(vertex))
+        product = state.quadratic.hessian(state.hvp(vertex))
         atoms, every = self.atoms, torch.arange(self.atoms.blocks, device=slot.device)
         products = atoms.scores(state.row_blocks.flat(product))
         if atoms.matrix is None:
@@ -228,8 +228,8 @@ class _CorrectiveRun(_Run):
             product = torch.einsum("bi,bij,bj->b", change, matrix, change)
             concave = (product < -10.0 * ridge * vecdot(change, change)) & (change.abs().amax(1) > 1e-9)
             change = torch.where((concave & (vecdot(slope, change) > 0)).unsqueeze(1), -change, change)
-            room = torch.where(change < 0, weight / -change, torch.inf)
-            most, first = room.min(1)
+            possible = torch.where(change < 0, weight / -change, torch.inf)
+            most, first = possible.min(1)
             stopped = open_ & ((most < 1.0) | concave)
             step = torch.where(stopped, most, 1.0).unsqueeze(1)
             weight = (weight + step * change).clamp_(min=0.0)

@@ -31,7 +31,7 @@ class Atoms:
         self.name = self._named(index).unsqueeze(1)
         self.weight = torch.ones((self.blocks, 1), dtype=torch.float64, device=vertices.device)
         self.matrix: Tensor | None = None
-        """Inner products of the atoms, shape (row blocks, slots, slots), where someone keeps them."""
+        """Inner products of the atoms, shape (row blocks, slots, slots), where the direction rule keeps them."""
 
     @property
     def active(self) -> Tensor:
@@ -89,7 +89,7 @@ class Atoms:
         new = ~has & ((weight > 0) if where is None else where)
         if bool((new & (self.weight > 0).all(1)).any()):
             self._grow()
-            # Slots have moved.
+            # Growing has put vertices into other slots.
             known = (self.name == name.unsqueeze(1)) & (self.weight > 0)
             slot = known.max(1).indices
         slot = torch.where(new, (self.weight <= 0).int().argmax(1), slot)
@@ -157,22 +157,22 @@ class Atoms:
         return self._keys[index.long() - self._offset()].sum(1)
 
     def _grow(self) -> None:
-        """Bring active vertices to the front and make room for more."""
+        """Bring active vertices to the front and add free slots."""
         order = (self.weight > 0).int().argsort(stable=True, dim=1, descending=True)
         most = int(self.active.max())
-        room = most + max(4, most // 2)
+        slots = most + max(4, most // 2)
         order = order[:, :most]
-        self.weight = torch.nn.functional.pad(self.weight.gather(1, order), (0, room - most))
-        self.name = torch.nn.functional.pad(self.name.gather(1, order), (0, room - most))
+        self.weight = torch.nn.functional.pad(self.weight.gather(1, order), (0, slots - most))
+        self.name = torch.nn.functional.pad(self.name.gather(1, order), (0, slots - most))
         rows = self._every.unsqueeze(1)
-        padding = self._padding(self._every).unsqueeze(1).expand(-1, room - most, self.index.shape[2])
+        padding = self._padding(self._every).unsqueeze(1).expand(-1, slots - most, self.index.shape[2])
         self.index = torch.cat((self.index[rows, order], padding), 1)
         if self.matrix is not None:
             matrix = self.matrix[rows.unsqueeze(2), order.unsqueeze(2), order.unsqueeze(1)]
-            self.matrix = torch.nn.functional.pad(matrix, (0, room - most, 0, room - most))
+            self.matrix = torch.nn.functional.pad(matrix, (0, slots - most, 0, slots - most))
 
     def _widen(self, width: int) -> None:
-        """Make room for vertices with more entries."""
+        """Widen the slots for vertices with more entries."""
         missing = width - self.index.shape[2]
         padding = self._padding(self._every).unsqueeze(1).expand(-1, self.index.shape[1], missing)
         self.index = torch.cat((self.index, padding), 2)

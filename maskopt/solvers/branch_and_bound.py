@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles import MaskSet, PartitionMatroid, Restricted
-from maskopt.problems import LayerReconstruction, Problem
+from maskopt.oracles import PartitionMatroid, Restricted
+from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
 from maskopt.solvers.certificate import dual_bound
 from maskopt.solvers.continuation import ContinuationFrankWolfe
@@ -21,6 +21,7 @@ from maskopt.solvers.fixing import fixable
 from maskopt.solvers.loop import frank_wolfe
 from maskopt.solvers.nodes import Nodes, Relaxation
 from maskopt.solvers.one_swap import descend
+from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rules import RowBlocks
 from maskopt.solvers.steps import ExactStep
 
@@ -32,7 +33,7 @@ _NEAR = 0.2  # of what is between a node's bound and the incumbent
 
 @dataclass(frozen=True)
 class NodeLog:
-    """Where the search of one row block of rows stands.
+    """Where the search of one row block stands.
 
     Attributes
     ----------
@@ -63,12 +64,12 @@ class NodeLog:
 
 @dataclass(frozen=True)
 class BranchAndBound(Solver):
-    """Prove the best mask of each row block of rows, or a bound in the time there is.
+    """Prove the best mask of each row block, or a bound in the time there is.
 
     Boscia's idea (Hendrych, Troppens, Besançon and Pokutta, arXiv 2208.11010), specialised to partition matroids: the
     relaxation of a node is a convex quadratic over the hull of the masks that are left, which is a restricted matroid,
     and Frank-Wolfe on it gives a valid bound whenever it is stopped. What makes it fast is the objective: the diagonal
-    is moved to the linear part as far as convexity allows (the row-wise shift of the semidefinite bound), which
+    is shifted to the linear part as far as convexity allows (the row-wise shift of the semidefinite bound), which
     changes no mask's value and brings relaxations near the truth. Nodes are solved in batches, as rows of one
     problem; gradients fix entries (`fixing.fixable`); rounded points and vertices are candidates; the entry branched on
     is the one that alone costs most.
@@ -99,8 +100,8 @@ class BranchAndBound(Solver):
     start: Solver = field(default_factory=ContinuationFrankWolfe)
     log: Callable[[NodeLog], None] | None = field(default=None, repr=False, compare=False)
 
-    requires: ClassVar[tuple[str, ...]] = ("weight", "gram")
-    asks: ClassVar[tuple[str, ...]] = ("groups", "restrict", "kept_per_group")
+    requires: ClassVar[Requirements] = Requirements((LayerReconstruction,), (PartitionMatroid,))
+    needs_start: ClassVar[bool] = True
     blockwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -110,10 +111,7 @@ class BranchAndBound(Solver):
                 f"{self.gap}, {self.batch}, {self.iterations}."
             )
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
-        assert isinstance(problem, LayerReconstruction)
-        assert isinstance(masks, PartitionMatroid)
-        assert start is not None
+    def run(self, problem: LayerReconstruction, masks: PartitionMatroid, start: Tensor, monitor: Monitor) -> Outcome:
         height = masks.row_block(problem.shape)
         best, bounds, total = [], [], 0
         statuses = []
@@ -217,7 +215,7 @@ class _Search:
         self._offer(masks.round(x).view(shape))
         self._offer(here.vertex.view(shape))
         target = self._target()
-        # Exchanges raise the tangent's own bound, not one that was inherited.
+        # Exchanges raise the bound of this linear model, not one that was inherited.
         slack = (target - here.bound).repeat_interleave(shape[1])
         keep, prune = fixable(stacked, here.gradient, here.vertex, masks, slack)
         nodes.kept |= keep.view(shape)

@@ -14,7 +14,8 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import Problem, Quadratic
-from maskopt.solvers.base import Monitor, Outcome, Solver, Status, row_block_of
+from maskopt.solvers.base import Monitor, Outcome, Solver, Status
+from maskopt.solvers.rules import row_block_of
 
 __all__ = ["BruteForce"]
 
@@ -26,7 +27,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class BruteForce(Solver):
-    """Evaluate every mask of every independent row block of rows, and keep the best.
+    """Evaluate every mask of every independent row block, and keep the best.
 
     Of equally good masks the first one wins: the one that keeps the lower index. Bounds are the optima less what
     rounding may have hidden.
@@ -97,7 +98,7 @@ class BruteForce(Solver):
         if size > self.limit:
             number = f"10^{math.log10(size):.1f}" if size > 10**6 else str(size)
             raise MaskoptError(
-                f"BruteForce tries at most {self.limit} masks per row block of rows, but {masks} has {number} on "
+                f"BruteForce tries at most {self.limit} masks per row block, but {masks} has {number} on "
                 f"{shape[0]} x {shape[1]} entries; take fewer columns or another exact solver."
             )
         return size
@@ -128,7 +129,6 @@ def _rounding(problem: Problem, row_block: int, largest: Tensor) -> Tensor:
     entries = row_block * problem.shape[1]
     if isinstance(problem, Quadratic):
         exact = problem.double()
-        assert isinstance(exact, Quadratic)
         # d terms exact to 2^-53 each; no row of Q sums to more than half the smoothness, and signs may cancel.
         size = exact.scale() + 0.5 * problem.shape[1] * exact.smoothness().double() * problem.unit
         return size.view(-1, row_block).sum(1).mul_(entries * 2.0**-52)

@@ -1,4 +1,4 @@
-"""What one relaxed point proves: the tangent there, evaluated in float64 with a true oracle call."""
+"""What one relaxed point proves: the dual bound there, evaluated in float64 with a true oracle call."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ __all__ = ["DualBound", "dual_bound"]
 
 @dataclass(frozen=True)
 class DualBound:
-    """Figures of a relaxed point, float64, one per row block of rows; objectives are in full, not in the problem's unit.
+    """Figures of a relaxed point, float64, one per row block, in full rather than in the problem's unit.
 
     Attributes
     ----------
@@ -40,8 +40,8 @@ class DualBound:
 def dual_bound(objective: Problem, masks: MaskSet, row_blocks: RowBlocks, x: Tensor) -> DualBound:
     """Return what the relaxed mask `x`, shape (rows, d), proves about all masks.
 
-    f(m) >= f(x) + <gradient, m - x> - deficit holds for every mask of a function that lies at most `convexity_error` below its
-    tangents; the oracle minimises the right-hand side.
+    f(m) >= f(x) + <gradient, m - x> - error holds for every mask m if f lies at most `convexity_error` below its linear
+    models; the oracle minimises the right-hand side over m.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def dual_bound(objective: Problem, masks: MaskSet, row_blocks: RowBlocks, x: Ten
         Made by `double`.
     masks : MaskSet
         Any superset of the set `x` was found with will do.
-    pool : Pool
+    row_blocks : RowBlocks
     x : Tensor
         Float64.
     """

@@ -13,6 +13,7 @@ from maskopt.solvers.base import Monitor, Outcome, Solver, Status
 from maskopt.solvers.directions import Conjugate
 from maskopt.solvers.loop import frank_wolfe
 from maskopt.solvers.one_swap import better_of, descend
+from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.scores import Wanda
 from maskopt.solvers.steps import ExactStep
 
@@ -21,7 +22,7 @@ __all__ = ["ContinuationFrankWolfe"]
 
 @dataclass(frozen=True)
 class ContinuationFrankWolfe(Solver):
-    """The default solver: anneal twice, relink what differs, polish with swaps.
+    """The default solver: follow the homotopy twice, relink what differs, polish with swaps.
 
     On masks x_i^2 = x_i, so f_t(x) = f(x) + t sum_i a_i (x_i - x_i^2) with a_i = w_i^2 G_ii equals the error f on
     every mask for every t. At t = 0 it is the convex relaxation; at t = 1 the diagonal is gone and local minima over
@@ -54,7 +55,8 @@ class ContinuationFrankWolfe(Solver):
     polish: bool = True
     start: Solver = field(default_factory=Wanda)
 
-    requires: ClassVar[tuple[str, ...]] = ("weight", "gram")
+    requires: ClassVar[Requirements] = Requirements(problem=(LayerReconstruction,))
+    needs_start: ClassVar[bool] = True
     arrays: ClassVar[float] = 24.0
 
     def __post_init__(self) -> None:
@@ -64,14 +66,12 @@ class ContinuationFrankWolfe(Solver):
                 f"{self.iterations}, {self.relinks}, {self.second}, {self.relink}."
             )
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
-        assert isinstance(problem, LayerReconstruction)
-        assert start is not None
+    def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor, monitor: Monitor) -> Outcome:
         return _Run(self, problem, masks, start, monitor).outcome()
 
 
 class _Run:
-    """One solve: what its stages share."""
+    """One solve: the state that its stages have in common."""
 
     def __init__(
         self,
@@ -90,8 +90,8 @@ class _Run:
         self.done = 0
 
     def outcome(self) -> Outcome:
-        coupled = isinstance(self.masks, PartitionMatroid) and not self.masks.separable
-        mask = self.coupled() if coupled else self.separable()
+        masks = self.masks
+        mask = self.coupled(masks) if isinstance(masks, PartitionMatroid) and not masks.separable else self.separable()
         # Stopped early, or on tiny layers, the start may be the better one.
         mask, _ = better_of(self.problem, self.masks, mask, self.start)
         status = Status.COMPLETED
@@ -101,7 +101,7 @@ class _Run:
         return Outcome(mask, status, self.done, source="polish" if self.settings.polish else "solver")
 
     def separable(self) -> Tensor:
-        """Anneal from the center and from halfway to the start, then relink."""
+        """Follow the homotopy from the center and from halfway to the start, then relink."""
         center = self.center(self.masks)
         best = self.homotopy(self.masks, center, self.first)
         if not self.second:
@@ -109,15 +109,14 @@ class _Run:
         other = self.homotopy(self.masks, torch.lerp(center, self.start.to(center.dtype), 0.5), self.second)
         return self.relink(self.masks, best, other)
 
-    def coupled(self) -> Tensor:
+    def coupled(self, masks: PartitionMatroid) -> Tensor:
         """Find how many entries each row keeps, then solve with these counts.
 
         One step length for all rows stalls on ill-conditioned layers, steps of their own need fixed counts. Three
         candidates for the counts: all rows together (good where that does not stall), the counts of the start, and
         even ones (so that the result is no worse than that of the same set per row).
         """
-        problem, masks = self.problem, self.masks
-        assert isinstance(masks, PartitionMatroid)
+        problem = self.problem
         self.planned = 4 * self.first + self.relinking
         candidates = [self.homotopy(masks, self.center(masks), self.first)]
         for rowwise in (masks.rowwise(problem.shape, self.start), masks.rowwise(problem.shape)):
@@ -130,7 +129,7 @@ class _Run:
         return self.relink(rowwise, best, self.homotopy(rowwise, self.center(rowwise), self.first))
 
     def relink(self, masks: MaskSet, one: Tensor, two: Tensor) -> Tensor:
-        """Anneal from the midpoint of each row's two masks; the child takes the worse parent's place."""
+        """Follow the homotopy from the midpoint of each row's two masks; the result replaces the worse of them."""
         best, other = better_of(self.problem, masks, one, two)
         for _ in range(self.settings.relinks):
             if self.monitor.ended is not None:

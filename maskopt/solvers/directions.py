@@ -11,6 +11,7 @@ from torch.linalg import vecdot
 
 from maskopt.oracles import HasGroups
 from maskopt.problems import Direction, Quadratic
+from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rules import DirectionRule, IterationState, SearchDirection
 
 __all__ = ["BlockCoordinate", "Boosted", "Conjugate", "Momentum", "Stochastic", "Vanilla"]
@@ -26,21 +27,21 @@ class Vanilla(DirectionRule):
 
 @dataclass(frozen=True)
 class Conjugate(DirectionRule):
-    """Mix the way to the vertex with the previous way so that successive ways are conjugate.
+    """Mix the direction to the vertex with the previous direction so that successive directions are conjugate.
 
-    With H the Hessian, p the previous way and v the way to the vertex, the new way (1 - a) v + a p has
+    With H the Hessian, p the previous direction and v = vertex - x, the new direction (1 - a) v + a p has
     <p, H ((1 - a) v + a p)> = 0 (Mitradjieva and Lindberg, Transportation Science 47(2), 2013, section 3). H p is
     known, so it costs no matrix product; it removes most of the zig-zagging that ill-conditioned layers cause.
 
     Parameters
     ----------
     slack : float
-        The vertex keeps at least this share.
+        Smallest fraction 1 - a of the vertex.
     """
 
     slack: float = 0.2
 
-    requires: ClassVar[tuple[str, ...]] = ("hessian",)
+    requires: ClassVar[Requirements] = Requirements((Quadratic,))
 
     def begin(self, state: IterationState) -> DirectionRule:
         return _ConjugateRun(self.slack)
@@ -50,16 +51,15 @@ class Conjugate(DirectionRule):
 class _ConjugateRun(DirectionRule):
     slack: float
     previous: Direction | None = None
-    """From the point to where the last move would have ended at full length."""
+    """From the point to where the last direction ends at full length."""
 
     def search_direction(self, state: IterationState) -> SearchDirection:
         return SearchDirection(state.toward)
 
     def correct(self, state: IterationState, direction: Direction) -> Direction:
         if self.previous is not None:
-            assert isinstance(state.objective, Quadratic)
-            product = state.objective.hessian(self.previous)
-            cross, own = state.dot(product, direction.x), state.dot(product, self.previous.x)
+            product = state.quadratic.hessian(self.previous)
+            cross, own = state.dot(product, direction.vector), state.dot(product, self.previous.vector)
             step_size = (cross / (cross - own)).nan_to_num_(0.0, 0.0, 0.0).clamp_(0.0, 1.0 - self.slack)
             direction.blend_(self.previous, step_size.unsqueeze(1))
         return direction
@@ -166,7 +166,7 @@ class Stochastic(DirectionRule):
 
     Parameters
     ----------
-    share : float
+    fraction : float
         Of the inputs in each sample.
     check : int
         Iterations between whole gradients.
@@ -209,27 +209,26 @@ class _StochasticRun(DirectionRule):
 
 @dataclass(frozen=True)
 class BlockCoordinate(DirectionRule):
-    """Move some groups only, in turn (Lacoste-Julien, Jaggi, Schmidt and Pletscher, ICML 2013).
+    """Change some groups only, in turn (Lacoste-Julien, Jaggi, Schmidt and Pletscher, ICML 2013).
 
-    The hull of a set with groups is a product; every group's part of the vertex is a step of its own. Row blocks of rows are
+    The hull of a set with groups is a product; every group's part of the vertex is a step of its own. Row blocks are
     independent anyway: the groups of each take turns.
 
     Parameters
     ----------
     blocks : int
-        Every group moves in one of so many iterations, or in one of as many as its row block has groups if they are fewer.
+        Every group changes in one of so many iterations, or in one of as many as its row block has groups, if fewer.
     """
 
     blocks: int = 2
 
-    asks: ClassVar[tuple[str, ...]] = ("groups", "ungroup")
+    requires: ClassVar[Requirements] = Requirements(masks=(HasGroups,))
 
     def search_direction(self, state: IterationState) -> SearchDirection:
-        assert isinstance(state.masks, HasGroups)
         search = state.toward
-        groups = state.masks.groups(search)
+        groups = state.groups.groups(search)
         # Counted within a row block, so that a row block's answer does not depend on which others are solved with it.
         within = len(groups) * state.row_blocks.row_block // len(search)
         number = torch.arange(len(groups), device=search.device) % within
         turn = (number + state.iteration) % min(self.blocks, within) == 0
-        return SearchDirection(state.masks.ungroup(groups * turn.to(search.dtype).unsqueeze(1), search.shape))
+        return SearchDirection(state.groups.ungroup(groups * turn.to(search.dtype).unsqueeze(1), search.shape))

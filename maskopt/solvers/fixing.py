@@ -13,8 +13,8 @@ def fixable(
 ) -> tuple[Tensor, Tensor]:
     """Return which entries must be kept and which pruned in any mask worth having.
 
-    The tangent at a relaxed point bounds every mask from below by its value at the cheapest vertex, `bound`. Among the
-    masks with entry j flipped the cheapest costs more by an exchange inside j's group: the best entry left out
+    The linear model at a relaxed point bounds every mask from below by its value at the cheapest vertex, `bound`. Among
+    the masks with entry j flipped the cheapest costs more by an exchange inside j's group: the best entry left out
     comes in for j, or j for the worst entry taken. If that lifts the bound above what is known, j stays as the vertex
     has it. Only differences of the gradient within groups count: adding a constant to it changes nothing, unlike
     the rule that compares |gradient_j| with the gap, which is wrong for groups of fixed size.

@@ -1,4 +1,4 @@
-"""Frank-Wolfe on the relaxation, any direction with any step, and the best mask met on the way."""
+"""Frank-Wolfe on the relaxation, any direction with any step, and the best mask among all iterations."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction, Point, Problem, Quadratic
 from maskopt.solvers.active import Away, BlendedPairwise, FullyCorrective, Lazy, Pairwise
-from maskopt.solvers.base import Monitor, Outcome, Solver, Status, row_block_of
+from maskopt.solvers.base import Monitor, Outcome, Solver, Status
 from maskopt.solvers.directions import BlockCoordinate, Boosted, Conjugate, Momentum, Stochastic, Vanilla
 from maskopt.solvers.history import Record
 from maskopt.solvers.inface import BlendedInFace, InFace
 from maskopt.solvers.loop import frank_wolfe
 from maskopt.solvers.one_swap import descend
+from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rounding import best_weight
 from maskopt.solvers.rules import DirectionRule, RowBlocks, StepRule
 from maskopt.solvers.steps import (
@@ -87,15 +88,15 @@ class FrankWolfe(Solver):
 
     Parameters
     ----------
-    direction : str or Direction
+    direction : str or DirectionRule
         A name from `DIRECTIONS` or a rule with settings of its own.
-    step : str or Step, optional
+    step : str or StepRule, optional
         A name from `STEPS` or a rule. By default exact for quadratics, adaptive for other functions, and open loop
         for momentum and stochastic directions.
     iterations : int
         At most.
     gap, relative_gap : float
-        A row block of rows is done when its Frank-Wolfe gap is at most `gap` plus `relative_gap` times its objective of
+        A row block is done when its Frank-Wolfe gap is at most `gap` plus `relative_gap` times its objective of
         pruning everything.
     polish : bool
         Swap to a 1-swap optimum at the end, where problem and set allow it.
@@ -149,12 +150,13 @@ class FrankWolfe(Solver):
     def name(self) -> str:
         return f"FrankWolfe with {self._direction}"
 
-    def needs(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    @property
+    def requirements(self) -> Requirements:
         step = self._chosen
-        return self._direction.requires + (() if step is None else step.requires), self._direction.asks
+        return self._direction.requires if step is None else self._direction.requires.joined(step.requires)
 
     def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
-        row_blocks = RowBlocks(row_block_of(problem, masks))
+        row_blocks = RowBlocks.of(problem, masks)
         allowed = (self.gap + self.relative_gap * problem.scale().abs()) / problem.unit
         tolerance = row_blocks(allowed).to(problem.dtype)
         loop_result = frank_wolfe(
@@ -181,7 +183,7 @@ class FrankWolfe(Solver):
         return Outcome(mask, status, loop_result.iterations, source=source)
 
     def _rounded(self, problem: Problem, masks: MaskSet, point: Point) -> Tensor:
-        # Of the gradients that may order nearly equal entries the one that knows their curvature harms least.
+        # Of the gradients that may order nearly equal entries, the one of the concave shift costs the smallest error.
         curved = problem.shifted(problem.diagonal()) if isinstance(problem, Quadratic) else problem
         return best_weight(problem, masks, point.x, curved.gradient(point))
 

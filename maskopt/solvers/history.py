@@ -1,4 +1,4 @@
-"""What happened along the way: named columns, the best bound, and the best mask with where it came from."""
+"""What happened in each iteration: named columns, the best bound, and the best mask with where it came from."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Recorder:
     ----------
     problem, masks
         What is solved.
-    pool : Pool
-        Row blocks of rows that are independent of each other.
+    row_blocks : RowBlocks
+        Row blocks that are independent of each other.
     record : int or "doubling"
     """
 

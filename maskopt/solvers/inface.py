@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from maskopt.oracles import HasFaces
+from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rules import DirectionRule, IterationState, SearchDirection
 
 __all__ = ["BlendedInFace", "InFace"]
@@ -16,10 +17,11 @@ __all__ = ["BlendedInFace", "InFace"]
 class InFace(DirectionRule):
     """DICG: from the worst vertex of the point's smallest face to the oracle's (Garber and Meshi, NeurIPS 2016)."""
 
-    asks: ClassVar[tuple[str, ...]] = ("inface", "max_step")
+    requires: ClassVar[Requirements] = Requirements(masks=(HasFaces,))
 
     def search_direction(self, state: IterationState) -> SearchDirection:
-        return _limited(state, state.vertex - _inface(state, state.gradient.neg()))
+        vector = state.vertex - _inface(state, state.gradient.neg())
+        return SearchDirection(vector, _max_step(state, vector))
 
 
 @dataclass(frozen=True)
@@ -36,25 +38,22 @@ class BlendedInFace(DirectionRule):
 
     patience: float = 2.0
 
-    asks: ClassVar[tuple[str, ...]] = ("inface", "max_step")
+    requires: ClassVar[Requirements] = Requirements(masks=(HasFaces,))
 
     def search_direction(self, state: IterationState) -> SearchDirection:
         local = _inface(state, state.gradient) - _inface(state, state.gradient.neg())
         stays = -state.dot(state.gradient, local) * self.patience >= state.gap
-        search = _limited(state, local)
-        assert search.max_step is not None
+        max_step = _max_step(state, local)
         return SearchDirection(
             torch.lerp(state.toward, local, stays.to(local.dtype).unsqueeze(1)),
-            torch.where(stays, search.max_step, 1.0),
+            torch.where(stays, max_step, 1.0),
         )
 
 
 def _inface(state: IterationState, cost: Tensor) -> Tensor:
-    assert isinstance(state.masks, HasFaces)
     state.counters["inface"] += 1
-    return state.masks.inface(cost, state.x)
+    return state.faces.inface(cost, state.x)
 
 
-def _limited(state: IterationState, search: Tensor) -> SearchDirection:
-    assert isinstance(state.masks, HasFaces)
-    return SearchDirection(search, state.row_blocks.minimum(state.masks.max_step(state.x, search)))
+def _max_step(state: IterationState, vector: Tensor) -> Tensor:
+    return state.row_blocks.minimum(state.faces.max_step(state.x, vector))

@@ -1,5 +1,7 @@
 """The one Frank-Wolfe loop."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from maskopt.oracles import MaskSet
 from maskopt.problems import Direction, Point, Problem
-from maskopt.solvers.base import Monitor, row_block_of
+from maskopt.solvers.monitor import Monitor
 from maskopt.solvers.rules import DirectionRule, IterationState, RowBlocks, StepRule
 
 __all__ = ["LoopResult", "frank_wolfe"]
@@ -21,11 +23,11 @@ class LoopResult:
     Attributes
     ----------
     point : Point
-        The last relaxed mask; its gradient is up to date where the direction is `exact`.
+        The last relaxed mask; its gradient is up to date where the direction rule is `exact`.
     iterations : int
         That were run.
     converged : bool
-        Whether every row block's gap came down to the tolerance.
+        Whether every row block's gap fell to the tolerance.
     """
 
     point: Point
@@ -57,68 +59,114 @@ def frank_wolfe(
     x : Tensor
         Start in the hull, shape (rows, d); not changed.
     direction, step
-        Rules; where set or objective couples rows they see sums over row blocks of rows.
+        Rules; where set or objective couples rows they see sums over row blocks.
     iterations : int
         At most.
-    watch : Monitor
+    monitor : Monitor
         Clock, callback, counters, recorder.
     progress : (int, int), optional
         Iterations done before and planned in all, where this call is a part of a longer method.
     tolerance : Tensor, optional
-        Gap at which a row block is done, per row, in the objective's `unit`; only where the objective stays the same. Done
-        row blocks stand still, and leave the batch once they are half of it.
+        Gap at which a row block is done, per row, in the objective's `unit`; only where the objective stays the same.
+        Row blocks that are done stay as they are, and leave the batch once they are half of it.
     refresh : int
         Iterations after which the carried gradient is computed anew; 0: never.
+
+    Raises
+    ------
+    MaskoptError
+        If objective or set lacks what the rules require.
     """
     before, planned = progress or (0, iterations)
     whole, everything = objective_at(0), masks
-    batch = _Batch(whole, whole.evaluate(x.clone()))
-    row_blocks = RowBlocks(row_block_of(whole, masks))
-    state = IterationState(whole, masks, row_blocks, 0, batch.point, monitor.counters)
-    direction, step = direction.begin(state), step.begin(state)
-    full = torch.ones(len(x), dtype=x.dtype, device=x.device)
-    running: Tensor | None = None
+    for rule in (direction, step):
+        rule.requires.check(whole, masks, type(rule).__name__)
+    run = _Run(whole, masks, x.clone(), direction, step, tolerance, monitor)
     for iteration in range(iterations):
         if tolerance is None:
             whole = objective_at(iteration)
-            batch.objective = whole
-        if monitor.stops(whole, everything, before + iteration, planned, batch.whole):
-            return LoopResult(batch.whole(), iteration, False)
-        if refresh and iteration and iteration % refresh == 0 and direction.exact:
-            batch.refresh(monitor)
-        state = IterationState(batch.objective, masks, row_blocks, iteration, batch.point, monitor.counters)
-        search = direction.search_direction(state)
-        max_step = full if search.max_step is None else search.max_step
-        gap = None if tolerance is None else state.certified_gap()
-        if tolerance is not None and gap is not None:
-            # A row block that is done stands still, so that it stays done, whatever is known of it later.
-            running = gap > tolerance if running is None else running & (gap > tolerance)
-            if not bool(running.any()):
-                return LoopResult(batch.whole(), iteration, True)
-        if direction.exact:
-            direction = direction.correct(state, state.hvp(search.x))
-            step_size = _held(max_step if search.best else step.step_size(state, direction, max_step), running)
+            run.batch.objective = whole
+        if monitor.stops(whole, everything, before + iteration, planned, run.batch.whole):
+            return LoopResult(run.batch.whole(), iteration, False)
+        if refresh and iteration and iteration % refresh == 0 and run.direction.exact:
+            run.batch.refresh(monitor)
+        if run.iterate(iteration):
+            return LoopResult(run.batch.whole(), iteration, True)
+    return LoopResult(run.batch.whole(), iterations, False)
+
+
+class _Run:
+    """What one run of the loop carries from one iteration to the next."""
+
+    def __init__(
+        self,
+        objective: Problem,
+        masks: MaskSet,
+        x: Tensor,
+        direction: DirectionRule,
+        step: StepRule,
+        tolerance: Tensor | None,
+        monitor: Monitor,
+    ) -> None:
+        self.batch, self.masks = _Batch(objective, objective.evaluate(x)), masks
+        self.row_blocks, self.counters = RowBlocks.of(objective, masks), monitor.counters
+        self.tolerance, self.ones = tolerance, torch.ones(len(x), dtype=x.dtype, device=x.device)
+        self.running: Tensor | None = None
+        """Rows whose gap has not fallen to the tolerance yet; None before any gap is known."""
+        state = self._state(0)
+        self.direction, self.step = direction.begin(state), step.begin(state)
+
+    def _state(self, iteration: int) -> IterationState:
+        batch = self.batch
+        return IterationState(batch.objective, self.masks, self.row_blocks, iteration, batch.point, self.counters)
+
+    def iterate(self, iteration: int) -> bool:
+        """Go one step; return whether all row blocks were done already."""
+        state = self._state(iteration)
+        search = self.direction.search_direction(state)
+        max_step = self.ones if search.max_step is None else search.max_step
+        gap = None if self.tolerance is None else state.certified_gap()
+        if gap is not None and self.tolerance is not None and self._converged(gap, self.tolerance):
+            return True
+        batch = self.batch
+        if self.direction.exact:
+            direction = self.direction.correct(state, state.hvp(search.vector))
+            step_size = max_step if search.best else self.step.step_size(state, direction, max_step)
+            step_size = self._of_running(step_size)
             batch.objective.advance(batch.point, direction, step_size.unsqueeze(1))
-            direction.update(state, direction, step_size, max_step)
+            self.direction.update(state, direction, step_size, max_step)
         else:
-            step_size = _held(step.step_size(state, Direction(search.x, search.x.new_empty(0)), max_step), running)
-            batch.point.x.addcmul_(search.x, step_size.unsqueeze(1))
-        if running is not None and gap is not None and tolerance is not None and 2 * int(running.sum()) <= len(running):
-            blocks = row_blocks.first(running).nonzero().squeeze(1)
-            rows = row_blocks.rows_of(blocks)
-            masks = masks.rows(rows, batch.objective.shape)
-            batch.shrink(rows)
-            tolerance, full, running = tolerance[rows], full[rows], None
-            direction, step = direction.take(rows, blocks), step.take(rows, blocks)
-    return LoopResult(batch.whole(), iterations, False)
+            direction = Direction(search.vector, search.vector.new_empty(0))
+            step_size = self._of_running(self.step.step_size(state, direction, max_step))
+            batch.point.x.addcmul_(search.vector, step_size.unsqueeze(1))
+        if gap is not None:
+            self._shrink()
+        return False
 
+    def _converged(self, gap: Tensor, tolerance: Tensor) -> bool:
+        """Note which row blocks are done; return whether all are."""
+        # A row block that is done stays as it is, so that it stays done whatever is known of its gap later.
+        above = gap > tolerance
+        self.running = above if self.running is None else self.running & above
+        return not bool(self.running.any())
 
-def _held(step_size: Tensor, running: Tensor | None) -> Tensor:
-    return step_size if running is None else step_size * running
+    def _of_running(self, step_size: Tensor) -> Tensor:
+        return step_size if self.running is None else step_size * self.running
+
+    def _shrink(self) -> None:
+        """Go on without the row blocks that are done, once they are half of the batch."""
+        if self.running is None or self.tolerance is None or 2 * int(self.running.sum()) > len(self.running):
+            return
+        blocks = self.row_blocks.first(self.running).nonzero().squeeze(1)
+        rows = self.row_blocks.rows_of(blocks)
+        self.masks = self.masks.rows(rows, self.batch.objective.shape)
+        self.batch.shrink(rows)
+        self.tolerance, self.ones, self.running = self.tolerance[rows], self.ones[rows], None
+        self.direction, self.step = self.direction.take(rows, blocks), self.step.take(rows, blocks)
 
 
 class _Batch:
-    """The rows that still move, and all rows as they stand."""
+    """The rows whose row blocks are not done, and all rows as they are."""
 
     def __init__(self, objective: Problem, point: Point) -> None:
         self.objective, self.point = objective, point
@@ -133,7 +181,7 @@ class _Batch:
         return self._all
 
     def shrink(self, rows: Tensor) -> None:
-        """Go on with some of the rows that still move."""
+        """Go on with some of these rows."""
         self.whole()
         self._rows = rows if self._rows is None else self._rows[rows]
         self.objective, self.point = self.objective.rows(rows), self.point.take(rows)

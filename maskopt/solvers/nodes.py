@@ -26,7 +26,7 @@ class Nodes:
     kept, pruned : Tensor
         Entries that are decided, boolean, shape (nodes, rows, d).
     x : Tensor
-        Where the relaxation starts, float64, shape (nodes, rows, d); moved into the hull when its turn comes.
+        Where the relaxation starts, float64, shape (nodes, rows, d); projected onto the hull when the node is solved.
     bound : Tensor
         Proven lower bound so far, float64, shape (nodes,).
     """
@@ -53,7 +53,7 @@ class Nodes:
         return Nodes(self.kept[where], self.pruned[where], self.x[where], self.bound[where])
 
     def pop(self, number: int) -> Nodes:
-        """Remove and return the nodes of least bound."""
+        """Remove and return the nodes of smallest bound."""
         order = self.bound.argsort(stable=True)
         first, rest = self.take(order[:number]), self.take(order[number:])
         self.kept, self.pruned, self.x, self.bound = rest.kept, rest.pruned, rest.x, rest.bound
@@ -70,7 +70,7 @@ class Nodes:
 
 
 class Relaxation(Quadratic):
-    """The shifted error of one row block of rows, for any number of copies of it one above the other.
+    """The shifted error of one row block, for any number of copies of it one above the other.
 
     With p = 1 - x and Q = Diag(w) G Diag(w) of each row: p^T (Q - Diag(D)) p + <D, p>, convex among the masks' hull.
 
@@ -82,7 +82,7 @@ class Relaxation(Quadratic):
         D, shape (rows, d).
     copies : int
     lost : float
-        How far the sum over the row block may lie below its tangents within the hull, rounding included.
+        How far the sum over the row block may lie below its linear models within the hull, rounding included.
     """
 
     def __init__(self, forms: Tensor, shift: Tensor, copies: int, lost: float) -> None:
@@ -93,7 +93,7 @@ class Relaxation(Quadratic):
 
     @staticmethod
     def of(problem: LayerReconstruction, masks: PartitionMatroid, incumbent: Tensor) -> Relaxation:
-        """Return the relaxation of a row block, with the diagonal moved as far as convexity allows."""
+        """Return the relaxation of a row block, with the diagonal shifted as far as convexity allows."""
         weight, gram = problem.scaled_weight.double(), problem.symmetric_gram()
         forms = weight.unsqueeze(2) * gram * weight.unsqueeze(1)
         width = masks.tile_of(problem.shape)[1]
@@ -109,7 +109,7 @@ class Relaxation(Quadratic):
                 continue
             size = float(form.diagonal().sum())
             # Whatever a shift claims, it is taken back as far as convexity lacks; should little be left, what all
-            # sets have is better: none at all, brought up to the least eigenvalue.
+            # sets have is better: none at all, brought up to the smallest eigenvalue.
             candidates: list[Tensor] = []
             for start in (shift[row], torch.zeros_like(shift[row])):
                 lowest = float(torch.linalg.eigvalsh(basis.T @ (form - torch.diag(start)) @ basis)[0])

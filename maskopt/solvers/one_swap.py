@@ -9,7 +9,8 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction, Problem
-from maskopt.solvers.base import Monitor, Outcome, Solver, Status, row_block_of
+from maskopt.solvers.base import Monitor, Outcome, Solver, Status
+from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rules import RowBlocks
 from maskopt.solvers.scores import Wanda
 from maskopt.solvers.swap_search import SwapSearch
@@ -37,24 +38,22 @@ class OneSwap(Solver):
     start: Solver = field(default_factory=Wanda)
     max_steps: int | None = None
 
-    requires: ClassVar[tuple[str, ...]] = ("weight", "gram")
-    asks: ClassVar[tuple[str, ...]] = ("swap_tile",)
+    requires: ClassVar[Requirements] = Requirements((LayerReconstruction,), (PartitionMatroid,))
+    needs_start: ClassVar[bool] = True
     arrays: ClassVar[float] = 12.0
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.max_steps < 0:
             raise MaskoptError(f"OneSwap needs max_steps >= 0; got {self.max_steps}.")
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
-        assert isinstance(problem, LayerReconstruction)
-        assert start is not None
+    def run(self, problem: LayerReconstruction, masks: PartitionMatroid, start: Tensor, monitor: Monitor) -> Outcome:
         mask, steps, optimal = descend(problem, masks, start, monitor, self.max_steps)
         return Outcome(mask, Status.LOCAL_OPTIMUM if optimal else Status.ITERATION_LIMIT, steps, source="swap")
 
 
 def descend(
     problem: LayerReconstruction,
-    masks: MaskSet,
+    masks: PartitionMatroid,
     mask: Tensor,
     monitor: Monitor,
     max_steps: int | None = None,
@@ -63,7 +62,7 @@ def descend(
 
     Parameters
     ----------
-    problem, masks, watch
+    problem, masks, monitor
         As for a solver.
     mask : Tensor
         Feasible start, boolean, shape (rows, d); not changed.
@@ -79,7 +78,6 @@ def descend(
     optimal : bool
         Whether no improving swap is left.
     """
-    assert isinstance(masks, PartitionMatroid)
     search = SwapSearch(problem, masks)
     limit = 10 * problem.shape[1] if max_steps is None else max_steps
     start, kept = mask, mask.clone()
@@ -108,7 +106,7 @@ def descend(
 
 
 def better_of(problem: Problem, masks: MaskSet, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the better and the worse of two masks, row block by row block; `one` counts as better where they are equal."""
-    row_blocks = RowBlocks(row_block_of(problem, masks))
+    """Return the better and the worse of two masks, row block by row block; `one` where they are equal."""
+    row_blocks = RowBlocks.of(problem, masks)
     swap = (row_blocks(problem.objective(two)) < row_blocks(problem.objective(one))).unsqueeze(1)
     return torch.where(swap, two, one), torch.where(swap, one, two)

@@ -1,25 +1,28 @@
 """Rounding: from a relaxed mask, a point of the hull, to masks of the set.
 
 Every rule ends in an oracle call, so that its answer lies in the set whatever the input, and every rule leaves masks as
-they are. Which of several masks is best is decided by float64 evaluations (`best`); a mask that an oracle returned on
-the way is as good a candidate as a rounded point.
+they are. Which of several masks is best is decided by float64 evaluations (`best`); a mask that an oracle returned
+during the iterations is as good a candidate as a rounded point.
 """
 
 import itertools
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from maskopt.errors import MaskoptError
 from maskopt.oracles.base import HasGroups, MaskSet, face_tolerance
 from maskopt.problems import LayerReconstruction, Problem
-from maskopt.solvers.base import row_block_of
+from maskopt.solvers.requirements import Requirements
+from maskopt.solvers.rules import row_block_of
 
 __all__ = ["WEIGHTS", "best", "best_of", "best_weight", "dependent", "gradient_aware", "lemma2_slack", "top_k"]
 
 WEIGHTS = (0.0, 1 / 256, 1 / 64, 1 / 16, 1 / 4, 1.0)
 """Weights of the gradient worth trying; the first is `top_k`."""
+
+_NEEDS_GROUPS = Requirements(masks=(HasGroups,))
 
 
 def top_k(masks: MaskSet, x: Tensor) -> Tensor:
@@ -28,11 +31,11 @@ def top_k(masks: MaskSet, x: Tensor) -> Tensor:
 
 
 def gradient_aware(masks: MaskSet, x: Tensor, gradient: Tensor, weight: float = 1 / 256) -> Tensor:
-    """Return the mask nearest to x - eta * gradient: of nearly equal entries those stay that the objective misses most.
+    """Return the mask nearest to x - eta * gradient: of nearly equal entries those whose pruning costs most are kept.
 
     It minimises <gradient, m> + |m - x|^2 / (2 eta) over masks m, a first-order model and a proximity term, since
-    m^2 = m. eta is `weight` over the spread of a row block's gradient: the mean distance of entries from their mean, both
-    weighted by x (1 - x), as only undecided entries compete. Scaling the objective, or adding a constant to the
+    m^2 = m. eta is `weight` over the spread of a row block's gradient: the mean distance of entries from their mean,
+    both weighted by x (1 - x), as only undecided entries compete. Scaling the objective, or adding a constant to the
     gradient where groups keep fixed numbers, changes nothing, and a row block that is a mask already stays.
 
     At a minimiser of a convex relaxation the gradient is constant on a group's fractional entries and orders none of
@@ -81,16 +84,16 @@ def dependent(
 ) -> Tensor:
     """Draw masks whose mean is `x`: dependent rounding by the pivotal method.
 
-    Two fractional entries of a group duel: one of them becomes 0 or 1, the other takes over the rest of their sum, with
-    the probabilities that keep both means (the pivotal method of Deville and Tillé, Biometrika 85(1), 1998; Srinivasan,
-    FOCS 2001). As every duel keeps the group's sum, counts come out exactly, and entries of a group are negatively
-    correlated. Duels are arranged as a tournament, so that all groups take log2(entries) steps together. A group that
-    need not be full, and whose sum is fractional, ends with the sum rounded up or down.
+    A pivot step takes two fractional entries of a group: one of them becomes 0 or 1, the other takes over the rest of
+    their sum, with the probabilities that keep both means (the pivotal method of Deville and Tillé, Biometrika 85(1),
+    1998; Srinivasan, FOCS 2001). As every pivot step keeps the group's sum, counts come out exactly, and entries of a
+    group are negatively correlated. Pivot steps are arranged as a binary tree, so that all groups take log2(entries)
+    steps together. A group that need not be full, and whose sum is fractional, ends with the sum rounded up or down.
 
     Parameters
     ----------
     masks : MaskSet
-        A set with the verbs of `HasGroups`.
+        A set with the methods of `HasGroups`.
     x : Tensor
         A point of the hull, shape (rows, d). An entry within `face_tolerance` of 0 or 1 is decided and stays there.
     generator : torch.Generator
@@ -98,8 +101,8 @@ def dependent(
     samples : int, optional
         Draw so many masks at once.
     order : Tensor, optional
-        Shape (rows, d): within each group entries sit in rising order of it, and neighbours meet first, so that of two
-        neighbours rarely both stay or go. Random by default, anew for every sample.
+        Shape (rows, d): within each group entries are paired in rising order of it, neighbours first, so that of two
+        neighbours rarely both are kept or pruned. Random by default, anew for every sample.
 
     Returns
     -------
@@ -111,33 +114,32 @@ def dependent(
     MaskoptError
         If the set has no groups.
     """
-    if not isinstance(masks, HasGroups):
-        missing = " and ".join(verb for verb in ("groups", "ungroup") if not hasattr(masks, verb))
-        raise MaskoptError(f"Dependent rounding works on groups, but {type(masks).__name__} does not have {missing}.")
+    _NEEDS_GROUPS.check_set(masks, "dependent rounding")
+    groups = cast(HasGroups, masks)
     number = 1 if samples is None else samples
-    fraction = masks.groups(x).double().clamp(0.0, 1.0)
+    fraction = groups.groups(x).double().clamp(0.0, 1.0)
     near = fraction.round()
     fractional = (fraction - near).abs() > _tolerance(x)
     fraction = near + (fraction - near) * fractional
-    # Only seats of fractional entries are filled; groups with fewer of them seat decided ones, whom no duel changes.
+    # Slots are for fractional entries; groups with fewer of them fill up with decided ones, which pivot steps leave.
     most = int(fractional.sum(1).max())
     slots = fractional.byte().argsort(dim=1, descending=True, stable=True)[:, :most].expand(number, -1, -1)
     if order is None:
         keys = _uniform(slots.shape, generator, x.device)
     else:
-        keys = masks.groups(order).expand(number, -1, -1).gather(2, slots)
+        keys = groups.groups(order).expand(number, -1, -1).gather(2, slots)
     slots = slots.gather(2, keys.argsort(dim=2, stable=True))
     settled = fraction.repeat(number, 1, 1)
-    _play(settled, slots, generator, decide_last=getattr(masks, "at_most", False))
-    # A full group's last entry is near 0 or 1: the oracle decides it by the count. Should rounding have moved a large
+    _pivot(settled, slots, generator, decide_last=getattr(masks, "at_most", False))
+    # A full group's last entry is near 0 or 1: the oracle decides it by the count. Should rounding have changed a large
     # group's sum by more than one entry, a thousandth of x says which entries make up for it.
-    settled.add_(masks.groups(x), alpha=1e-3)
-    drawn = torch.stack([masks.round(masks.ungroup(sample, x.shape)) for sample in settled])
+    settled.add_(groups.groups(x), alpha=1e-3)
+    drawn = torch.stack([masks.round(groups.ungroup(sample, x.shape)) for sample in settled])
     return drawn[0] if samples is None else drawn
 
 
-def _play(fraction: Tensor, slots: Tensor, generator: torch.Generator, *, decide_last: bool) -> None:
-    """Play the tournament of the entries `seats`, shape (..., entries), in place; one entry each stays fractional.
+def _pivot(fraction: Tensor, slots: Tensor, generator: torch.Generator, *, decide_last: bool) -> None:
+    """Apply the pivot steps of the entries `slots`, shape (..., entries), in place; one entry each stays fractional.
 
     With `decide_last` that entry becomes 1 with the probability it has, else 0.
     """
@@ -146,22 +148,22 @@ def _play(fraction: Tensor, slots: Tensor, generator: torch.Generator, *, decide
         pairs = value.shape[-1] // 2
         one, two = value[..., : 2 * pairs : 2], value[..., 1 : 2 * pairs : 2]
         total = one + two
-        # Up to a sum of 1 the loser becomes 0, above it becomes 1; its probability to be the other one is its distance.
+        # Up to a sum of 1 one entry becomes 0, above it one becomes 1; each is chosen with the other's distance.
         end = torch.ge(total, 1.0, out=torch.empty_like(total))
         far = (one - end).abs_()
         first = _uniform(total.shape, generator, fraction.device) * (far + (two - end).abs_()) < far
         left, right = slots[..., : 2 * pairs : 2], slots[..., 1 : 2 * pairs : 2]
-        winner = right + (left - right) * first
-        fraction.scatter_(-1, left + right - winner, end)
+        fractional = right + (left - right) * first
+        fraction.scatter_(-1, left + right - fractional, end)
         value = torch.cat((total - end, value[..., 2 * pairs :]), -1)
-        slots = torch.cat((winner, slots[..., 2 * pairs :]), -1)
+        slots = torch.cat((fractional, slots[..., 2 * pairs :]), -1)
     if decide_last:
         value = (_uniform(value.shape, generator, fraction.device) < value).double()
     fraction.scatter_(-1, slots, value)
 
 
 def _tolerance(x: Tensor) -> float:
-    # Half precision is no excuse: its entries are numbers like others.
+    # Half precision is judged by the tolerance of float32: its entries are exact numbers.
     return face_tolerance(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -176,7 +178,7 @@ def best_of(problem: Problem, masks: MaskSet, x: Tensor, samples: int, generator
 
 
 def best(problem: Problem, masks: MaskSet, *candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose among masks, for each row block of rows on its own, by the objective in float64.
+    """Choose among masks, for each row block on its own, by the objective in float64.
 
     Parameters
     ----------
@@ -240,16 +242,16 @@ def lemma2_slack(problem: LayerReconstruction, masks: MaskSet, x: Tensor) -> Ten
     Returns
     -------
     Tensor
-        In units of `problem.objective`, float64, shape (row blocks,): of each row where rows are independent, else summed
-        over the rows of a row block. Sums are rounded as float64 rounds them.
+        In units of `problem.objective`, float64, shape (row blocks,): of each row where rows are independent, else
+        summed over the rows of a row block. Sums are rounded as float64 rounds them.
     """
     exact, x = problem.double(), x.double()
     gradient = exact.gradient(exact.evaluate(x))
     size = exact.scaled_weight.abs()
     largest = (size @ exact.scaled_gram.abs()).mul_(size).amax(1)
-    moved = (top_k(masks, x).double() - x).abs_().sum(1)  # 2 tau
+    distance = (top_k(masks, x).double() - x).abs_().sum(1)  # 2 tau
     pruned = (1.0 - x).sum(1)
-    per_row = largest * (moved + 2.0 * (pruned * moved).clamp_min_(0.0).sqrt())
+    per_row = largest * (distance + 2.0 * (pruned * distance).clamp_min_(0.0).sqrt())
     # What convexity lacks: no mask differs from x by more than this.
     per_row -= exact.eigenvalue_floor() * (size * torch.maximum(x, 1.0 - x)).square().sum(1)
     per_row += torch.linalg.vecdot(gradient, x)

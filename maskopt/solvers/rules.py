@@ -4,66 +4,90 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from maskopt.oracles import MaskSet
-from maskopt.problems import Direction, Point, Problem
+from maskopt.oracles import HasFaces, HasGroups, MaskSet
+from maskopt.problems import Direction, Point, Problem, Quadratic
+from maskopt.solvers.requirements import Requirements
 
-__all__ = ["DirectionRule", "IterationState", "RowBlocks", "SearchDirection", "StepRule"]
+__all__ = ["DirectionRule", "IterationState", "RowBlocks", "SearchDirection", "StepRule", "row_block_of"]
+
+
+def row_block_of(problem: Problem, masks: MaskSet) -> int:
+    """Return how many consecutive rows are coupled by the set or the objective."""
+    return problem.shape[0] if problem.coupled else masks.row_block(problem.shape)
 
 
 class RowBlocks:
     """Row blocks: consecutive rows that the set or the objective couples, and that therefore share every step.
 
-    Numbers come in two forms: per row, where all rows of a row block have the same one, and per row block.
+    Numbers come in two forms: per row, where all rows of a block have the same one, and per block.
 
     Parameters
     ----------
-    row block : int
-        Rows in each; 1 where rows are independent.
+    row_block : int
+        Rows in each block; 1 where rows are independent.
     """
 
     def __init__(self, row_block: int) -> None:
         self.row_block = row_block
 
+    @classmethod
+    def of(cls, problem: Problem, masks: MaskSet) -> RowBlocks:
+        """Return the row blocks of a problem with a set."""
+        return cls(row_block_of(problem, masks))
+
     def __call__(self, per_row: Tensor) -> Tensor:
-        """Sum over each row block's rows; per row."""
+        """Sum over each block's rows; per row."""
         if self.row_block == 1:
             return per_row
         return self.spread(self.total(per_row).to(per_row.dtype))
 
     def total(self, per_row: Tensor) -> Tensor:
-        """Sum over each row block's rows; per row block, float64."""
+        """Sum over each block's rows; per block, float64."""
         return per_row.view(-1, self.row_block).sum(1, dtype=torch.float64)
 
     def minimum(self, per_row: Tensor) -> Tensor:
-        """Return the least of each row block's rows; per row."""
+        """Return the minimum over each block's rows; per row."""
         return per_row if self.row_block == 1 else self.spread(per_row.view(-1, self.row_block).amin(1))
 
     def first(self, per_row: Tensor) -> Tensor:
-        """Turn per row into per row block."""
+        """Turn per row into per block."""
         return per_row if self.row_block == 1 else per_row[:: self.row_block]
 
-    def spread(self, per_band: Tensor) -> Tensor:
-        """Turn per row block into per row."""
-        return per_band if self.row_block == 1 else per_band.repeat_interleave(self.row_block)
+    def spread(self, per_block: Tensor) -> Tensor:
+        """Turn per block into per row."""
+        return per_block if self.row_block == 1 else per_block.repeat_interleave(self.row_block)
 
     def flat(self, matrix: Tensor) -> Tensor:
-        """Rearrange (rows, d) into (row blocks, entries)."""
+        """Rearrange (rows, d) into (blocks, entries)."""
         return matrix if self.row_block == 1 else matrix.reshape(len(matrix) // self.row_block, -1)
 
     def rows_of(self, blocks: Tensor) -> Tensor:
-        """Return the row numbers of some row blocks."""
+        """Return the row numbers of some blocks."""
         within = torch.arange(self.row_block, device=blocks.device)
         return (blocks.unsqueeze(1) * self.row_block + within).view(-1)
 
 
 class IterationState:
-    """One iteration as rules see it; the oracle is asked when its answer is first needed."""
+    """One iteration as rules see it; the oracle is called when its answer is first needed.
+
+    Attributes
+    ----------
+    objective : Problem
+    masks : MaskSet
+    row_blocks : RowBlocks
+    iteration : int
+        Counted from 0.
+    point : Point
+        The relaxed mask and its gradient.
+    counters : Counter of str
+        Oracle calls, matrix products, samples ...
+    """
 
     def __init__(
         self,
@@ -86,7 +110,23 @@ class IterationState:
         self.known_gap: Tensor | None = None
 
     @property
+    def quadratic(self) -> Quadratic:
+        """The objective, for rules that require a `Quadratic` (checked before the run)."""
+        return cast(Quadratic, self.objective)
+
+    @property
+    def faces(self) -> HasFaces:
+        """The set, for rules that require `HasFaces` (checked before the run)."""
+        return cast(HasFaces, self.masks)
+
+    @property
+    def groups(self) -> HasGroups:
+        """The set, for rules that require `HasGroups` (checked before the run)."""
+        return cast(HasGroups, self.masks)
+
+    @property
     def x(self) -> Tensor:
+        """The relaxed mask, shape (rows, d)."""
         return self.point.x
 
     @property
@@ -105,7 +145,7 @@ class IterationState:
 
     @property
     def toward(self) -> Tensor:
-        """The way from the point to the vertex, shape (rows, d); the direction may make it its own."""
+        """The difference vertex - x, shape (rows, d); the direction rule may overwrite it."""
         if self._toward is None:
             self._toward = self.vertex - self.x
         return self._toward
@@ -118,23 +158,23 @@ class IterationState:
         return self.known_gap
 
     def certified_gap(self) -> Tensor | None:
-        """Return the gap if the oracle has been asked, infinite in row blocks for which it has not; else None."""
+        """Return the gap if the oracle has been called, infinite in row blocks for which it has not; else None."""
         return self.gap if self._vertex is not None else self.known_gap
 
     def oracle(self, cost: Tensor) -> Tensor:
-        """Ask the set for its vertex of least cost."""
+        """Return the set's vertex of minimal cost."""
         self.counters["lmo"] += 1
         return self.masks.lmo(cost)
 
     def ask_rows(self, rows: Tensor) -> Tensor:
-        """Ask the set for its vertex, for the gradient of some rows (whole row blocks) only."""
+        """Return the set's vertex for the gradient of some rows (whole row blocks) only."""
         self.counters["lmo"] += 1
         return self.masks.rows(rows, self.objective.shape).lmo(self.gradient[rows])
 
-    def hvp(self, x: Tensor) -> Direction:
-        """Ask the objective for the move in direction `x`."""
+    def hvp(self, vector: Tensor) -> Direction:
+        """Return the direction `vector`, shape (rows, d), with its Hessian product."""
         self.counters["products"] += 1
-        return self.objective.hvp(x)
+        return self.objective.hvp(vector)
 
     def dot(self, one: Tensor, two: Tensor) -> Tensor:
         """Return inner products over row blocks, per row."""
@@ -143,39 +183,44 @@ class IterationState:
 
 @dataclass(frozen=True)
 class SearchDirection:
-    """A direction, shape (rows, d), and per row the largest fraction of it that stays in the hull (None: 1).
+    """A search direction and how far it can be followed.
 
-    `best` says that its end is known to be the best point along it, so that no step rule is asked.
+    Attributes
+    ----------
+    vector : Tensor
+        Shape (rows, d).
+    max_step : Tensor, optional
+        Per row the largest step size that stays in the hull; 1 where it is not given.
+    best : bool
+        Whether its end is known to be the best point on it, so that no step rule is called.
     """
 
-    x: Tensor
+    vector: Tensor
     max_step: Tensor | None = None
     best: bool = False
 
     def take(self, rows: Tensor) -> SearchDirection:
-        return SearchDirection(self.x[rows], None if self.max_step is None else self.max_step[rows], self.best)
+        """Return the search direction of some rows."""
+        return SearchDirection(self.vector[rows], None if self.max_step is None else self.max_step[rows], self.best)
 
 
 class DirectionRule:
-    """Chooses the way to go.
+    """Chooses the search direction.
 
     Rules are settings only. One that has to remember something between iterations returns an object that does from
     `begin`, which lives as long as one run of the loop.
 
     Class attributes
     ----------------
-    requires : tuple of str
-        Verbs it needs of the objective, beyond `Problem`'s.
-    asks : tuple of str
-        Verbs it needs of the set, beyond `MaskSet`'s.
+    requires : Requirements
+        What it needs of objective and set.
     from_vertex : bool
         Whether it has to start at a mask.
     exact : bool
         Whether the point's gradient has to be kept up to date.
     """
 
-    requires: ClassVar[tuple[str, ...]] = ()
-    asks: ClassVar[tuple[str, ...]] = ()
+    requires: ClassVar[Requirements] = Requirements()
     from_vertex: ClassVar[bool] = False
     exact: ClassVar[bool] = True
 
@@ -184,36 +229,48 @@ class DirectionRule:
         return self
 
     def search_direction(self, state: IterationState) -> SearchDirection:
-        """Return a way inside the hull; rules that remember leave it to what `begin` returns."""
-        raise AssertionError("begin first")
+        """Return a direction that stays in the hull; rules that remember leave it to what `begin` returns."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define search_direction, or begin must return what does."
+        )
 
     def correct(self, state: IterationState, direction: Direction) -> Direction:
-        """Return another move inside the hull once the Hessian along the way is known; may overwrite `direction`."""
+        """Return a corrected direction once the Hessian product is known (conjugate directions).
+
+        It must stay in the hull for the same step sizes; `direction` may be overwritten.
+        """
         return direction
 
     def update(self, state: IterationState, direction: Direction, step_size: Tensor, max_step: Tensor) -> None:
-        """Learn how far the point has gone, and could have, per row; `direction` may be overwritten."""
+        """Learn the step size that was taken, and the maximal one, per row; `direction` may be overwritten."""
 
     def take(self, rows: Tensor, blocks: Tensor) -> DirectionRule:
-        """Return what goes on with some rows only."""
+        """Return the rule of some rows, which are the row blocks of these numbers."""
         return self
 
 
 class StepRule:
-    """Chooses how far to go; `begin` and `take` as for a `DirectionRule`."""
+    """Chooses the step size; `begin` and `take` as for a `DirectionRule`.
 
-    requires: ClassVar[tuple[str, ...]] = ()
+    Class attributes
+    ----------------
+    requires : Requirements
+        What it needs of objective and set.
+    open_loop : bool
+        Whether it looks at nothing but the iteration's number.
+    """
+
+    requires: ClassVar[Requirements] = Requirements()
     open_loop: ClassVar[bool] = False
-    """Whether it looks at nothing but the iteration's number."""
 
     def begin(self, state: IterationState) -> StepRule:
         """Return the object that serves one run."""
         return self
 
     def step_size(self, state: IterationState, direction: Direction, max_step: Tensor) -> Tensor:
-        """Return shares of the move in [0, limit], per row; rules that remember leave it to what `begin` returns."""
-        raise AssertionError("begin first")
+        """Return step sizes in [0, max_step], per row; rules that remember leave it to what `begin` returns."""
+        raise NotImplementedError(f"{type(self).__name__} must define step_size, or begin must return what does.")
 
     def take(self, rows: Tensor, blocks: Tensor) -> StepRule:
-        """Return what goes on with some rows only."""
+        """Return the rule of some rows, which are the row blocks of these numbers."""
         return self

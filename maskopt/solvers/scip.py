@@ -1,4 +1,4 @@
-"""SCIP (Bestuzheva et al., ACM Transactions on Mathematical Software 49, 2023) as an exact solver, row block by row block."""
+"""SCIP (Bestuzheva et al., ACM Transactions on Mathematical Software 49, 2023) as an exact solver of row blocks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
-from maskopt.problems import Problem, Quadratic
+from maskopt.problems import Quadratic
 from maskopt.problems.layer import eigenvalue_floor
-from maskopt.solvers.base import Monitor, Outcome, Solver, Status, row_block_of
+from maskopt.solvers.base import Monitor, Outcome, Solver, Status
 from maskopt.solvers.continuation import ContinuationFrankWolfe
 from maskopt.solvers.one_swap import better_of
+from maskopt.solvers.requirements import Requirements
+from maskopt.solvers.rules import row_block_of
 
 __all__ = ["STATUSES", "Scip"]
 
@@ -41,12 +43,12 @@ _RANGE = 2.0**10  # of the objective's coefficients over the error sought
 
 @dataclass(frozen=True)
 class Scip(Solver):
-    """Branch and cut on p = 1 - m, one model for each independent row block of rows.
+    """Branch and cut on p = 1 - m, one model for each independent row block.
 
-    The objective is moved into t >= quadratic part. `raw` hands SCIP p^T Q p as it is; SCIP replaces the products of
+    The objective becomes t >= quadratic part. `raw` hands SCIP p^T Q p as it is; SCIP replaces the products of
     binaries by linear relaxations, which are weak. `convex` writes Q - Diag(D) = R^T R with the largest D of the form
-    share * diag(Q) that leaves it semidefinite, z = R p, and t >= sum z_i^2 (quadratic convex reformulation, Billionnet
-    and Elloumi, Mathematical Programming 109, 2007); without z, SCIP would undo the shift, as p_i^2 = p_i.
+    fraction * diag(Q) that leaves it semidefinite, z = R p, and t >= sum z_i^2 (quadratic convex reformulation,
+    Billionnet and Elloumi, Mathematical Programming 109, 2007); without z, SCIP would undo the shift, as p_i^2 = p_i.
 
     SCIP works in floating point to tolerances: optimal means that no mask is better by more than about a
     hundred-thousandth of the first incumbent's error (or 1e-8 of the size of the data, where that is more). Lower
@@ -80,7 +82,8 @@ class Scip(Solver):
     seed: int = 0
     start: Solver = field(default_factory=ContinuationFrankWolfe)
 
-    requires: ClassVar[tuple[str, ...]] = ("hessian",)
+    requires: ClassVar[Requirements] = Requirements((Quadratic,))
+    needs_start: ClassVar[bool] = True
     arrays: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
@@ -99,12 +102,9 @@ class Scip(Solver):
         if importlib.util.find_spec("pyscipopt") is None:
             raise MaskoptError('Scip needs pyscipopt, which is missing: pip install "maskopt[mip]".')
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
-        assert isinstance(problem, Quadratic)
-        assert start is not None
+    def run(self, problem: Quadratic, masks: MaskSet, start: Tensor, monitor: Monitor) -> Outcome:
         rows, d = problem.shape
         row_block, exact = row_block_of(problem, masks), problem.double()
-        assert isinstance(exact, Quadratic)
         number = rows // row_block
         found, bounds = start.clone(), torch.full((number,), -math.inf, dtype=torch.float64)
         margins, statuses = torch.zeros_like(bounds), []
@@ -146,7 +146,7 @@ class _Row:
 
 def _row(problem: Quadratic, row: int) -> _Row:
     d = problem.shape[1]
-    # Row i of the Hessian is the change of the gradient along unit vector i: d copies of the row, one for each.
+    # Row i of the Hessian is the change of the gradient by unit vector i: d copies of the row, one for each.
     copies = problem.rows(torch.full((d,), row, device=problem.device))
     hessian = copies.hessian(copies.hvp(torch.eye(d, dtype=torch.float64, device=problem.device))).cpu()
     alone = problem.rows(slice(row, row + 1))
@@ -162,7 +162,7 @@ def _shift(matrix: Tensor) -> Tensor:
     largest = float(matrix.abs().amax())
     if largest == 0.0:
         return torch.zeros(len(matrix), dtype=torch.float64)
-    # The least eigenvalue of the matrix with unit diagonal is free of the channels' scales.
+    # The smallest eigenvalue of the matrix with unit diagonal is free of the channels' scales.
     size = matrix.diagonal().clone()
     small = size <= 2.0**-40 * largest
     size[small] = matrix.abs().sum(1)[small].clamp_min(2.0**-40 * largest)
@@ -291,12 +291,12 @@ class _Model:
         KeyboardInterrupt
             If the user interrupted SCIP.
         RuntimeError
-            If SCIP ends in a way that its limits do not explain.
+            If SCIP ends for a reason that its limits do not explain.
         """
         model, handler = self._model, _handler(stops)
         model.addSol(self._first)
         model.setParam("limits/time", min(limit, 1e20))
-        model.includeEventhdlr(handler, "watch", "asks whether to stop")
+        model.includeEventhdlr(handler, "monitor", "calls back whether to stop")
         model.optimizeNogil()
         if handler.error is not None:
             raise handler.error

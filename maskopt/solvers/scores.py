@@ -6,8 +6,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from maskopt.oracles import MaskSet
-from maskopt.problems import LayerReconstruction, Problem, Saliency
+from maskopt.problems import LayerReconstruction, Saliency
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
+from maskopt.solvers.requirements import Requirements
 
 __all__ = ["RIA", "Magnitude", "Wanda"]
 
@@ -16,14 +17,13 @@ __all__ = ["RIA", "Magnitude", "Wanda"]
 class _Score(Solver):
     """Keep the entries of highest score; subclasses say which score."""
 
-    requires: ClassVar[tuple[str, ...]] = ("weight", "gram")
+    requires: ClassVar[Requirements] = Requirements(problem=(LayerReconstruction,))
 
     def score(self, problem: LayerReconstruction) -> Tensor:
         """Return the score of each entry, shape (rows, d)."""
         raise NotImplementedError
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
-        assert isinstance(problem, LayerReconstruction)
+    def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         monitor.counters["lmo"] += 1
         return Outcome(masks.lmo_mask(-self.score(problem)), Status.GREEDY, 1)
 

@@ -1,17 +1,18 @@
 """SparseFW: Frank-Wolfe on the convex relaxation, then rounding."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid, Protected
 from maskopt.problems import Problem
-from maskopt.solvers.base import Monitor, Outcome, Solver, Status, row_block_of
+from maskopt.solvers.base import Monitor, Outcome, Solver, Status
 from maskopt.solvers.certificate import dual_bound
 from maskopt.solvers.directions import Vanilla
 from maskopt.solvers.loop import frank_wolfe
+from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rules import RowBlocks
 from maskopt.solvers.scores import Wanda
 from maskopt.solvers.steps import OpenLoopStep
@@ -39,6 +40,7 @@ class SparseFW(Solver):
     alpha: float = 0.0
     start: Solver = field(default_factory=Wanda)
 
+    needs_start: ClassVar[bool] = True
     relaxes: ClassVar[bool] = True
     arrays: ClassVar[float] = 9.0
 
@@ -48,9 +50,15 @@ class SparseFW(Solver):
                 f"SparseFW needs alpha in [0, 1] and iterations >= 1; got {self.alpha} and {self.iterations}."
             )
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
-        assert start is not None
-        feasible = self._fixed(problem, masks, start, monitor) if self.alpha > 0 else masks
+    @property
+    def requirements(self) -> Requirements:
+        # alpha > 0 fixes a fraction of each group.
+        return Requirements((), (PartitionMatroid,)) if self.alpha > 0 else self.requires
+
+    def run(self, problem: Problem, masks: MaskSet, start: Tensor, monitor: Monitor) -> Outcome:
+        feasible = masks
+        if self.alpha > 0:
+            feasible = self._fixed(problem, cast(PartitionMatroid, masks), start, monitor)
         loop_result = frank_wolfe(
             lambda _: problem,
             feasible,
@@ -61,15 +69,13 @@ class SparseFW(Solver):
             monitor=monitor,
         )
         exact = problem.double()
-        proof = dual_bound(exact, masks, RowBlocks(row_block_of(problem, masks)), loop_result.point.x.to(exact.dtype))
+        proof = dual_bound(exact, masks, RowBlocks.of(problem, masks), loop_result.point.x.to(exact.dtype))
         return Outcome(
             feasible.round(loop_result.point.x), Status.COMPLETED, loop_result.iterations, proof.bound, source="round"
         )
 
-    def _fixed(self, problem: Problem, masks: MaskSet, start: Tensor, monitor: Monitor) -> MaskSet:
+    def _fixed(self, problem: Problem, masks: PartitionMatroid, start: Tensor, monitor: Monitor) -> MaskSet:
         """Return the masks that keep the best-scored fraction of each group."""
-        if not isinstance(masks, PartitionMatroid):
-            raise MaskoptError(f"SparseFW with alpha > 0 fixes a fraction of each group; {masks} has no groups.")
         fixed = (masks.kept_per_group(problem.shape) * self.alpha + 1e-9).floor().long()
         few = PartitionMatroid(fixed, masks.tile)
         return Protected(masks, self.start.run(problem.unshifted(), few, None, monitor).mask & start)

@@ -1,4 +1,4 @@
-"""Step rules: how far to go along a move."""
+"""Step rules: the step size in a direction."""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from maskopt.problems import Direction, Quadratic
+from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rules import IterationState, StepRule
 
 __all__ = ["AdaptiveStep", "ExactStep", "LogStep", "MonotoneStep", "OpenLoopStep", "SecantStep", "ShortStep"]
@@ -40,12 +41,11 @@ class LogStep(StepRule):
 class ShortStep(StepRule):
     """<-gradient, d> / (L |d|^2) with L the objective's `smoothness` (Demyanov and Rubinov, 1970)."""
 
-    requires: ClassVar[tuple[str, ...]] = ("smoothness",)
+    requires: ClassVar[Requirements] = Requirements((Quadratic,))
 
     def begin(self, state: IterationState) -> StepRule:
-        assert isinstance(state.objective, Quadratic)
         # Rows of a row block are blocks of one Hessian: the largest bound holds for all.
-        return _ShortRun(-state.row_blocks.minimum(-state.objective.smoothness()))
+        return _ShortRun(-state.row_blocks.minimum(-state.quadratic.smoothness()))
 
 
 @dataclass
@@ -54,7 +54,10 @@ class _ShortRun(StepRule):
 
     def step_size(self, state: IterationState, direction: Direction, max_step: Tensor) -> Tensor:
         return _short(
-            state.dot(state.gradient, direction.x), self.smoothness, state.dot(direction.x, direction.x), max_step
+            state.dot(state.gradient, direction.vector),
+            self.smoothness,
+            state.dot(direction.vector, direction.vector),
+            max_step,
         )
 
     def take(self, rows: Tensor, blocks: Tensor) -> StepRule:
@@ -62,31 +65,30 @@ class _ShortRun(StepRule):
 
 
 def _short(slope: Tensor, smoothness: Tensor, size: Tensor, max_step: Tensor) -> Tensor:
-    """Return -slope / (smoothness size) in [0, limit]; 0 for a move of no size."""
+    """Return -slope / (smoothness size) in [0, max_step]; 0 for a direction of no size."""
     step_size = (-slope / (smoothness * size)).nan_to_num(0.0, torch.inf, 0.0)
     return torch.where(size > 0, torch.minimum(step_size.clamp_min(0.0), max_step), 0.0)
 
 
 @dataclass(frozen=True)
 class ExactStep(StepRule):
-    """The best share for a quadratic objective, convex or not."""
+    """The best step size for a quadratic objective, convex or not."""
 
-    requires: ClassVar[tuple[str, ...]] = ("hessian",)
+    requires: ClassVar[Requirements] = Requirements((Quadratic,))
 
     def step_size(self, state: IterationState, direction: Direction, max_step: Tensor) -> Tensor:
-        assert isinstance(state.objective, Quadratic)
-        slope = state.dot(state.gradient, direction.x)
-        curvature = state.dot(state.objective.hessian(direction), direction.x)
+        slope = state.dot(state.gradient, direction.vector)
+        curvature = state.dot(state.quadratic.hessian(direction), direction.vector)
         inside = torch.minimum((-slope / curvature).clamp_(min=0.0), max_step)
-        # Where the objective is concave along the move one of its ends is best; a move of no size stays (nan is not
-        # below zero).
+        # Where the objective is concave in the direction one of its ends is best; a direction of no size gives no step
+        # (nan is not below zero).
         end = (slope + 0.5 * curvature * max_step) * max_step
         return torch.where(curvature > 0, inside, torch.where(end < 0, max_step, 0.0))
 
 
 @dataclass(frozen=True)
 class SecantStep(StepRule):
-    """Root of the slope along the move by the Illinois variant of regula falsi: any differentiable objective.
+    """Root of the slope in the direction by the Illinois variant of regula falsi: any differentiable objective.
 
     Parameters
     ----------
@@ -102,7 +104,7 @@ class SecantStep(StepRule):
     def step_size(self, state: IterationState, direction: Direction, max_step: Tensor) -> Tensor:
         finite = max_step.nan_to_num(posinf=1.0)
         low, high = torch.zeros_like(finite), finite.clone()
-        first = state.dot(state.gradient, direction.x)
+        first = state.dot(state.gradient, direction.vector)
         slope_low, slope_high = first.clone(), _slope(state, direction, high)
         best = torch.where(slope_high <= 0, high, 0.0)
         open_ = (first < 0) & (slope_high > 0)
@@ -134,7 +136,7 @@ def _slope(state: IterationState, direction: Direction, step_size: Tensor) -> Te
 class AdaptiveStep(StepRule):
     """Short steps with an estimated smoothness, doubled until the slope at the end is not positive.
 
-    The gradient test <gradient(x + share d), d> <= 0 needs no difference of nearly equal values (Pokutta, arXiv
+    The gradient test <gradient(x + step_size d), d> <= 0 needs no difference of nearly equal values (Pokutta, arXiv
     2311.05313, section 4.2; after Pedregosa et al., AISTATS 2020).
 
     Parameters
@@ -155,9 +157,9 @@ class _AdaptiveRun(StepRule):
     smoothness: Tensor | None
 
     def step_size(self, state: IterationState, direction: Direction, max_step: Tensor) -> Tensor:
-        slope, size = state.dot(state.gradient, direction.x), state.dot(direction.x, direction.x)
+        slope, size = state.dot(state.gradient, direction.vector), state.dot(direction.vector, direction.vector)
         if self.smoothness is None:
-            # A first guess from a small step: the slope's rise over a thousandth of the way.
+            # A first guess from a small step: the slope's rise over a thousandth of the direction.
             near = max_step.clamp(max=1.0) * 1e-3
             rise = (_slope(state, direction, near) - slope) / near
             self.smoothness = (rise / size).nan_to_num(0.0, 0.0, 0.0).clamp_min(torch.finfo(slope.dtype).tiny)
@@ -168,7 +170,7 @@ class _AdaptiveRun(StepRule):
             bad = bad & (_slope(state, direction, step_size) > 0) & (step_size > 0)
             if not bool(bad.any()):
                 break
-            # Twice what makes the failed share a short step: the limit may have hidden how small the estimate was.
+            # Twice what makes the failed step size a short step: max_step may have hidden how small the estimate was.
             estimate = torch.where(bad, -2.0 * slope / (size * step_size), estimate)
             step_size = torch.where(bad, _short(slope, estimate, size, max_step), step_size)
         self.smoothness = estimate.clamp_min(torch.finfo(slope.dtype).tiny)
@@ -193,7 +195,7 @@ class _MonotoneRun(StepRule):
     def step_size(self, state: IterationState, direction: Direction, max_step: Tensor) -> Tensor:
         size = 2.0 / (state.iteration + 2)
         step_size = torch.minimum(self.factor * size, max_step)
-        downhill = state.dot(state.gradient, direction.x) < 0
+        downhill = state.dot(state.gradient, direction.vector) < 0
         bad = downhill
         for _ in range(40):
             bad = bad & (state.row_blocks(state.objective.change(state.point, direction, step_size)) > 0)

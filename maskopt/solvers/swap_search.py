@@ -149,7 +149,7 @@ class SwapSearch:
         self, weight: Tensor, a: Tensor, b: Tensor, adds: Tensor, drops: Tensor, offset: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the best swap among listed candidates: change, index to add, index to drop, each (rows,)."""
-        # Flat, sorted indices: the gather runs along memory.
+        # Flat, sorted indices: the gather reads memory in order.
         places = ((adds + offset) * self.columns).unsqueeze(2) + (drops + offset).unsqueeze(1)
         change = self.gram.view(-1).index_select(0, places.view(-1)).view(places.shape)
         change *= (weight.gather(1, adds) * -2.0).unsqueeze(2)
@@ -164,7 +164,7 @@ class SwapSearch:
     def _across_rows(
         self, kept: Tensor, carried: Tensor, dirty: Tensor, found: tuple[Tensor, Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pair rows that gain most by one entry more with rows that lose least by one less, in the same tile."""
+        """Pair rows that gain most by one entry more with rows that lose fewest by one less, in the same tile."""
         rows, add, drop_rows, drop = found
         every = torch.arange(len(kept), device=kept.device)
         add_cost, drop_cost, error = self._costs(every, kept, carried)
@@ -238,7 +238,7 @@ def _least(cost: Tensor, size: Tensor, reach: Tensor) -> Tensor:
 
 
 def _best_different(gain: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the least gain_r + loss_s over rows r != s for (row blocks, rows, tiles), with r and s."""
+    """Return the smallest gain_r + loss_s over rows r != s for (row blocks, rows, tiles), with r and s."""
     count = min(2, gain.shape[1])
     low_gain, low_loss = gain.topk(count, 1, largest=False), loss.topk(count, 1, largest=False)
     if count < 2:

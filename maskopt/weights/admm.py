@@ -11,7 +11,7 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
 from maskopt.oracles.select import smallest
-from maskopt.problems import LayerReconstruction, Problem
+from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
 from maskopt.weights.base import Joint, System
 from maskopt.weights.least_squares import definite_factor
@@ -59,8 +59,7 @@ class ADMM(Joint):
                 f"{self.penalty}, {self.iterations}, {self.selections}."
             )
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
-        assert isinstance(problem, LayerReconstruction)
+    def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         system = System.of(problem, 0.0)
         w = system.weight
         gram = system.gram  # nobody else reads it
@@ -89,7 +88,7 @@ class ADMM(Joint):
 
 
 def _loosened(masks: MaskSet, cost: Tensor, fraction: float) -> Tensor:
-    """Return the cheapest mask and, of each row block, the cheapest other entries, pruning a fraction of what it prunes."""
+    """Return the cheapest mask and each row block's cheapest other entries: a fraction of what it prunes is pruned."""
     chosen = masks.lmo(cost)
     if fraction == 1.0:
         return chosen

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
-from maskopt.problems import LayerReconstruction, Problem
+from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
 from maskopt.weights.base import Joint, System
 from maskopt.weights.least_squares import conjugate_gradients
@@ -70,8 +70,7 @@ class ALPS(Joint):
                 f"{self.every}, {self.iterations}, {self.polish}."
             )
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
-        assert isinstance(problem, LayerReconstruction)
+    def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         system = System.of(problem, self.ridge)
         w = system.weight
         values, vectors = torch.linalg.eigh(system.gram)

@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.problems import LayerReconstruction, Problem
+from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Solver
+from maskopt.solvers.requirements import Requirements
 
 __all__ = ["Joint", "System"]
 
@@ -37,7 +38,7 @@ class System:
     size: Tensor
 
     @classmethod
-    def of(cls, problem: Problem, ridge: float, *, each: bool = False) -> System:
+    def of(cls, problem: LayerReconstruction, ridge: float, *, each: bool = False) -> System:
         """Return the system of a layer.
 
         Parameters
@@ -47,10 +48,9 @@ class System:
             Added to the diagonal of the Gram, as a fraction of its mean: keeps rank-deficient layers well-posed, draws
             weights towards the dense ones.
         each : bool
-            Whether the ridge is a fraction of each input's own second moment instead of the mean, which outlier channels
-            dominate: then the other inputs would hardly count.
+            Whether the ridge is a fraction of each input's own second moment instead of the mean, which outlier
+            channels dominate: then the other inputs would hardly count.
         """
-        assert isinstance(problem, LayerReconstruction)
         # A float32 Gram may be asymmetric in its last digits, which factorisations and their users see differently.
         gram = (problem.scaled_gram + problem.scaled_gram.T).mul_(0.5)
         diagonal = gram.diagonal()
@@ -86,7 +86,7 @@ class Joint(Solver):
 
     ridge: float = 0.01
 
-    requires: ClassVar[tuple[str, ...]] = ("weight", "gram")
+    requires: ClassVar[Requirements] = Requirements((LayerReconstruction,))
     arrays: ClassVar[float] = 12.0
 
     def __post_init__(self) -> None:

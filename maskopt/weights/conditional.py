@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
-from maskopt.problems import LayerReconstruction, Problem
+from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
 from maskopt.weights.base import Joint, System
 from maskopt.weights.least_squares import conjugate_gradients, definite_factor
@@ -71,8 +71,7 @@ class ConditionalADMM(Joint):
                 f"{self.iterations}, {self.stages}, {self.polish}, {self.relaxation}."
             )
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
-        assert isinstance(problem, LayerReconstruction)
+    def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         system = System.of(problem, self.ridge, each=True)
         metric = _conditional_deviations(system.gram, self.noise)
         gram = system.gram / metric / metric.unsqueeze(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid
-from maskopt.problems import LayerReconstruction, Problem
+from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
 from maskopt.weights.base import Joint
 from maskopt.weights.sparsegpt import SparseGPT
@@ -59,8 +59,7 @@ class FISTAPruner(Joint):
                 f"{self.threshold}, {self.rounds}, {self.iterations}."
             )
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
-        assert isinstance(problem, LayerReconstruction)
+    def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         w = problem.scaled_target
         gram = (problem.scaled_gram + problem.scaled_gram.T).mul_(0.5)
         mask, v = self._first(problem, masks, start, monitor)

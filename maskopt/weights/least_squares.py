@@ -10,9 +10,10 @@ from torch import Tensor
 
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
-from maskopt.problems import LayerReconstruction, Problem
+from maskopt.problems import LayerReconstruction
 from maskopt.solvers import ContinuationFrankWolfe
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
+from maskopt.solvers.requirements import Requirements
 from maskopt.weights.base import Joint, System
 
 __all__ = ["LeastSquares", "conjugate_gradients", "definite_factor", "exact_weights"]
@@ -49,7 +50,7 @@ class LeastSquares(Joint):
                 f"LeastSquares needs method auto, cholesky or cg and steps >= 0; got {self.method!r}, {self.steps}."
             )
         # What holds for the solver holds for the pair.
-        for name in ("start", "row_wise", "bandwise", "record"):
+        for name in ("start", "row_wise", "blockwise", "record"):
             object.__setattr__(self, name, getattr(self.solver, name))
         object.__setattr__(self, "arrays", max(self.solver.arrays, Joint.arrays))
 
@@ -60,14 +61,13 @@ class LeastSquares(Joint):
     def solves_rows_apart(self, masks: MaskSet) -> bool:
         return self.solver.solves_rows_apart(masks)
 
-    def needs(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        requires, asks = self.solver.needs()
-        return tuple(dict.fromkeys((*requires, *self.requires))), asks
+    @property
+    def requirements(self) -> Requirements:
+        return self.solver.requirements.joined(self.requires)
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
+    def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         # The mask is the best one recorded, where the solver records.
         outcome = monitor.finish(self.solver.run(problem, masks, start, monitor))
-        assert isinstance(problem, LayerReconstruction)
         system = System.of(problem, self.ridge)
         if self.method == "cholesky" or (self.method == "auto" and problem.shape[1] <= _DENSE):
             v = exact_weights(system, outcome.mask, monitor.memory)

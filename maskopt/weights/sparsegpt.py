@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles import MaskSet, PartitionMatroid
+from maskopt.oracles import PartitionMatroid
 from maskopt.oracles.base import Shape
-from maskopt.problems import LayerReconstruction, Problem
+from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
+from maskopt.solvers.requirements import Requirements
 from maskopt.weights.base import Joint, System
 from maskopt.weights.least_squares import definite_factor
 
@@ -45,15 +47,16 @@ class SparseGPT(Joint):
 
     block: int = 128
 
+    requires: ClassVar[Requirements] = Requirements((LayerReconstruction,), (PartitionMatroid,))
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block < 1:
             raise MaskoptError(f"SparseGPT needs a block of at least one input; got {self.block}.")
 
-    def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
-        assert isinstance(problem, LayerReconstruction)
-        if not isinstance(masks, PartitionMatroid):
-            raise MaskoptError(f"SparseGPT chooses block by block, which needs a PartitionMatroid; got {masks}.")
+    def run(
+        self, problem: LayerReconstruction, masks: PartitionMatroid, start: Tensor | None, monitor: Monitor
+    ) -> Outcome:
         system = System.of(problem, self.ridge)
         columns = problem.shape[1]
         # H = R R^T with R upper triangular is the factorisation of H turned by half a circle, and U = R^-1.
@@ -98,7 +101,7 @@ def _blocks(masks: PartitionMatroid, shape: Shape, block: int) -> Iterator[list[
 
 
 def _spans(masks: PartitionMatroid, shape: Shape, block: int) -> Iterator[_Span]:
-    """Yield the columns of every tile, cut where they are more than `block`, each part with its fraction of the counts."""
+    """Yield the columns of every tile, cut where they are more than `block`, each with its fraction of the counts."""
     height, width = masks.tile_of(shape)
     rows, columns = shape
     blocks = rows // height

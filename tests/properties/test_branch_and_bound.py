@@ -7,6 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from maskopt.errors import MaskoptError
 from maskopt.oracles import PartitionMatroid, Restricted
 from maskopt.problems import QuadraticForm
 from maskopt.solvers import BranchAndBound, Status, Stop, Wanda, solve
@@ -156,5 +157,5 @@ def test_limits_and_logs() -> None:
 
 def test_sets_without_groups_are_refused() -> None:
     layer = Layer(torch.ones(2, 4).double(), torch.eye(4).double(), "")
-    with pytest.raises(Exception, match="it must implement groups, restrict, kept_per_group; missing"):
+    with pytest.raises(MaskoptError, match="it must be a PartitionMatroid; it is a Budget"):
         solve(layer.problem(), ALL_SETS["budget"](layer.shape, 0.5), SMALL)

@@ -28,7 +28,7 @@ from maskopt.solvers import (
     check_compatible,
     solve,
 )
-from maskopt.solvers.base import row_block_of
+from maskopt.solvers.rules import row_block_of
 from tests import helpers
 from tests.helpers import FRANK_WOLFE, SETS, Layer, examples, layers, sets
 from tests.loop_runs import CONVEX, WAVY, Bowl, Case, Diary, Steady, function_case, layer_case, normal, plain_layer

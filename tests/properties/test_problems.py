@@ -97,7 +97,7 @@ def test_hessian_is_the_change_of_the_gradient(data: st.DataObject, layer: Layer
     a, b = relaxed(data, layer.shape), relaxed(data, layer.shape)
     change = problem.gradient(problem.evaluate(b)) - problem.gradient(problem.evaluate(a))
     direction = problem.hvp(b - a)
-    assert torch.equal(direction.x, b - a)
+    assert torch.equal(direction.vector, b - a)
     close(problem.hessian(direction), change, 20 * size.unsqueeze(1))
 
 
@@ -108,8 +108,8 @@ def test_a_line_is_a_quadratic(data: st.DataObject, layer: Layer, step_size: flo
     a, b = relaxed(data, layer.shape), relaxed(data, layer.shape)
     point = problem.evaluate(a.clone())
     direction = problem.hvp(b - a)
-    slope = (problem.gradient(point) * direction.x).sum(1)
-    curvature = (problem.hessian(direction) * direction.x).sum(1)
+    slope = (problem.gradient(point) * direction.vector).sum(1)
+    curvature = (problem.hessian(direction) * direction.vector).sum(1)
     expected = problem.value(point) + step_size * slope + 0.5 * step_size**2 * curvature
     close(problem.value(problem.evaluate(a + step_size * (b - a))), expected, 100 * size)
 

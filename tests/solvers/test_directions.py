@@ -43,10 +43,10 @@ from tests.loop_runs import (
     Diary,
     Hull,
     function_case,
-    loop_result,
     normal,
     plain_layer,
     random,
+    run_loop,
     starts,
     state_at,
 )
@@ -62,7 +62,7 @@ def step_for(name: str) -> StepRule:
 
 
 def fits(name: str, masks: object) -> bool:
-    return all(hasattr(masks, verb) for verb in DIRECTIONS[name]().asks)
+    return all(isinstance(masks, kind) for kind in DIRECTIONS[name]().requires.masks)
 
 
 def problems(seed: int, shape: tuple[int, int] = SHAPE) -> list[Problem]:
@@ -82,7 +82,7 @@ def test_ways_stay_in_the_hull_up_to_their_limit(name: str, set_name: str) -> No
     hull = Hull(masks, SHAPE)
     for problem in problems(3):
         diary = Diary(DIRECTIONS[name]())
-        end = loop_result(problem, masks, diary, step_for(name), 15).point
+        end = run_loop(problem, masks, diary, step_for(name), 15).point
         assert len(diary.events) == 15
         for event in diary.events:
             assert hull.holds(event.x)
@@ -98,7 +98,7 @@ def test_the_limit_is_where_the_hull_ends(name: str) -> None:
     masks, tight = SETS["per-row"](SHAPE, 0.5), 0
     for seed in range(3):
         diary = Diary(DIRECTIONS[name]())
-        loop_result(plain_layer(seed).problem(), masks, diary, ExactStep(), 25)
+        run_loop(plain_layer(seed).problem(), masks, diary, ExactStep(), 25)
         for event in diary.events:
             for row in range(SHAPE[0]):
                 search, max_step = event.search[row], float(event.max_step[row])
@@ -115,7 +115,7 @@ def test_ways_lead_downhill_while_there_is_a_gap(name: str, set_name: str) -> No
     masks = SETS[set_name](SHAPE, 0.5)
     for problem in problems(1)[:2]:
         diary = Diary(DIRECTIONS[name]())
-        loop_result(problem, masks, diary, ExactStep(), 30)
+        run_loop(problem, masks, diary, ExactStep(), 30)
         row_blocks = RowBlocks(masks.row_block(SHAPE))
         for t, event in enumerate(diary.events):
             slope = row_blocks(vecdot(event.gradient, event.search))
@@ -157,7 +157,7 @@ def test_points_are_combinations_of_their_atoms(name: str, set_name: str) -> Non
     masks = ALL_SETS[set_name](SHAPE, 0.5)
     for problem in problems(2):
         watched = Watched(DIRECTIONS[name]())
-        loop_result(problem, masks, watched, ExactStep(), 24)
+        run_loop(problem, masks, watched, ExactStep(), 24)
         assert len(watched.ends) == 24
 
 
@@ -168,7 +168,7 @@ def test_ugly_combinations(name: str, layer: Layer, set_name: str, step_size: fl
     base = layer.problem()
     problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, step_size)
     watched = Watched(DIRECTIONS[name]())
-    loop_result(problem, masks, watched, ExactStep(), 12)
+    run_loop(problem, masks, watched, ExactStep(), 12)
 
 
 @pytest.mark.parametrize("name", ["away", "pairwise", "blended-pairwise"])
@@ -176,7 +176,7 @@ def test_combinations_of_functions_too(name: str) -> None:
     for coupled in (False, True):
         problem = function_case("logistic", SHAPE, coupled=coupled).problem
         watched = Watched(DIRECTIONS[name]())
-        loop_result(problem, SETS["n:m"](SHAPE, 0.5), watched, OpenLoopStep(), 30)
+        run_loop(problem, SETS["n:m"](SHAPE, 0.5), watched, OpenLoopStep(), 30)
 
 
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "blocks", "protected rows"])
@@ -186,7 +186,7 @@ def test_fully_corrective_points_are_the_best_of_their_atoms(set_name: str) -> N
     for seed in range(4):
         for problem in problems(seed)[:2]:
             watched = Watched(FullyCorrective())
-            loop_result(problem, masks, watched, ExactStep(), 15)
+            run_loop(problem, masks, watched, ExactStep(), 15)
             for x, active, atoms in watched.ends:
                 gradient = problem.gradient(problem.evaluate(x.clone()))
                 row_blocks = RowBlocks(masks.row_block(SHAPE))
@@ -211,7 +211,7 @@ def test_fully_corrective_never_climbs(layer: Layer, set_name: str, step_size: f
     problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, step_size)
     start = masks.lmo(normal(*layer.shape, seed=5))
     diary = Diary(FullyCorrective())
-    end = loop_result(problem, masks, diary, ExactStep(), 10, start=start).point.x
+    end = run_loop(problem, masks, diary, ExactStep(), 10, start=start).point.x
     row_blocks = RowBlocks(masks.row_block(layer.shape))
     points = [event.x for event in diary.events] + [end]
     values = torch.stack([row_blocks(problem.value(problem.evaluate(x.clone()))) for x in points])
@@ -224,7 +224,7 @@ def test_fully_corrective_on_linear_objectives() -> None:
     for seed in range(5):
         problem = Bowl(torch.zeros(8, 8, dtype=torch.float64), normal(*SHAPE, seed=seed))
         start = masks.lmo(normal(*SHAPE, seed=seed + 10))
-        x = loop_result(problem, masks, FullyCorrective(), ExactStep(), 3, start=start).point.x
+        x = run_loop(problem, masks, FullyCorrective(), ExactStep(), 3, start=start).point.x
         torch.testing.assert_close(x, masks.lmo(problem.linear), rtol=0, atol=1e-12)
 
 
@@ -257,7 +257,7 @@ def test_away_leaves_the_worst_atom() -> None:
                     directions = [(state.x[row] - dense[s][row], own[s] / (1 - own[s]), "away") for s in tied]
                 seen[directions[0][2]] += 1
                 assert any(
-                    torch.allclose(search.x[row], x, rtol=0, atol=1e-12)
+                    torch.allclose(search.vector[row], x, rtol=0, atol=1e-12)
                     and float(search.max_step[row]) == pytest.approx(max_step, rel=1e-9)
                     for x, max_step, _ in directions
                 )
@@ -268,7 +268,7 @@ def test_away_leaves_the_worst_atom() -> None:
             problem = plain_layer(seed).problem()
             checked = Checked(rule)
             checked.checked = rule
-            loop_result(problem, masks, checked, ExactStep(), 40)
+            run_loop(problem, masks, checked, ExactStep(), 40)
     assert seen["away"] > 20
     assert seen["toward"] > 20
     assert seen["pair"] > 40
@@ -280,7 +280,7 @@ def test_blended_pairwise_keeps_the_fewest_atoms() -> None:
     for rule in (Away(), Pairwise(), BlendedPairwise()):
         problem = plain_layer(0, (8, 24)).problem()
         watched = Watched(rule)
-        loop_result(problem, masks, watched, ExactStep(), 120)
+        run_loop(problem, masks, watched, ExactStep(), 120)
         most[type(rule).__name__] = float(watched.ends[-1][1].double().mean())
     assert most["BlendedPairwise"] <= most["Pairwise"]
     assert most["BlendedPairwise"] <= most["Away"]
@@ -298,7 +298,7 @@ def test_away_vertices_lie_on_the_face(set_name: str) -> None:
     for seed in range(3):
         problem = plain_layer(seed, shape).problem()
         diary = Diary(InFace())
-        loop_result(problem, masks, diary, ExactStep(), 20)
+        run_loop(problem, masks, diary, ExactStep(), 20)
         row_blocks = RowBlocks(masks.row_block(shape))
         for event in diary.events:
             away = masks.lmo(event.gradient) - event.search
@@ -322,11 +322,11 @@ def test_away_vertices_lie_on_the_face(set_name: str) -> None:
 @examples(60)
 def test_boosted_ways_point_no_worse_than_vanilla_ones(seed: int, set_name: str, iterations: int) -> None:
     masks, problem = SETS[set_name](SHAPE, 0.5), plain_layer(seed).problem()
-    x = loop_result(problem, masks, Vanilla(), ExactStep(), iterations).point.x
+    x = run_loop(problem, masks, Vanilla(), ExactStep(), iterations).point.x
     state = state_at(problem, masks, x)
     cosines = []
     for rule in (Boosted(), Vanilla()):
-        search = rule.begin(state).search_direction(state).x
+        search = rule.begin(state).search_direction(state).vector
         lengths = state.dot(search, search).sqrt() * state.dot(state.gradient, state.gradient).sqrt()
         cosines.append((-state.dot(search, state.gradient) / lengths).nan_to_num(0.0))  # nan where the row is solved
     assert bool((cosines[0] >= cosines[1] - 1e-12).all())
@@ -334,9 +334,9 @@ def test_boosted_ways_point_no_worse_than_vanilla_ones(seed: int, set_name: str,
 
 def test_boosting_helps() -> None:
     masks, problem, better = SETS["per-row"](SHAPE, 0.5), plain_layer(0).problem(), 0
-    x = loop_result(problem, masks, Vanilla(), ExactStep(), 3).point.x
+    x = run_loop(problem, masks, Vanilla(), ExactStep(), 3).point.x
     state = state_at(problem, masks, x)
-    one, many = (Boosted(rounds=rounds).search_direction(state).x for rounds in (1, 30))
+    one, many = (Boosted(rounds=rounds).search_direction(state).vector for rounds in (1, 30))
     torch.testing.assert_close(one, state.vertex - state.x, rtol=0, atol=1e-12)
 
     def cosine(search: Tensor) -> Tensor:
@@ -363,14 +363,14 @@ def test_conjugate_moves_are_conjugate(together: bool, seed: int, amount: float,
     vertex, previous = problem.hvp(two.clone()), problem.hvp(one.clone())
     chosen = rule.correct(state, vertex)
     # The move is (1 - a) vertex + a previous, with one a for each row, or for all.
-    a = vecdot(chosen.x - two, one - two) / vecdot(one - two, one - two)
-    torch.testing.assert_close(chosen.x, torch.lerp(two, one, a.unsqueeze(1)), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(chosen.gradient, problem.hvp(chosen.x.clone()).gradient, rtol=1e-9, atol=1e-9)
+    a = vecdot(chosen.vector - two, one - two) / vecdot(one - two, one - two)
+    torch.testing.assert_close(chosen.vector, torch.lerp(two, one, a.unsqueeze(1)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(chosen.product, problem.hvp(chosen.vector.clone()).product, rtol=1e-9, atol=1e-9)
     assert bool(((a >= -1e-12) & (a <= 1 - slack + 1e-12)).all())
     if together:
         torch.testing.assert_close(a, a[:1].expand_as(a), rtol=1e-9, atol=1e-9)
     product = problem.hessian(previous)
-    cross, size = row_blocks(vecdot(product, chosen.x)), row_blocks((product.abs() * chosen.x.abs()).sum(1))
+    cross, size = row_blocks(vecdot(product, chosen.vector)), row_blocks((product.abs() * chosen.vector.abs()).sum(1))
     inside = (a > 1e-9) & (a < 1 - slack - 1e-9)
     assert bool((cross.abs() <= 1e-9 * size)[inside].all())
     # At an end of the range, no inner share would have made them conjugate.
@@ -383,11 +383,11 @@ def test_conjugate_without_a_past_is_vanilla() -> None:
     problem, masks = plain_layer(3).problem(), SETS["per-row"](SHAPE, 0.5)
     state = state_at(problem, masks, random(*SHAPE))
     rule = Conjugate().begin(state)
-    assert torch.equal(rule.search_direction(state).x, Vanilla().search_direction(state).x)
+    assert torch.equal(rule.search_direction(state).vector, Vanilla().search_direction(state).vector)
     direction = problem.hvp(random(*SHAPE))
-    before = direction.x.clone()
+    before = direction.vector.clone()
     assert rule.correct(state, direction) is direction
-    assert torch.equal(direction.x, before)
+    assert torch.equal(direction.vector, before)
 
 
 def test_conjugate_of_a_past_that_stood_still() -> None:
@@ -396,8 +396,8 @@ def test_conjugate_of_a_past_that_stood_still() -> None:
     rule, ones = Conjugate().begin(state), torch.ones(SHAPE[0], dtype=torch.float64)
     rule.update(state, problem.hvp(random(*SHAPE)), ones, ones)  # all the way: nothing of it is left
     direction = problem.hvp(random(*SHAPE))
-    before = direction.x.clone()
-    assert torch.equal(rule.correct(state, direction).x, before)
+    before = direction.vector.clone()
+    assert torch.equal(rule.correct(state, direction).vector, before)
 
 
 @pytest.mark.parametrize("set_name", helpers.FREE_SETS)
@@ -412,7 +412,7 @@ def test_the_past_points_to_where_it_would_have_ended(set_name: str) -> None:
             return super().correct(state, direction)
 
     diary = Spy(Conjugate())
-    loop_result(plain_layer(1).problem(), masks, diary, ExactStep(), 40)
+    run_loop(plain_layer(1).problem(), masks, diary, ExactStep(), 40)
     for t, end in enumerate(ends):
         if t:
             before = diary.events[t - 1]
@@ -444,7 +444,7 @@ class Counted(PartitionMatroid):
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "blocks"])
 def test_lazy_asks_less_often(set_name: str) -> None:
     masks, problem = Counted(SETS[set_name](SHAPE, 0.5)), plain_layer(0).problem()
-    end = loop_result(problem, masks, Lazy(), ExactStep(), 2000)
+    end = run_loop(problem, masks, Lazy(), ExactStep(), 2000)
     rows = sum(len(cost) for cost in masks.asked)
     assert rows < 0.8 * 2000 * SHAPE[0]
     gradient = problem.gradient(problem.evaluate(end.point.x.clone()))
@@ -459,9 +459,9 @@ def test_lazy_certifies_where_there_is_nothing_to_do(dtype: torch.dtype) -> None
     weight[1] = 0.0
     problem = Layer(weight, normal(8, 20), "").problem(dtype)
     for keep in (8, 0):
-        assert loop_result(problem, SETS["per-row"](SHAPE, keep / 8), Lazy(), ExactStep(), 50, tolerance=0.0).converged
+        assert run_loop(problem, SETS["per-row"](SHAPE, keep / 8), Lazy(), ExactStep(), 50, tolerance=0.0).converged
     one = problem.rows(torch.tensor([1]))
-    assert loop_result(one, SETS["per-row"]((1, 8), 0.5), Lazy(), ExactStep(), 50, tolerance=0.0).converged
+    assert run_loop(one, SETS["per-row"]((1, 8), 0.5), Lazy(), ExactStep(), 50, tolerance=0.0).converged
 
 
 def test_lazy_forgets_when_its_memory_is_full() -> None:
@@ -473,7 +473,7 @@ def test_lazy_forgets_when_its_memory_is_full() -> None:
             super().update(state, direction, step_size, max_step)
             sizes.append(int(self.rule.atoms.active.max()))
 
-    loop_result(problem, masks, Spy(Lazy(remember=5)), ExactStep(), 400)
+    run_loop(problem, masks, Spy(Lazy(remember=5)), ExactStep(), 400)
     assert max(sizes) == 5
     assert 1 in sizes[50:]
 
@@ -486,7 +486,7 @@ def test_lazy_forgets_when_its_memory_is_full() -> None:
 def test_block_coordinate_moves_its_groups_only(blocks: int, set_name: str) -> None:
     masks, problem = SETS[set_name](SHAPE, 0.5), plain_layer(1).problem()
     diary = Diary(BlockCoordinate(blocks=blocks))
-    loop_result(problem, masks, diary, OpenLoopStep(), 12)
+    run_loop(problem, masks, diary, OpenLoopStep(), 12)
     within = masks.groups(torch.zeros(SHAPE)).shape[0] * masks.row_block(SHAPE) // SHAPE[0]  # groups of one row block
     turns = min(blocks, within)
     moves = []
@@ -525,7 +525,7 @@ def test_gaps_are_taken_with_true_gradients(name: str) -> None:
                 handed.append(state.iteration)
             return search
 
-    loop_result(problem, masks, Spy(rule), OpenLoopStep(), 21, tolerance=1e-30)
+    run_loop(problem, masks, Spy(rule), OpenLoopStep(), 21, tolerance=1e-30)
     assert handed == [0, 4, 8, 12, 16, 20]
 
 
@@ -548,7 +548,7 @@ def test_handed_gaps_are_gaps(name: str) -> None:
                     handed.append(gap)
                 return search
 
-        loop_result(problem, masks, Spy(DIRECTIONS[name]()), step_for(name), 40)
+        run_loop(problem, masks, Spy(DIRECTIONS[name]()), step_for(name), 40)
     assert len(handed) >= 3
 
 
@@ -567,7 +567,7 @@ def test_samples_have_the_gradient_as_their_mean() -> None:
 def test_momentum_averages() -> None:
     """By the recurrence: a_t = a_{t-1} + 2 / (t + 2) (g_t - a_{t-1}), and the way leads to its vertex."""
     masks, diary = SETS["per-row"](SHAPE, 0.5), Diary(Momentum())
-    loop_result(plain_layer(0).problem(), masks, diary, OpenLoopStep(), 25)
+    run_loop(plain_layer(0).problem(), masks, diary, OpenLoopStep(), 25)
     average = torch.zeros(SHAPE, dtype=torch.float64)
     for t, event in enumerate(diary.events):
         average = average + 2 / (t + 2) * (event.gradient - average)
@@ -576,7 +576,7 @@ def test_momentum_averages() -> None:
 
 def test_stochastic_seeds() -> None:
     masks, problem = SETS["per-row"](SHAPE, 0.5), plain_layer(0).problem()
-    ends = [loop_result(problem, masks, Stochastic(seed=seed), OpenLoopStep(), 20).point.x for seed in (0, 0, 1)]
+    ends = [run_loop(problem, masks, Stochastic(seed=seed), OpenLoopStep(), 20).point.x for seed in (0, 0, 1)]
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])
 
@@ -588,7 +588,7 @@ def test_stochastic_seeds() -> None:
 def test_a_rule_forgets_its_last_run(name: str) -> None:
     rule, masks, ends = DIRECTIONS[name](), SETS["n:m"](SHAPE, 0.5), []
     for seed in (0, 1, 0):
-        ends.append(loop_result(plain_layer(seed).problem(), masks, rule, step_for(name), 20).point.x)
+        ends.append(run_loop(plain_layer(seed).problem(), masks, rule, step_for(name), 20).point.x)
     assert torch.equal(ends[0], ends[2])
     assert not torch.equal(ends[0], ends[1])
     assert rule == DIRECTIONS[name]()
@@ -600,7 +600,7 @@ def test_nothing_to_choose(name: str) -> None:
     for keep in (0.0, 1.0):
         masks = SETS["per-row"](SHAPE, keep)
         for problem in (plain_layer(0).problem(), Layer(torch.zeros(SHAPE), torch.ones(8, 2), "").problem()):
-            end = loop_result(problem, masks, DIRECTIONS[name](), step_for(name), 6).point.x
+            end = run_loop(problem, masks, DIRECTIONS[name](), step_for(name), 6).point.x
             assert torch.equal(end, masks.center(SHAPE, problem.dtype, CPU))
 
 
@@ -626,5 +626,5 @@ def test_the_work_is_counted() -> None:
     }  # fmt: skip
     for name, (oracle, products) in expected.items():
         monitor = Monitor("test", None, None)
-        loop_result(problem, masks, DIRECTIONS[name](), step_for(name), 10, monitor=monitor)
+        run_loop(problem, masks, DIRECTIONS[name](), step_for(name), 10, monitor=monitor)
         assert (monitor.counters["lmo"], monitor.counters["products"]) == (oracle, products), name

@@ -34,10 +34,10 @@ from tests.loop_runs import (
     Hull,
     Steady,
     function_case,
-    loop_result,
     normal,
     plain_layer,
     relaxed_optimum,
+    run_loop,
     starts,
 )
 
@@ -89,7 +89,7 @@ def test_it_approaches_the_relaxed_optimum(name: str, set_name: str) -> None:
     problem, masks = plain_layer(1).problem(), SETS[set_name](SHAPE, 0.5)
     best, scale = best_of_layer(1, set_name), float(problem.scale().sum())
     hull = Hull(masks, SHAPE)
-    point = loop_result(problem, masks, DIRECTIONS[name](), step_for(name), 400).point
+    point = run_loop(problem, masks, DIRECTIONS[name](), step_for(name), 400).point
     value = float(problem.value(problem.evaluate(point.x)).sum())
     assert hull.holds(point.x)
     assert value >= best - 1e-6 * scale
@@ -105,17 +105,17 @@ def test_open_loops_approach_the_relaxed_optimum(step: StepRule) -> None:
     for set_name in ("per-row", "unstructured", "n:m"):
         problem, masks = plain_layer(0).problem(), SETS[set_name](SHAPE, 0.5)
         best, scale = relaxed_optimum(problem, masks), float(problem.scale().sum())
-        x = loop_result(problem, masks, Vanilla(), step, 1500).point.x
+        x = run_loop(problem, masks, Vanilla(), step, 1500).point.x
         assert abs(float(problem.value(problem.evaluate(x)).sum()) - best) <= 2e-3 * scale
 
 
 @pytest.mark.parametrize("coupled", [False, True], ids=["rows apart", "rows together"])
-@pytest.mark.parametrize("name", [name for name in DIRECTIONS if not DIRECTIONS[name]().requires])
+@pytest.mark.parametrize("name", [name for name in DIRECTIONS if not DIRECTIONS[name]().requires.problem])
 def test_functions_approach_the_relaxed_optimum(name: str, coupled: bool) -> None:
     for kind, set_name, accuracy in (("softplus", "n:m", 5e-3), ("root", "per-row", 3e-2)):
         problem, masks = function_case(kind, SHAPE, coupled=coupled).problem, SETS[set_name](SHAPE, 0.5)
         best = best_of_function(kind, set_name, coupled)
-        x = loop_result(problem, masks, DIRECTIONS[name](), step_for(name, problem), 120).point.x
+        x = run_loop(problem, masks, DIRECTIONS[name](), step_for(name, problem), 120).point.x
         value = float(problem.value(problem.evaluate(x)).sum())
         if name in ("away", "pairwise", "blended-pairwise", "dicg", "blended-dicg") and kind == "softplus":
             accuracy = 1e-4
@@ -130,7 +130,7 @@ def test_functions_approach_the_relaxed_optimum(name: str, coupled: bool) -> Non
 def test_exact_steps_never_climb(name: str, set_name: str) -> None:
     problem, masks = plain_layer(5).problem(), SETS[set_name](SHAPE, 0.4)
     diary = Diary(DIRECTIONS[name]())
-    loop_result(problem, masks, diary, ExactStep(), 60)
+    run_loop(problem, masks, diary, ExactStep(), 60)
     row_blocks = RowBlocks(masks.row_block(SHAPE))
     values = torch.stack([row_blocks(problem.value(problem.evaluate(event.x))) for event in diary.events])
     assert len(values) == 60
@@ -141,7 +141,7 @@ def test_open_loop_forgets_its_start() -> None:
     """The first step has length one, so only the first gradient depends on the start."""
     problem, masks = plain_layer(2).problem(), SETS["per-row"](SHAPE, 0.5)
     center = masks.center(SHAPE, torch.float64, CPU)
-    after = loop_result(problem, masks, Vanilla(), OpenLoopStep(), 1, start=center).point.x
+    after = run_loop(problem, masks, Vanilla(), OpenLoopStep(), 1, start=center).point.x
     assert torch.equal(after.bool(), masks.lmo_mask(problem.gradient(problem.evaluate(center))))
     assert float((after - after.round()).abs().max()) <= 1e-15
 
@@ -173,7 +173,7 @@ def test_a_schedule_of_shifts() -> None:
 
 def test_refreshed_gradients_are_new() -> None:
     problem, masks = plain_layer(0).problem(torch.float32), SETS["per-row"](SHAPE, 0.5)
-    ends = [loop_result(problem, masks, Vanilla(), OpenLoopStep(), 301, refresh=refresh).point for refresh in (0, 100)]
+    ends = [run_loop(problem, masks, Vanilla(), OpenLoopStep(), 301, refresh=refresh).point for refresh in (0, 100)]
     errors = [float((end.gradient - problem.evaluate(end.x).gradient).abs().max()) for end in ends]
     assert 0 < errors[1] < errors[0]
 
@@ -240,7 +240,7 @@ def test_callbacks_stop_it(name: str, after: int) -> None:
 
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
     monitor = Monitor("test", stop, None)
-    end = loop_result(problem, masks, DIRECTIONS[name](), step_for(name), 50, monitor=monitor)
+    end = run_loop(problem, masks, DIRECTIONS[name](), step_for(name), 50, monitor=monitor)
     assert (end.iterations, end.converged, monitor.ended) == (after, False, Status.STOPPED)
     assert calls == list(range(after + 1))
     result = solve(problem, masks, FrankWolfe(direction=name), time_limit=0)
@@ -263,7 +263,7 @@ class Spying(LayerReconstruction):
         part.seen = []
         return part
 
-    def value_after(self, x: Tensor) -> Direction:
+    def hvp(self, x: Tensor) -> Direction:
         self.seen.append(len(x))
         return super().hvp(x)
 
@@ -282,7 +282,7 @@ def test_finished_rows_leave(name: str) -> None:
     hull = Hull(masks, (8, 12))
     tolerance = 1e-3 * problem.scale()
     monitor = Monitor("test", lambda state: points.append(state.point.x.clone()), None)
-    loop_result(problem, masks, DIRECTIONS[name](), step_for(name), 400, tolerance=tolerance, monitor=monitor)
+    run_loop(problem, masks, DIRECTIONS[name](), step_for(name), 400, tolerance=tolerance, monitor=monitor)
     sizes = [size for size in problem.seen if size <= 8]
     assert sizes[0] == 8
     assert min(sizes) <= 4
@@ -315,10 +315,10 @@ def test_a_batch_is_its_rows_alone(name: str, set_name: str) -> None:
     problem, masks = steady(), SETS[set_name]((8, 12), 0.5)
     row_block, iterations = masks.row_block((8, 12)), 120
     tolerance = torch.full((8,), 0.03 * row_block, dtype=torch.float64)
-    together = loop_result(problem, masks, DIRECTIONS[name](), step_for(name), iterations, tolerance=tolerance)
+    together = run_loop(problem, masks, DIRECTIONS[name](), step_for(name), iterations, tolerance=tolerance)
     converged = []
     for part, part_masks, index in alone(problem, masks, 8 // row_block, row_block):
-        one = loop_result(part, part_masks, DIRECTIONS[name](), step_for(name), iterations, tolerance=tolerance[index])
+        one = run_loop(part, part_masks, DIRECTIONS[name](), step_for(name), iterations, tolerance=tolerance[index])
         torch.testing.assert_close(one.point.x, together.point.x[index], rtol=0, atol=1e-12)
         converged.append(one.converged)
     assert together.converged == all(converged)
@@ -331,9 +331,9 @@ def test_a_batch_of_functions_is_its_rows_alone(kind: str) -> None:
     tolerance = torch.full((6,), 1e-3, dtype=torch.float64) * 10.0 ** torch.arange(6).double().neg().add(3)
     for name in ("vanilla", "pairwise", "dicg", "lazy", "momentum", "block-coordinate"):
         step = step_for(name, problem)
-        together = loop_result(problem, masks, DIRECTIONS[name](), step, 60, tolerance=tolerance)
+        together = run_loop(problem, masks, DIRECTIONS[name](), step, 60, tolerance=tolerance)
         for part, part_masks, index in alone(problem, masks, 6, 1):
-            one = loop_result(part, part_masks, DIRECTIONS[name](), step, 60, tolerance=tolerance[index])
+            one = run_loop(part, part_masks, DIRECTIONS[name](), step, 60, tolerance=tolerance[index])
             torch.testing.assert_close(one.point.x, together.point.x[index], rtol=0, atol=1e-7)
 
 
@@ -343,7 +343,7 @@ def test_finished_rows_stand_still(name: str) -> None:
     problem, masks, points = easy_and_hard(), SETS["per-row"]((8, 12), 0.5), []
     tolerance = 2e-2 * problem.scale()
     monitor = Monitor("test", lambda state: points.append(state.point.x.clone()), None)
-    loop_result(problem, masks, DIRECTIONS[name](), step_for(name), 120, tolerance=tolerance, monitor=monitor)
+    run_loop(problem, masks, DIRECTIONS[name](), step_for(name), 120, tolerance=tolerance, monitor=monitor)
     stood = 0
     for row in range(8):
         moves = [t for t in range(1, len(points)) if not torch.equal(points[t][row], points[t - 1][row])]

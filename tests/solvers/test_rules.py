@@ -70,7 +70,7 @@ def test_views_of_coupled_rows_add_up() -> None:
 def test_parts_of_a_way() -> None:
     x, max_step, rows = random(*SHAPE), random(4), torch.tensor([3, 1])
     part = SearchDirection(x, max_step, best=True).take(rows)
-    assert torch.equal(part.x, x[rows])
+    assert torch.equal(part.vector, x[rows])
     assert torch.equal(part.max_step, max_step[rows])
     assert part.best
     assert SearchDirection(x).take(rows).max_step is None

@@ -403,7 +403,7 @@ def test_a_diagonal_negative_by_rounding(name: str) -> None:
 def test_incompatible_pairs(name: str) -> None:
     # SparseFW takes any objective; the scores it starts from do not.
     kind = "Wanda" if name.startswith("sparsefw") else type(SOLVERS[name]).__name__
-    sentence = f"Saliency is not compatible with {kind}: it must implement weight, gram; missing: weight, gram."
+    sentence = f"Saliency is not compatible with {kind}: it must be a LayerReconstruction; it is a Saliency."
     with pytest.raises(MaskoptError) as error:
         solve(Saliency(torch.ones(2, 4)), PerRow(0.5), SOLVERS[name])
     assert str(error.value) == sentence

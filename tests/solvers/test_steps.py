@@ -27,7 +27,7 @@ from maskopt.solvers import (
     Vanilla,
 )
 from tests.helpers import SETS, Layer, examples, layers, magnitudes
-from tests.loop_runs import CONVEX, WAVY, Bowl, function_case, loop_result, normal, plain_layer, random
+from tests.loop_runs import CONVEX, WAVY, Bowl, function_case, normal, plain_layer, random, run_loop
 
 SHAPE = (4, 8)
 BANDS = pytest.mark.parametrize("together", [False, True], ids=["rows apart", "rows together"])
@@ -62,7 +62,7 @@ def step_size_of(
     assert step_size.dtype == problem.dtype
     assert bool(((step_size >= 0) & (step_size <= max_step)).all())
     assert torch.equal(state.point.x, x)
-    assert torch.equal(direction.x, search)
+    assert torch.equal(direction.vector, search)
     if together:
         assert bool((step_size == step_size[0]).all())
     return step_size
@@ -329,7 +329,7 @@ def test_a_rule_forgets_its_last_run(name: str, dtype: torch.dtype) -> None:
     ends = []
     for seed in (0, 1, 0):
         problem = plain_layer(seed).problem(dtype)
-        ends.append(loop_result(problem, masks, Vanilla(), step, 15).point.x)
+        ends.append(run_loop(problem, masks, Vanilla(), step, 15).point.x)
     assert torch.equal(ends[0], ends[2])
     assert not torch.equal(ends[0], ends[1])
     assert step == STEPS[name]()
@@ -366,6 +366,6 @@ def test_monotone_halves_for_good() -> None:
         torch.ones(1).double(),
     )
     assert rule.step_size(state, direction, max_step).tolist() == [0.5]  # f(-1) = f(1) is no rise
-    longer = Direction(direction.x * 1.5, direction.gradient * 1.5)
+    longer = Direction(direction.vector * 1.5, direction.product * 1.5)
     assert rule.step_size(state, longer, max_step).tolist() == [0.25]
     assert rule.step_size(state, direction, max_step).tolist() == [0.25]

@@ -352,7 +352,7 @@ def test_bad_settings_are_refused_in_one_sentence(settings: dict[str, object]) -
 
 def test_problems_without_weights_are_refused() -> None:
     form = QuadraticForm(torch.eye(8), torch.zeros(2, 8))
-    with pytest.raises(MaskoptError, match=r"^QuadraticForm is not compatible with ConditionalADMM.* missing: weight"):
+    with pytest.raises(MaskoptError, match=r"^QuadraticForm is not compatible with Cond.*: it must be a Layer"):
         solve(form, PerRow(0.5), METHOD)
 
 

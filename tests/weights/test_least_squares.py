@@ -315,16 +315,16 @@ def test_wide_layers_use_conjugate_gradients() -> None:
 def test_needs_are_those_of_the_solver() -> None:
     problem, budget = synthetic(rows=4, d=8).problem(), Budget(torch.ones(4, 8), 16.0)
     for solver in (OneSwap(), FrankWolfe("dicg"), Wanda(), SparseGPT()):
-        requires, asks = LeastSquares(solver=solver).needs()
-        assert asks == solver.needs()[1]
-        assert set(requires) == {*solver.needs()[0], "weight", "gram"}
-        assert len(requires) == len(set(requires))
+        requirements = LeastSquares(solver=solver).requirements
+        assert requirements.masks == solver.requirements.masks
+        assert set(requirements.problem) == {*solver.requirements.problem, LayerReconstruction}
+        assert len(requirements.problem) == len(set(requirements.problem))
         for masks in (PerRow(0.5), Unstructured(0.5)):
             assert LeastSquares(solver=solver).solves_rows_apart(masks) == solver.solves_rows_apart(masks)
     assert not LeastSquares(solver=ALPS()).solves_rows_apart(PerRow(0.5))
     sentences = []
     for solver in (OneSwap(), LeastSquares(solver=OneSwap())):
-        with pytest.raises(MaskoptError, match=r"OneSwap: it must implement swap_tile; missing: swap_tile") as caught:
+        with pytest.raises(MaskoptError, match=r"OneSwap: it must be a PartitionMatroid; it is a Budget") as caught:
             solve(problem, budget, solver)
         sentences.append(str(caught.value))
     assert sentences[0] == sentences[1].replace("LeastSquares on ", "")

@@ -245,7 +245,7 @@ def test_bad_settings_are_refused_in_one_sentence(method: type[Joint], settings:
 
 def test_sparsegpt_refuses_sets_without_groups() -> None:
     problem = synthetic(rows=4, d=8).problem()
-    with pytest.raises(MaskoptError, match="PartitionMatroid; got Units"):
+    with pytest.raises(MaskoptError, match="SparseGPT: it must be a PartitionMatroid; it is a Units"):
         solve(problem, Columns(0.5), SparseGPT())
 
 

@@ -1,0 +1,175 @@
+"""The one function that runs a solver."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+from maskopt.oracles import MaskSet
+from maskopt.problems import LayerReconstruction, Problem
+from maskopt.solvers.base import Solver
+from maskopt.solvers.continuation import ContinuationFrankWolfe
+from maskopt.solvers.history import Record, Recorder, merged
+from maskopt.solvers.monitor import Callback, Monitor
+from maskopt.solvers.outcome import GapKind, Outcome, Result, Status
+from maskopt.solvers.rules import RowBlocks, row_block_of
+from maskopt.threads import sized_threads
+
+__all__ = ["check_compatible", "solve"]
+
+
+def solve(
+    problem: Problem,
+    masks: MaskSet,
+    solver: Solver | None = None,
+    *,
+    start: Tensor | Solver | None = None,
+    callback: Callback | None = None,
+    time_limit: float | None = None,
+    memory: int = 2**30,
+    record: Record | None = None,
+) -> Result:
+    """Choose a mask.
+
+    Parameters
+    ----------
+    problem : Problem
+        Usually a `LayerReconstruction`.
+    masks : PartitionMatroid
+        The feasible set: `PerRow(0.5)`, `NM(keep=2, group=4)`, `Unstructured(0.4)` ...
+    solver : Solver, optional
+        `ContinuationFrankWolfe()` by default.
+    start : Tensor or Solver, optional
+        A feasible boolean mask, or the solver that makes one, instead of the solver's own choice.
+    callback : callable, optional
+        Called with a `State` about once per iteration; returning `Stop.STOP` ends the solve early.
+    time_limit : float, optional
+        Seconds after which the best mask so far is returned, with status TIME_LIMIT.
+    memory : int
+        Bytes of working memory; where rows are independent they are solved in blocks that fit.
+    record : int or "doubling", optional
+        Iterations at which values, bounds and rounded errors are evaluated in float64 for `Result.history`: every so
+        many, or 0, 1, 2, 4, 8 ...; by default the solver's own choice. The result is the best mask seen.
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    MaskoptError
+        If the set does not fit the weight, the start is infeasible, or problem and solver do not go together.
+    """
+    solver = ContinuationFrankWolfe() if solver is None else solver
+    check_compatible(problem, masks, solver)
+    masks.check(problem.shape)  # raises here, before any work, where the set does not fit
+    monitor = Monitor(type(solver).__name__, callback, time_limit, memory)
+    rows, columns = problem.shape
+    with sized_threads(rows * columns * columns):
+        return _solve(problem, masks, solver, start, monitor, memory, solver.record if record is None else record)
+
+
+def check_compatible(problem: Problem, masks: MaskSet, solver: Solver) -> None:
+    """Raise MaskoptError, with what is missing, if problem, set and solver do not go together."""
+    solver.requirements.check(problem if solver.relaxes else problem.unshifted(), masks, solver.name)
+
+
+def _solve(
+    problem: Problem,
+    masks: MaskSet,
+    solver: Solver,
+    start: Tensor | Solver | None,
+    monitor: Monitor,
+    memory: int,
+    record: Record,
+) -> Result:
+    first = _start_mask(problem, masks, solver.start if start is None else start)
+    if first is None and solver.needs_start:
+        raise MaskoptError(f"{solver.name} needs a mask to start from; give solve(..., start=...) a mask or a solver.")
+    seen = problem if solver.relaxes else problem.unshifted()
+    row_block = row_block_of(problem, masks)
+    apart = solver.solves_rows_apart(masks) or (solver.row_wise and solver.blockwise)
+    outcomes, recorders = [], list[Recorder]()
+    for index in _chunks(seen, solver.arrays, memory, row_block) if apart else [slice(0, problem.shape[0])]:
+        whole = index == slice(0, problem.shape[0])
+        part = seen if whole else seen.rows(index)
+        part_masks = masks if whole else masks.rows(index, problem.shape)
+        recorder = None if record == 0 else Recorder(part, part_masks, RowBlocks(row_block), record)
+        monitor.chunk(index.start / problem.shape[0], index.stop / problem.shape[0], recorder)
+        recorders += [] if recorder is None else [recorder]
+        outcomes.append(monitor.finish(solver.run(part, part_masks, None if first is None else first[index], monitor)))
+    mask = torch.cat([outcome.mask for outcome in outcomes])
+    if not masks.contains(mask):
+        raise RuntimeError(f"{type(solver).__name__} returned a mask outside {masks}; this is a bug in the solver.")
+    weight, before, objective = None, None, problem.objective(mask)
+    if all(outcome.weight is not None for outcome in outcomes):
+        before = objective
+        weight, objective = _accepted(seen, solver, mask, before, [outcome.weight for outcome in outcomes])
+    bound = _bound(outcomes)
+    optimal = bound is not None and bool((objective.view(len(bound), -1).sum(1) <= bound).all())
+    unproven = GapKind.NONE if all(recorder.convex for recorder in recorders) else GapKind.STATIONARY
+    weakest = max((outcome.status for outcome in outcomes), key=list(Status).index)
+    return Result(
+        mask=mask,
+        objective=objective,
+        scale=problem.scale(),
+        status=Status.OPTIMAL if optimal else monitor.ended or weakest,
+        gap_kind=unproven if bound is None else GapKind.PROVEN,
+        lower_bound=bound,
+        iterations=max(outcome.iterations for outcome in outcomes),
+        seconds=monitor.seconds,
+        counters=dict(monitor.counters),
+        solver=repr(solver),
+        history=merged([recorder.history for recorder in recorders]),
+        sources=dict(sum((Counter(recorder.sources) for recorder in recorders), Counter())),
+        weight=weight,
+        kept_objective=before,
+    )
+
+
+def _bound(outcomes: Sequence[Outcome]) -> Tensor | None:
+    """Return the proven bounds of all row blocks, None unless every chunk has some."""
+    bounds = [outcome.lower_bound for outcome in outcomes if outcome.lower_bound is not None]
+    return torch.cat(bounds) if len(bounds) == len(outcomes) else None
+
+
+def _accepted(
+    problem: Problem, solver: Solver, mask: Tensor, before: Tensor, parts: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """Return a mask's weights and their errors; rows that an update made worse keep the weights they had."""
+    weight = torch.cat([part for part in parts if part is not None])
+    if not isinstance(problem, LayerReconstruction):
+        raise RuntimeError(f"{type(solver).__name__} returned weights of a problem that has none; this is a bug in it.")
+    if bool((weight != 0).logical_and(~mask).any()):
+        raise RuntimeError(f"{type(solver).__name__} returned weights outside its mask; this is a bug in the solver.")
+    objective = problem.error(weight)
+    worse = ~(objective <= before)
+    weight = torch.where(worse.unsqueeze(1), problem.weight * mask, weight)
+    return weight, torch.where(worse, before, objective)
+
+
+def _start_mask(problem: Problem, masks: MaskSet, start: Tensor | Solver | None) -> Tensor | None:
+    if start is None:
+        return None
+    if isinstance(start, Solver):
+        return solve(problem, masks, start).mask
+    if start.shape != problem.shape or not masks.contains(start.to(problem.device)):
+        raise MaskoptError(
+            f"The start must be a boolean mask of shape {tuple(problem.shape)} in {masks}; got a {start.dtype} tensor "
+            f"of shape {tuple(start.shape)}{'' if start.shape != problem.shape else ' that is not in the set'}."
+        )
+    return start.to(problem.device)
+
+
+def _chunks(problem: Problem, arrays: float, memory: int, row_block: int) -> Iterator[slice]:
+    rows, columns = problem.shape[0] // row_block, problem.shape[1] * row_block
+    per_row = arrays * columns * torch.finfo(problem.dtype).bits / 8
+    # Equal chunks: a last chunk of a few rows would waste the matrix products' efficiency.
+    number = -(-rows // max(1, int(memory / per_row)))
+    edges = [rows * i // number * row_block for i in range(number + 1)]
+    return (slice(a, b) for a, b in itertools.pairwise(edges))
