@@ -46,6 +46,21 @@ class ContinuationFrankWolfe(Solver):
         Swap to a 1-swap optimum at the end.
     start : Solver
         Makes the mask the second run starts from.
+
+    References
+    ----------
+    The conjugate directions are those of Mitradjieva and Lindberg, Transportation Science 47(2), 2013; continuation
+    from a convex to a concave relaxation follows Zaslavskiy, Bach and Vert, "A path following algorithm for the graph
+    matching problem", IEEE TPAMI 31(12), 2009; path relinking Glover, Laguna and Marti, Control and Cybernetics 29(3),
+    2000.
+
+    Examples
+    --------
+    >>> import maskopt
+    >>> layer, masks = maskopt.synthetic(rows=4, d=16).problem(), maskopt.PerRow(0.5)
+    >>> default = maskopt.solve(layer, masks, maskopt.ContinuationFrankWolfe())
+    >>> default.total <= maskopt.solve(layer, masks, maskopt.Wanda()).total
+    True
     """
 
     iterations: int = 200

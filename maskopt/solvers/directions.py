@@ -19,7 +19,14 @@ __all__ = ["BlockCoordinate", "Boosted", "Conjugate", "Momentum", "Stochastic", 
 
 @dataclass(frozen=True)
 class Vanilla(DirectionRule):
-    """Go to the oracle's vertex (Frank and Wolfe, 1956)."""
+    """Go to the oracle's vertex: the method of Frank and Wolfe.
+
+    It needs nothing but the oracle, keeps nothing, and zig-zags on ill-conditioned objectives.
+
+    References
+    ----------
+    Frank and Wolfe, "An algorithm for quadratic programming", Naval Research Logistics Quarterly 3, 1956.
+    """
 
     def search_direction(self, state: IterationState) -> SearchDirection:
         return SearchDirection(state.toward)

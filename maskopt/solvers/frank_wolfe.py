@@ -102,6 +102,15 @@ class FrankWolfe(Solver):
         Swap to a 1-swap optimum at the end, where problem and set allow it.
     start : Solver, optional
         Makes the mask to start from; by default the hull's center, or the oracle's vertex there.
+
+    Examples
+    --------
+    >>> import maskopt
+    >>> from maskopt.solvers import FrankWolfe
+    >>> layer, masks = maskopt.synthetic(rows=4, d=16).problem(), maskopt.PerRow(0.5)
+    >>> result = maskopt.solve(layer, masks, FrankWolfe("dicg", relative_gap=1e-6))
+    >>> result.gap_kind.name, bool((result.lower_bound <= result.objective).all())
+    ('PROVEN', True)
     """
 
     direction: DirectionName | DirectionRule = "vanilla"

@@ -15,7 +15,18 @@ __all__ = ["BlendedInFace", "InFace"]
 
 @dataclass(frozen=True)
 class InFace(DirectionRule):
-    """DICG: from the worst vertex of the point's smallest face to the oracle's (Garber and Meshi, NeurIPS 2016)."""
+    """DICG: from the worst vertex of the point's smallest face to the oracle's vertex.
+
+    Class attributes
+    ----------------
+    requires : Requirements
+        A set with in-face oracle and maximal steps (`HasFaces`).
+
+    References
+    ----------
+    Garber and Meshi, "Linear-memory and decomposition-invariant linearly convergent conditional gradient algorithm for
+    structured polytopes", NeurIPS 2016.
+    """
 
     requires: ClassVar[Requirements] = Requirements(masks=(HasFaces,))
 

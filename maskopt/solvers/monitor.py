@@ -21,7 +21,13 @@ __all__ = ["Callback", "Monitor", "State", "Stop"]
 
 
 class Stop(Enum):
-    """What a callback returns to end the solve; None continues."""
+    """What a callback returns to end the solve; None continues.
+
+    Attributes
+    ----------
+    STOP
+        The only member.
+    """
 
     STOP = "stop"
 

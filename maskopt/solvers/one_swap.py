@@ -33,6 +33,15 @@ class OneSwap(Solver):
         Makes the first mask.
     max_steps : int, optional
         Steps at most; each does the best swap in every row at once. 10 d by default.
+
+    Examples
+    --------
+    >>> import maskopt
+    >>> layer, masks = maskopt.synthetic(rows=4, d=16).problem(), maskopt.PerRow(0.5)
+    >>> wanda = maskopt.solve(layer, masks, maskopt.Wanda())
+    >>> refined = maskopt.solve(layer, masks, maskopt.OneSwap(), start=wanda.mask)
+    >>> refined.total <= wanda.total, refined.status.name
+    (True, 'LOCAL_OPTIMUM')
     """
 
     start: Solver = field(default_factory=Wanda)

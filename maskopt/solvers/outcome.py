@@ -12,7 +12,13 @@ __all__ = ["GapKind", "Outcome", "Result", "Status"]
 
 
 class Status(Enum):
-    """Why a solver stopped, each member with the sentence users read; later members are weaker claims."""
+    """Why a solver stopped, each member with the sentence users read; later members are weaker claims.
+
+    Attributes
+    ----------
+    value : str
+        The sentence.
+    """
 
     OPTIMAL = "The mask is proven optimal."
     WITHIN_GAP = "The mask is proven to lie within the requested gap of the optimum."
@@ -26,7 +32,13 @@ class Status(Enum):
 
 
 class GapKind(Enum):
-    """What the reported gap certifies."""
+    """What the reported gap certifies.
+
+    Attributes
+    ----------
+    value : str
+        The sentence users read.
+    """
 
     PROVEN = "No feasible mask has an objective below the lower bound."
     STATIONARY = "The relaxation is not known to be convex; its gap measures stationarity and bounds nothing."

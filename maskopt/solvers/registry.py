@@ -34,6 +34,13 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
 def make_solver(name: str, **settings: object) -> Solver:
     """Return the solver of that name with its defaults changed by `settings`.
 
+    Parameters
+    ----------
+    name : str
+        One of `SOLVERS`.
+    **settings
+        Fields of the solver's class.
+
     Raises
     ------
     MaskoptError

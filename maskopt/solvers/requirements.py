@@ -29,9 +29,9 @@ class Requirements:
     >>> from maskopt.oracles import Budget, HasFaces, PerRow
     >>> needs = Requirements(masks=(HasFaces,))
     >>> needs.check_set(PerRow(0.5), "InFace")
-    >>> needs.check_set(Budget(torch.ones(2, 2), 2.0), "InFace")
+    >>> needs.check_set(Budget(torch.ones(2, 2), 2.0), "InFace")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    maskopt.errors.MaskoptError: Budget(2 of 4) is not compatible with InFace: it must implement inface, max_step; ...
+    maskopt.errors.MaskoptError: Budget(...) is not compatible with InFace: it must implement ...
     """
 
     problem: tuple[type, ...] = ()

@@ -30,7 +30,10 @@ class _Score(Solver):
 
 @dataclass(frozen=True)
 class Magnitude(_Score):
-    """Keep the largest |w|."""
+    """Keep the largest |w|: magnitude pruning, the baseline of Han et al. (NeurIPS 2015).
+
+    The mask is optimal for its scores; nothing is claimed about the layer's error.
+    """
 
     def score(self, problem: LayerReconstruction) -> Tensor:
         return Saliency.magnitude(problem.scaled_weight).scores
@@ -38,7 +41,19 @@ class Magnitude(_Score):
 
 @dataclass(frozen=True)
 class Wanda(_Score):
-    """Keep the largest |w_ij| ||x_j|| (Sun et al., arXiv 2306.11695)."""
+    """Keep the largest |w_ij| ||x_j||, the root of the error of pruning that entry alone.
+
+    References
+    ----------
+    Sun et al., "A simple and effective pruning approach for large language models", arXiv 2306.11695.
+
+    Examples
+    --------
+    >>> import maskopt
+    >>> layer = maskopt.synthetic(rows=2, d=8).problem()
+    >>> maskopt.solve(layer, maskopt.NM(keep=2, group=4), maskopt.Wanda()).mask.sum(1).tolist()
+    [4, 4]
+    """
 
     def score(self, problem: LayerReconstruction) -> Tensor:
         return Saliency.wanda(problem.scaled_weight, problem.scaled_gram).scores

@@ -64,6 +64,16 @@ def solve(
     ------
     MaskoptError
         If the set does not fit the weight, the start is infeasible, or problem and solver do not go together.
+
+    Examples
+    --------
+    >>> import maskopt
+    >>> layer = maskopt.synthetic("correlated", rows=4, d=16).problem()
+    >>> result = maskopt.solve(layer, maskopt.PerRow(0.5))
+    >>> result.mask.sum(1).tolist(), result.sparsity
+    ([8, 8, 8, 8], 0.5)
+    >>> result.status.name
+    'LOCAL_OPTIMUM'
     """
     solver = ContinuationFrankWolfe() if solver is None else solver
     check_compatible(problem, masks, solver)
@@ -75,7 +85,19 @@ def solve(
 
 
 def check_compatible(problem: Problem, masks: MaskSet, solver: Solver) -> None:
-    """Raise MaskoptError, with what is missing, if problem, set and solver do not go together."""
+    """Check that problem, set and solver go together, as `solve` does first.
+
+    Parameters
+    ----------
+    problem : Problem
+    masks : MaskSet
+    solver : Solver
+
+    Raises
+    ------
+    MaskoptError
+        With what is missing, if they do not.
+    """
     solver.requirements.check(problem if solver.relaxes else problem.unshifted(), masks, solver.name)
 
 

@@ -16,7 +16,13 @@ __all__ = ["AdaptiveStep", "ExactStep", "LogStep", "MonotoneStep", "OpenLoopStep
 
 @dataclass(frozen=True)
 class OpenLoopStep(StepRule):
-    """2 / (t + offset): needs nothing from the objective (Frank and Wolfe, 1956; Jaggi, ICML 2013)."""
+    """2 / (t + offset): needs nothing from the objective (Frank and Wolfe, 1956; Jaggi, ICML 2013).
+
+    Parameters
+    ----------
+    offset : int
+        At least 1; 2 is the classical choice.
+    """
 
     offset: int = 2
 
@@ -28,7 +34,12 @@ class OpenLoopStep(StepRule):
 
 @dataclass(frozen=True)
 class LogStep(StepRule):
-    """(2 + log(t + 1)) / (t + 2 + log(t + 1)): open loop with faster rates (Pokutta, arXiv 2311.05313, section 4)."""
+    """(2 + log(t + 1)) / (t + 2 + log(t + 1)): open loop with faster rates.
+
+    References
+    ----------
+    Pokutta, "The Frank-Wolfe algorithm: a short introduction", arXiv 2311.05313, section 4.
+    """
 
     open_loop: ClassVar[bool] = True
 
@@ -39,7 +50,17 @@ class LogStep(StepRule):
 
 @dataclass(frozen=True)
 class ShortStep(StepRule):
-    """<-gradient, d> / (L |d|^2) with L the objective's `smoothness` (Demyanov and Rubinov, 1970)."""
+    """<-gradient, d> / (L |d|^2) with L the objective's `smoothness`.
+
+    Class attributes
+    ----------------
+    requires : Requirements
+        A `Quadratic`, whose smoothness is known.
+
+    References
+    ----------
+    Demyanov and Rubinov, "Approximate Methods in Optimization Problems", 1970.
+    """
 
     requires: ClassVar[Requirements] = Requirements((Quadratic,))
 
@@ -72,7 +93,13 @@ def _short(slope: Tensor, smoothness: Tensor, size: Tensor, max_step: Tensor) ->
 
 @dataclass(frozen=True)
 class ExactStep(StepRule):
-    """The best step size for a quadratic objective, convex or not."""
+    """The best step size for a quadratic objective, convex or not: the exact line search.
+
+    Class attributes
+    ----------------
+    requires : Requirements
+        A `Quadratic`, whose Hessian product of the direction is known.
+    """
 
     requires: ClassVar[Requirements] = Requirements((Quadratic,))
 
@@ -182,7 +209,13 @@ class _AdaptiveRun(StepRule):
 
 @dataclass(frozen=True)
 class MonotoneStep(StepRule):
-    """2 / (t + 2) halved, for good, until the objective falls (Carderera, Besançon and Pokutta, NeurIPS 2021)."""
+    """2 / (t + 2), halved for good until the objective falls.
+
+    References
+    ----------
+    Carderera, Besançon and Pokutta, "Simple steps are all you need: Frank-Wolfe and generalized self-concordant
+    functions", NeurIPS 2021.
+    """
 
     def begin(self, state: IterationState) -> StepRule:
         return _MonotoneRun(torch.ones(len(state.x), dtype=state.x.dtype, device=state.x.device))
