@@ -38,7 +38,7 @@ class OneSwap(Solver):
     max_steps: int | None = None
 
     requires: ClassVar[tuple[str, ...]] = ("weight", "gram")
-    asks: ClassVar[tuple[str, ...]] = ("swap_tile",)
+    asks: ClassVar[tuple[str, ...]] = ("swap_groups",)
     arrays: ClassVar[float] = 12.0
 
     def __post_init__(self) -> None:
