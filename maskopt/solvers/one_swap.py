@@ -9,14 +9,13 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction, Problem
-from maskopt.solvers.base import Outcome, Solver, Status, Watch, band_of
-from maskopt.solvers.rules import Pool
+from maskopt.solvers.base import Outcome, Solver, Status, Watch
+from maskopt.solvers.blocks import better_of
 from maskopt.solvers.scores import Wanda
 from maskopt.solvers.swap_search import SwapSearch
+from maskopt.solvers.swaps import SwapState
 
 __all__ = ["OneSwap", "better_of", "descend"]
-
-_REFRESH = 32  # steps after which the carried products are computed anew
 
 
 @dataclass(frozen=True)
@@ -82,33 +81,18 @@ def descend(
     assert isinstance(masks, PartitionMatroid)
     search = SwapSearch(problem, masks)
     limit = 10 * problem.shape[1] if max_steps is None else max_steps
-    start, kept = mask, mask.clone()
-    carried = problem.product(kept.to(problem.dtype))
+    start, state = mask, SwapState(problem, mask)
     watch.counters["products"] += 1
     # Rows whose last search found nothing need none until they change.
     dirty = torch.ones(problem.shape[0], dtype=torch.bool, device=problem.device)
     steps, optimal = 0, False
-    while steps < limit and not watch.stops(problem, masks, steps, limit, mask=kept):
-        rows, add, drop_rows, drop = search.step(kept, carried, dirty)
+    while steps < limit and not watch.stops(problem, masks, steps, limit, mask=state.mask):
+        rows, add, drop_rows, drop = search.step(state.mask, state.carried, dirty)
         if len(rows) == 0:
             optimal = True
             break
-        kept[rows, add] = True
-        kept[drop_rows, drop] = False
-        weight, gram = problem.scaled_weight, problem.scaled_gram
-        carried.index_add_(0, rows, gram[add] * weight[rows, add].unsqueeze(1), alpha=-1)
-        carried.index_add_(0, drop_rows, gram[drop] * weight[drop_rows, drop].unsqueeze(1))
+        state.swap(rows, add, drop_rows, drop)
         watch.counters["swaps"] += len(rows)
         steps += 1
-        if steps % _REFRESH == 0:
-            touched = dirty.nonzero().flatten()
-            carried[touched] = problem.rows(touched).product(kept[touched].to(problem.dtype))
     # Swaps are accepted on float32 products; the answer has to be no worse in exact terms.
-    return better_of(problem, masks, kept, start)[0], steps, optimal
-
-
-def better_of(problem: Problem, masks: MaskSet, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the better and the worse of two masks, band by band; `one` counts as better where they are equal."""
-    pool = Pool(band_of(problem, masks))
-    swap = (pool(problem.objective(two)) < pool(problem.objective(one))).unsqueeze(1)
-    return torch.where(swap, two, one), torch.where(swap, one, two)
+    return better_of(problem, masks, state.mask, start)[0], steps, optimal
