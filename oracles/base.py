@@ -175,7 +175,7 @@ class MaskSet(ABC):
     def center(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a point in the relative interior of the hull: the mean of all masks where it is known.
 
-        By default the mean of at most 32 masks, which span the hull of a row block unless it has more than 16
+        By default the mean of at most 20 masks, which span the hull of a row block unless it has more than 10
         dimensions; of such a hull it is some point.
         """
         return mean_of_vertices(self, shape, device).to(dtype)

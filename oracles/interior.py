@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 __all__ = ["mean_of_vertices"]
 
-_PAIRS = 16  # of masks that are averaged at most
+_PAIRS = 10  # of masks that are averaged at most
 _LARGE = 2**12  # entries of a row block from which on memory allows only _FEW
 _FEW = 4
 
 
 def mean_of_vertices(masks: MaskSet, shape: Shape, device: torch.device) -> Tensor:
-    """Return the mean of masks that span the hull, or of 32 where they would have to be more.
+    """Return the mean of masks that span the hull, or of 20 where they would have to be more.
 
     Every row block asks for the cheapest and the costliest mask of a random cost, orthogonal to the differences of the
     masks it has. If the two differ they add a dimension; if they do not, no mask of the block leaves the span, and the

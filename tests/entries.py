@@ -64,6 +64,8 @@ class SolverEntry:
         Rounding may lead it to another mask: results in float32 and float64 are about as good, not equal.
     sees_tiny_rows : bool
         In float32 it sees weights of rows 1e-25 times the largest, whose squares underflow.
+    sees_small_channels : bool
+        In float32 it sees channels 1e-15 times the largest.
     """
 
     solver: Solver
@@ -73,3 +75,4 @@ class SolverEntry:
     keeps_start: bool = True
     chaotic: bool = False
     sees_tiny_rows: bool = False
+    sees_small_channels: bool = True

@@ -271,7 +271,9 @@ SOLVER_ENTRIES: dict[str, SolverEntry] = {
     "sparsefw alpha": SolverEntry(SparseFW(iterations=40, alpha=0.5), bounded=True, keeps_start=False),
     "one-swap": SolverEntry(OneSwap(), swap_optimal=True),
     "continuation": SolverEntry(ContinuationFrankWolfe(iterations=40), swap_optimal=True),
-    "continuation alone": SolverEntry(ContinuationFrankWolfe(iterations=30, second=0.0, polish=False)),
+    "continuation alone": SolverEntry(
+        ContinuationFrankWolfe(iterations=30, second=0.0, polish=False), sees_small_channels=False
+    ),
     **registered_elsewhere("SOLVERS"),
 }
 SOLVERS: dict[str, Solver] = {name: entry.solver for name, entry in SOLVER_ENTRIES.items()}

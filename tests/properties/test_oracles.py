@@ -316,7 +316,7 @@ def test_groups_and_back(name: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("name", EVERY)
 @examples(30)
 def test_rows_are_slices(name: str, data: st.DataObject) -> None:
-    shape = data.draw(shapes(7, 8))
+    shape = data.draw(shapes(6, 5))
     masks = data.draw(sets(shape, [name]))
     cost = data.draw(costs(shape, infinite=False))
     band = masks.band(shape)
