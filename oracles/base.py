@@ -291,9 +291,6 @@ class CanSwap(Protocol):
         row blocks.
         """
 
-    def neighbours(self, mask: Tensor) -> Iterator[Tensor]:
-        """Yield every mask one exchange away; for small shapes."""
-
 
 @runtime_checkable
 class HasGroups(Protocol):

@@ -59,11 +59,12 @@ class SolverEntry:
     swap_optimal : bool
         Its masks are 1-swap optima, at least as good as Wanda's.
     keeps_start : bool
-        Stopped at once, it returns a mask no worse than the one it starts from (`start`, or Wanda's).
+        Stopped at once, it returns a mask no worse than the one that its `start` makes, if it has one.
     chaotic : bool
         Rounding may lead it to another mask: results in float32 and float64 are about as good, not equal.
-    sees_tiny_rows : bool
-        In float32 it sees weights of rows 1e-25 times the largest, whose squares underflow.
+    sees_tiny_rows : bool, optional
+        Whether in float32 it sees weights of rows 1e-25 times the largest, whose squares underflow. False is tested
+        too, as a known limit.
     sees_small_channels : bool
         In float32 it sees channels 1e-15 times the largest.
     """
@@ -74,5 +75,5 @@ class SolverEntry:
     swap_optimal: bool = False
     keeps_start: bool = True
     chaotic: bool = False
-    sees_tiny_rows: bool = False
+    sees_tiny_rows: bool | None = None
     sees_small_channels: bool = True

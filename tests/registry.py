@@ -263,16 +263,18 @@ FREE_SETS = [name for name in SETS if _free_of("protected")(SET_ENTRIES[name])]
 
 # Solvers
 
+_SCORE = {"iterative": False, "sees_tiny_rows": True}
+_ITERATIVE = {"sees_tiny_rows": False}
 SOLVER_ENTRIES: dict[str, SolverEntry] = {
-    "magnitude": SolverEntry(Magnitude(), iterative=False),
-    "wanda": SolverEntry(Wanda(), iterative=False),
-    "ria": SolverEntry(RIA(), iterative=False),
-    "sparsefw": SolverEntry(SparseFW(iterations=40), bounded=True),
-    "sparsefw alpha": SolverEntry(SparseFW(iterations=40, alpha=0.5), bounded=True, keeps_start=False),
-    "one-swap": SolverEntry(OneSwap(), swap_optimal=True),
-    "continuation": SolverEntry(ContinuationFrankWolfe(iterations=40), swap_optimal=True),
+    "magnitude": SolverEntry(Magnitude(), **_SCORE),
+    "wanda": SolverEntry(Wanda(), **_SCORE),
+    "ria": SolverEntry(RIA(), **_SCORE),
+    "sparsefw": SolverEntry(SparseFW(iterations=40), bounded=True, **_ITERATIVE),
+    "sparsefw alpha": SolverEntry(SparseFW(iterations=40, alpha=0.5), bounded=True, keeps_start=False, **_ITERATIVE),
+    "one-swap": SolverEntry(OneSwap(), swap_optimal=True, **_ITERATIVE),
+    "continuation": SolverEntry(ContinuationFrankWolfe(iterations=40), swap_optimal=True, **_ITERATIVE),
     "continuation alone": SolverEntry(
-        ContinuationFrankWolfe(iterations=30, second=0.0, polish=False), sees_small_channels=False
+        ContinuationFrankWolfe(iterations=30, second=0.0, polish=False), sees_small_channels=False, **_ITERATIVE
     ),
     **registered_elsewhere("SOLVERS"),
 }

@@ -2,7 +2,7 @@
 
 from maskopt.solvers.active import Away, BlendedPairwise, FullyCorrective, Lazy, Pairwise
 from maskopt.solvers.base import GapKind, Outcome, Result, Solver, State, Status, Stop, Watch, check_compatible, solve
-from maskopt.solvers.blocks import better_of, block_errors
+from maskopt.solvers.blocks import better_of, block_errors, random_per_block
 from maskopt.solvers.branch_and_bound import BranchAndBound, NodeLog
 from maskopt.solvers.brute_force import BruteForce
 from maskopt.solvers.continuation import ContinuationFrankWolfe
@@ -84,5 +84,6 @@ __all__ = [
     "check_compatible",
     "frank_wolfe",
     "make_solver",
+    "random_per_block",
     "solve",
 ]

@@ -8,7 +8,7 @@ from maskopt.problems import Problem
 from maskopt.solvers.base import band_of
 from maskopt.solvers.rules import Pool
 
-__all__ = ["better_of", "block_errors"]
+__all__ = ["better_of", "block_errors", "random_per_block"]
 
 
 def block_errors(problem: Problem, masks: MaskSet, mask: Tensor) -> Tensor:
@@ -62,3 +62,36 @@ def better_of(problem: Problem, masks: MaskSet, one: Tensor, two: Tensor) -> tup
     swap = block_errors(problem, masks, two) < block_errors(problem, masks, one)
     chosen = pool.spread(swap).unsqueeze(1)
     return torch.where(chosen, two, one), torch.where(chosen, one, two)
+
+
+def random_per_block(problem: Problem, masks: MaskSet, generator: torch.Generator) -> Tensor:
+    """Draw uniform random numbers in [0, 1) for a weight's entries, the same ones for every row block.
+
+    With common random numbers the answer for a row block depends on that block alone: not on how many rows are solved
+    together, on the memory limit, or on the device.
+
+    Parameters
+    ----------
+    problem : Problem
+    masks : MaskSet
+    generator : torch.Generator
+        On the CPU; it is drawn from once for each entry of one block.
+
+    Returns
+    -------
+    Tensor
+        Float64, shape (rows, d), on the problem's device.
+
+    Examples
+    --------
+    >>> import maskopt
+    >>> layer = maskopt.synthetic(rows=4, d=8).problem()
+    >>> drawn = random_per_block(layer, maskopt.PerRow(0.5), torch.Generator().manual_seed(0))
+    >>> bool((drawn == drawn[0]).all())
+    True
+    """
+    rows, d = problem.shape
+    height = band_of(problem, masks)
+    return (
+        torch.rand((height, d), generator=generator, dtype=torch.float64).to(problem.device).repeat(rows // height, 1)
+    )

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from maskopt.errors import MaskoptError
+from maskopt.oracles import CanSwap, MaskSet
 from maskopt.problems import LayerReconstruction
+from maskopt.solvers.base import band_of
+from maskopt.solvers.blocks import random_per_block
 
 __all__ = ["SwapState", "pair_change", "single_changes"]
 
@@ -57,9 +61,11 @@ class SwapState:
     Parameters
     ----------
     problem : LayerReconstruction
-        The layer, or a block of its rows.
+        The layer, or some of its rows.
+    masks : MaskSet
+        The set of masks.
     mask : Tensor
-        Where to start, boolean, shape (rows, d); it is copied.
+        Where to start, a member, boolean, shape (rows, d); it is copied.
 
     Attributes
     ----------
@@ -73,19 +79,20 @@ class SwapState:
     >>> import torch
     >>> import maskopt
     >>> layer = maskopt.synthetic(rows=2, d=6).problem()
-    >>> state = SwapState(layer, maskopt.PerRow(3).lmo(-layer.weight.abs()))
-    >>> row = torch.tensor([1])
-    >>> keep, prune = (~state.mask[row]).int().argmax(1), state.mask[row].int().argmax(1)
-    >>> before, change = layer.objective(state.mask), state.change(row, keep, row, prune)
-    >>> state.swap(row, keep, row, prune)
-    >>> bool(torch.allclose(layer.objective(state.mask)[1] - before[1], change, rtol=1e-4))
+    >>> masks = maskopt.PerRow(3)
+    >>> state = SwapState(layer, masks, masks.lmo(-layer.weight.abs()))
+    >>> swaps = state.random(torch.Generator().manual_seed(0))  # one for each row
+    >>> before, change = layer.objective(state.mask), state.change(*swaps)
+    >>> state.swap(*swaps)
+    >>> bool(torch.allclose(layer.objective(state.mask) - before, change, rtol=1e-4))
     True
     """
 
-    def __init__(self, problem: LayerReconstruction, mask: Tensor) -> None:
-        self.problem, self.mask = problem, mask.clone()
+    def __init__(self, problem: LayerReconstruction, masks: MaskSet, mask: Tensor) -> None:
+        self.problem, self.masks, self.mask = problem, masks, mask.clone()
         self.carried = problem.product(self.mask.to(problem.dtype))
         self._own = problem.diagonal()
+        self._groups: Tensor | None = None  # filled on demand
         self._changes = torch.zeros(len(mask), dtype=torch.int64, device=mask.device)
 
     def change(self, rows: Tensor, keep: Tensor, prune_rows: Tensor, prune: Tensor) -> Tensor:
@@ -129,3 +136,40 @@ class SwapState:
         if len(worn):
             self.carried[worn] = self.problem.rows(worn).product(self.mask[worn].to(self.problem.dtype))
             self._changes[worn] = 0
+
+    def random(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Propose a random swap in each row block that has one: of a pruned entry and a kept one of its group.
+
+        All blocks get the same random numbers, so that no block's proposal depends on which others are there.
+
+        Parameters
+        ----------
+        generator : torch.Generator
+            On the CPU.
+
+        Returns
+        -------
+        rows, keep, prune_rows, prune : Tensor
+            As for `change`, in the order of the row blocks.
+
+        Raises
+        ------
+        MaskoptError
+            If the set has no `swap_groups`.
+        """
+        if self._groups is None:
+            if not isinstance(self.masks, CanSwap):
+                raise MaskoptError(f"{self.masks} has no swap_groups, which say what may be exchanged.")
+            self._groups = self.masks.swap_groups(self.problem.shape).to(self.mask.device)
+        order = random_per_block(self.problem, self.masks, generator)
+        blocks = len(self.mask) // band_of(self.problem, self.masks)
+        kept, group, order = (part.reshape(blocks, -1) for part in (self.mask, self._groups, order))
+        keep = order.masked_fill(kept | (group < 0), -1.0).argmax(1, keepdim=True)
+        own = group.gather(1, keep)
+        partners = kept & (group == own) & (own >= 0)
+        prune = order.masked_fill(~partners, -1.0).argmax(1, keepdim=True)
+        able = (partners.gather(1, prune) & ~kept.gather(1, keep)).squeeze(1)
+        first = torch.arange(blocks, device=order.device).unsqueeze(1) * kept.shape[1]
+        keep, prune = ((first + entry)[able].flatten() for entry in (keep, prune))
+        columns = self.mask.shape[1]
+        return keep // columns, keep % columns, prune // columns, prune % columns

@@ -6,7 +6,7 @@ import torch
 from maskopt.oracles import NM, PerRow, Unstructured
 from maskopt.problems import FAMILIES, LayerReconstruction, synthetic
 from maskopt.solvers import solve
-from tests.helpers import ITERATIVE, SETS, SOLVER_ENTRIES, SOLVERS, feasible
+from tests.helpers import SETS, SOLVER_ENTRIES, SOLVERS, feasible
 
 SHAPE = (6, 24)
 
@@ -65,7 +65,7 @@ def test_rows_of_unlike_size(name: str, exponent: int) -> None:
     torch.testing.assert_close(*relative_errors(name, exponent), rtol=1e-4, atol=0.0)
 
 
-@pytest.mark.parametrize("name", [name for name in APART if name in ITERATIVE])
+@pytest.mark.parametrize("name", [name for name in APART if SOLVER_ENTRIES[name].sees_tiny_rows is not None])
 def test_rows_whose_squares_underflow(name: str, request: pytest.FixtureRequest) -> None:
     if not SOLVER_ENTRIES[name].sees_tiny_rows:
         reason = "one unit for the whole weight: squares of rows 1e-25 times the largest underflow in float32"
