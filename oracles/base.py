@@ -33,6 +33,8 @@ Index = slice | Tensor
 
 Shape = tuple[int, int] | torch.Size
 
+_TOGETHER = 4096  # patterns that are looked at together
+
 
 def face_tolerance(dtype: torch.dtype) -> float:
     """Return how near to 0 or 1 an entry counts as being there: one number for in-face oracles and their users."""
@@ -235,10 +237,16 @@ class MaskSet(ABC):
         """Yield every mask, shape (rows, d); for small shapes only."""
         size = shape[0] * shape[1]
         bits = torch.arange(size)
-        for number in range(2**size):
-            mask = ((number >> bits) & 1).bool().view(shape[0], shape[1])
-            if self.contains(mask):
-                yield mask
+        # Where membership is the formulation's it is asked for many patterns at once.
+        whole = self.formulation(shape) if type(self).contains is MaskSet.contains else None
+        for first in range(0, 2**size, _TOGETHER):
+            numbers = torch.arange(first, min(first + _TOGETHER, 2**size))
+            masks = ((numbers.unsqueeze(1) >> bits) & 1).bool()
+            if whole is not None:
+                masks = masks[torch.from_numpy(whole.members(masks.numpy()))]
+            for mask in masks.view(-1, shape[0], shape[1]):
+                if whole is not None or self.contains(mask):
+                    yield mask
 
 
 @runtime_checkable

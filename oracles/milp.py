@@ -135,14 +135,13 @@ class MilpFormulation:
         None if there are none, that is, if the mask does not belong to the set. Sums may be off by their rounding.
         """
         flat = np.asarray(mask, dtype=float).ravel()
+        if self.auxiliary == 0:
+            return np.zeros(0) if bool(self.members(flat[None])[0]) else None
         own, other = self.matrix[:, : self.entries], self.matrix[:, self.entries :]
         sums, room = own @ flat, 1e-12 * (abs(own) @ flat)
-        low, high = self.constraints.lb - sums, self.constraints.ub - sums
-        if self.auxiliary == 0:
-            return np.zeros(0) if bool(((low <= room) & (high >= -room)).all()) else None
         answer = milp(
             np.zeros(self.auxiliary),
-            constraints=LinearConstraint(other, low - room, high + room),
+            constraints=LinearConstraint(other, self.constraints.lb - sums - room, self.constraints.ub - sums + room),
             integrality=np.asarray(self.integrality),
             bounds=Bounds(np.asarray(self.lower), np.asarray(self.upper)),
         )
@@ -151,6 +150,15 @@ class MilpFormulation:
     def contains(self, mask: np.ndarray) -> bool:
         """Whether a flattened mask, zeros and ones, belongs to the set."""
         return self.completed(mask) is not None
+
+    def members(self, masks: np.ndarray) -> np.ndarray:
+        """Return which of many flattened masks, shape (number, entries), belong to the set, boolean."""
+        if self.auxiliary:
+            return np.array([self.contains(mask) for mask in masks], dtype=bool)
+        flat = np.asarray(masks, dtype=float).T
+        sums, room = self.matrix @ flat, 1e-12 * (abs(self.matrix) @ flat)
+        low, high = self.constraints.lb[:, None], self.constraints.ub[:, None]
+        return np.asarray(((low <= sums + room) & (sums - room <= high)).all(0))
 
     def cheapest(self, cost: np.ndarray) -> np.ndarray | None:
         """Return a mask of least cost, boolean, shape (entries,), up to HiGHS's tolerances; None if there is none.

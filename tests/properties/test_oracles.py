@@ -314,7 +314,7 @@ def test_groups_and_back(name: str, data: st.DataObject) -> None:
 
 @given(st.data())
 @pytest.mark.parametrize("name", EVERY)
-@examples(30)
+@examples(20)
 def test_rows_are_slices(name: str, data: st.DataObject) -> None:
     shape = data.draw(shapes(6, 5))
     masks = data.draw(sets(shape, [name]))
