@@ -431,7 +431,7 @@ _PROVIDERS = {
         HasFaces: ("inface", "max_step"),
         CanProject: ("project",),
         CanRestrict: ("restrict",),
-        CanSwap: ("swap_tile", "neighbours"),
+        CanSwap: ("swap_groups",),
         HasGroups: ("groups", "ungroup"),
     }.items()
     for verb in verbs

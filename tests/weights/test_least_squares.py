@@ -324,7 +324,9 @@ def test_needs_are_those_of_the_solver() -> None:
     assert not LeastSquares(solver=ALPS()).solves_rows_apart(PerRow(0.5))
     sentences = []
     for solver in (OneSwap(), LeastSquares(solver=OneSwap())):
-        with pytest.raises(MaskoptError, match=r"OneSwap: it must implement swap_tile; missing: swap_tile") as caught:
+        with pytest.raises(
+            MaskoptError, match=r"OneSwap: it must implement swap_groups; missing: swap_groups"
+        ) as caught:
             solve(problem, budget, solver)
         sentences.append(str(caught.value))
     assert sentences[0] == sentences[1].replace("LeastSquares on ", "")
