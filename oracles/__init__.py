@@ -11,6 +11,7 @@ from maskopt.oracles.base import (
 )
 from maskopt.oracles.budget import Budget
 from maskopt.oracles.matroid import NM, AtMost, Blocks, PartitionMatroid, PerRow, Unstructured
+from maskopt.oracles.milp import MilpFormulation
 from maskopt.oracles.parse import parse_masks
 from maskopt.oracles.restricted import Protected, Restricted
 from maskopt.oracles.select import smallest
@@ -29,6 +30,7 @@ __all__ = [
     "HasFaces",
     "HasGroups",
     "MaskSet",
+    "MilpFormulation",
     "PartitionMatroid",
     "PerRow",
     "Protected",

@@ -1,4 +1,4 @@
-"""A set of masks as solvers see it: a few verbs every set has, and others that some have."""
+"""A set of masks as solvers see it: a few methods every set has, and others that some have."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from scipy.optimize import LinearConstraint
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
+from maskopt.oracles.interior import mean_of_vertices
+from maskopt.oracles.milp import MilpFormulation
 
 __all__ = [
     "CanProject",
@@ -30,6 +32,8 @@ Index = slice | Tensor
 """Some rows: a slice, or a vector of row numbers (whole row blocks where a set couples rows)."""
 
 Shape = tuple[int, int] | torch.Size
+
+_TOGETHER = 4096  # patterns that are looked at together
 
 
 def face_tolerance(dtype: torch.dtype) -> float:
@@ -66,9 +70,10 @@ def box_step(x: Tensor, direction: Tensor) -> Tensor:
 class MaskSet(ABC):
     """Masks of a weight, as the vertices of their convex hull.
 
-    Sets know no shape unless their data has one: every verb takes it from its argument, so one object serves all
-    layers of a model. The verbs below are what every set has. More can be asked of some sets; a solver names
-    what it needs in `Solver.asks`, and the protocols in this module say what these verbs promise.
+    Sets know no shape unless their data has one: every method takes it from its argument, so one object serves all
+    layers of a model. A new set has to say `milp_constraints`; every other method below has a default that follows
+    from it, correct and slow, and what a set knows better it overrides. More can be asked of some sets; a solver names
+    what it needs in `Solver.asks`, and the protocols in this module say what these methods promise.
     """
 
     protected: Tensor | None = None
@@ -80,43 +85,120 @@ class MaskSet(ABC):
     exact: bool = True
     """Whether `lmo` returns a minimiser; where it does not, `lmo_bound` is still a proven lower bound."""
 
-    @abstractmethod
-    def check(self, shape: Shape) -> None:
-        """Raise MaskoptError, with the reason, if the set does not fit a weight of this shape or is empty."""
+    def __init_subclass__(cls, **settings: object) -> None:
+        super().__init_subclass__(**settings)
+        if cls.lmo is MaskSet.lmo and "exact" not in vars(cls):
+            cls.exact = False  # HiGHS minimises up to tolerances
+
+    def __repr__(self) -> str:
+        settings = (
+            f"{name}={_brief(value)}"
+            for name, value in vars(self).items()
+            if not name.startswith("_") and value is not None
+        )
+        return f"{type(self).__name__}({', '.join(settings)})"
 
     @abstractmethod
+    def milp_constraints(self, shape: Shape) -> LinearConstraint | MilpFormulation:
+        """Return the set as constraints on the flattened mask in {0, 1}, for a weight of this shape.
+
+        A `scipy.optimize.LinearConstraint`, dense or sparse, with one column for each entry in row-major order; with
+        auxiliary variables a `MilpFormulation`.
+        """
+
+    def formulation(self, shape: Shape) -> MilpFormulation:
+        """Return `milp_constraints` in one form: sparse, and with its auxiliary variables, if any.
+
+        Raises
+        ------
+        MaskoptError
+            If the number of columns does not fit the shape.
+        """
+        given = self.milp_constraints(shape)
+        formulation = given if isinstance(given, MilpFormulation) else MilpFormulation(given)
+        if formulation.entries != shape[0] * shape[1]:
+            raise MaskoptError(
+                f"The constraints of {self} have {formulation.entries} columns for mask entries and "
+                f"{formulation.auxiliary} for auxiliary variables; a weight of shape {tuple(shape)} has "
+                f"{shape[0] * shape[1]} entries."
+            )
+        return formulation
+
+    def check(self, shape: Shape) -> None:
+        """Raise MaskoptError, with the reason, if the set does not fit a weight of this shape or is empty.
+
+        By default: if the oracle's answer to a cost of zero is not in the set.
+        """
+        if not self.contains(self.lmo_mask(torch.zeros(shape[0], shape[1]))):
+            raise MaskoptError(f"{self} has no mask of shape {tuple(shape)}.")
+
     def lmo(self, cost: Tensor) -> Tensor:
         """Linear minimisation oracle: the mask of least total cost, as zeros and ones in the type of `cost`.
+
+        By default HiGHS finds it, one row block after the other; `exact` is then False.
 
         Parameters
         ----------
         cost : Tensor
-            Floating point, shape (rows, d), no NaN. Ties go to the lower index.
-        """
+            Floating point, shape (rows, d), no NaN. Ties go to the lower index where the set says nothing else.
 
-    @abstractmethod
+        Raises
+        ------
+        MaskoptError
+            If the set is empty.
+        """
+        vertex = torch.empty_like(cost)
+        for rows, formulation in self._blocks(cost.shape):
+            block = cost[rows]
+            chosen = formulation.cheapest(block.double().cpu().numpy())
+            if chosen is None:
+                raise MaskoptError(f"{self} has no mask of shape {tuple(cost.shape)}.")
+            vertex[rows] = torch.from_numpy(chosen).view(block.shape).to(cost)
+        return vertex
+
+    def _blocks(self, shape: Shape) -> Iterator[tuple[slice, MilpFormulation]]:
+        """Yield every row block with its formulation."""
+        height, own = self.row_block(shape), None
+        for first in range(0, shape[0], height):
+            rows = slice(first, first + height)
+            part = self.rows(rows, shape)
+            if part is not self:
+                yield rows, part.formulation((height, shape[1]))
+                continue
+            own = own or self.formulation((height, shape[1]))
+            yield rows, own
+
     def contains(self, mask: Tensor) -> bool:
         """Whether a boolean mask, shape (rows, d), belongs to the set."""
+        return mask.dtype == torch.bool and all(
+            formulation.contains(mask[rows].cpu().numpy()) for rows, formulation in self._blocks(mask.shape)
+        )
 
-    @abstractmethod
     def center(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a point in the relative interior of the hull: the mean of all masks where it is known."""
+        """Return a point in the relative interior of the hull: the mean of all masks where it is known.
 
-    @abstractmethod
-    def milp_constraints(self, shape: Shape) -> LinearConstraint:
-        """Return the set's exact formulation for scipy's MILP solver: constraints on the flattened mask in {0, 1}."""
+        By default the mean of at most 20 masks, which span the hull of a row block unless it has more than 10
+        dimensions; of such a hull it is some point.
+        """
+        return mean_of_vertices(self, shape, device).to(dtype)
 
     def row_block(self, shape: Shape) -> int:
-        """Return how many consecutive rows the set couples: a row block, independent of all others."""
-        return shape[0]
+        """Return how many consecutive rows form a row block; row blocks are independent of each other.
+
+        By default one row where the set is `separable`, else all.
+        """
+        return 1 if self.separable else shape[0]
 
     def rows(self, index: Index, shape: Shape) -> MaskSet:
-        """Return the set for some rows (whole row blocks) of a weight of this shape."""
+        """Return the set for some rows (whole row blocks) of a weight of this shape.
+
+        By default the set itself, which is right if nothing in it belongs to certain rows.
+        """
         return self
 
     @property
     def separable(self) -> bool:
-        """Whether rows are independent of each other."""
+        """Whether rows are independent of each other; a set in which they are says `separable = True`."""
         return False
 
     def lmo_mask(self, cost: Tensor) -> Tensor:
@@ -124,7 +206,21 @@ class MaskSet(ABC):
         return self.lmo(cost if cost.is_floating_point() else cost.double()).bool()
 
     def lmo_bound(self, cost: Tensor) -> Tensor:
-        """Return a proven lower bound on the cost of any mask, one per row block, float64; tight for exact sets."""
+        """Return a proven lower bound on the cost of any mask, one per row block, float64; tight for exact sets.
+
+        By default the cost of `lmo` where it is exact, else a bound by the linear relaxation of the formulation.
+
+        Parameters
+        ----------
+        cost : Tensor
+            Finite, shape (rows, d).
+        """
+        if not self.exact:
+            bounds = [
+                formulation.lower_bound(cost[rows].double().cpu().numpy())
+                for rows, formulation in self._blocks(cost.shape)
+            ]
+            return torch.tensor(bounds, dtype=torch.float64, device=cost.device)
         chosen = (cost.double() * self.lmo(cost)).sum(1)
         return chosen.view(-1, self.row_block(cost.shape)).sum(1)
 
@@ -141,10 +237,16 @@ class MaskSet(ABC):
         """Yield every mask, shape (rows, d); for small shapes only."""
         size = shape[0] * shape[1]
         bits = torch.arange(size)
-        for number in range(2**size):
-            mask = ((number >> bits) & 1).bool().view(shape[0], shape[1])
-            if self.contains(mask):
-                yield mask
+        # Where membership is the formulation's it is asked for many patterns at once.
+        whole = self.formulation(shape) if type(self).contains is MaskSet.contains else None
+        for first in range(0, 2**size, _TOGETHER):
+            numbers = torch.arange(first, min(first + _TOGETHER, 2**size))
+            masks = ((numbers.unsqueeze(1) >> bits) & 1).bool()
+            if whole is not None:
+                masks = masks[torch.from_numpy(whole.members(masks.numpy()))]
+            for mask in masks.view(-1, shape[0], shape[1]):
+                if whole is not None or self.contains(mask):
+                    yield mask
 
 
 @runtime_checkable
@@ -188,13 +290,14 @@ class CanRestrict(Protocol):
 
 @runtime_checkable
 class CanSwap(Protocol):
-    """Sets in which a kept entry can be exchanged for a pruned one of the same tile."""
+    """Sets in which a kept entry can be exchanged for a pruned one of the same group, whatever the mask."""
 
-    def swap_tile(self, shape: Shape) -> tuple[int, int]:
-        """Return rows and columns of the tiles within which entries may be exchanged."""
+    def swap_groups(self, shape: Shape) -> Tensor:
+        """Return the group of each entry, int64, shape (rows, d); -1 for entries that never change.
 
-    def neighbours(self, mask: Tensor) -> Iterator[Tensor]:
-        """Yield every mask one exchange away; for small shapes."""
+        A member in which a kept and a pruned entry of one group (not -1) are exchanged is a member. Groups lie inside
+        row blocks.
+        """
 
 
 @runtime_checkable
@@ -206,3 +309,7 @@ class HasGroups(Protocol):
 
     def ungroup(self, groups: Tensor, shape: Shape) -> Tensor:
         """Undo `groups`."""
+
+
+def _brief(value: object) -> str:
+    return f"tensor{tuple(value.shape)}" if isinstance(value, Tensor) and value.numel() > 1 else str(value)

@@ -262,19 +262,21 @@ class PartitionMatroid(MaskSet):
 
         return self if kept is None and pruned is None else Restricted(self, kept, pruned)
 
-    def swap_tile(self, shape: Shape) -> tuple[int, int]:
-        """Return rows and columns of the tiles within which entries may be exchanged."""
-        return self.tile_of(shape)
+    def swap_groups(self, shape: Shape) -> Tensor:
+        """Return the group of each entry, int64, shape (rows, d); -1 for protected and forbidden ones."""
+        height, width = self.tile_of(shape)
+        number = torch.arange(shape[0] * shape[1] // (height * width))
+        group = self.ungroup(number.unsqueeze(1).expand(-1, height * width), shape).clone()
+        for fixed in (self.protected, self.forbidden):
+            if fixed is not None:
+                group[fixed.cpu()] = -1
+        return group
 
     def neighbours(self, mask: Tensor) -> Iterator[Tensor]:
         """Yield every mask in which one kept entry is exchanged for a pruned one of its group; for small shapes."""
-        flat = mask.flatten()
-        movable = torch.ones_like(flat)
-        for fixed in (self.protected, self.forbidden):
-            if fixed is not None:
-                movable &= ~fixed.flatten().to(flat.device)
-        for group in self.groups(torch.arange(len(flat), device=flat.device).view(mask.shape)):
-            free = group[movable[group]]
+        flat, group = mask.flatten(), self.swap_groups(mask.shape).flatten()
+        for number in sorted(set(group[group >= 0].tolist())):
+            free = (group == number).to(flat.device).nonzero().flatten()
             for old, new in itertools.product(free[flat[free]].tolist(), free[~flat[free]].tolist()):
                 other = flat.clone()
                 other[old], other[new] = False, True

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import LinearConstraint, minimize
+from scipy.optimize import Bounds, LinearConstraint, milp, minimize
 from torch import Tensor
 
 from maskopt.oracles import MaskSet
@@ -310,22 +310,28 @@ class Hull:
     """The inequalities of a set's LP formulation."""
 
     def __init__(self, masks: MaskSet, shape: Shape) -> None:
-        rule = masks.milp_constraints(shape)
+        self.formulation = masks.formulation(shape)
+        rule = self.formulation.constraints
         self.matrix, self.low, self.high = rule.A.toarray(), rule.lb, rule.ub
         self.size = 1.0 + np.abs(self.matrix).sum(1)
 
     def holds(self, x: Tensor, tolerance: float = 1e-9) -> bool:
-        """Whether a relaxed mask fulfils them."""
-        flat = x.double().flatten().numpy()
-        left, room = self.matrix @ flat, tolerance * self.size
-        inside = (left >= self.low - room) & (left <= self.high + room)
-        return bool(inside.all()) and flat.min() >= -tolerance and flat.max() <= 1 + tolerance
+        """Whether a relaxed mask fulfils them, with some values of the auxiliary variables."""
+        flat, entries = x.double().flatten().numpy(), self.formulation.entries
+        left, room = self.matrix[:, :entries] @ flat, tolerance * self.size
+        low, high = self.low - left - room, self.high - left + room
+        inside = flat.min() >= -tolerance and flat.max() <= 1 + tolerance
+        if self.formulation.auxiliary:
+            other = LinearConstraint(self.matrix[:, entries:], low, high)
+            bounds = Bounds(self.formulation.lower, self.formulation.upper)
+            return inside and milp(np.zeros(self.formulation.auxiliary), constraints=other, bounds=bounds).status == 0
+        return inside and bool(((low <= 0) & (high >= 0)).all())
 
 
 def relaxed_optimum(problem: Problem, masks: MaskSet) -> float:
     """Solve min f(x) over the set's LP formulation by a method that knows nothing of Frank-Wolfe."""
     shape = problem.shape
-    rule = masks.milp_constraints(shape)
+    rule = masks.formulation(shape).constraints
 
     def value(flat: np.ndarray) -> float:
         return float(problem.value(problem.evaluate(torch.from_numpy(flat).view(shape))).sum())

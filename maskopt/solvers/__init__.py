@@ -2,6 +2,7 @@
 
 from maskopt.solvers.active import Away, BlendedPairwise, FullyCorrective, Lazy, Pairwise
 from maskopt.solvers.base import Solver
+from maskopt.solvers.blocks import better_of, block_errors, random_per_block
 from maskopt.solvers.branch_and_bound import BranchAndBound, NodeLog
 from maskopt.solvers.brute_force import BruteForce
 from maskopt.solvers.continuation import ContinuationFrankWolfe
@@ -29,6 +30,7 @@ from maskopt.solvers.steps import (
     SecantStep,
     ShortStep,
 )
+from maskopt.solvers.swaps import SwapState
 
 __all__ = [
     "COLUMNS",
@@ -80,10 +82,14 @@ __all__ = [
     "StepRule",
     "Stochastic",
     "Stop",
+    "SwapState",
     "Vanilla",
     "Wanda",
+    "better_of",
+    "block_errors",
     "check_compatible",
     "frank_wolfe",
     "make_solver",
+    "random_per_block",
     "solve",
 ]

@@ -7,17 +7,16 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles import MaskSet, PartitionMatroid
-from maskopt.problems import LayerReconstruction, Problem
+from maskopt.oracles import PartitionMatroid
+from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
+from maskopt.solvers.blocks import better_of
 from maskopt.solvers.requirements import Requirements
-from maskopt.solvers.rules import RowBlocks
 from maskopt.solvers.scores import Wanda
 from maskopt.solvers.swap_search import SwapSearch
+from maskopt.solvers.swaps import SwapState
 
 __all__ = ["OneSwap", "better_of", "descend"]
-
-_REFRESH = 32  # steps after which the carried products are computed anew
 
 
 @dataclass(frozen=True)
@@ -89,33 +88,18 @@ def descend(
     """
     search = SwapSearch(problem, masks)
     limit = 10 * problem.shape[1] if max_steps is None else max_steps
-    start, kept = mask, mask.clone()
-    carried = problem.product(kept.to(problem.dtype))
+    start, state = mask, SwapState(problem, masks, mask)
     monitor.counters["products"] += 1
     # Rows whose last search found nothing need none until they change.
     dirty = torch.ones(problem.shape[0], dtype=torch.bool, device=problem.device)
     steps, optimal = 0, False
-    while steps < limit and not monitor.stops(problem, masks, steps, limit, mask=kept):
-        rows, add, drop_rows, drop = search.step(kept, carried, dirty)
+    while steps < limit and not monitor.stops(problem, masks, steps, limit, mask=state.mask):
+        rows, add, drop_rows, drop = search.step(state.mask, state.carried, dirty)
         if len(rows) == 0:
             optimal = True
             break
-        kept[rows, add] = True
-        kept[drop_rows, drop] = False
-        weight, gram = problem.scaled_weight, problem.scaled_gram
-        carried.index_add_(0, rows, gram[add] * weight[rows, add].unsqueeze(1), alpha=-1)
-        carried.index_add_(0, drop_rows, gram[drop] * weight[drop_rows, drop].unsqueeze(1))
+        state.swap(rows, add, drop_rows, drop)
         monitor.counters["swaps"] += len(rows)
         steps += 1
-        if steps % _REFRESH == 0:
-            touched = dirty.nonzero().flatten()
-            carried[touched] = problem.rows(touched).product(kept[touched].to(problem.dtype))
     # Swaps are accepted on float32 products; the answer has to be no worse in exact terms.
-    return better_of(problem, masks, kept, start)[0], steps, optimal
-
-
-def better_of(problem: Problem, masks: MaskSet, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the better and the worse of two masks, row block by row block; `one` where they are equal."""
-    row_blocks = RowBlocks.of(problem, masks)
-    swap = (row_blocks(problem.objective(two)) < row_blocks(problem.objective(one))).unsqueeze(1)
-    return torch.where(swap, two, one), torch.where(swap, one, two)
+    return better_of(problem, masks, state.mask, start)[0], steps, optimal

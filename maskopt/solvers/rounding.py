@@ -14,6 +14,7 @@ from torch import Tensor
 
 from maskopt.oracles.base import HasGroups, MaskSet, face_tolerance
 from maskopt.problems import LayerReconstruction, Problem
+from maskopt.solvers.blocks import block_errors
 from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rules import row_block_of
 
@@ -203,10 +204,10 @@ def _best(problem: Problem, masks: MaskSet, candidates: Iterable[Tensor]) -> tup
     row_block = row_block_of(problem, masks)
     numbered = iter(enumerate(candidates))
     mask = next(numbered)[1].clone()
-    error = problem.objective(mask).view(-1, row_block).sum(1)
+    error = block_errors(problem, masks, mask)
     index = torch.zeros(len(error), dtype=torch.int64, device=error.device)
     for number, candidate in numbered:
-        other = problem.objective(candidate).view(-1, row_block).sum(1)
+        other = block_errors(problem, masks, candidate)
         better = other < error
         error = torch.minimum(error, other)
         index[better] = number

@@ -8,14 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-import numpy as np
 import torch
-from scipy.optimize import LinearConstraint
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles import MaskSet
+from maskopt.oracles import MaskSet, MilpFormulation
 from maskopt.problems import Quadratic
 from maskopt.problems.layer import eigenvalue_floor
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
@@ -115,7 +112,7 @@ class Scip(Solver):
             index = slice(one * row_block, (one + 1) * row_block)
             part = masks if number == 1 else masks.rows(index, (rows, d))
             model = _Model(self, [_row(exact, row) for row in range(index.start, index.stop)], start[index].cpu())
-            model.choose_from(part.milp_constraints((row_block, d)))
+            model.choose_from(part.formulation((row_block, d)))
             limit = min(monitor.left / (number - one), math.inf if self.time_limit is None else self.time_limit)
             answer = model.solve(limit, lambda one=one: monitor.stops(problem, masks, one, number))  # type: ignore[misc]
             nodes += answer.nodes
@@ -209,7 +206,7 @@ class _Model:
         from pyscipopt.scip import Expr, ExprCons, Term
 
         self._expr, self._cons, self._term = Expr, ExprCons, Term
-        self._shape, pruned = start.shape, (~start).double()
+        self._shape, self._start, pruned = start.shape, start, (~start).double()
         if settings.form == "convex":
             rows = [_shifted(row) for row in rows]
         self._unit = _unit(rows, pruned)
@@ -268,20 +265,33 @@ class _Model:
         # From a dictionary of coefficients: sums of expressions take minutes to build.
         self._model.addCons(self._cons(self._expr(terms), lower, upper))
 
-    def choose_from(self, masks: LinearConstraint) -> None:
-        """Add the constraints of a set on the flattened mask m = 1 - p."""
-        matrix = csr_array(masks.A)
-        ends = [np.broadcast_to(side, matrix.shape[0]) for side in (masks.lb, masks.ub)]
+    def choose_from(self, masks: MilpFormulation) -> None:
+        """Add the constraints of a set on the flattened mask m = 1 - p, with the auxiliary variables they need."""
+        matrix, ends = masks.matrix, (masks.constraints.lb, masks.constraints.ub)
+        columns, own = [*self._pruned, *self._auxiliary(masks)], masks.entries
         for line in range(matrix.shape[0]):
             part = slice(matrix.indptr[line], matrix.indptr[line + 1])
             entries, values = matrix.indices[part].tolist(), matrix.data[part].tolist()
             size = max(map(abs, values), default=0.0)
             if size == 0.0:
                 continue
-            whole = math.fsum(values)
+            pairs = list(zip(entries, values, strict=True))
+            # sum_i a_i m_i = whole - sum_i a_i p_i: the line is negated, auxiliary variables with it.
+            whole = math.fsum(value for at, value in pairs if at < own)
             lower, upper = ((whole - float(side[line])) / size for side in reversed(ends))
-            terms = {self._term(self._pruned[at]): value / size for at, value in zip(entries, values, strict=True)}
+            terms = {self._term(columns[at]): (value if at < own else -value) / size for at, value in pairs}
             self._constrain(terms, *(end if math.isfinite(end) else None for end in (lower, upper)))
+
+    def _auxiliary(self, masks: MilpFormulation) -> list[Any]:
+        """Add auxiliary variables, with values for the first incumbent: SCIP ignores incomplete solutions."""
+        values = masks.completed(self._start.numpy())
+        variables = []
+        for number, (whole, low, high) in enumerate(masks.extras):
+            variable = self._model.addVar(vtype="I" if whole else "C", lb=low, ub=high, obj=0.0)
+            if values is not None:
+                self._model.setSolVal(self._first, variable, float(values[number]))
+            variables.append(variable)
+        return variables
 
     def solve(self, limit: float, stops: Callable[[], bool]) -> _Answer:
         """Run SCIP for so many seconds, or until `stops` says so.

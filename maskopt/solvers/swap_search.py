@@ -5,6 +5,7 @@ from torch import Tensor
 
 from maskopt.oracles import PartitionMatroid
 from maskopt.problems import LayerReconstruction
+from maskopt.solvers.swaps import pair_change, single_changes
 
 __all__ = ["SwapSearch"]
 
@@ -18,14 +19,10 @@ _BLOCK = 2**22  # entries of a temporary
 class SwapSearch:
     """Finds improving swaps for masks of one problem.
 
-    With c = G (w * p) carried, un-pruning j and pruning i of one row changes its error by
-
-        A_j + B_i - 2 w_i w_j G_ij,   A_j = -2 w_j c_j + w_j^2 G_jj,   B_i = 2 w_i c_i + w_i^2 G_ii
-
-    (SparseSwaps, arXiv 2512.10922, section 3). Entries of one row that lie in one group form a segment of
-    consecutive columns. For wide segments a pair is looked at only if it can win: with s_i = |w_i| sqrt(G_ii) and
-    rho_j the largest correlation of input j with another one, |w_i w_j G_ij| <= rho_j s_i s_j, so no partner can
-    bring j below A_j + min_i (B_i - 2 rho_j s_j s_i).
+    A swap changes the error by A_j + B_i - 2 w_i w_j G_ij (`maskopt.solvers.swaps`). Entries of one row that lie in one
+    group form a segment of consecutive columns. For wide segments a pair is looked at only if it can win: with
+    s_i = |w_i| sqrt(G_ii) and rho_j the largest correlation of input j with another one, |w_i w_j G_ij| <=
+    rho_j s_i s_j, so no partner can bring j below A_j + min_i (B_i - 2 rho_j s_j s_i).
 
     Parameters
     ----------
@@ -78,11 +75,11 @@ class SwapSearch:
     def _costs(self, index: Tensor, kept: Tensor, carried: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return A, B (infinite where not allowed) and the rounding error of either, for some rows."""
         mask, own = kept[index], self.own[index]
-        change = 2.0 * self.weight[index] * carried[index]
-        error = self.eps * (change.abs() + own)
+        add, drop, size = single_changes(self.weight[index], carried[index], own)
+        error = self.eps * size
         movable = mask if self.protected is None else mask & ~self.protected[index]
         closed = mask if self.forbidden is None else mask | self.forbidden[index]
-        return torch.where(closed, torch.inf, own - change), torch.where(movable, own + change, torch.inf), error
+        return torch.where(closed, torch.inf, add), torch.where(movable, drop, torch.inf), error
 
     def _within_rows(self, kept: Tensor, carried: Tensor, dirty: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         index = dirty.nonzero().flatten()
@@ -108,10 +105,8 @@ class SwapSearch:
 
     def _all_pairs(self, index: Tensor, add_cost: Tensor, drop_cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight = self.weight[index].view(len(index), self.segments, self.width)
-        change = (weight * -2.0).unsqueeze(3) * weight.unsqueeze(2)
-        change.mul_(self.blocks).add_(add_cost.view_as(weight).unsqueeze(3)).add_(
-            drop_cost.view_as(weight).unsqueeze(2)
-        )
+        alone = add_cost.view_as(weight).unsqueeze(3), drop_cost.view_as(weight).unsqueeze(2)
+        change = pair_change(self.blocks, (weight.unsqueeze(3), weight.unsqueeze(2)), alone)
         best, place = change.flatten(1).min(1)
         segment, pair = place // self.width**2, place % self.width**2
         return best, segment * self.width + pair // self.width, segment * self.width + pair % self.width
@@ -152,10 +147,9 @@ class SwapSearch:
         # Flat, sorted indices: the gather reads memory in order.
         places = ((adds + offset) * self.columns).unsqueeze(2) + (drops + offset).unsqueeze(1)
         change = self.gram.view(-1).index_select(0, places.view(-1)).view(places.shape)
-        change *= (weight.gather(1, adds) * -2.0).unsqueeze(2)
-        change *= weight.gather(1, drops).unsqueeze(1)
-        change += a.gather(1, adds).unsqueeze(2)
-        change += b.gather(1, drops).unsqueeze(1)
+        weights = weight.gather(1, adds).unsqueeze(2), weight.gather(1, drops).unsqueeze(1)
+        alone = a.gather(1, adds).unsqueeze(2), b.gather(1, drops).unsqueeze(1)
+        change = pair_change(change, weights, alone, out=change)
         best, place = change.flatten(1).min(1)
         add = adds.gather(1, (place // drops.shape[1]).unsqueeze(1)).squeeze(1)
         drop = drops.gather(1, (place % drops.shape[1]).unsqueeze(1)).squeeze(1)

@@ -35,8 +35,8 @@ def test_values_and_gradients_are_those_of_the_outputs(layer, seed):
     size = float(truth.sum()) + float(error(layer, target, -layer.weight).sum()) + 1.0
     for seen in (problem, problem.double(), problem.rows(slice(None)), problem.rows(torch.arange(len(x)))):
         point = seen.evaluate(x.detach().clone())
-        torch.testing.assert_close(seen.value(point), truth, rtol=0, atol=1e-12 * size)
-        torch.testing.assert_close(seen.gradient(point), x.grad, rtol=0, atol=1e-11 * size)
+        torch.testing.assert_close(seen.value(point) * seen.unit, truth, rtol=0, atol=1e-12 * size)
+        torch.testing.assert_close(seen.gradient(point) * seen.unit, x.grad, rtol=0, atol=1e-11 * size)
     mask = x.detach() > 0.5
     kept = layer.weight * mask
     for found in (problem.objective(mask), problem.error(kept)):
@@ -46,7 +46,10 @@ def test_values_and_gradients_are_those_of_the_outputs(layer, seed):
     step_size = torch.full((len(kept),), 0.25, dtype=torch.float64)
     ahead = problem.evaluate(x.detach() + 0.25)
     torch.testing.assert_close(
-        problem.slope(point, direction, step_size), ahead.gradient.sum(1), rtol=0, atol=1e-10 * size
+        problem.unit * problem.slope(point, direction, step_size),
+        problem.unit * ahead.gradient.sum(1),
+        rtol=0,
+        atol=1e-10 * size,
     )
 
 

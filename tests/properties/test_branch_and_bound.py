@@ -40,7 +40,6 @@ def optimum(layer: Layer, masks: PartitionMatroid) -> float:
 def test_proves_the_optimum(name: str, layer: Layer, fraction: float) -> None:
     assume(layer.weight.numel() <= 14)
     masks = ALL_SETS[name](layer.shape, fraction)
-    assert isinstance(masks, PartitionMatroid)
     problem = layer.problem()
     result = solve(problem, masks, SMALL)
     assert result.status is Status.OPTIMAL
@@ -56,7 +55,6 @@ def test_proves_the_optimum(name: str, layer: Layer, fraction: float) -> None:
 @examples(400)
 def test_bounds_hold_whenever_it_is_stopped(layer: Layer, fraction: float, batches: int) -> None:
     masks = ALL_SETS["per-row"](layer.shape, fraction)
-    assert isinstance(masks, PartitionMatroid)
     seen = 0
 
     def stop(_: object) -> Stop | None:
@@ -79,7 +77,6 @@ def test_fixing_never_cuts_off_an_optimum(name: str, data: st.DataObject, seed: 
     """The tangent of a convex quadratic at a random point, a constant added to its linear term."""
     shape = data.draw(st.sampled_from([(1, 6), (2, 4), (2, 6), (1, 9), (3, 4)]))
     masks = ALL_SETS[name](shape, data.draw(fractions))
-    assert isinstance(masks, PartitionMatroid)
     members = every_mask(masks, shape)
     assume(len(members) > 0)
     random = torch.Generator().manual_seed(seed)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles import MaskSet, PartitionMatroid, PerRow
+from maskopt.oracles import MaskSet, PerRow
 from maskopt.problems import Direction, Problem, Saliency
 from maskopt.solvers import (
     DIRECTIONS,
@@ -29,11 +29,9 @@ from maskopt.solvers import (
     solve,
 )
 from maskopt.solvers.rules import row_block_of
-from tests import helpers
-from tests.helpers import FRANK_WOLFE, SETS, Layer, examples, layers, sets
+from tests.helpers import ALL_SETS, FRANK_WOLFE, SETS, SOLVERS, Layer, cheapest, examples, feasible, layers, sets
 from tests.loop_runs import CONVEX, WAVY, Bowl, Case, Diary, Steady, function_case, layer_case, normal, plain_layer
 
-ALL_SETS = getattr(helpers, "ALL_SETS", SETS)
 SHAPE = (4, 8)
 ACTIVE = ["away", "pairwise", "blended-pairwise", "fully-corrective"]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -67,11 +65,9 @@ def cases(shape: tuple[int, int] = SHAPE) -> dict[str, Case]:
 
 
 def member(masks: MaskSet, mask: Tensor) -> bool:
-    """By the set's definition if the helpers know it, and by its MILP formulation."""
-    rule = masks.milp_constraints((mask.shape[0], mask.shape[1]))
-    left = rule.A @ mask.flatten().double().numpy()
-    dense_copy = bool(((left >= rule.lb - 1e-9) & (left <= rule.ub + 1e-9)).all())
-    return dense_copy and (not isinstance(masks, PartitionMatroid) or helpers.feasible(masks, mask))
+    """By the set's registered definition, and by its MILP formulation."""
+    formulation = masks.formulation((mask.shape[0], mask.shape[1]))
+    return formulation.contains(mask.numpy()) and feasible(masks, mask)
 
 
 # Everything with everything
@@ -304,7 +300,7 @@ def test_scores_are_solved_at_once(name: str) -> None:
         problem, masks = Saliency(normal(*SHAPE, seed=seed)), SETS["n:m"](SHAPE, 0.5)
         for start in (None, masks.lmo_mask(normal(*SHAPE, seed=seed + 9))):
             result = solve(problem, masks, FrankWolfe(direction=name, iterations=60), start=start)
-            assert torch.equal(result.mask, helpers.cheapest(masks, -problem.scores))
+            assert torch.equal(result.mask, cheapest(masks, -problem.scores))
             assert result.gap == pytest.approx(0.0, abs=1e-9)
 
 
@@ -413,11 +409,11 @@ def test_inputs_stay_as_they_are(name: str) -> None:
     assert torch.equal(diagonal, problem.diagonal())
 
 
-@pytest.mark.parametrize("name", helpers.SOLVERS)
+@pytest.mark.parametrize("name", SOLVERS)
 def test_every_solver_takes_shifted_problems(name: str) -> None:
     """No mask sees a shift: solvers that do not relax answer as without, the others with a mask as good as theirs."""
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
-    solver = helpers.SOLVERS[name]
+    solver = SOLVERS[name]
     for amount in (0.7, -3.0):
         plain, shifted = (solve(p, masks, solver) for p in (problem, problem.shifted(problem.diagonal(), amount)))
         assert member(masks, shifted.mask)

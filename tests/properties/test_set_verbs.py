@@ -16,12 +16,12 @@ from maskopt.oracles import (
     HasFaces,
     HasGroups,
     MaskSet,
-    PartitionMatroid,
     PerRow,
-    Units,
 )
 from tests.helpers import (
     ALL_SETS,
+    INTEGRAL_SETS,
+    MATROIDS,
     Shape,
     banned_of,
     costs,
@@ -57,16 +57,24 @@ def points(draw: st.DrawFn, members: Tensor) -> Tensor:
 
 def limits(masks: MaskSet, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     """Return A and b with hull = {x : A x <= b}, from the LP formulation, which is integral for these sets."""
-    rule = masks.milp_constraints(shape)
-    size = shape[0] * shape[1]
+    formulation = masks.formulation(shape)
+    assert formulation.auxiliary == 0
+    rule, size = formulation.constraints, shape[0] * shape[1]
     left = np.vstack((rule.A.toarray(), -rule.A.toarray(), np.eye(size), -np.eye(size)))
-    right = np.concatenate((rule.ub * np.ones(len(rule.lb)), -rule.lb, np.ones(size), np.zeros(size)))
-    return left, right
+    right = np.concatenate((rule.ub, -rule.lb, np.ones(size), np.zeros(size)))
+    some = np.isfinite(right)
+    return left[some], right[some]
 
 
 def small_costs(data: st.DataObject, shape: Shape) -> Tensor:
     size = shape[0] * shape[1]
     return torch.tensor(data.draw(st.lists(st.integers(-4, 4), min_size=size, max_size=size))).double().view(shape)
+
+
+@pytest.mark.parametrize("name", sorted({*able("inface"), *able("project")}))
+def test_sets_with_faces_or_projections_are_registered_as_integral(name: str) -> None:
+    """Their tests read the hull off the formulation."""
+    assert name in INTEGRAL_SETS
 
 
 def test_protocols_tell_the_sets_apart() -> None:
@@ -234,23 +242,56 @@ def test_an_entry_cannot_be_kept_and_pruned(name: str) -> None:
 
 def _counts(masks: MaskSet, mask: Tensor) -> list[int]:
     """Return how many entries, or units, every group keeps."""
-    if isinstance(masks, Units):
-        return _counts(masks.base, mask[:: masks.unit[0] or len(mask), :: masks.unit[1] or mask.shape[1]])
-    assert isinstance(masks, PartitionMatroid)
-    flat = mask.flatten()
-    return [int(flat[group].sum()) for group in groups_of(masks, (mask.shape[0], mask.shape[1]))]
+    group = _groups(masks, (mask.shape[0], mask.shape[1]))
+    return [int(mask[group == number].sum()) for number in range(int(group.max()) + 1)]
+
+
+def _groups(masks: MaskSet, shape: Shape) -> Tensor:
+    """Return the group of each entry, by loops over tiles or units."""
+    base, height, width = masks, 1, 1
+    if hasattr(masks, "unit"):
+        base, height, width = masks.base, masks.unit[0] or shape[0], masks.unit[1] or shape[1]
+    small = (shape[0] // height, shape[1] // width)
+    group = torch.full(small, -1)
+    for number, entries in enumerate(groups_of(base, small)):
+        group.view(-1)[entries] = number
+    return group.repeat_interleave(height, 0).repeat_interleave(width, 1)
 
 
 @given(st.data())
-@pytest.mark.parametrize("name", able("neighbours"))
+@pytest.mark.parametrize(
+    "name", [name for name in able("neighbours") if name in MATROIDS or hasattr(ALL_SETS[name]((4, 4), 0.5), "unit")]
+)
 @examples(30)
 def test_neighbours_are_one_exchange_away(name: str, data: st.DataObject) -> None:
-    masks, _, members = data.draw(cases(name))
+    masks, shape, members = data.draw(cases(name))
     mask = members[data.draw(st.integers(0, len(members) - 1))]
     listed = [tuple(other.flatten().tolist()) for other in masks.neighbours(mask)]
     apart = (members ^ mask).flatten(1).sum(1)
-    size = (masks.unit[0] or mask.shape[0]) * (masks.unit[1] or mask.shape[1]) if isinstance(masks, Units) else 1
+    unit = getattr(masks, "unit", (1, 1))
+    size = (unit[0] or shape[0]) * (unit[1] or shape[1])
     near = members[apart == 2 * size]
     expected = {tuple(m.flatten().tolist()) for m in near if _counts(masks, m) == _counts(masks, mask)}
     assert set(listed) == expected
     assert len(listed) == len(expected)
+
+
+@given(st.data())
+@pytest.mark.parametrize("name", able("swap_groups"))
+@examples(30)
+def test_entries_of_a_swap_group_may_be_exchanged(name: str, data: st.DataObject) -> None:
+    masks, shape, members = data.draw(cases(name))
+    group, height = masks.swap_groups(shape), masks.row_block(shape)
+    assert group.shape == shape
+    for number in set(group[group >= 0].tolist()):
+        rows = (group == number).nonzero()[:, 0]
+        assert int(rows.min()) // height == int(rows.max()) // height  # it lies in one row block
+    mask = members[data.draw(st.integers(0, len(members) - 1))].flatten()
+    known, group = {tuple(member.tolist()) for member in members.flatten(1)}, group.flatten()
+    kept, pruned = ((wanted & (group >= 0)).nonzero().flatten().tolist() for wanted in (mask, ~mask))
+    for old in kept:
+        for new in pruned:
+            if group[old] == group[new]:
+                other = mask.clone()
+                other[old], other[new] = False, True
+                assert tuple(other.tolist()) in known

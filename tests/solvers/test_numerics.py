@@ -6,7 +6,7 @@ import torch
 from maskopt.oracles import NM, PerRow, Unstructured
 from maskopt.problems import FAMILIES, LayerReconstruction, synthetic
 from maskopt.solvers import solve
-from tests.helpers import ITERATIVE, SETS, SOLVERS, feasible
+from tests.helpers import SETS, SOLVER_ENTRIES, SOLVERS, feasible
 
 SHAPE = (6, 24)
 
@@ -46,25 +46,39 @@ def test_powers_of_two_change_no_digit(name: str, powers: tuple[int, int]) -> No
     assert torch.equal(one.objective * 2.0 ** (2 * powers[0] + powers[1]), two.objective)
 
 
-@pytest.mark.parametrize("exponent", [-6, -12, -18, -25])
-@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "ria"])  # it divides by column sums
-def test_rows_of_unlike_size(name: str, exponent: int, request: pytest.FixtureRequest) -> None:
-    if exponent == -25 and name in ITERATIVE:
-        reason = "one unit for the whole weight: squares of rows 1e-22 times the largest underflow in float32"
-        request.applymarker(pytest.mark.xfail(reason=reason))
+def relative_errors(name: str, exponent: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each row's relative error, and the same where half of the rows are of another size."""
     instance = synthetic(rows=SHAPE[0], d=SHAPE[1])
     weight = instance.weight.clone()
     weight[3:] *= 10.0**exponent
     one = solve(instance.problem(), PerRow(0.5), SOLVERS[name])
     two = solve(LayerReconstruction(weight, instance.gram), PerRow(0.5), SOLVERS[name])
-    torch.testing.assert_close(one.objective / one.scale, two.objective / two.scale, rtol=1e-4, atol=0.0)
+    return one.objective / one.scale, two.objective / two.scale
+
+
+APART = [name for name in SOLVERS if SOLVERS[name].solves_rows_apart(PerRow(0.5))]
+
+
+@pytest.mark.parametrize("exponent", [-6, -12, -18])
+@pytest.mark.parametrize("name", APART)
+def test_rows_of_unlike_size(name: str, exponent: int) -> None:
+    torch.testing.assert_close(*relative_errors(name, exponent), rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("name", [name for name in APART if SOLVER_ENTRIES[name].sees_tiny_rows is not None])
+def test_rows_whose_squares_underflow(name: str, request: pytest.FixtureRequest) -> None:
+    if not SOLVER_ENTRIES[name].sees_tiny_rows:
+        reason = "one unit for the whole weight: squares of rows 1e-25 times the largest underflow in float32"
+        request.applymarker(pytest.mark.xfail(reason=reason))
+    torch.testing.assert_close(*relative_errors(name, -25), rtol=1e-4, atol=0.0)
 
 
 @pytest.mark.parametrize("size", [1e-15, 1e-6, 1e6, 1e15])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_outlier_channels(name: str, size: float) -> None:
-    if size == 1e15 and name == "continuation alone":
-        pytest.skip("without the polish, float32 sums do not see channels 1e-15 times the largest")
+def test_outlier_channels(name: str, size: float, request: pytest.FixtureRequest) -> None:
+    if size == 1e15 and not SOLVER_ENTRIES[name].sees_small_channels:
+        reason = "float32 sums do not see channels 1e-15 times the largest"
+        request.applymarker(pytest.mark.xfail(reason=reason))
     instance = synthetic(rows=SHAPE[0], d=SHAPE[1])
     scale = torch.ones(SHAPE[1], dtype=torch.float64)
     scale[[3, 11]] = size
@@ -85,7 +99,7 @@ def test_float32_is_as_good_as_float64(name: str, family: str, set_name: str) ->
     narrow = solve(instance.problem(), masks, SOLVERS[name])
     wide = solve(LayerReconstruction(instance.weight.double(), instance.gram.double()), masks, SOLVERS[name])
     # Masks may differ where the data nearly tie, which singular Grams do; in total they are as good.
-    ties = family in ("dead", "rank-deficient")
+    ties = family in ("dead", "rank-deficient") or SOLVER_ENTRIES[name].chaotic
     assert narrow.relative_error == pytest.approx(wide.relative_error, rel=0.1 if ties else 0.02, abs=1e-9)
     if torch.equal(narrow.mask, wide.mask):
         torch.testing.assert_close(narrow.objective, wide.objective, rtol=1e-9, atol=1e-12)

@@ -86,11 +86,8 @@ def test_a_set_that_swaps_and_is_no_partition_matroid_is_refused_by_name_of_the_
         def milp_constraints(self, shape: object) -> object:
             raise NotImplementedError
 
-        def swap_tile(self, shape: tuple[int, int]) -> tuple[int, int]:
-            return 1, shape[1]
-
-        def neighbours(self, mask: torch.Tensor) -> object:
-            return iter([mask.flip(1)])
+        def swap_groups(self, shape: tuple[int, int]) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int64)
 
         def __repr__(self) -> str:
             return "Odd()"

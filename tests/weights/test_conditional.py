@@ -84,10 +84,10 @@ def test_every_kind_of_set(name: str, dtype: torch.dtype) -> None:
         masks = ALL_SETS[name]((8, 12), fraction)
         result = solve(problem, masks, METHOD)
         checked(problem, masks, result)
-        if fraction == 1.0 and "restricted" not in name and "counts" not in name:
+        if feasible(masks, torch.ones_like(result.mask)):
             assert bool(result.mask.all())
             assert result.relative_error <= 1e-9
-        if fraction == 0.5 and name != "whole rows":
+        if fraction == 0.5 and bool((result.mask.any(1) & ~result.mask.all(1)).any()):
             # Weights that moved are worth it, whatever the set, as long as rows are pruned in part.
             assert result.relative_error < 0.99 * result.kept_error
 

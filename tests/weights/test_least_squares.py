@@ -329,7 +329,9 @@ def test_needs_are_those_of_the_solver() -> None:
         sentences.append(str(caught.value))
     assert sentences[0] == sentences[1].replace("LeastSquares on ", "")
     form = QuadraticForm(torch.eye(8), torch.zeros(2, 8))
-    with pytest.raises(MaskoptError, match=r"^QuadraticForm is not compatible with LeastSquares on .* missing: weight"):
+    with pytest.raises(
+        MaskoptError, match=r"^QuadraticForm is not compatible with LeastSquares on .*: it must be a Layer"
+    ):
         solve(form, PerRow(0.5), LeastSquares())
 
 
