@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from maskopt.checks import check_settings, real
 from maskopt.oracles import HasFaces
 from maskopt.solvers.rules import Direction, View, Way
 
@@ -37,6 +38,9 @@ class BlendedInFace(Direction):
     patience: float = 2.0
 
     asks: ClassVar[tuple[str, ...]] = ("inface", "max_step")
+
+    def __post_init__(self) -> None:
+        check_settings(self, patience=real(1))
 
     def way(self, view: View) -> Way:
         local = _inface(view, view.gradient) - _inface(view, view.gradient.neg())

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from maskopt.checks import check_settings, real, whole
 from maskopt.problems import Move, Quadratic
 from maskopt.solvers.rules import Step, View
 
@@ -20,6 +21,9 @@ class OpenLoopStep(Step):
     offset: int = 2
 
     open_loop: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_settings(self, offset=whole(1))
 
     def share(self, view: View, move: Move, limit: Tensor) -> Tensor:
         return limit.clamp(max=2.0 / (view.iteration + self.offset))
@@ -97,6 +101,9 @@ class SecantStep(Step):
     evaluations: int = 12
     accuracy: float = 1e-8
 
+    def __post_init__(self) -> None:
+        check_settings(self, evaluations=whole(1), accuracy=real(0, 1))
+
     def share(self, view: View, move: Move, limit: Tensor) -> Tensor:
         finite = limit.nan_to_num(posinf=1.0)
         low, high = torch.zeros_like(finite), finite.clone()
@@ -142,6 +149,9 @@ class AdaptiveStep(Step):
     """
 
     decay: float = 0.7
+
+    def __post_init__(self) -> None:
+        check_settings(self, decay=real(0, 1, above=True))
 
     def begin(self, view: View) -> Step:
         return _AdaptiveRun(self, None)
