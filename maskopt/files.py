@@ -252,7 +252,7 @@ def open_tensors(what: str, path: str | os.PathLike[str], framework: str = "pt")
     MaskoptError
         If there is no such file, it cannot be read, is damaged, or holds what the framework does not have.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # false for every name that cannot be one
         raise MaskoptError(f"The {what} {path} does not exist or is not a file.")
     try:
         with safe_open(os.fspath(path), framework=framework) as file:

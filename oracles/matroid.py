@@ -364,7 +364,7 @@ def NM(*, keep: int, group: int) -> PartitionMatroid:  # noqa: N802
 
     Keywords only, because libraries disagree about what "2" counts in "2:4".
     """
-    if not all(whole(0).fits(number) for number in (keep, group)):
+    if not all(whole(-(2**53)).fits(number) for number in (keep, group)):
         raise MaskoptError(
             f"NM needs whole numbers, as it counts entries; got keep={shown(keep)}, group={shown(group)}."
         )

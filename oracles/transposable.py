@@ -43,7 +43,7 @@ class TransposableNM(MaskSet):
     """
 
     def __init__(self, *, keep: int, group: int) -> None:
-        if not all(whole(0).fits(number) for number in (keep, group)):
+        if not all(whole(-(2**53)).fits(number) for number in (keep, group)):
             raise MaskoptError(
                 f"TransposableNM counts entries, with whole numbers; got keep={shown(keep)}, group={shown(group)}."
             )

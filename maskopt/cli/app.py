@@ -45,10 +45,10 @@ class _Guarded(TyperGroup):
             code = super().main(args, standalone_mode=False, **extra)
             sys.stdout.flush()
         except (Exception, KeyboardInterrupt, signals.Ended) as error:
-            if debug:
+            if debug and not hasattr(error, "format_message"):
                 raise
             if type(error).__name__ == "NoArgsIsHelpError":
-                typer.echo(error.ctx.get_help(), err=True)  # type: ignore[union-attr]
+                print(error.message, end="")  # type: ignore[union-attr]  # older ones have printed it
                 sys.exit(2)
             sentence, code = _explain(error)
             files.discard_unfinished()
@@ -56,6 +56,12 @@ class _Guarded(TyperGroup):
         if not standalone_mode:
             return code
         sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # typer < 0.20 declares click's Context
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:  # of which typer would make an exit without a word
+            raise signals.Ended(signals.SIGINT) from error
 
 
 def _check_standard_output() -> None:

@@ -1,6 +1,7 @@
 """Options that commands share, and the words behind them."""
 
 import importlib.util
+import os
 import re
 import warnings
 from pathlib import Path
@@ -171,7 +172,7 @@ def require_file(what: str, path: Path) -> Path:
     MaskoptError
         If not.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # false for every name that cannot be one
         raise MaskoptError(f"The {what} {path} does not exist or is not a file.")
     if path.stat().st_size == 0:
         raise MaskoptError(f"The {what} {path} is empty.")

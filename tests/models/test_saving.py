@@ -99,7 +99,7 @@ def test_files_that_hold_no_masks(tmp_path):
     with pytest.raises(MaskoptError, match="holds no masks that this version"):
         load_masks(tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"abc")
-    with pytest.raises(MaskoptError, match=r"broken.safetensors is damaged"):
+    with pytest.raises(MaskoptError, match=r"broken.safetensors is not a readable safetensors file"):
         load_masks(tmp_path / "broken.safetensors")
 
 
