@@ -44,12 +44,14 @@ class _Guarded(TyperGroup):
             _check_standard_output()
             code = super().main(args, standalone_mode=False, **extra)
             sys.stdout.flush()
+            signals.finish()
         except (Exception, KeyboardInterrupt, signals.Ended) as error:
             if debug and not hasattr(error, "format_message"):
                 raise
             if type(error).__name__ == "NoArgsIsHelpError":
                 print(error.message, end="")  # type: ignore[union-attr]  # older ones have printed it
                 sys.exit(2)
+            signals.finish()
             sentence, code = _explain(error)
             files.discard_unfinished()
             _tell(sentence)

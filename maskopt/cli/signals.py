@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["CODES", "Ended", "begin", "handled", "open_standard_streams", "outcome", "shield", "what_was_written"]
+__all__ = [
+    "CODES",
+    "Ended",
+    "begin",
+    "finish",
+    "handled",
+    "open_standard_streams",
+    "outcome",
+    "shield",
+    "what_was_written",
+]
 
 CODES = {number: 128 + number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))}
 """Exit codes of the signals that end the program in order."""
@@ -98,8 +110,6 @@ def handled() -> Iterator[None]:
         for number in CODES:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
                 signal.signal(number, _handle)
-        if hasattr(signal, "SIGALRM"):
-            signal.signal(signal.SIGALRM, lambda _, frame: _handle(_arrived[-1], frame))
         sys.unraisablehook = _raise_later
         yield
     except Ended as ended:
@@ -111,10 +121,20 @@ def handled() -> Iterator[None]:
 
 def _raise_later(unraisable: sys.UnraisableHookArgs) -> None:
     """Ask once more where Python had to swallow the exception, as in the callbacks of weak references."""
-    if isinstance(unraisable.exc_value, Ended) and hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
-    else:
+    if not isinstance(unraisable.exc_value, Ended):
         sys.__unraisablehook__(unraisable)
+        return
+    later = threading.Timer(0.01, _thread.interrupt_main, [unraisable.exc_value.number])
+    later.daemon = True
+    with contextlib.suppress(RuntimeError):  # too late for threads: the program ends by itself
+        later.start()
+
+
+def finish() -> None:
+    """Ignore signals from here on: the program is about to leave, with its last sentence or without one."""
+    for number in CODES:
+        if signal.getsignal(number) is _handle:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
