@@ -18,6 +18,7 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import CanProject, CanRestrict, CanSwap, HasFaces, HasGroups, MaskSet
 from maskopt.problems import LayerReconstruction, Point, Problem
+from maskopt.solvers.arguments import check_arguments, ordinary_torch
 from maskopt.threads import sized_threads
 
 if TYPE_CHECKING:
@@ -219,6 +220,8 @@ class Solver(ABC):
         Whether row blocks of rows that the set couples may be solved apart.
     record : int or "doubling"
         What is recorded where the caller does not say.
+    proves : bool
+        Whether it proves lower bounds, at least where the objective is convex.
     row_wise : bool
         Whether the answer for a row depends on that row alone when the set allows it.
     arrays : float
@@ -232,6 +235,7 @@ class Solver(ABC):
     relaxes: ClassVar[bool] = False
     blockwise: ClassVar[bool] = False
     record: ClassVar[Record] = 0
+    proves: ClassVar[bool] = False
     row_wise: ClassVar[bool] = True
     arrays: ClassVar[float] = 4.0
     start: Solver | None = None
@@ -408,6 +412,7 @@ def solve(
     MaskoptError
         If the set does not fit the weight, the start is infeasible, or problem and solver do not go together.
     """
+    check_arguments(problem, masks, solver, start, callback, time_limit, memory, record)
     if solver is None:
         from maskopt.solvers.continuation import ContinuationFrankWolfe
 
@@ -416,7 +421,7 @@ def solve(
     masks.check(problem.shape)  # raises here, before any work, where the set does not fit
     monitor = Monitor(type(solver).__name__, callback, time_limit, memory)
     rows, columns = problem.shape
-    with sized_threads(rows * columns * columns):
+    with ordinary_torch(problem.device), sized_threads(rows * columns * columns):
         return _solve(problem, masks, solver, start, monitor, memory, solver.record if record is None else record)
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from maskopt.errors import MaskoptError
+from maskopt.checks import check_settings, instance_of, whole
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction, Problem
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status, row_block_of
@@ -42,8 +42,7 @@ class OneSwap(Solver):
     arrays: ClassVar[float] = 12.0
 
     def __post_init__(self) -> None:
-        if self.max_steps is not None and self.max_steps < 0:
-            raise MaskoptError(f"OneSwap needs max_steps >= 0; got {self.max_steps}.")
+        check_settings(self, start=instance_of(Solver, example="Wanda()"), max_steps=whole(0, optional=True))
 
     def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         assert isinstance(problem, LayerReconstruction)

@@ -14,6 +14,7 @@ from scipy.optimize import LinearConstraint
 from scipy.sparse import csr_array
 from torch import Tensor
 
+from maskopt.checks import check_settings, choice, instance_of, real, whole
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
 from maskopt.problems import Problem, Quadratic
@@ -81,21 +82,21 @@ class Scip(Solver):
     start: Solver = field(default_factory=ContinuationFrankWolfe)
 
     requires: ClassVar[tuple[str, ...]] = ("hessian",)
+    proves: ClassVar[bool] = True
     arrays: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        if self.form not in get_args(Form):
+        if isinstance(self.form, str) and self.form not in get_args(Form):
             raise MaskoptError(f"Scip has no form {self.form!r}; choose one of {', '.join(get_args(Form))}.")
-        if (
-            (self.time_limit is not None and not self.time_limit >= 0)
-            or not self.gap >= 0
-            or (self.nodes is not None and self.nodes < 1)
-            or not 0 <= self.seed < 2**31
-        ):
-            raise MaskoptError(
-                "Scip needs time_limit >= 0, gap >= 0, nodes >= 1 and 0 <= seed < 2^31; got "
-                f"{self.time_limit}, {self.gap}, {self.nodes} and {self.seed}."
-            )
+        check_settings(
+            self,
+            form=choice(get_args(Form)),
+            time_limit=real(0, infinite=True, optional=True),
+            gap=real(0, infinite=True),
+            nodes=whole(1, 2**31 - 1, optional=True),
+            seed=whole(0, 2**31 - 1),
+            start=instance_of(Solver, example="Wanda()"),
+        )
         if importlib.util.find_spec("pyscipopt") is None:
             raise MaskoptError('Scip needs pyscipopt, which is missing: pip install "maskopt[mip]".')
 

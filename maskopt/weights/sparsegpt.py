@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from maskopt.checks import check_settings, whole
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.oracles.base import Shape
@@ -47,8 +48,7 @@ class SparseGPT(Joint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block < 1:
-            raise MaskoptError(f"SparseGPT needs a block of at least one input; got {self.block}.")
+        check_settings(self, block=whole(1))
 
     def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         assert isinstance(problem, LayerReconstruction)
