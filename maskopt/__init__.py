@@ -1,47 +1,48 @@
 """Which weights of a layer may go, so that its output on calibration data changes least."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles import (
-    NM,
-    AtMost,
-    Blocks,
-    Budget,
-    Columns,
-    PartitionMatroid,
-    PerRow,
-    Protected,
-    Restricted,
-    Rows,
-    TransposableNM,
-    Units,
-    Unstructured,
-)
-from maskopt.problems import (
-    Function,
-    LayerReconstruction,
-    QuadraticForm,
-    Saliency,
-    load_instance,
-    save_instance,
-    synthetic,
-)
-from maskopt.solvers import (
-    RIA,
-    ContinuationFrankWolfe,
-    FrankWolfe,
-    Magnitude,
-    OneSwap,
-    Result,
-    SparseFW,
-    Wanda,
-    solve,
-)
-from maskopt.weights import ADMM, ALPS, ConditionalADMM, FISTAPruner, LeastSquares, SparseGPT
 
 if TYPE_CHECKING:
     from maskopt.models import PruneReport, prune
+    from maskopt.oracles import (
+        NM,
+        AtMost,
+        Blocks,
+        Budget,
+        Columns,
+        PartitionMatroid,
+        PerRow,
+        Protected,
+        Restricted,
+        Rows,
+        TransposableNM,
+        Units,
+        Unstructured,
+    )
+    from maskopt.problems import (
+        Function,
+        LayerReconstruction,
+        QuadraticForm,
+        Saliency,
+        load_instance,
+        save_instance,
+        synthetic,
+    )
+    from maskopt.solvers import (
+        RIA,
+        ContinuationFrankWolfe,
+        FrankWolfe,
+        Magnitude,
+        OneSwap,
+        Result,
+        SparseFW,
+        Wanda,
+        solve,
+    )
+    from maskopt.weights import ADMM, ALPS, ConditionalADMM, FISTAPruner, LeastSquares, SparseGPT
 
 __version__ = "0.1.0"
 
@@ -87,10 +88,22 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # transformers takes seconds to import; only those who prune models pay for it.
-    if name in ("prune", "PruneReport"):
-        from maskopt import models
+# In the order of their imports: each loads the ones before it.
+_FOLDERS = ("oracles", "problems", "bounds", "solvers", "weights", "models")
 
-        return getattr(models, name)
+
+def __getattr__(name: str) -> Any:
+    # torch takes seconds to import and transformers more: who asks for help or a version pays for neither.
+    if name in _FOLDERS:
+        return importlib.import_module(f"maskopt.{name}")
+    if name in __all__:
+        for folder in _FOLDERS:
+            module = importlib.import_module(f"maskopt.{folder}")
+            if name in module.__all__:
+                value = globals()[name] = getattr(module, name)
+                return value
     raise AttributeError(f"module 'maskopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_FOLDERS})

@@ -1,33 +1,94 @@
-"""Outputs that are never half-written and never overwritten."""
+"""Outputs that are never half-written and never overwritten, and inputs whose damage is one sentence."""
 
 import os
+import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError, safe_open
 
 from maskopt.errors import MaskoptError
 
-__all__ = ["atomic_path", "require_absent"]
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows has no such locks; nothing is called stale there
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "atomic_path",
+    "discard_unfinished",
+    "open_tensors",
+    "reason",
+    "remove_stale",
+    "renamed",
+    "require_absent",
+    "shielded",
+    "written_since",
+]
+
+_HIDDEN = re.compile(r"\..{1,40}\.[0-9a-f]{16}\.tmp", re.DOTALL)
+_YOUNG = 60.0  # seconds for which a folder without a lock may still be on its way to one
+
+_unfinished: set[Path] = set()
+"""Hidden folders of this process that exist or are about to."""
+
+_renamed: list[tuple[Path, tuple[int, int]]] = []
+"""Outputs that took their names or were about to, with what tells them from other files: device and inode."""
+
+shielded: Callable[[], Any] | None = None
+"""Makes a context in which signals wait; the command line, which turns signals into exceptions, provides it."""
+
+
+def reason(error: BaseException) -> str:
+    """Return what an exception says, in one line without a full stop, for use inside a sentence."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()).rstrip(".") or type(error).__name__
 
 
 def require_absent(path: str | os.PathLike[str]) -> Path:
-    """Return `path` if nothing lies there yet and its parent folder exists.
+    """Return `path` if an output can be made there: nothing has that name, and its folder takes new files.
+
+    What a process that was killed left in the folder is removed.
 
     Raises
     ------
     MaskoptError
-        If something exists at `path`, or the parent is not a folder.
+        If something exists at `path`, the parent is not a folder that can be written to, or the name is none.
     """
+    if os.fspath(path) == "":
+        raise MaskoptError("An output needs a name; got an empty one.")
     path = Path(path)
-    if os.path.lexists(path):
-        raise MaskoptError(f"The output {path} exists already; choose another name or move it away first.")
-    if not path.absolute().parent.is_dir():
-        raise MaskoptError(f"The output {path} cannot be written because the folder {path.parent} does not exist.")
-    if not os.access(path.absolute().parent, os.W_OK):
+    _require_free(path)
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise _no_folder(path)
+    if not os.access(folder, os.W_OK):
         raise MaskoptError(f"The output {path} cannot be written because the folder {path.parent} is read-only.")
-    return path
+    remove_stale(folder)
+    # Only trying tells of file systems that are read-only or full, or that take no files.
+    with _private_folder(path):
+        return path
+
+
+def _require_free(path: Path) -> None:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        raise _no_folder(path) from error
+    except (OSError, ValueError) as error:  # too long, a loop of links, a folder that may not be read, a null byte
+        raise MaskoptError(f"The output {path} cannot be written: {reason(error)}.") from error
+    raise MaskoptError(f"The output {path} exists already; choose another name or move it away first.")
+
+
+def _no_folder(path: Path) -> MaskoptError:
+    return MaskoptError(f"The output {path} cannot be written because the folder {path.parent} does not exist.")
 
 
 @contextmanager
@@ -35,7 +96,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Write aside, then rename: yield a fresh path next to `path` that takes its name on success.
 
     The caller makes a file or a folder at the yielded path. If the block raises (a full disk, an interrupt),
-    what was written is removed and nothing appears at `path`.
+    what was written is removed and nothing appears at `path`. What a process leaves that is killed is removed by the
+    next one that writes to the same folder.
 
     Parameters
     ----------
@@ -53,20 +115,115 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         If `path` exists before or after the writing, or cannot be written.
     """
     path = require_absent(path)
+    with _private_folder(path) as folder:
+        aside = folder / path.name
+        try:
+            yield aside
+            # An empty private folder plus a last look keeps a file that appeared meanwhile.
+            _require_free(path)
+            _open_up(folder)
+            with _shield():
+                there = os.lstat(aside)
+                _renamed.append((path.absolute(), (there.st_dev, there.st_ino)))
+                os.rename(aside, path)
+        except OSError as error:
+            raise MaskoptError(f"The output {path} could not be written: {reason(error)}.") from error
+
+
+@contextmanager
+def _private_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder inside a hidden one beside `path`; the latter is locked while the block runs, then removed."""
+    hidden = path.absolute().parent / f".{path.name[:40]}.{secrets.token_hex(8)}.tmp"
+    lock = None
+    _unfinished.add(hidden)
     try:
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.absolute().parent))
-    except OSError as error:
-        raise MaskoptError(f"The output {path} cannot be written: {error.strerror or error}.") from error
-    try:
-        yield aside / path.name
-        # An empty private folder plus a last look keeps a file that appeared meanwhile.
-        require_absent(path)
-        _open_up(aside)
-        os.rename(aside / path.name, path)
-    except OSError as error:
-        raise MaskoptError(f"The output {path} could not be written: {error.strerror or error}.") from error
+        try:
+            hidden.mkdir(mode=0o700)
+            lock = _locked(hidden / "lock")
+            (hidden / "new").mkdir()
+        except (OSError, ValueError) as error:
+            raise MaskoptError(f"The output {path} cannot be written: {reason(error)}.") from error
+        yield hidden / "new"
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with _shield():
+            if lock is not None:
+                lock.close()
+            shutil.rmtree(hidden, ignore_errors=True)
+            _unfinished.discard(hidden)
+
+
+def _locked(path: Path) -> IO[str]:
+    """Make a file that is locked until it is closed or the process ends, however that happens."""
+    file = path.open("w", encoding="ascii")
+    with suppress(OSError):  # a file system without locks: nobody else gets one either
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+    # Only now may others conclude from a free lock that its owner is gone.
+    file.write("locked")
+    file.flush()
+    return file
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove the hidden folders that processes which are gone left in a folder."""
+    try:
+        found = [Path(entry.path) for entry in os.scandir(folder) if _HIDDEN.fullmatch(entry.name)]
+    except OSError:
+        return
+    for hidden in found:
+        if hidden not in _unfinished and _is_stale(hidden):
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _is_stale(hidden: Path) -> bool:
+    """Whether the process that made a hidden folder is gone, as its lock says."""
+    if fcntl is None or hidden.is_symlink():
+        return False
+    try:
+        with (hidden / "lock").open("r+", encoding="ascii") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock.read() == "locked"
+    except FileNotFoundError:
+        # Killed between two lines, if it is not just about to make its lock.
+        with suppress(OSError):
+            return time.time() - hidden.stat().st_mtime > _YOUNG and not os.listdir(hidden)
+        return False
+    except (OSError, UnicodeError):  # held, or not ours
+        return False
+
+
+def discard_unfinished() -> None:
+    """Remove the hidden folders of this process: the last thing to do where exceptions no longer reach their owners."""
+    for folder in list(_unfinished):
+        shutil.rmtree(folder, ignore_errors=True)
+        _unfinished.discard(folder)
+
+
+def renamed() -> int:
+    """Return how many outputs this process has completed."""
+    return len(_renamed)
+
+
+def written_since(start: int) -> list[Path]:
+    """Return the outputs that this process completed after the first `start` ones, as far as they still exist."""
+    complete = []
+    for path, identity in _renamed[start:]:
+        try:
+            there = os.lstat(path)
+        except OSError:
+            continue
+        if (there.st_dev, there.st_ino) == identity:
+            complete.append(path)
+    return complete
+
+
+@contextmanager
+def _shield() -> Iterator[None]:
+    if shielded is None:
+        yield
+    else:
+        with shielded():
+            yield
 
 
 def _open_up(folder: Path) -> None:
@@ -76,3 +233,32 @@ def _open_up(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink():
             file.chmod(file.stat().st_mode | (0o666 & ~umask))
+
+
+@contextmanager
+def open_tensors(what: str, path: str | os.PathLike[str], framework: str = "pt") -> Iterator[Any]:
+    """Open a safetensors file; whatever is wrong with it, also with a tensor read in the block, is one sentence.
+
+    Parameters
+    ----------
+    what : str
+        What the file should be, for messages: "instance", "mask".
+    path : path-like
+    framework : {"pt", "np"}
+        What tensors become.
+
+    Raises
+    ------
+    MaskoptError
+        If there is no such file, it cannot be read, is damaged, or holds what the framework does not have.
+    """
+    if not os.path.isfile(path):  # false for every name that cannot be one
+        raise MaskoptError(f"The {what} {path} does not exist or is not a file.")
+    try:
+        with safe_open(os.fspath(path), framework=framework) as file:
+            yield file
+    except MaskoptError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        # A type the framework lacks is an error of any of these kinds.
+        raise MaskoptError(f"The {what} {path} is not a readable safetensors file: {reason(error)}.") from error

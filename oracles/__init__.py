@@ -18,6 +18,9 @@ from maskopt.oracles.select import smallest
 from maskopt.oracles.transposable import TransposableNM
 from maskopt.oracles.units import Columns, Rows, Units
 
+if __name__ != "maskopt.oracles":
+    raise ImportError("Import maskopt.oracles instead of oracles, which would make a second copy of every class.")
+
 __all__ = [
     "NM",
     "AtMost",

@@ -11,6 +11,7 @@ from scipy.optimize import LinearConstraint
 from scipy.sparse import csr_array
 from torch import Tensor
 
+from maskopt.checks import matrix, real, shown
 from maskopt.errors import MaskoptError
 from maskopt.oracles.base import Index, MaskSet, Shape
 
@@ -42,14 +43,15 @@ class Budget(MaskSet):
     """
 
     def __init__(self, price: Tensor, budget: float) -> None:
+        price = matrix("matrix of prices", price)
+        if not real(0).fits(budget):
+            raise MaskoptError(f"The budget must be finite and not negative; got {shown(budget)}.")
         if price.ndim != 2 or price.numel() == 0:
             raise MaskoptError(f"Prices are a matrix with one entry per weight; got shape {tuple(price.shape)}.")
         self.price = price.double()
         self.budget = float(budget)
         if not bool((self.price >= 0).all()) or bool(self.price.isinf().any()):
             raise MaskoptError("Prices must be finite and not negative.")
-        if not 0.0 <= self.budget < math.inf:
-            raise MaskoptError(f"The budget must be finite and not negative; got {budget}.")
         able = self.price[(self.price > 0) & (self.price <= self.budget)]
         self.exact = len(able) <= _SMALL or float(able.min()) == float(able.max())
 

@@ -7,6 +7,7 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
+from maskopt.checks import shown
 from maskopt.errors import MaskoptError
 
 __all__ = ["fixed_rows", "joined", "refuse_contradiction", "respects"]
@@ -21,6 +22,8 @@ def joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
         If one is no boolean matrix, or both differ in shape.
     """
     for entries in (one, other):
+        if entries is not None and not isinstance(entries, Tensor):
+            raise MaskoptError(f"Fixed entries are marked in a boolean tensor; got {shown(entries)}.")
         if entries is not None and (entries.dtype != torch.bool or entries.ndim != 2):
             raise MaskoptError(
                 f"Fixed entries are marked in a boolean matrix; got {entries.dtype} of shape {tuple(entries.shape)}."

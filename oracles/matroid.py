@@ -14,12 +14,15 @@ from scipy.sparse import csr_array
 from scipy.special import gammaln
 from torch import Tensor
 
+from maskopt.checks import shown, sides, whole
 from maskopt.errors import MaskoptError
 from maskopt.oracles.base import Index, MaskSet, Shape, box_step, face_tolerance, fitted
 from maskopt.oracles.project import capped_simplex
 from maskopt.oracles.select import smallest
 
 __all__ = ["NM", "AtMost", "Blocks", "PartitionMatroid", "PerRow", "Unstructured"]
+
+_COUNTS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 Tile = tuple[int | None, int | None]
 
@@ -54,9 +57,9 @@ class PartitionMatroid(MaskSet):
         self, keep: float | int | Tensor, tile: Tile, name: str = "PartitionMatroid", *, at_most: bool = False
     ) -> None:
         if isinstance(keep, bool) or not isinstance(keep, (int, float, Tensor)):
-            raise MaskoptError(f"keep must be a fraction (float) or a count (int); got {keep!r}.")
+            raise MaskoptError(f"keep must be a fraction (float) or a count (int); got {shown(keep)}.")
         if isinstance(keep, Tensor):
-            if keep.ndim != 1 or keep.is_floating_point() or keep.dtype == torch.bool:
+            if keep.ndim != 1 or keep.dtype not in _COUNTS or keep.device.type == "meta":
                 raise MaskoptError(f"keep must be a vector of counts; got a {keep.dtype} tensor of shape {keep.shape}.")
             if keep.numel() and int(keep.min()) < 0:
                 raise MaskoptError(f"keep must not be negative; group {int(keep.argmin())} has {int(keep.min())}.")
@@ -64,8 +67,7 @@ class PartitionMatroid(MaskSet):
             raise MaskoptError(f"keep as a fraction must lie in [0, 1]; got {keep}.")
         elif keep < 0:
             raise MaskoptError(f"keep as a count must not be negative; got {keep}.")
-        if any(side is not None and side < 1 for side in tile):
-            raise MaskoptError(f"A tile needs at least one row and one column; got {tile}.")
+        sides("A tile", tile)
         self.keep = keep
         self.tile = tile
         self.name = name
@@ -364,8 +366,10 @@ def NM(*, keep: int, group: int) -> PartitionMatroid:  # noqa: N802
 
     Keywords only, because libraries disagree about what "2" counts in "2:4".
     """
-    if isinstance(keep, float) or isinstance(group, float):
-        raise MaskoptError(f"NM needs whole numbers, as it counts entries; got keep={keep}, group={group}.")
+    if not all(whole(-(2**53)).fits(number) for number in (keep, group)):
+        raise MaskoptError(
+            f"NM needs whole numbers, as it counts entries; got keep={shown(keep)}, group={shown(group)}."
+        )
     if not 0 <= keep <= group:
         raise MaskoptError(f"NM needs 0 <= keep <= group; got keep={keep}, group={group}.")
     return PartitionMatroid(keep, (1, group), "NM")
@@ -378,6 +382,8 @@ def Blocks(keep: float | int | Tensor, tile: tuple[int, int]) -> PartitionMatroi
 
 def AtMost(base: PartitionMatroid) -> PartitionMatroid:  # noqa: N802
     """Masks whose groups keep at most what they keep in `base`; entries fixed there stay fixed."""
+    if not isinstance(base, PartitionMatroid):
+        raise MaskoptError(f"AtMost needs a set such as PerRow(0.5); got {shown(base)}.")
     masks = PartitionMatroid(base.keep, base.tile, base.name, at_most=True)
     if base.protected is None and base.forbidden is None:
         return masks

@@ -2,6 +2,7 @@
 
 import re
 
+from maskopt.checks import real, shown
 from maskopt.errors import MaskoptError
 from maskopt.oracles.base import MaskSet
 from maskopt.oracles.matroid import NM, AtMost, Blocks, PartitionMatroid, PerRow, Unstructured
@@ -31,14 +32,16 @@ def parse_masks(pattern: str, sparsity: float | None = None) -> MaskSet:
     MaskoptError
         If the pattern is unknown, the sparsity is missing or out of range, or both disagree.
     """
-    if sparsity is not None and not 0.0 <= sparsity <= 1.0:
-        raise MaskoptError(f"The sparsity must lie between 0 and 1; got {sparsity}.")
+    if not isinstance(pattern, str):
+        raise MaskoptError(f"A pattern is a word such as per-row or 2:4; got {shown(pattern)}.")
+    if not real(0, 1, optional=True).fits(sparsity):
+        raise MaskoptError(f"The sparsity must lie between 0 and 1; got {shown(sparsity)}.")
     if pattern.startswith("at-most-"):
         masks = parse_masks(pattern.removeprefix("at-most-"), sparsity)
         if not isinstance(masks, PartitionMatroid):
             raise MaskoptError(f"The pattern {pattern} is not offered; at-most- goes before sets of single entries.")
         return AtMost(masks)
-    ratio = re.fullmatch(r"(transposable-)?([0-9]+):([0-9]+)", pattern)
+    ratio = re.fullmatch(r"(transposable-)?([0-9]{1,15}):([0-9]{1,15})", pattern)
     if ratio:
         keep, group = int(ratio[2]), int(ratio[3])
         if not 0 <= keep <= group or group == 0:
@@ -49,10 +52,10 @@ def parse_masks(pattern: str, sparsity: float | None = None) -> MaskSet:
                 f"{sparsity:g}; leave the sparsity out."
             )
         return TransposableNM(keep=keep, group=group) if ratio[1] else NM(keep=keep, group=group)
-    tile = re.fullmatch(r"blocks-([0-9]+)x([0-9]+)", pattern)
+    tile = re.fullmatch(r"blocks-([0-9]{1,15})x([0-9]{1,15})", pattern)
     if not tile and pattern not in _FAMILIES:
         raise MaskoptError(
-            f"There is no pattern {pattern!r}; choose per-row, unstructured, columns, rows, blocks-HxW such as "
+            f"There is no pattern {shown(pattern)}; choose per-row, unstructured, columns, rows, blocks-HxW such as "
             "blocks-4x4, n:m such as 2:4, or transposable-n:m such as transposable-2:4."
         )
     if sparsity is None:

@@ -10,6 +10,7 @@ from scipy.optimize import LinearConstraint
 from scipy.sparse import vstack
 from torch import Tensor
 
+from maskopt.checks import shown
 from maskopt.errors import MaskoptError
 from maskopt.oracles.base import Index, Shape
 from maskopt.oracles.fixed import fixed_rows, joined, refuse_contradiction, respects
@@ -37,6 +38,8 @@ class Restricted(PartitionMatroid):
     def __init__(
         self, base: PartitionMatroid, protected: Tensor | None = None, forbidden: Tensor | None = None
     ) -> None:
+        if not isinstance(base, PartitionMatroid):
+            raise MaskoptError(f"Restricted needs a set such as PerRow(0.5); got {shown(base)}.")
         super().__init__(base.keep, base.tile, base.name, at_most=base.at_most)
         self.protected, self.forbidden = joined(base.protected, protected), joined(base.forbidden, forbidden)
         some = self.protected if self.protected is not None else self.forbidden

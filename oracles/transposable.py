@@ -13,6 +13,7 @@ from scipy.optimize import LinearConstraint
 from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
+from maskopt.checks import shown, whole
 from maskopt.errors import MaskoptError
 from maskopt.oracles.base import Index, MaskSet, Shape, box_step, face_tolerance
 from maskopt.oracles.fixed import fixed_rows, joined, refuse_contradiction, respects
@@ -42,8 +43,10 @@ class TransposableNM(MaskSet):
     """
 
     def __init__(self, *, keep: int, group: int) -> None:
-        if any(isinstance(number, bool) or not isinstance(number, int) for number in (keep, group)):
-            raise MaskoptError(f"TransposableNM counts entries; got keep={keep!r}, group={group!r}.")
+        if not all(whole(-(2**53)).fits(number) for number in (keep, group)):
+            raise MaskoptError(
+                f"TransposableNM counts entries, with whole numbers; got keep={shown(keep)}, group={shown(group)}."
+            )
         if group < 1 or not 0 <= keep <= group:
             raise MaskoptError(f"TransposableNM needs 0 <= keep <= group and 1 <= group; got {keep} and {group}.")
         self.keep = keep

@@ -11,6 +11,7 @@ from scipy.optimize import LinearConstraint
 from scipy.sparse import eye_array, vstack
 from torch import Tensor
 
+from maskopt.checks import shown, sides
 from maskopt.errors import MaskoptError
 from maskopt.oracles.base import Index, MaskSet, Shape, fitted
 from maskopt.oracles.fixed import joined, refuse_contradiction
@@ -42,8 +43,9 @@ class Units(MaskSet):
     """
 
     def __init__(self, base: PartitionMatroid, unit: Unit) -> None:
-        if any(side is not None and side < 1 for side in unit):
-            raise MaskoptError(f"A unit needs at least one row and one column; got {unit}.")
+        if not isinstance(base, PartitionMatroid):
+            raise MaskoptError(f"Units needs a set such as PerRow(0.5); got {shown(base)}.")
+        sides("A unit", unit)
         if base.protected is not None or base.forbidden is not None:
             raise MaskoptError(f"Units restrict themselves: give {base} without fixed entries, then call restrict.")
         self.base = base

@@ -10,6 +10,9 @@ from maskopt.problems.library import SolvedInstance, library
 from maskopt.problems.saliency import Saliency
 from maskopt.problems.shifted import Shifted, ShiftedQuadratic
 
+if __name__ != "maskopt.problems":
+    raise ImportError("Import maskopt.problems instead of problems, which would make a second copy of every class.")
+
 __all__ = [
     "FAMILIES",
     "Direction",

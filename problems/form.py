@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from maskopt.checks import matrix
 from maskopt.errors import MaskoptError
 from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
 from maskopt.problems.layer import eigenvalue_floor
@@ -27,6 +28,7 @@ class QuadraticForm(Quadratic):
     """
 
     def __init__(self, quadratic: Tensor, linear: Tensor) -> None:
+        quadratic, linear = matrix("matrix Q", quadratic), matrix("linear term", linear)
         if linear.ndim != 2 or quadratic.shape != (linear.shape[1], linear.shape[1]):
             raise MaskoptError(
                 f"A quadratic form needs Q (d, d) and c (rows, d); got {tuple(quadratic.shape)} and "

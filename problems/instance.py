@@ -1,16 +1,17 @@
 """Single-layer instances on disk: safetensors with `weight`, `gram` and string metadata."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from maskopt.checks import matrix, shown
 from maskopt.errors import MaskoptError
-from maskopt.files import atomic_path
+from maskopt.files import atomic_path, open_tensors
 from maskopt.problems.layer import LayerReconstruction
 
 __all__ = ["Instance", "load_instance", "save_instance"]
@@ -38,7 +39,7 @@ class Instance:
     def tokens(self) -> int | None:
         """Calibration tokens, None where the file does not say."""
         tokens = self.metadata.get("tokens", "")
-        return int(tokens) if tokens.isdecimal() else None
+        return int(tokens) if re.fullmatch("[0-9]{1,18}", tokens) else None
 
     def problem(self, device: str = "cpu") -> LayerReconstruction:
         """Return the checked reconstruction problem on `device`."""
@@ -53,19 +54,14 @@ def load_instance(path: str | os.PathLike[str]) -> Instance:
     MaskoptError
         If the file is missing, no safetensors file, or lacks `weight` or `gram`.
     """
-    if not Path(path).is_file():
-        raise MaskoptError(f"The instance {path} does not exist or is not a file.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            missing = {"weight", "gram"} - set(file.keys())
-            if missing:
-                raise MaskoptError(
-                    f"The instance {path} has no tensor named {' nor '.join(sorted(missing))}; it must hold "
-                    "`weight` (rows, d) and `gram` (d, d)."
-                )
-            return Instance(file.get_tensor("weight"), file.get_tensor("gram"), dict(file.metadata() or {}))
-    except SafetensorError as error:
-        raise MaskoptError(f"The instance {path} is not a readable safetensors file: {error}.") from error
+    with open_tensors("instance", path) as file:
+        missing = {"weight", "gram"} - set(file.keys())
+        if missing:
+            raise MaskoptError(
+                f"The instance {path} has no tensor named {' nor '.join(sorted(missing))}; it must hold "
+                "`weight` (rows, d) and `gram` (d, d)."
+            )
+        return Instance(file.get_tensor("weight"), file.get_tensor("gram"), dict(file.metadata() or {}))
 
 
 def save_instance(path: str | os.PathLike[str], instance: Instance) -> None:
@@ -76,7 +72,10 @@ def save_instance(path: str | os.PathLike[str], instance: Instance) -> None:
     MaskoptError
         If `path` exists or cannot be written, or the metadata is no text.
     """
-    weight, gram = (matrix.detach().cpu().contiguous() for matrix in (instance.weight, instance.gram))
+    if not isinstance(instance, Instance):
+        raise MaskoptError(f"save_instance needs an Instance; got {shown(instance)}.")
+    weight, gram = matrix("weight", instance.weight), matrix("Gram", instance.gram)
+    weight, gram = weight.cpu().contiguous(), gram.cpu().contiguous()
     if weight.data_ptr() == gram.data_ptr():
         gram = gram.clone()  # the format knows no shared memory
     metadata = dict(instance.metadata)

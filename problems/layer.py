@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from maskopt.checks import matrix
 from maskopt.errors import MaskoptError
 from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
 
@@ -50,6 +51,8 @@ class LayerReconstruction(Quadratic):
         target: Tensor | None = None,
         check: bool = True,
     ) -> None:
+        weight, gram = matrix("weight", weight), matrix("Gram", gram)
+        target = None if target is None else matrix("target", target)
         if weight.ndim != 2 or gram.ndim != 2 or 0 in weight.shape:
             raise MaskoptError(
                 f"A layer needs a non-empty weight (rows, d) and a Gram (d, d); got shapes {tuple(weight.shape)} "
@@ -60,8 +63,6 @@ class LayerReconstruction(Quadratic):
                 f"The weight has {weight.shape[1]} input features but the Gram has shape {tuple(gram.shape)}; "
                 f"it must be ({weight.shape[1]}, {weight.shape[1]})."
             )
-        if not weight.is_floating_point() or not gram.is_floating_point():
-            raise MaskoptError(f"Weight and Gram must be floating point; got {weight.dtype} and {gram.dtype}.")
         if weight.device != gram.device:
             raise MaskoptError(f"Weight lies on {weight.device} and Gram on {gram.device}; put both on one device.")
         if target is not None and (target.shape != weight.shape or target.device != weight.device):
@@ -116,6 +117,7 @@ class LayerReconstruction(Quadratic):
         ridge : float
             Added to the diagonal of G, as a fraction of its mean.
         """
+        weight, gram, cross = matrix("weight", weight), matrix("Gram", gram), matrix("cross term", cross)
         wide = gram.double()
         wide = (wide + wide.T) / 2
         diagonal = wide.diagonal()

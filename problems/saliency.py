@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from maskopt.checks import matrix
+from maskopt.errors import MaskoptError
 from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
 
 __all__ = ["Saliency"]
@@ -18,6 +20,12 @@ class Saliency(Quadratic):
     """
 
     def __init__(self, scores: Tensor) -> None:
+        scores = matrix("scores", scores)
+        if scores.ndim != 2 or 0 in scores.shape:
+            raise MaskoptError(f"Scores are a matrix (rows, d), not empty; got shape {tuple(scores.shape)}.")
+        if bool(scores.isnan().any()):
+            row, column = scores.isnan().nonzero()[0].tolist()
+            raise MaskoptError(f"Scores must be numbers, but entry ({row}, {column}) is NaN.")
         self.scores = scores
 
     @classmethod
@@ -70,14 +78,19 @@ class Saliency(Quadratic):
         return self.scores.new_zeros(len(self.scores))
 
     def double(self) -> "Saliency":
-        return Saliency(self.scores.double())
+        return self._with(self.scores.double())
 
     def convexity_error(self, point: Point, shift: Tensor | None = None) -> Tensor:
         rounding = self.scores.double().abs().sum(1).mul_(self.shape[1] * 2.0**-52)
         return rounding + shift_convexity_error(point, shift)
 
     def rows(self, index: slice | Tensor) -> "Saliency":
-        return Saliency(self.scores[index])
+        return self._with(self.scores[index])
+
+    def _with(self, scores: Tensor) -> "Saliency":
+        part = object.__new__(Saliency)
+        part.scores = scores
+        return part
 
     def objective(self, mask: Tensor) -> Tensor:
         return self.scores.double().masked_fill(mask, 0.0).sum(1)

@@ -1,14 +1,25 @@
 """Outputs are whole or absent, and nothing that exists is touched."""
 
 import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from maskopt.errors import MaskoptError
-from maskopt.files import atomic_path, require_absent
+from maskopt.files import (
+    atomic_path,
+    discard_unfinished,
+    open_tensors,
+    remove_stale,
+    renamed,
+    require_absent,
+    written_since,
+)
 
 
 def write_file(path: Path) -> None:
@@ -155,3 +166,116 @@ def test_permissions_are_the_ordinary_ones(tmp_path: Path, write: Callable[[Path
         write(aside)
     write(tmp_path / "plain")
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("n" * 256, "File name too long"),
+        ("n" * 5000, "File name too long"),
+        ("", "needs a name"),
+        ("a\0b", "null byte"),
+        ("loop/out", "Too many levels"),
+        ("dangling/out", "does not exist"),
+    ],
+)
+def test_names_that_cannot_be_made_are_found_before_the_work(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(MaskoptError, match=words):
+        require_absent(os.path.join(tmp_path, name) if name else name)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("folder", ["/proc", "/proc/self", "/dev/full"])
+def test_folders_that_take_no_files_are_found_before_the_work(folder: str) -> None:
+    with pytest.raises(MaskoptError, match="cannot be written"):
+        require_absent(f"{folder}/out")
+
+
+def test_a_killed_process_leaves_a_folder_that_the_next_one_removes(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\n"
+        "from maskopt.files import atomic_path\n"
+        "with atomic_path(sys.argv[1]) as aside:\n"
+        "    aside.mkdir(); (aside / 'half').write_text('half'); print('now', flush=True); time.sleep(60)\n"
+    )
+    target = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"now\n"
+    (hidden,) = tmp_path.iterdir()
+    require_absent(target)
+    remove_stale(tmp_path)
+    assert (hidden / "new" / "out" / "half").read_text() == "half"  # alive: not ours to remove
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert hidden.is_dir()
+    require_absent(tmp_path / "other")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_folders_of_this_kind_are_removed(tmp_path: Path) -> None:
+    mark = "0123456789abcdef"
+    for name in ("plain", f".out.{mark[:-1]}.tmp", f"out.{mark}.tmp", f".other.{mark}.tmp", f".full.{mark}.tmp"):
+        (tmp_path / name).mkdir()
+        if "other" not in name:
+            (tmp_path / name / "inside").write_text("precious")
+    (tmp_path / f".file.{mark}.tmp").write_text("precious")
+    (tmp_path / f".link.{mark}.tmp").symlink_to("plain")
+    before = sorted(os.listdir(tmp_path))
+    remove_stale(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == before  # the empty one may be about to take its lock
+    old = time.time() - 3600
+    for name in before:
+        os.utime(tmp_path / name, (old, old), follow_symlinks=False)
+    remove_stale(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(set(before) - {f".other.{mark}.tmp"})
+
+
+def test_what_was_written_is_known(tmp_path: Path) -> None:
+    start = renamed()
+    with atomic_path(tmp_path / "one") as aside:
+        write_file(aside)
+        assert written_since(start) == []
+    with atomic_path(tmp_path / "two") as aside:
+        write_folder(aside)
+    with pytest.raises(RuntimeError), atomic_path(tmp_path / "three") as aside:
+        write_file(aside)
+        raise RuntimeError
+    assert written_since(start) == [tmp_path / "one", tmp_path / "two"]
+    assert written_since(start + 1) == [tmp_path / "two"]
+    (tmp_path / "one").unlink()
+    (tmp_path / "one").write_text("another file")
+    assert written_since(start) == [tmp_path / "two"]
+
+
+def test_unfinished_outputs_can_be_discarded_at_once(tmp_path: Path) -> None:
+    with pytest.raises(MaskoptError, match="could not be written"), atomic_path(tmp_path / "out") as aside:
+        write_file(aside)
+        discard_unfinished()
+        assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"abc", b"\xff" * 100, b"\x02" + 7 * b"\0" + b"{}", b"\0" * 8, b"[" * 100_000]
+)
+def test_files_that_are_no_tensors_are_one_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(MaskoptError, match=r"^The thing .*x is not a readable safetensors file: [^\n]*\.$"):
+        _read(tmp_path / "x")
+
+
+def _read(path: Path) -> None:
+    with open_tensors("thing", path) as file:
+        file.get_tensor("weight")
+
+
+def test_what_is_no_file_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path, tmp_path / "no", tmp_path / "loop", "/dev/null", "n" * 5000, ""):
+        with pytest.raises(MaskoptError, match="does not exist or is not a file"), open_tensors("thing", path):
+            raise AssertionError("the block must not run")

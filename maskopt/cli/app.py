@@ -1,14 +1,18 @@
 """The `maskopt` program: its commands, and what failures look like."""
 
 import errno
-from typing import Annotated, Any, NoReturn
+import os
+import re
+import select
+import sys
+from typing import Annotated, Any
 
-import torch
 import typer
 from safetensors import SafetensorError
 from typer.core import TyperGroup
 
-from maskopt import __version__
+from maskopt import __version__, files
+from maskopt.cli import signals
 from maskopt.cli.certify import certify
 from maskopt.cli.compare import compare
 from maskopt.cli.demo import demo
@@ -20,58 +24,150 @@ from maskopt.cli.trace import trace
 from maskopt.cli.verify import verify
 from maskopt.errors import MaskoptError
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
+
+_LONG = 300  # letters without a space, from which on the middle of a word is left out of messages
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EROFS)
 
 
 class _Guarded(TyperGroup):
     """Turns what may go wrong into one sentence and an exit code; a traceback means a bug.
 
-    2: something the user can put right. 1: the machine (disk, memory). 130: interrupted.
+    2: something the user can put right. 1: the machine (disk, memory). 128 + n: ended by signal n.
     """
+
+    def main(self, args: Any = None, *, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
+        """Run the program and leave with its exit code; without `standalone_mode` return it."""
+        debug = "--debug" in (sys.argv[1:] if args is None else args)
+        try:
+            signals.begin()
+            _check_standard_output()
+            code = super().main(args, standalone_mode=False, **extra)
+            sys.stdout.flush()
+            signals.finish()
+        except (Exception, KeyboardInterrupt, signals.Ended) as error:
+            if debug and not hasattr(error, "format_message"):
+                raise
+            if type(error).__name__ == "NoArgsIsHelpError":
+                print(error.message, end="")  # type: ignore[union-attr]  # older ones have printed it
+                sys.exit(2)
+            signals.finish()
+            sentence, code = _explain(error)
+            files.discard_unfinished()
+            _tell(sentence)
+        if not standalone_mode:
+            return code
+        sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # typer < 0.20 declares click's Context
         try:
             return super().invoke(ctx)
-        except (Exception, KeyboardInterrupt) as error:
-            if ctx.params.get("debug"):
-                raise
-            _explain(error)
+        except KeyboardInterrupt as error:  # of which typer would make an exit without a word
+            raise signals.Ended(signals.SIGINT) from error
 
 
-def _explain(error: BaseException) -> NoReturn:
-    """Print a failure and leave; raise it again if it is none that users should see.
+def _check_standard_output() -> None:
+    """Find out, before any work, whether what is going to be printed could be; and never fail for a letter's sake."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError, AttributeError):  # no file, such as what tests capture
+        return
+    try:
+        os.write(number, b"")  # a full device refuses even that
+        if hasattr(select, "poll"):
+            poll = select.poll()
+            poll.register(number, select.POLLERR)
+            if any(event & select.POLLERR for _, event in poll.poll(0)):
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+    except OSError as error:
+        raise MaskoptError(f"Standard output takes nothing: {files.reason(error)}.") from error
 
-    Raises
-    ------
-    typer.Exit
-        With the exit code.
-    """
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """Return the sentence and the exit code of a failure; raise it again if it is none that users should see."""
     if isinstance(error, KeyboardInterrupt):
-        _leave("Interrupted; nothing was written.", 130)
+        error = signals.Ended(signals.SIGINT)
+    if isinstance(error, signals.Ended):
+        return signals.outcome(error.number), signals.CODES[error.number]
     if isinstance(error, MaskoptError):
-        _leave(str(error), 1 if _is_disk_failure(error.__cause__) else 2)
-    # The reader of our output may leave early (`| head`): typer ends quietly then.
-    if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, BrokenPipeError):
-        _leave(f"The machine failed: {error}; nothing was written.", 1)
+        failed = _is_disk_failure(error.__cause__)
+        return _with_what_was_written(str(error)), 1 if failed else 2
+    if hasattr(error, "format_message"):  # of whichever copy of click typer uses
+        context = getattr(error, "ctx", None)
+        path = "maskopt" if context is None else context.command_path
+        return f"{' '.join(error.format_message().split()).rstrip('.')}; see {path} --help.", 2
+    if isinstance(error, OSError) and _standard_output_fails():
+        return f"Standard output takes no more: {files.reason(error)}; {signals.what_was_written()}.", 1
     if _is_memory_failure(error):
-        _leave("The memory does not suffice; try a smaller --memory or fewer and shorter samples.", 1)
+        return f"The memory does not suffice; {signals.what_was_written()}; {_LESS}.", 1
+    if isinstance(error, OSError):
+        named = "" if error.filename is None else f" ({error.filename})"
+        return f"The machine failed: {files.reason(error)}{named}; {signals.what_was_written()}.", 1
+    if isinstance(error, SafetensorError):
+        return f"The machine failed: {files.reason(error)}; {signals.what_was_written()}.", 1
+    if isinstance(error, UnicodeError):
+        return f"Some text is not what its encoding allows: {files.reason(error)}; {signals.what_was_written()}.", 2
+    if isinstance(error, OverflowError):
+        return f"A number is too large: {files.reason(error)}; {signals.what_was_written()}.", 2
+    if isinstance(error, ImportError):
+        return f"A part of the installation is missing or broken: {files.reason(error)}.", 2
     raise error
 
 
-def _leave(sentence: str, code: int) -> NoReturn:
-    stderr().print(sentence, style="bold red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(code)
+_LESS = "try a smaller --memory or fewer and shorter samples"
+
+
+def _with_what_was_written(sentence: str) -> str:
+    if signals.what_was_written() == signals.NOTHING:
+        return sentence
+    return f"{sentence.rstrip('.')}; {signals.what_was_written()}."
+
+
+def _tell(sentence: str) -> None:
+    """Print a sentence in one line, whatever is in it, with the middle of endless words left out."""
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(sentence.split(" ")))
+    line = re.sub(rf"\S{{{_LONG},}}", lambda word: f"{word[0][:100]}...{word[0][-100:]}", line)
+    try:
+        stderr().print(line, style="bold red", markup=False, highlight=False, soft_wrap=True)
+    except OSError:
+        _give_up(sys.stderr)
+
+
+def _standard_output_fails() -> bool:
+    """Whether what waits for standard output cannot be written; it is then given up."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _give_up(sys.stdout)
+        return True
+    return False
+
+
+def _give_up(stream: Any) -> None:
+    """Let what is still to be written to a stream vanish: Python would complain when it ends."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        return
 
 
 def _is_disk_failure(cause: BaseException | None) -> bool:
     if isinstance(cause, OSError):
-        return cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        return cause.errno in _FULL
     # Its writer keeps the system's error as text only.
     return isinstance(cause, SafetensorError) and "os error" in str(cause)
 
 
 def _is_memory_failure(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(words in text for words in ("DefaultCPUAllocator", "not enough memory", "Storage size calculation"))
+    )
 
 
 app = typer.Typer(
@@ -124,8 +220,3 @@ app.command(
 )(prune)
 app.command(epilog="Example:  maskopt evaluate pruned --text held-out.txt")(evaluate)
 app.command(epilog="Example:  maskopt demo --json demo.json")(demo)
-
-
-def main() -> None:
-    """Run the program on the arguments of the process."""
-    app(prog_name="maskopt")

@@ -1,18 +1,18 @@
 """`maskopt certify`: how far from the optimum a mask can be at most."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
-from maskopt.bounds import BoundKind, mask_bound
 from maskopt.cli.layer import load_layer
 from maskopt.cli.mask_file import load_mask
 from maskopt.cli.options import (
@@ -23,14 +23,20 @@ from maskopt.cli.options import (
     QuietOption,
     SparsityOption,
     check_device,
+    parse_masks,
     parse_memory,
 )
 from maskopt.cli.output import Bar, check_outputs, environment, facts, json_output, tables
 from maskopt.cli.part import RowsOption, parse_rows
 from maskopt.errors import MaskoptError
-from maskopt.oracles import MaskSet, parse_masks
-from maskopt.problems import LayerReconstruction
-from maskopt.solvers import Callback, FrankWolfe, solve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from maskopt.bounds import BoundKind
+    from maskopt.oracles import MaskSet
+    from maskopt.problems import LayerReconstruction
+    from maskopt.solvers import Callback
 
 __all__ = ["BOUNDS", "certify"]
 
@@ -41,6 +47,8 @@ _SHOWN = 40  # row blocks up to which each has a line
 
 def _gap(problem: LayerReconstruction, masks: MaskSet, callback: Callback | None, memory: int) -> Tensor:
     """Return the best Frank-Wolfe gap's bound on the convex relaxation."""
+    from maskopt.solvers import FrankWolfe, solve
+
     method = FrankWolfe("conjugate", polish=False)
     bound = solve(problem, masks, method, callback=callback, memory=memory).lower_bound
     assert bound is not None  # layers are convex
@@ -49,6 +57,8 @@ def _gap(problem: LayerReconstruction, masks: MaskSet, callback: Callback | None
 
 def _row_bound(kind: BoundKind) -> Callable[[LayerReconstruction, MaskSet, Callback | None, int], Tensor]:
     def bound(problem: LayerReconstruction, masks: MaskSet, callback: Callback | None, memory: int) -> Tensor:
+        from maskopt.bounds import mask_bound
+
         return mask_bound(problem, masks, kind, memory=memory)
 
     return bound
@@ -56,7 +66,9 @@ def _row_bound(kind: BoundKind) -> Callable[[LayerReconstruction, MaskSet, Callb
 
 BOUNDS: dict[str, Callable[[LayerReconstruction, MaskSet, Callback | None, int], Tensor]] = {
     "gap": _gap,
-    **{kind: _row_bound(kind) for kind in get_args(BoundKind)},
+    "shift": _row_bound("shift"),
+    "sdp": _row_bound("sdp"),
+    "cuts": _row_bound("cuts"),
 }
 """What proves lower bounds, float64, one per row block, by the names people type."""
 

@@ -1,11 +1,13 @@
 """`maskopt compare`: several solvers on several layers and sets, in one run."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -21,15 +23,17 @@ from maskopt.cli.options import (
     MemoryOption,
     QuietOption,
     check_device,
+    parse_masks,
     parse_memory,
 )
 from maskopt.cli.output import Bar, check_outputs, environment, json_output, tables
 from maskopt.cli.solvers import parse_comparison
 from maskopt.errors import MaskoptError
-from maskopt.oracles import MaskSet, parse_masks
-from maskopt.problems import LayerReconstruction, synthetic
-from maskopt.solvers import Solver, solve
-from maskopt.weights import Joint
+
+if TYPE_CHECKING:
+    from maskopt.oracles import MaskSet
+    from maskopt.problems import LayerReconstruction
+    from maskopt.solvers import Solver
 
 __all__ = ["compare"]
 
@@ -74,6 +78,10 @@ def compare(
 ) -> None:
     """Compare solvers: errors relative to the first one's, and seconds."""
     check_outputs(json)
+    from maskopt.problems import synthetic
+    from maskopt.solvers import solve
+    from maskopt.weights import Joint
+
     methods, working = parse_comparison(solvers, weights), parse_memory(memory)
     sets = _sets(pattern or ["per-row"], sparsity or [])
     paths = list(dict.fromkeys(instance))
@@ -143,6 +151,9 @@ def _measure(
     bar: Bar,
     what: str,
 ) -> Figures:
+    from maskopt.problems import LayerReconstruction
+    from maskopt.solvers import solve
+
     seconds = []
     for _ in range(repeat):
         # A fresh problem each time: none profits from what another one left in a cache.

@@ -1,9 +1,14 @@
 """Reading the layers that commands are given."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from maskopt.errors import MaskoptError
-from maskopt.problems import Instance, LayerReconstruction, load_instance
+
+if TYPE_CHECKING:
+    from maskopt.problems import Instance, LayerReconstruction
 
 __all__ = ["load_layer"]
 
@@ -16,6 +21,8 @@ def load_layer(path: Path, device: str) -> tuple[Instance, LayerReconstruction]:
     MaskoptError
         If the file cannot be read or its data make no problem.
     """
+    from maskopt.problems import load_instance
+
     instance = load_instance(path)
     try:
         return instance, instance.problem(device)

@@ -1,21 +1,24 @@
 """Options that commands share, and the words behind them."""
 
 import importlib.util
+import os
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
 from maskopt.errors import MaskoptError
-from maskopt.solvers import SOLVERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from maskopt.oracles import MaskSet
+
 __all__ = [
     "PATTERN_HELP",
+    "SOLVER_NAMES",
     "WEIGHTS_HELP",
     "BatchOption",
     "DeviceOption",
@@ -30,10 +33,37 @@ __all__ = [
     "SparsityOption",
     "check_device",
     "check_seqlen",
+    "parse_masks",
     "parse_memory",
     "require_file",
     "require_transformers",
 ]
+
+SOLVER_NAMES = (
+    "magnitude",
+    "wanda",
+    "ria",
+    "sparsefw",
+    "one-swap",
+    "branch-and-bound",
+    "continuation",
+    "frank-wolfe",
+    "conjugate",
+    "away",
+    "pairwise",
+    "blended-pairwise",
+    "dicg",
+    "blended-dicg",
+    "boosted",
+    "momentum",
+    "stochastic",
+    "lazy",
+    "block-coordinate",
+    "fully-corrective",
+    "brute-force",
+    "scip",
+)
+"""Names of `maskopt.solvers.SOLVERS`, which takes seconds to import."""
 
 PATTERN_HELP = (
     "per-row, unstructured (whole matrix), columns, rows, blocks-HxW, n:m such as 2:4, which keeps 2 of every 4 "
@@ -45,7 +75,7 @@ SparsityOption = Annotated[
     float | None, typer.Option("--sparsity", "-s", help="Fraction of the weights to prune, 0 to 1; not needed by n:m.")
 ]
 SolverOption = Annotated[
-    str | None, typer.Option("--solver", help=f"One of {', '.join(SOLVERS)}.", show_default="continuation")
+    str | None, typer.Option("--solver", help=f"One of {', '.join(SOLVER_NAMES)}.", show_default="continuation")
 ]
 WEIGHTS_HELP = (
     "What becomes of the surviving weights: keep, lsq (least squares on the solver's mask), or a method that chooses "
@@ -82,11 +112,20 @@ def parse_memory(text: str) -> int:
     MaskoptError
         If it is none of these.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(
+        r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?)(?:iB|B)?", text.strip(), re.IGNORECASE | re.ASCII
+    )
     size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
-    if size < 1:
+    if not 1 <= size < 2**63:
         raise MaskoptError(f"The memory must be a size such as 500M or 2G; got {text!r}.")
     return size
+
+
+def parse_masks(pattern: str, sparsity: float | None) -> "MaskSet":
+    """Return the set named by a pattern and the fraction of weights to prune, as `maskopt.oracles.parse_masks` does."""
+    from maskopt.oracles import parse_masks as parse  # takes seconds, which no help should take
+
+    return parse(pattern, sparsity)
 
 
 def check_device(name: str) -> str:
@@ -97,11 +136,15 @@ def check_device(name: str) -> str:
     MaskoptError
         If it cannot.
     """
+    import torch
+
     try:
-        torch.zeros((), device=name).item()
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise MaskoptError(f"The device {name!r} cannot be used: {reason}.") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.zeros((), device=name, dtype=torch.float64).item()
+    except Exception as error:  # torch has many for devices that this build, or this machine, lacks
+        said = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+        raise MaskoptError(f"The device {name!r} cannot be used: {said or type(error).__name__}.") from error
     return name
 
 
@@ -129,7 +172,7 @@ def require_file(what: str, path: Path) -> Path:
     MaskoptError
         If not.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # false for every name that cannot be one
         raise MaskoptError(f"The {what} {path} does not exist or is not a file.")
     if path.stat().st_size == 0:
         raise MaskoptError(f"The {what} {path} is empty.")

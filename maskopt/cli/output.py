@@ -1,16 +1,19 @@
 """What commands print and write: tables, progress bars, JSON."""
 
+from __future__ import annotations
+
+import errno
 import json
 import math
+import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -19,23 +22,32 @@ from rich.text import Text
 import maskopt
 from maskopt.errors import MaskoptError
 from maskopt.files import atomic_path, require_absent
-from maskopt.solvers import Callback, State
+
+if TYPE_CHECKING:
+    from maskopt.solvers import Callback, State
 
 __all__ = ["Bar", "check_outputs", "environment", "facts", "finite", "json_output", "stderr", "tables"]
 
 _FILE_WIDTH = 200  # columns where no terminal says how wide it is; tables are as wide as they need
 
 
+class _Console(Console):
+    """A console that says so when its reader is gone, instead of leaving in silence."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def stderr() -> Console:
     """Return the console of messages and progress."""
-    return Console(stderr=True)
+    return _Console(stderr=True)
 
 
 def tables(json_target: str | None) -> Console:
     """Return the console of tables: standard output, unless the JSON goes there."""
     to_stderr = json_target == "-"
     stream = sys.stderr if to_stderr else sys.stdout
-    return Console(stderr=to_stderr, width=None if stream.isatty() else _FILE_WIDTH, highlight=False)
+    return _Console(stderr=to_stderr, width=None if stream.isatty() else _FILE_WIDTH, highlight=False)
 
 
 def facts(lines: Mapping[str, str]) -> Table:
@@ -77,7 +89,7 @@ class Bar:
         )
         self._task = self._progress.add_task(what, total=None)
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> Bar:
         self._progress.start()
         return self
 
@@ -106,17 +118,29 @@ class Bar:
         return tell if self.visible else None
 
 
-def check_outputs(*targets: str | Path | None) -> None:
-    """Refuse, before any work, outputs that could not be written after it; "-" is standard output.
+def check_outputs(json: str | None, *targets: str | Path | None) -> None:
+    """Refuse, before any work, outputs that could not be written after it.
+
+    Parameters
+    ----------
+    json : str, optional
+        Where figures go; "-" is standard output.
+    *targets : path-like, optional
+        Where everything else goes.
 
     Raises
     ------
     MaskoptError
-        If one exists, its folder does not, or two are the same.
+        If one exists, cannot be made, or two are the same.
     """
-    paths = [require_absent(target) for target in targets if target is not None and target != "-"]
-    if len({path.absolute() for path in paths}) < len(paths):
-        raise MaskoptError(f"Two outputs have the same name {paths[0]}; give them different ones.")
+    if "-" in map(str, targets):
+        raise MaskoptError("Only --json writes to standard output for a -; give other outputs names.")
+    named = [target for target in (None if json == "-" else json, *targets) if target is not None]
+    paths = [require_absent(target) for target in named]
+    places = [path.absolute().parent.resolve() / path.name for path in paths]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise MaskoptError(f"Two outputs have the same name {paths[number]}; give them different ones.")
 
 
 @contextmanager
@@ -154,6 +178,8 @@ def finite(value: Any) -> Any:
 
 def environment() -> dict[str, Any]:
     """Return versions and circumstances that figures depend on."""
+    import torch
+
     versions = {
         "maskopt": maskopt.__version__,
         "python": platform.python_version(),

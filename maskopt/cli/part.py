@@ -1,12 +1,16 @@
 """Some rows and columns of a layer, as commands name them."""
 
+from __future__ import annotations
+
 import re
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from maskopt.errors import MaskoptError
-from maskopt.problems import LayerReconstruction
+
+if TYPE_CHECKING:
+    from maskopt.problems import LayerReconstruction
 
 __all__ = ["RowsOption", "parse_rows", "part_of"]
 
@@ -23,7 +27,7 @@ def parse_rows(text: str, rows: int) -> slice:
     MaskoptError
         If it is none of these, or names no row of a layer with so many.
     """
-    match = re.fullmatch(r"(\d*)(:?)(\d*)", text.strip())
+    match = re.fullmatch(r"([0-9]{0,18})(:?)([0-9]{0,18})", text.strip())
     if match is None or not (match[1] or match[2]):
         raise MaskoptError(f"Rows have the form A:B, such as 0:8; got {text!r}.")
     first = int(match[1] or 0)
@@ -41,6 +45,8 @@ def part_of(problem: LayerReconstruction, rows: slice, columns: int | None = Non
     MaskoptError
         If there are not so many columns.
     """
+    from maskopt.problems import LayerReconstruction
+
     d = problem.shape[1]
     columns = d if columns is None else columns
     if not 1 <= columns <= d:

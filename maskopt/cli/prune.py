@@ -26,13 +26,13 @@ from maskopt.cli.options import (
     SparsityOption,
     check_device,
     check_seqlen,
+    parse_masks,
     parse_memory,
     require_file,
     require_transformers,
 )
 from maskopt.cli.output import Bar, check_outputs, environment, facts, finite, json_output, tables
 from maskopt.cli.solvers import parse_weights
-from maskopt.oracles import parse_masks
 
 __all__ = ["prune"]
 

@@ -18,14 +18,13 @@ from maskopt.cli.options import (
     SolverOption,
     SparsityOption,
     check_device,
+    parse_masks,
     parse_memory,
 )
 from maskopt.cli.output import Bar, check_outputs, environment, facts, json_output, tables
 from maskopt.cli.solvers import parse_weights
 from maskopt.errors import MaskoptError
 from maskopt.files import atomic_path
-from maskopt.oracles import parse_masks
-from maskopt.solvers import solve as solve_problem
 
 __all__ = ["solve"]
 
@@ -53,6 +52,8 @@ def solve(
 ) -> None:
     """Choose the mask of one layer, and what becomes of the surviving weights."""
     check_outputs(json, out)
+    from maskopt.solvers import solve as solve_problem
+
     name = solver or ("continuation" if weights.startswith("keep") else weights)
     masks, method = parse_masks(pattern, sparsity), parse_weights(weights, solver, option or ())
     if start is not None and method.start is None:

@@ -1,13 +1,18 @@
 """Solvers from the words people type: `sparsefw`, `sparsefw:iterations=500;start=ria`."""
 
+from __future__ import annotations
+
 import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from maskopt.errors import MaskoptError
-from maskopt.solvers import SOLVERS, DirectionRule, Solver, StepRule, make_solver
-from maskopt.weights import WEIGHTS, make_weights
+
+if TYPE_CHECKING:
+    from maskopt.solvers import Solver
 
 __all__ = ["parse_comparison", "parse_solver", "parse_solvers", "parse_weights"]
 
@@ -22,6 +27,8 @@ def parse_solvers(text: str) -> dict[str, Solver]:
     MaskoptError
         If one is unknown, its settings are wrong, or it occurs twice.
     """
+    from maskopt.solvers import SOLVERS
+
     return {spec: parse_solver(spec) for spec in _split(text, "solver", SOLVERS)}
 
 
@@ -38,6 +45,9 @@ def parse_comparison(solvers: str, weights: str) -> dict[str, Solver]:
     MaskoptError
         If one is unknown, its settings are wrong, or it occurs twice.
     """
+    from maskopt.solvers import SOLVERS
+    from maskopt.weights import WEIGHTS
+
     methods: dict[str, Solver] = {}
     for spec in _split(weights, "method for weights", WEIGHTS):
         name = spec.partition(":")[0]
@@ -50,13 +60,21 @@ def parse_comparison(solvers: str, weights: str) -> dict[str, Solver]:
 
 
 def _split(text: str, noun: str, known: Iterable[str]) -> list[str]:
-    specs = [spec.strip() for spec in text.split(",") if spec.strip()]
-    if not specs:
+    specs = [spec.strip() for spec in text.split(",")]
+    if not any(specs):
         raise MaskoptError(f"At least one {noun} is needed; choose from {', '.join(known)}.")
+    if not all(specs):
+        raise MaskoptError(f"One {noun} has no name in {text!r}; choose from {', '.join(known)}.")
     for spec in specs:
         if specs.count(spec) > 1:
             raise MaskoptError(f"The {noun} {spec} is listed twice.")
     return specs
+
+
+def _spec(spec: str) -> tuple[str, list[str]]:
+    """Return the name and the settings of "name" or "name:key=value;key=value"."""
+    name, colon, rest = spec.partition(":")
+    return name, rest.split(";") if colon else []
 
 
 def parse_weights(spec: str, solver: str | None = None, settings: Sequence[str] = ()) -> Solver:
@@ -76,12 +94,13 @@ def parse_weights(spec: str, solver: str | None = None, settings: Sequence[str] 
     MaskoptError
         If there is no such method, solver or setting, or a solver is named that has nothing to do.
     """
-    name, _, rest = spec.partition(":")
-    own = [item for item in rest.split(";") if item]
+    from maskopt.weights import WEIGHTS, make_weights
+
+    name, own = _spec(spec)
     chooses = name in ("keep", "lsq")
     first = None
     if solver is not None or (chooses and settings):
-        first = parse_solver(solver or "continuation", settings if chooses else ())
+        first = parse_solver("continuation" if solver is None else solver, settings if chooses else ())
     method = WEIGHTS.get(name)
     if method is None or (first is not None and not chooses):
         return make_weights(name, first, **dict.fromkeys(own))  # or the sentence that says what is wrong
@@ -105,10 +124,12 @@ def parse_solver(spec: str, settings: Sequence[str] = ()) -> Solver:
     MaskoptError
         If there is no such solver or setting, or a value is not of the setting's type.
     """
-    name, _, rest = spec.partition(":")
+    from maskopt.solvers import SOLVERS, make_solver
+
+    name, own = _spec(spec)
     if name not in SOLVERS:
         return make_solver(name)  # raises the sentence that lists the names
-    return make_solver(name, **_settings(f"solver {name}", SOLVERS[name], [*filter(None, rest.split(";")), *settings]))
+    return make_solver(name, **_settings(f"solver {name}", SOLVERS[name], [*own, *settings]))
 
 
 def _settings(what: str, make: Callable[..., Solver], items: Sequence[str]) -> dict[str, Any]:
@@ -134,6 +155,8 @@ def _settings(what: str, make: Callable[..., Solver], items: Sequence[str]) -> d
 
 def _read(text: str, kind: Any) -> Any:
     """Read a value of an annotated type; the ValueError of a misfit says what would fit."""
+    from maskopt.solvers import Solver
+
     kinds = get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
     kinds = tuple(one for one in kinds if not _is_rule(one))
     for one in kinds:
@@ -145,11 +168,11 @@ def _read(text: str, kind: Any) -> Any:
             return text
         if isinstance(one, type) and issubclass(one, Solver):
             return parse_solver(text)
-        if one is int or one is float:
-            try:
-                return one(text)
-            except ValueError:
-                continue
+        if one is int and re.fullmatch(r"[+-]?[0-9]{1,30}", text):
+            return int(text)
+        if one is float:
+            with suppress(ValueError):
+                return float(text)
         if get_origin(one) is tuple and text.count("/") == len(get_args(one)) - 1:
             return tuple(_read(part, each) for part, each in zip(text.split("/"), get_args(one), strict=True))
     raise ValueError(" or ".join(_describe(one) for one in kinds))
@@ -157,6 +180,8 @@ def _read(text: str, kind: Any) -> Any:
 
 def _is_rule(kind: Any) -> bool:
     """Whether values are objects that can only be made in Python."""
+    from maskopt.solvers import DirectionRule, StepRule
+
     return isinstance(kind, type) and issubclass(kind, (DirectionRule, StepRule))
 
 

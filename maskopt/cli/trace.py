@@ -19,14 +19,13 @@ from maskopt.cli.options import (
     QuietOption,
     SparsityOption,
     check_device,
+    parse_masks,
     parse_memory,
 )
 from maskopt.cli.output import Bar, check_outputs, environment, json_output, tables
 from maskopt.cli.solvers import parse_solvers
 from maskopt.errors import MaskoptError
 from maskopt.files import atomic_path
-from maskopt.oracles import parse_masks
-from maskopt.solvers import COLUMNS, check_compatible, solve
 
 __all__ = ["trace"]
 
@@ -57,6 +56,8 @@ def trace(
 ) -> None:
     """Follow solvers: relaxed value, proven bound and rounded error against iterations and seconds."""
     check_outputs(json, out, table)
+    from maskopt.solvers import check_compatible, solve
+
     if out is not None:
         check_figure(out)
     masks, methods, working = parse_masks(pattern, sparsity), parse_solvers(solvers), parse_memory(memory)
@@ -110,6 +111,8 @@ def trace(
 
 
 def _write(path: Path, traces: dict[str, dict[str, list[float]]]) -> None:
+    from maskopt.solvers import COLUMNS
+
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("solver", *COLUMNS))

@@ -1,27 +1,30 @@
 """`maskopt verify`: a heuristic against an exact solver, row by row."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich import box
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from maskopt.cli.layer import load_layer
-from maskopt.cli.options import JsonOption, PatternOption, QuietOption, SparsityOption
+from maskopt.cli.options import JsonOption, PatternOption, QuietOption, SparsityOption, parse_masks
 from maskopt.cli.output import Bar, check_outputs, environment, facts, json_output, tables
 from maskopt.cli.part import RowsOption, parse_rows, part_of
 from maskopt.cli.solvers import parse_solver
 from maskopt.errors import MaskoptError
-from maskopt.oracles import MaskSet, parse_masks
-from maskopt.problems import LayerReconstruction
-from maskopt.solvers import Solver, Status, check_compatible
-from maskopt.solvers import solve as solve_problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from maskopt.oracles import MaskSet
+    from maskopt.problems import LayerReconstruction
+    from maskopt.solvers import Solver
 
 __all__ = ["verify"]
 
@@ -56,6 +59,8 @@ def verify(
 ) -> None:
     """Hold a heuristic's mask against the optimum, row by row (or row block that the set couples)."""
     check_outputs(json)
+    from maskopt.solvers import check_compatible
+
     if not time_limit > 0:
         raise MaskoptError(f"The time limit must be positive; got {time_limit}.")
     masks, heuristic, reference = (
@@ -67,6 +72,8 @@ def verify(
     chosen = parse_rows(rows, layer.shape[0])
     problem = part_of(layer, chosen, columns)
     masks.check(problem.shape)
+    if not reference.proves:
+        raise MaskoptError(f"--exact needs a solver that proves bounds, such as scip or brute-force; got {exact}.")
     for method in (heuristic, reference):
         check_compatible(problem, masks, method)
     verdicts = _verdicts(problem, masks, heuristic, reference, chosen.start, time_limit, jobs, Bar(quiet, solver))
@@ -105,6 +112,8 @@ def _verdicts(
 ) -> list[Figures]:
     from joblib import Parallel, delayed
 
+    from maskopt.solvers import solve as solve_problem
+
     row_block = masks.row_block(problem.shape)
     blocks = [slice(start, start + row_block) for start in range(0, problem.shape[0], row_block)]
     with bar:
@@ -132,6 +141,10 @@ def _verdict(
     problem: LayerReconstruction, masks: MaskSet, mask: Tensor, reference: Solver, row: int, time_limit: float
 ) -> Figures:
     """Return what is found out about the heuristic's mask of one row block, errors relative to pruning all of it."""
+    import torch
+
+    from maskopt.solvers import solve as solve_problem
+
     start = None if reference.start is None else mask
     result = solve_problem(problem, masks, reference, start=start, time_limit=time_limit)
     scale = float(problem.scale().sum())
@@ -146,7 +159,7 @@ def _verdict(
         "best": _relative(best, scale),
         "bound": None if bound is None else _relative(bound, scale),
         "gap": None if bound is None else max(0.0, 1.0 - bound / best) if best > 0.0 else 0.0,
-        "verdict": _verdict_words(error, best if better else error, bound, result.status),
+        "verdict": _verdict_words(error, best if better else error, bound, result.status.name),
         "excess": _excess(error, best) if better else 0.0,
         "status": result.status.name,
         "status_text": result.status.value,
@@ -156,11 +169,11 @@ def _verdict(
     }
 
 
-def _verdict_words(error: float, best: float, bound: float | None, status: Status) -> str:
+def _verdict_words(error: float, best: float, bound: float | None, status: str) -> str:
     if best < error:
-        known = "" if status is Status.OPTIMAL else "at least "
+        known = "" if status == "OPTIMAL" else "at least "
         return f"not optimal by {known}{_percent(_excess(error, best))}"
-    if status is Status.OPTIMAL:
+    if status == "OPTIMAL":
         return "proven optimal"
     if bound is None or not bound > 0.0:
         return "unknown"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
+from maskopt.checks import check_settings, real, whole
 from maskopt.problems import Direction, Quadratic
 from maskopt.solvers.atoms import Atoms
 from maskopt.solvers.requirements import Requirements
@@ -122,6 +123,9 @@ class BlendedPairwise(_OnAtoms):
     """
 
     patience: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_settings(self, patience=real(1))
 
     def begin(self, state: IterationState) -> DirectionRule:
         return _BlendedRun(_first(state), self.patience)
@@ -265,6 +269,9 @@ class Lazy(DirectionRule):
 
     patience: float = 2.0
     remember: int = 64
+
+    def __post_init__(self) -> None:
+        check_settings(self, patience=real(1), remember=whole(1))
 
     def begin(self, state: IterationState) -> DirectionRule:
         estimate = state.row_blocks.first(state.gap).double().clamp_min(0.0) / 2

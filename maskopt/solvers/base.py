@@ -29,6 +29,8 @@ class Solver(ABC):
         Whether row blocks, which the set couples, may be solved apart.
     record : int or "doubling"
         What is recorded where the caller does not say.
+    proves : bool
+        Whether it proves lower bounds, at least where the objective is convex.
     row_wise : bool
         Whether the answer for a row depends on that row alone when the set allows it.
     arrays : float
@@ -42,6 +44,7 @@ class Solver(ABC):
     relaxes: ClassVar[bool] = False
     blockwise: ClassVar[bool] = False
     record: ClassVar[Record] = 0
+    proves: ClassVar[bool] = False
     row_wise: ClassVar[bool] = True
     arrays: ClassVar[float] = 4.0
     start: Solver | None = None

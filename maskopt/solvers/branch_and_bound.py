@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from maskopt.errors import MaskoptError
+from maskopt.checks import check_settings, instance_of, real, whole
 from maskopt.oracles import PartitionMatroid, Restricted
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
@@ -103,13 +103,19 @@ class BranchAndBound(Solver):
     requires: ClassVar[Requirements] = Requirements((LayerReconstruction,), (PartitionMatroid,))
     needs_start: ClassVar[bool] = True
     blockwise: ClassVar[bool] = True
+    proves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.gap >= 0 or self.batch < 1 or self.iterations < 1:
-            raise MaskoptError(
-                "BranchAndBound needs gap >= 0, batch >= 1 and iterations >= 1; got "
-                f"{self.gap}, {self.batch}, {self.iterations}."
-            )
+        check_settings(
+            self,
+            gap=real(0, infinite=True),
+            row_block_seconds=real(0, above=True, infinite=True, optional=True),
+            nodes=whole(1, optional=True),
+            batch=whole(1, 2**20),
+            iterations=whole(1),
+            start=instance_of(Solver, example="ContinuationFrankWolfe()"),
+            log=instance_of(Callable, example="print", optional=True),  # type: ignore[arg-type]
+        )
 
     def run(self, problem: LayerReconstruction, masks: PartitionMatroid, start: Tensor, monitor: Monitor) -> Outcome:
         height = masks.row_block(problem.shape)

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from maskopt.checks import check_settings, whole
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import Problem, Quadratic
@@ -40,11 +41,11 @@ class BruteForce(Solver):
 
     limit: int = 10**7
 
+    proves: ClassVar[bool] = True
     arrays: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        if self.limit < 1:
-            raise MaskoptError(f"BruteForce needs limit >= 1; got {self.limit}.")
+        check_settings(self, limit=whole(1))
 
     def run(self, problem: Problem, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         rows, d = problem.shape

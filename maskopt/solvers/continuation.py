@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from maskopt.errors import MaskoptError
+from maskopt.checks import check_settings, instance_of, real, truth, whole
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction, Problem
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
@@ -75,11 +75,15 @@ class ContinuationFrankWolfe(Solver):
     arrays: ClassVar[float] = 24.0
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or self.relinks < 0 or not 0 <= self.second <= 1 or not 0 <= self.relink <= 1:
-            raise MaskoptError(
-                "ContinuationFrankWolfe needs iterations >= 1, relinks >= 0, and second and relink in [0, 1]; got "
-                f"{self.iterations}, {self.relinks}, {self.second}, {self.relink}."
-            )
+        check_settings(
+            self,
+            iterations=whole(1),
+            second=real(0, 1),
+            relinks=whole(0),
+            relink=real(0, 1),
+            polish=truth(),
+            start=instance_of(Solver, example="Wanda()"),
+        )
 
     def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor, monitor: Monitor) -> Outcome:
         return _Run(self, problem, masks, start, monitor).outcome()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
+from maskopt.checks import SEEDS, check_settings, real, whole
 from maskopt.oracles import HasGroups
 from maskopt.problems import Direction, Quadratic
 from maskopt.solvers.requirements import Requirements
@@ -49,6 +50,9 @@ class Conjugate(DirectionRule):
     slack: float = 0.2
 
     requires: ClassVar[Requirements] = Requirements((Quadratic,))
+
+    def __post_init__(self) -> None:
+        check_settings(self, slack=real(0, 1))
 
     def begin(self, state: IterationState) -> DirectionRule:
         return _ConjugateRun(self.slack)
@@ -96,6 +100,9 @@ class Boosted(DirectionRule):
 
     rounds: int = 8
     accuracy: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_settings(self, rounds=whole(1), accuracy=real(0, 2))
 
     def search_direction(self, state: IterationState) -> SearchDirection:
         goal = state.gradient.neg()
@@ -146,6 +153,9 @@ class Momentum(DirectionRule):
 
     check: int = 10
 
+    def __post_init__(self) -> None:
+        check_settings(self, check=whole(1))
+
     def begin(self, state: IterationState) -> DirectionRule:
         return _MomentumRun(self.check, torch.zeros_like(state.x))
 
@@ -186,6 +196,9 @@ class Stochastic(DirectionRule):
     seed: int = 0
 
     exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_settings(self, fraction=real(0, 1, above=True), check=whole(1), seed=whole(*SEEDS))
 
     def begin(self, state: IterationState) -> DirectionRule:
         return _StochasticRun(self, state.gradient.clone(), torch.Generator().manual_seed(self.seed))
@@ -230,6 +243,9 @@ class BlockCoordinate(DirectionRule):
     blocks: int = 2
 
     requires: ClassVar[Requirements] = Requirements(masks=(HasGroups,))
+
+    def __post_init__(self) -> None:
+        check_settings(self, blocks=whole(1))
 
     def search_direction(self, state: IterationState) -> SearchDirection:
         search = state.toward

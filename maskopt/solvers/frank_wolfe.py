@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from maskopt.checks import check_settings, choice, instance_of, real, truth, whole
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction, Point, Problem, Quadratic
@@ -124,17 +125,23 @@ class FrankWolfe(Solver):
     relaxes: ClassVar[bool] = True
     blockwise: ClassVar[bool] = True
     record: ClassVar[Record] = "doubling"
+    proves: ClassVar[bool] = True
     arrays: ClassVar[float] = 16.0
 
     def __post_init__(self) -> None:
         for rule, known, kind in ((self.direction, DIRECTIONS, "direction"), (self.step, STEPS, "step")):
             if isinstance(rule, str) and rule not in known:
                 raise MaskoptError(f"There is no {kind} {rule!r}; choose one of {', '.join(known)}.")
-        if self.iterations < 1 or not self.gap >= 0 or not self.relative_gap >= 0:
-            raise MaskoptError(
-                "FrankWolfe needs iterations >= 1, gap >= 0 and relative_gap >= 0; got "
-                f"{self.iterations}, {self.gap} and {self.relative_gap}."
-            )
+        check_settings(
+            self,
+            direction=choice(DIRECTIONS, also=(DirectionRule,)),
+            step=choice(STEPS, also=(StepRule,), optional=True),
+            iterations=whole(1),
+            gap=real(0, infinite=True),
+            relative_gap=real(0, infinite=True),
+            polish=truth(),
+            start=instance_of(Solver, example="Wanda()", optional=True),
+        )
         if not self._direction.exact and isinstance(step := self._chosen, StepRule) and not step.open_loop:
             raise MaskoptError(
                 f"{self._direction} keeps no gradient for {step} to look at; choose an open-loop step: open-loop, log."

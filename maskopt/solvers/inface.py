@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from maskopt.checks import check_settings, real
 from maskopt.oracles import HasFaces
 from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rules import DirectionRule, IterationState, SearchDirection
@@ -50,6 +51,9 @@ class BlendedInFace(DirectionRule):
     patience: float = 2.0
 
     requires: ClassVar[Requirements] = Requirements(masks=(HasFaces,))
+
+    def __post_init__(self) -> None:
+        check_settings(self, patience=real(1))
 
     def search_direction(self, state: IterationState) -> SearchDirection:
         local = _inface(state, state.gradient) - _inface(state, state.gradient.neg())

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from maskopt.errors import MaskoptError
+from maskopt.checks import check_settings, instance_of, whole
 from maskopt.oracles import PartitionMatroid
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
@@ -51,8 +51,7 @@ class OneSwap(Solver):
     arrays: ClassVar[float] = 12.0
 
     def __post_init__(self) -> None:
-        if self.max_steps is not None and self.max_steps < 0:
-            raise MaskoptError(f"OneSwap needs max_steps >= 0; got {self.max_steps}.")
+        check_settings(self, start=instance_of(Solver, example="Wanda()"), max_steps=whole(0, optional=True))
 
     def run(self, problem: LayerReconstruction, masks: PartitionMatroid, start: Tensor, monitor: Monitor) -> Outcome:
         mask, steps, optimal = descend(problem, masks, start, monitor, self.max_steps)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+from maskopt.checks import constructed
 from maskopt.errors import MaskoptError
 from maskopt.solvers.base import Solver
 from maskopt.solvers.branch_and_bound import BranchAndBound
@@ -48,7 +49,4 @@ def make_solver(name: str, **settings: object) -> Solver:
     """
     if name not in SOLVERS:
         raise MaskoptError(f"There is no solver {name!r}; choose one of {', '.join(SOLVERS)}.")
-    try:
-        return SOLVERS[name](**settings)
-    except TypeError as error:
-        raise MaskoptError(f"The solver {name} does not take these settings: {error}.") from error
+    return constructed(SOLVERS[name], f"The solver {name}", settings)

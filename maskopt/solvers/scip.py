@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from maskopt.checks import check_settings, choice, instance_of, real, whole
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, MilpFormulation
 from maskopt.problems import Quadratic
@@ -81,21 +82,21 @@ class Scip(Solver):
 
     requires: ClassVar[Requirements] = Requirements((Quadratic,))
     needs_start: ClassVar[bool] = True
+    proves: ClassVar[bool] = True
     arrays: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        if self.form not in get_args(Form):
+        if isinstance(self.form, str) and self.form not in get_args(Form):
             raise MaskoptError(f"Scip has no form {self.form!r}; choose one of {', '.join(get_args(Form))}.")
-        if (
-            (self.time_limit is not None and not self.time_limit >= 0)
-            or not self.gap >= 0
-            or (self.nodes is not None and self.nodes < 1)
-            or not 0 <= self.seed < 2**31
-        ):
-            raise MaskoptError(
-                "Scip needs time_limit >= 0, gap >= 0, nodes >= 1 and 0 <= seed < 2^31; got "
-                f"{self.time_limit}, {self.gap}, {self.nodes} and {self.seed}."
-            )
+        check_settings(
+            self,
+            form=choice(get_args(Form)),
+            time_limit=real(0, infinite=True, optional=True),
+            gap=real(0, infinite=True),
+            nodes=whole(1, 2**31 - 1, optional=True),
+            seed=whole(0, 2**31 - 1),
+            start=instance_of(Solver, example="Wanda()"),
+        )
         if importlib.util.find_spec("pyscipopt") is None:
             raise MaskoptError('Scip needs pyscipopt, which is missing: pip install "maskopt[mip]".')
 
@@ -276,9 +277,9 @@ class _Model:
             if size == 0.0:
                 continue
             pairs = list(zip(entries, values, strict=True))
-            # sum_i a_i m_i = whole - sum_i a_i p_i: the line is negated, auxiliary variables with it.
-            whole = math.fsum(value for at, value in pairs if at < own)
-            lower, upper = ((whole - float(side[line])) / size for side in reversed(ends))
+            # sum_i a_i m_i = total - sum_i a_i p_i: the line is negated, auxiliary variables with it.
+            total = math.fsum(value for at, value in pairs if at < own)
+            lower, upper = ((total - float(side[line])) / size for side in reversed(ends))
             terms = {self._term(columns[at]): (value if at < own else -value) / size for at, value in pairs}
             self._constrain(terms, *(end if math.isfinite(end) else None for end in (lower, upper)))
 
@@ -286,8 +287,8 @@ class _Model:
         """Add auxiliary variables, with values for the first incumbent: SCIP ignores incomplete solutions."""
         values = masks.completed(self._start.numpy())
         variables = []
-        for number, (whole, low, high) in enumerate(masks.extras):
-            variable = self._model.addVar(vtype="I" if whole else "C", lb=low, ub=high, obj=0.0)
+        for number, (integer, low, high) in enumerate(masks.extras):
+            variable = self._model.addVar(vtype="I" if integer else "C", lb=low, ub=high, obj=0.0)
             if values is not None:
                 self._model.setSolVal(self._first, variable, float(values[number]))
             variables.append(variable)

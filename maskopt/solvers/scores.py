@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from maskopt.checks import check_settings, real
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction, Saliency
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
@@ -72,6 +73,9 @@ class RIA(_Score):
     power: float = 0.5
 
     row_wise: ClassVar[bool] = False  # column sums are over all rows
+
+    def __post_init__(self) -> None:
+        check_settings(self, power=real(0, 8))
 
     def score(self, problem: LayerReconstruction) -> Tensor:
         return Saliency.ria(problem.scaled_weight, problem.scaled_gram, self.power).scores

@@ -12,6 +12,7 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction, Problem
+from maskopt.solvers.arguments import check_arguments, ordinary_torch
 from maskopt.solvers.base import Solver
 from maskopt.solvers.continuation import ContinuationFrankWolfe
 from maskopt.solvers.history import Record, Recorder, merged
@@ -75,12 +76,13 @@ def solve(
     >>> result.status.name
     'LOCAL_OPTIMUM'
     """
+    check_arguments(problem, masks, solver, start, callback, time_limit, memory, record)
     solver = ContinuationFrankWolfe() if solver is None else solver
     check_compatible(problem, masks, solver)
     masks.check(problem.shape)  # raises here, before any work, where the set does not fit
     monitor = Monitor(type(solver).__name__, callback, time_limit, memory)
     rows, columns = problem.shape
-    with sized_threads(rows * columns * columns):
+    with ordinary_torch(problem.device), sized_threads(rows * columns * columns):
         return _solve(problem, masks, solver, start, monitor, memory, solver.record if record is None else record)
 
 

@@ -5,7 +5,7 @@ from typing import ClassVar, cast
 
 from torch import Tensor
 
-from maskopt.errors import MaskoptError
+from maskopt.checks import check_settings, instance_of, real, whole
 from maskopt.oracles import MaskSet, PartitionMatroid, Protected
 from maskopt.problems import Problem
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
@@ -42,13 +42,11 @@ class SparseFW(Solver):
 
     needs_start: ClassVar[bool] = True
     relaxes: ClassVar[bool] = True
+    proves: ClassVar[bool] = True
     arrays: ClassVar[float] = 9.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0 or self.iterations < 1:
-            raise MaskoptError(
-                f"SparseFW needs alpha in [0, 1] and iterations >= 1; got {self.alpha} and {self.iterations}."
-            )
+        check_settings(self, iterations=whole(1), alpha=real(0, 1), start=instance_of(Solver, example="Wanda()"))
 
     @property
     def requirements(self) -> Requirements:

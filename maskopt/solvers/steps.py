@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from maskopt.checks import check_settings, real, whole
 from maskopt.problems import Direction, Quadratic
 from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rules import IterationState, StepRule
@@ -27,6 +28,9 @@ class OpenLoopStep(StepRule):
     offset: int = 2
 
     open_loop: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_settings(self, offset=whole(1))
 
     def step_size(self, state: IterationState, direction: Direction, max_step: Tensor) -> Tensor:
         return max_step.clamp(max=2.0 / (state.iteration + self.offset))
@@ -128,6 +132,9 @@ class SecantStep(StepRule):
     evaluations: int = 12
     accuracy: float = 1e-8
 
+    def __post_init__(self) -> None:
+        check_settings(self, evaluations=whole(1), accuracy=real(0, 1))
+
     def step_size(self, state: IterationState, direction: Direction, max_step: Tensor) -> Tensor:
         finite = max_step.nan_to_num(posinf=1.0)
         low, high = torch.zeros_like(finite), finite.clone()
@@ -173,6 +180,9 @@ class AdaptiveStep(StepRule):
     """
 
     decay: float = 0.7
+
+    def __post_init__(self) -> None:
+        check_settings(self, decay=real(0, 1, above=True))
 
     def begin(self, state: IterationState) -> StepRule:
         return _AdaptiveRun(self, None)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from maskopt.errors import MaskoptError
+from maskopt.checks import check_settings, real, truth, whole
 from maskopt.oracles import MaskSet
 from maskopt.oracles.select import smallest
 from maskopt.problems import LayerReconstruction
@@ -53,11 +52,7 @@ class ADMM(Joint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.penalty < math.inf or self.iterations < 1 or self.selections < 1:
-            raise MaskoptError(
-                "ADMM needs a finite penalty > 0, iterations >= 1 and selections >= 1; got "
-                f"{self.penalty}, {self.iterations}, {self.selections}."
-            )
+        check_settings(self, penalty=real(0, above=True), iterations=whole(1), selections=whole(1), gradual=truth())
 
     def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         system = System.of(problem, 0.0)

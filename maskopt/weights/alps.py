@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from maskopt.errors import MaskoptError
+from maskopt.checks import check_settings, real, reals, whole
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
@@ -60,15 +59,14 @@ class ALPS(Joint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.penalty < math.inf or len(self.growth) != 3 or not all(1 <= g < 100 for g in self.growth):
-            raise MaskoptError(
-                f"ALPS needs a penalty > 0 and three growth factors from 1 to 100; got {self.penalty}, {self.growth}."
-            )
-        if self.every < 1 or self.iterations < 1 or self.polish < 0:
-            raise MaskoptError(
-                "ALPS needs every >= 1, iterations >= 1 and polish >= 0; got "
-                f"{self.every}, {self.iterations}, {self.polish}."
-            )
+        check_settings(
+            self,
+            penalty=real(0, above=True),
+            growth=reals(3, real(1, 100, below=True)),
+            every=whole(1),
+            iterations=whole(1),
+            polish=whole(0),
+        )
 
     def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         system = System.of(problem, self.ridge)

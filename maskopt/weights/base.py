@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from maskopt.errors import MaskoptError
+from maskopt.checks import check_settings, real
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Solver
 from maskopt.solvers.requirements import Requirements
@@ -90,5 +89,4 @@ class Joint(Solver):
     arrays: ClassVar[float] = 12.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ridge < math.inf:
-            raise MaskoptError(f"{type(self).__name__} needs a finite ridge >= 0; got {self.ridge}.")
+        check_settings(self, ridge=real(0))

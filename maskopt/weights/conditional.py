@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from maskopt.checks import check_settings, real, reals, whole
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
@@ -61,15 +61,17 @@ class ConditionalADMM(Joint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.penalty) != 2 or not 0 < self.penalty[0] <= self.penalty[1] < math.inf or not 0 < self.noise < 1e6:
-            raise MaskoptError(
-                f"ConditionalADMM needs 0 < penalty[0] <= penalty[1] and a noise > 0; got {self.penalty}, {self.noise}."
-            )
-        if self.iterations < 1 or self.stages < 1 or self.polish < 0 or not 0 < self.relaxation <= 1:
-            raise MaskoptError(
-                "ConditionalADMM needs iterations and stages >= 1, polish >= 0 and a relaxation in (0, 1]; got "
-                f"{self.iterations}, {self.stages}, {self.polish}, {self.relaxation}."
-            )
+        check_settings(
+            self,
+            penalty=reals(2, real(0, above=True)),
+            noise=real(0, 1e6, above=True, below=True),
+            iterations=whole(1),
+            stages=whole(1),
+            polish=whole(0),
+            relaxation=real(0, 1, above=True),
+        )
+        if self.penalty[0] > self.penalty[1]:
+            raise MaskoptError(f"ConditionalADMM needs 0 < penalty[0] <= penalty[1]; got {self.penalty}.")
 
     def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         system = System.of(problem, self.ridge, each=True)

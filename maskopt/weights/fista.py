@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from maskopt.errors import MaskoptError
+from maskopt.checks import check_settings, real, whole
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
@@ -53,11 +53,7 @@ class FISTAPruner(Joint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.threshold < 1 or self.rounds < 1 or self.iterations < 1:
-            raise MaskoptError(
-                "FISTAPruner needs a threshold between 0 and 1, rounds >= 1 and iterations >= 1; got "
-                f"{self.threshold}, {self.rounds}, {self.iterations}."
-            )
+        check_settings(self, threshold=real(0, 1, above=True, below=True), rounds=whole(1), iterations=whole(1))
 
     def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         w = problem.scaled_target

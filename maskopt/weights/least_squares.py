@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from maskopt.checks import check_settings, choice, instance_of, whole
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
@@ -45,10 +46,12 @@ class LeastSquares(Joint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method not in ("auto", "cholesky", "cg") or self.steps < 0:
-            raise MaskoptError(
-                f"LeastSquares needs method auto, cholesky or cg and steps >= 0; got {self.method!r}, {self.steps}."
-            )
+        check_settings(
+            self,
+            solver=instance_of(Solver, example="Wanda()"),
+            method=choice(("auto", "cholesky", "cg")),
+            steps=whole(0),
+        )
         # What holds for the solver holds for the pair.
         for name in ("start", "row_wise", "blockwise", "record"):
             object.__setattr__(self, name, getattr(self.solver, name))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from maskopt.checks import constructed
 from maskopt.errors import MaskoptError
 from maskopt.solvers import ContinuationFrankWolfe, Solver
 from maskopt.weights.admm import ADMM
@@ -55,7 +56,4 @@ def make_weights(name: str, solver: Solver | None = None, **settings: object) ->
         if name != "lsq":
             raise MaskoptError(f"The method {name} chooses the mask itself; leave the solver out, or refit with lsq.")
         settings["solver"] = solver
-    try:
-        return method(**settings)
-    except TypeError as error:
-        raise MaskoptError(f"The method {name} does not take these settings: {error}.") from error
+    return constructed(method, f"The method {name}", settings)

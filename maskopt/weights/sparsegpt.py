@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from maskopt.errors import MaskoptError
+from maskopt.checks import check_settings, whole
 from maskopt.oracles import PartitionMatroid
 from maskopt.oracles.base import Shape
 from maskopt.problems import LayerReconstruction
@@ -51,8 +51,7 @@ class SparseGPT(Joint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block < 1:
-            raise MaskoptError(f"SparseGPT needs a block of at least one input; got {self.block}.")
+        check_settings(self, block=whole(1))
 
     def run(
         self, problem: LayerReconstruction, masks: PartitionMatroid, start: Tensor | None, monitor: Monitor

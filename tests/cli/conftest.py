@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from maskopt import save_instance, synthetic
-from maskopt.cli import app
+from maskopt.cli.app import app
 
 CONTEXT = 32
 

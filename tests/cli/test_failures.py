@@ -47,7 +47,7 @@ def untouched(tmp_path, layer, text):
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "The memory does not suffice"),
     ],
 )
-@pytest.mark.parametrize("place", ["maskopt.cli.solve.mask_bytes", "maskopt.cli.solve.solve_problem"])
+@pytest.mark.parametrize("place", ["maskopt.cli.solve.mask_bytes", "maskopt.solvers.solve"])
 def test_solve(fails, layer, tmp_path, untouched, monkeypatch, place, error, code, words):
     monkeypatch.setattr(place, raising(error))
     outputs = ("--out", tmp_path / "mask", "--json", tmp_path / "figures")
@@ -80,7 +80,7 @@ def test_an_output_that_appears_meanwhile_is_kept(fails, layer, tmp_path, monkey
 
 
 def test_a_bug_keeps_its_traceback(layer, run, monkeypatch):
-    monkeypatch.setattr("maskopt.cli.solve.solve_problem", raising(RuntimeError("a bug")))
+    monkeypatch.setattr("maskopt.solvers.solve", raising(RuntimeError("a bug")))
     assert isinstance(run("solve", layer, "-s", 0.5, code=1).exception, RuntimeError)
 
 

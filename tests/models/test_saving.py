@@ -3,11 +3,13 @@
 import json
 import resource
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
 from maskopt.errors import MaskoptError
@@ -99,7 +101,7 @@ def test_files_that_hold_no_masks(tmp_path):
     with pytest.raises(MaskoptError, match="holds no masks that this version"):
         load_masks(tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"abc")
-    with pytest.raises(MaskoptError, match=r"broken.safetensors is damaged"):
+    with pytest.raises(MaskoptError, match=r"broken.safetensors is not a readable safetensors file"):
         load_masks(tmp_path / "broken.safetensors")
 
 
@@ -114,6 +116,109 @@ def test_damaged_masks_are_noticed(tmp_path):
     file.write_bytes(bytes(content).replace(b"[16, 16]", b"[16, 17]").replace(b'\\"shape', b'\\"shape'))
     with pytest.raises(MaskoptError, match="layer has 32 bytes for 272 weights"):
         load_masks(file)
+
+
+def tampered(change):
+    """The manifest and the arrays of a good file after a change."""
+    masks = {"a.b": torch.eye(4, 6).bool(), "a.c": torch.ones(3, 3).bool()}
+    arrays = {name: np.packbits(mask.numpy()) for name, mask in masks.items()}
+    layers = {name: {"shape": list(mask.shape), "kept": int(mask.sum())} for name, mask in masks.items()}
+    manifest = {"version": 1, "bits": "numpy.packbits, big-endian, row-major", "layers": layers}
+    return change(manifest, arrays) or (json.dumps(manifest), arrays)
+
+
+def entry(**changes):
+    return lambda manifest, arrays: manifest["layers"]["a.b"].update(changes)
+
+
+def renamed(name):
+    def change(manifest, arrays):
+        manifest["layers"][name] = manifest["layers"].pop("a.b")
+        arrays[name] = arrays.pop("a.b")
+
+    return change
+
+
+def stored(bits):
+    return lambda manifest, arrays: arrays.update({"a.b": bits})
+
+
+def text(manifest):
+    return lambda _, arrays: (manifest, arrays)
+
+
+TAMPERED = {
+    "no JSON": text("{"),
+    "nested without end": text("[" * 100_000),
+    "a list": text("[1]"),
+    "a number": text("3"),
+    "nothing": text("null"),
+    "long number": text("9" * 5000),
+    "no version": lambda manifest, arrays: manifest.pop("version") and None,
+    "version 2": lambda manifest, arrays: manifest.update(version=2),
+    "version true": lambda manifest, arrays: manifest.update(version=True),
+    "no layers": lambda manifest, arrays: manifest.pop("layers") and None,
+    "layers a list": lambda manifest, arrays: manifest.update(layers=[1]),
+    "layers a word": lambda manifest, arrays: manifest.update(layers="a.b"),
+    "layer missing": lambda manifest, arrays: manifest["layers"].pop("a.b") and None,
+    "bits missing": lambda manifest, arrays: arrays.pop("a.b") is None or None,
+    "entry a list": lambda manifest, arrays: manifest["layers"].update({"a.b": [4, 6]}),
+    "entry nothing": lambda manifest, arrays: manifest["layers"].update({"a.b": None}),
+    "no shape": lambda manifest, arrays: manifest["layers"]["a.b"].pop("shape") and None,
+    "no kept": lambda manifest, arrays: manifest["layers"]["a.b"].pop("kept") and None,
+    "more than shape and kept": entry(dtype="bool"),
+    "shape a word": entry(shape="46"),
+    "shape of words": entry(shape=["4", "6"]),
+    "shape of one": entry(shape=[24]),
+    "shape of three": entry(shape=[2, 2, 6]),
+    "shape negative": entry(shape=[-4, -6]),
+    "shape zero": entry(shape=[0, 6]),
+    "shape fractions": entry(shape=[4.0, 6.0]),
+    "shape truths": entry(shape=[True, 24]),
+    "shape too large": entry(shape=[4, 8]),
+    "shape huge": entry(shape=[2**40, 2**40]),
+    "shape nothing": entry(shape=None),
+    "kept wrong": entry(kept=5),
+    "kept a word": entry(kept="4"),
+    "kept a fraction": entry(kept=4.0),
+    "kept nothing": entry(kept=None),
+    "kept true": entry(kept=True),
+    "other type": stored(np.packbits(np.eye(4, 6, dtype=bool)).astype(np.int64)),
+    "signed bytes": stored(np.packbits(np.eye(4, 6, dtype=bool)).astype(np.int8)),
+    "floats": stored(np.ones(3, dtype=np.float32)),
+    "a matrix": stored(np.packbits(np.eye(4, 6, dtype=bool))[None]),
+    "a number of bits": stored(np.array(1, dtype=np.uint8)),
+    "too few bits": stored(np.zeros(2, dtype=np.uint8)),
+    "too many bits": stored(np.zeros(4, dtype=np.uint8)),
+    "bits beyond the end": lambda manifest, arrays: arrays.update({"a.c": np.array([255, 255], dtype=np.uint8)}),
+    "name twice": lambda manifest, arrays: (
+        json.dumps(manifest).replace('"layers": {', '"layers": {"a.b": {"shape": [4, 6], "kept": 4}, '),
+        arrays,
+    ),
+    "name within another": renamed("a.c.d"),
+    **{
+        f"name {name!r}": renamed(name)
+        for name in ("", ".", "..", "../x", "/etc/x", "a/b", "a\\b", "a..b", "a.", "x\ny")
+    },
+}
+
+
+@pytest.mark.parametrize("change", TAMPERED.values(), ids=TAMPERED)
+def test_tampered_masks_are_refused_in_one_sentence(tmp_path, change):
+    file = tmp_path / "masks.safetensors"
+    manifest, arrays = tampered(change)
+    save_arrays(arrays, file, metadata={"maskopt.masks": manifest})
+    with pytest.raises(MaskoptError, match=r"^The (mask )?file [^\n]*\.$") as caught:
+        load_masks(file)
+    assert len(str(caught.value)) < 400 + len(str(file))
+
+
+def test_what_was_not_tampered_with_is_read(tmp_path):
+    manifest, arrays = tampered(lambda manifest, arrays: None)
+    save_arrays(arrays, tmp_path / "masks.safetensors", metadata={"maskopt.masks": manifest})
+    masks = load_masks(tmp_path)
+    assert torch.equal(masks["a.b"], torch.eye(4, 6).bool())
+    assert torch.equal(masks["a.c"], torch.ones(3, 3).bool())
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_names() -> None:
         (lambda: NM(keep=5, group=4), "NM needs 0 <= keep <= group; got keep=5, group=4"),
         (lambda: NM(keep=-1, group=4), "NM needs 0 <= keep <= group"),
         (lambda: NM(keep=0, group=0), "at least one"),
-        (lambda: NM(keep=True, group=4), "got True"),
+        (lambda: NM(keep=True, group=4), "got keep=True"),
     ],
 )
 def test_impossible_sets(make: object, sentence: str) -> None:

@@ -1,0 +1,167 @@
+"""Signals and closed streams: an interrupt, whenever it comes, leaves nothing half-written and is one sentence."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+__all__ = [
+    "CODES",
+    "Ended",
+    "begin",
+    "finish",
+    "handled",
+    "open_standard_streams",
+    "outcome",
+    "shield",
+    "what_was_written",
+]
+
+CODES = {number: 128 + number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))}
+"""Exit codes of the signals that end the program in order."""
+
+_VERBS = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}
+
+
+NOTHING = "nothing was written"
+SIGINT = signal.SIGINT
+
+
+class Ended(BaseException):
+    """A signal asked the program to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+_arrived: list[int] = []
+"""Signals that have come."""
+
+_shields = 0
+"""How many blocks are open in which signals wait."""
+
+_first = 0
+"""Number of the first output that the running command may complete."""
+
+
+def begin() -> None:
+    """Say that a command begins: what was written before is not its doing."""
+    from maskopt import files
+
+    global _first
+    _first, files.shielded = files.renamed(), shield
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    _arrived.append(number)
+    if _shields:
+        return
+    if _is_importing(frame):
+        # An exception in the middle of an import is swallowed or turned into others; nothing is lost by leaving now.
+        _leave_at_once(number)
+    raise Ended(number)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _leave_at_once(number: int) -> None:
+    files = sys.modules.get("maskopt.files")
+    if files is not None and hasattr(files, "discard_unfinished"):
+        files.discard_unfinished()
+    with contextlib.suppress(OSError):
+        cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar may have hidden it
+        os.write(2, f"{cursor}{outcome(number)}\n".encode(errors="backslashreplace"))
+    os._exit(CODES.get(number, 128 + number))
+
+
+def outcome(number: int) -> str:
+    """Return the sentence that says what a signal ended and what had been written by then."""
+    return f"{_VERBS.get(number, 'Ended')}; {what_was_written()}."  # type: ignore[call-overload]
+
+
+def what_was_written() -> str:
+    """Return the half of a sentence that says which outputs are complete."""
+    files = sys.modules.get("maskopt.files")
+    complete = files.written_since(_first) if files is not None and hasattr(files, "written_since") else []
+    if not complete:
+        return NOTHING
+    return (
+        f"{' and '.join(map(str, complete))} {'is' if len(complete) == 1 else 'are'} complete, nothing else was written"
+    )
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """Make the signals that end programs raise `Ended` inside the block, and print it as one sentence."""
+    try:
+        for number in CODES:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+                signal.signal(number, _handle)
+        sys.unraisablehook = _raise_later
+        yield
+    except Ended as ended:
+        with shield():
+            _leave_at_once(ended.number)
+    except KeyboardInterrupt:
+        _leave_at_once(signal.SIGINT)
+
+
+def _raise_later(unraisable: sys.UnraisableHookArgs) -> None:
+    """Ask once more where Python had to swallow the exception, as in the callbacks of weak references."""
+    if not isinstance(unraisable.exc_value, Ended):
+        sys.__unraisablehook__(unraisable)
+        return
+    later = threading.Timer(0.01, _thread.interrupt_main, [unraisable.exc_value.number])
+    later.daemon = True
+    with contextlib.suppress(RuntimeError):  # too late for threads: the program ends by itself
+        later.start()
+
+
+def finish() -> None:
+    """Ignore signals from here on: the program is about to leave, with its last sentence or without one."""
+    for number in CODES:
+        if signal.getsignal(number) is _handle:
+            signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def shield() -> Iterator[None]:
+    """Let signals wait until the block has ended."""
+    global _shields
+    before = len(_arrived)
+    _shields += 1
+    try:
+        yield
+    finally:
+        _shields -= 1
+        if not _shields and len(_arrived) > before:
+            raise Ended(_arrived[-1])
+
+
+def open_standard_streams() -> None:
+    """Give closed standard streams something to write to, and refuse to work for a closed standard output.
+
+    Otherwise the next file opened would take the stream's number, and what is printed would end up in it.
+    """
+    closed = sys.stdout is None
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process lives
+    if closed:
+        sys.stderr.write("Standard output is closed, so nothing could be printed; redirect it to a file instead.\n")
+        sys.exit(2)

@@ -1,0 +1,103 @@
+"""What `solve` is handed, checked in one place before any work, and the torch settings it computes under."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from maskopt.checks import real, shown, whole
+from maskopt.errors import MaskoptError
+from maskopt.oracles import MaskSet
+from maskopt.problems import Instance, Problem
+from maskopt.solvers.base import Solver
+
+__all__ = ["check_arguments", "check_masks", "check_solver", "check_time_limit", "ordinary_torch"]
+
+
+_LONG = 2**63 - 1
+
+
+def check_arguments(
+    problem: object,
+    masks: object,
+    solver: object,
+    start: object,
+    callback: object,
+    time_limit: object,
+    memory: object,
+    record: object,
+) -> None:
+    """Refuse what `solve` cannot work with, each in one sentence that says what would be right.
+
+    Raises
+    ------
+    MaskoptError
+        If an argument is of another kind, or a number is out of range.
+    """
+    if isinstance(problem, Instance):
+        raise MaskoptError("solve needs a problem; this is an instance, whose problem() is one.")
+    if not isinstance(problem, Problem):
+        raise MaskoptError(f"solve needs a problem such as LayerReconstruction(weight, gram); got {shown(problem)}.")
+    check_masks(masks)
+    check_solver(solver, optional=True)
+    if isinstance(start, type) or not (start is None or isinstance(start, Tensor) or _is_solver(start)):
+        raise MaskoptError(f"The start must be a boolean mask (a torch tensor) or a solver; got {shown(start)}.")
+    if callback is not None and not callable(callback):
+        raise MaskoptError(f"The callback must be a function that takes a State; got {shown(callback)}.")
+    check_time_limit(time_limit)
+    if not whole(1, _LONG).fits(memory):
+        raise MaskoptError(f"The memory must be a positive whole number of bytes; got {shown(memory)}.")
+    if not (record == "doubling" if isinstance(record, str) else whole(0, _LONG, optional=True).fits(record)):
+        raise MaskoptError(f'record must be a number of iterations >= 0 or "doubling"; got {shown(record)}.')
+
+
+def check_masks(masks: object) -> None:
+    """Raise MaskoptError if this is no set of masks."""
+    if isinstance(masks, str):
+        raise MaskoptError(f"A set of masks is an object such as PerRow(0.5); parse_masks makes one of {shown(masks)}.")
+    if not isinstance(masks, MaskSet):
+        raise MaskoptError(f"A set of masks is an object such as PerRow(0.5); got {shown(masks)}.")
+
+
+def check_solver(solver: object, *, optional: bool = False) -> None:
+    """Raise MaskoptError if this is no solver."""
+    if isinstance(solver, str):
+        raise MaskoptError(f"A solver is an object such as Wanda(); make_solver makes one of {shown(solver)}.")
+    if isinstance(solver, type):
+        raise MaskoptError(f"A solver is an object such as Wanda(), with brackets; got the class {solver.__name__}.")
+    if not (_is_solver(solver) or (optional and solver is None)):
+        raise MaskoptError(f"A solver is an object such as Wanda(); got {shown(solver)}.")
+
+
+def check_time_limit(time_limit: object) -> None:
+    """Raise MaskoptError if this is no time limit."""
+    if not real(0, above=True, infinite=True, optional=True).fits(time_limit):
+        raise MaskoptError(f"The time limit must be a positive number of seconds; got {shown(time_limit)}.")
+
+
+def _is_solver(value: object) -> bool:
+    return isinstance(value, Solver)
+
+
+@contextmanager
+def ordinary_torch(device: torch.device) -> Iterator[None]:
+    """Compute in the precision that the code says, whatever the caller has set: defaults, autocast, gradients.
+
+    Proofs depend on it: under autocast a product of float32 matrices has three digits.
+    """
+    default_type, default_device = torch.get_default_dtype(), torch.get_default_device()
+    with ExitStack() as settings:
+        settings.enter_context(torch.inference_mode(False))
+        settings.enter_context(torch.no_grad())
+        for kind in {device.type, "cpu"}:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                settings.enter_context(torch.autocast(kind, enabled=False))
+        if default_device.type != "cpu":
+            settings.enter_context(torch.device("cpu"))
+        if default_type != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            settings.callback(torch.set_default_dtype, default_type)
+        yield

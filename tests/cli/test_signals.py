@@ -1,0 +1,170 @@
+"""Signals and streams: whatever ends a command, what it says is true and nothing half-written is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from maskopt.cli.options import SOLVER_NAMES
+from maskopt.solvers import SOLVERS
+
+# The program, with a place where it waits to be interrupted.
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from maskopt import files
+import maskopt.cli.mask_file, maskopt.solvers
+where = sys.argv.pop(1)
+def wait(*args, **kwargs):
+    print("now", file=sys.stderr, flush=True)
+    time.sleep(30)
+if where == "import":
+    import maskopt.cli.signals as signals
+    begin = signals.begin
+    slow = "import sys, time; print('now', file=sys.stderr, flush=True); time.sleep(30)"
+    Path(sys.argv[-1] + "x.py").write_text(slow)
+    sys.path.insert(0, str(Path(sys.argv[-1]).parent))
+    signals.begin = lambda: (begin(), __import__(Path(sys.argv[-1]).name + "x"))
+elif where == "solve":
+    maskopt.solvers.solve = wait
+elif where == "write":
+    import maskopt.cli.solve as command
+    command.__dict__["mask_bytes"] = wait
+elif where == "between":
+    rename = files.os.rename
+    files.os.rename = lambda one, two: (rename(one, two), wait())
+from maskopt.cli import main
+main()
+"""
+
+
+def start(layer, where, *arguments, **options):
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        where,
+        "solve",
+        str(layer),
+        "-s",
+        "0.5",
+        "--solver",
+        "wanda",
+        *map(str, arguments),
+    ]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("number", "verb", "where"),
+    [
+        (signal.SIGINT, "Interrupted", "import"),
+        (signal.SIGTERM, "Terminated", "solve"),
+        (signal.SIGINT, "Interrupted", "write"),
+        (signal.SIGTERM, "Terminated", "write"),
+        (signal.SIGHUP, "Ended", "write"),
+        (signal.SIGTERM, "Terminated", "between"),
+    ],
+)
+def test_signals(layer, tmp_path, number, verb, where):
+    before = sorted(tmp_path.iterdir())
+    mask, figures = tmp_path / "mask", tmp_path / "figures"
+    process = start(layer, where, "--json", figures, "--out", mask)
+    assert process.stderr.readline() == "now\n"
+    process.send_signal(number)
+    time.sleep(0.05)
+    if where == "between":
+        # A rename and its record are one: the signal waits for both.
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert mask.is_file()
+        return
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, out) == (128 + number, "")
+    assert said == f"{verb}; nothing was written.\n"
+    assert (
+        sorted(path for path in tmp_path.iterdir() if "x.py" not in path.name and path.name != "__pycache__") == before
+    )
+
+
+def test_what_is_complete_is_said(fails, layer, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("maskopt.cli.solve.tables", interrupted)
+    mask, figures = tmp_path / "mask", tmp_path / "figures"
+    said = fails("solve", layer, "-s", 0.5, "--out", mask, "--json", figures, code=130)
+    assert said == f"Interrupted; {mask} and {figures} are complete, nothing else was written.\n"
+    assert sorted(tmp_path.iterdir()) == sorted([layer, mask, figures])
+
+
+def run_program(layer, *arguments, **options):
+    command = [
+        sys.executable,
+        "-m",
+        "maskopt",
+        "solve",
+        str(layer),
+        "-s",
+        "0.5",
+        "--solver",
+        "wanda",
+        *map(str, arguments),
+    ]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, **options)
+
+
+def test_a_full_standard_output_is_found_before_the_work(layer, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = run_program(layer, "--out", tmp_path / "mask", stdout=full)
+    assert done.returncode == 1
+    assert done.stderr == "Standard output takes nothing: No space left on device.\n"
+    assert list(tmp_path.iterdir()) == [layer]
+
+
+def test_a_standard_output_that_nobody_reads_is_found_before_the_work(layer, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = run_program(layer, "--out", tmp_path / "mask", stdout=writer)
+    finally:
+        os.close(writer)
+    assert done.returncode == 1
+    assert done.stderr == "Standard output takes nothing: Broken pipe.\n"
+    assert list(tmp_path.iterdir()) == [layer]
+
+
+def test_a_closed_standard_output_is_refused(layer, tmp_path):
+    done = run_program(layer, "--out", tmp_path / "mask", preexec_fn=lambda: os.close(1))
+    assert done.returncode == 2
+    assert done.stderr == "Standard output is closed, so nothing could be printed; redirect it to a file instead.\n"
+    assert list(tmp_path.iterdir()) == [layer]
+
+
+def test_closed_input_and_error_streams_do_not_matter(layer, tmp_path):
+    done = run_program(
+        layer, "--out", tmp_path / "mask", stdout=subprocess.PIPE, preexec_fn=lambda: (os.close(0), os.close(2))
+    )
+    assert done.returncode == 0
+    assert "relative error" in done.stdout
+    assert (tmp_path / "mask").is_file()
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("prune", "--help"), ("verify", "--help"), ("--version",)])
+def test_help_does_not_wait_for_torch(arguments):
+    code = (
+        "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+        "from maskopt.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
+
+
+def test_names_in_help_are_those_of_the_solvers():
+    assert tuple(SOLVERS) == SOLVER_NAMES
