@@ -13,7 +13,7 @@ from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction, Problem
 from maskopt.solvers.base import Outcome, Status, Watch
 from maskopt.weights.base import Joint, System
-from maskopt.weights.least_squares import conjugate_gradients, definite_factor
+from maskopt.weights.least_squares import definite_factor, polish
 
 __all__ = ["ConditionalADMM"]
 
@@ -83,6 +83,9 @@ class ConditionalADMM(Joint):
         rho, done = self.penalty[0], 0
         stages = min(self.stages, self.iterations)
         for stage in range(stages):
+            # A factorisation costs more than many iterations.
+            if watch.ended is not None:
+                break
             before, rho = rho, self.penalty[0] * (self.penalty[1] / self.penalty[0]) ** (stage / max(1, stages - 1))
             matrix = gram.clone()
             matrix.diagonal().add_(rho)
@@ -109,8 +112,7 @@ class ConditionalADMM(Joint):
             mask = masks.vertex(torch.mul(x, x, out=cost).neg_())
         v = x.mul_(mask).div_(metric)
         if watch.ended is None:
-            v = conjugate_gradients(system, mask, v, self.polish)
-            watch.counters["products"] += self.polish + 1
+            v = polish(problem, masks, system, mask, v, self.polish, watch, done)
         return Outcome(mask.bool(), Status.COMPLETED, done, weight=system.finish(problem, v))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -15,7 +16,7 @@ from maskopt.solvers import ContinuationFrankWolfe
 from maskopt.solvers.base import Outcome, Solver, Status, Watch
 from maskopt.weights.base import Joint, System
 
-__all__ = ["LeastSquares", "conjugate_gradients", "definite_factor", "exact_weights"]
+__all__ = ["LeastSquares", "conjugate_gradients", "definite_factor", "exact_weights", "polish"]
 
 _DENSE = 512  # inputs up to which a factorisation per row beats conjugate gradients
 
@@ -70,17 +71,23 @@ class LeastSquares(Joint):
         assert isinstance(problem, LayerReconstruction)
         system = System.of(problem, self.ridge)
         if self.method == "cholesky" or (self.method == "auto" and problem.shape[1] <= _DENSE):
-            v = exact_weights(system, outcome.mask, watch.memory)
+            rows = problem.shape[0]
+            v = exact_weights(
+                system, outcome.mask, watch.memory, lambda solved: watch.stops(problem, masks, solved, rows)
+            )
         else:
-            v = conjugate_gradients(system, outcome.mask, system.weight * outcome.mask, self.steps)
-            watch.counters["products"] += self.steps + 1
+            v = system.weight * outcome.mask
+            if watch.ended is None:
+                v = polish(problem, masks, system, outcome.mask, v, self.steps, watch)
         # What is proven of masks alone, bounds among it, is not of masks with weights.
         proven = outcome.status in (Status.OPTIMAL, Status.WITHIN_GAP, Status.LOCAL_OPTIMUM)
         status = Status.COMPLETED if proven else outcome.status
         return replace(outcome, status=status, lower_bound=None, weight=system.finish(problem, v))
 
 
-def exact_weights(system: System, mask: Tensor, memory: int = 2**28) -> Tensor:
+def exact_weights(
+    system: System, mask: Tensor, memory: int = 2**28, stops: Callable[[int], bool] | None = None
+) -> Tensor:
     """Return the scaled weights of least error on a mask: H_SS v = (H w)_S for each row, in float64.
 
     Parameters
@@ -90,6 +97,9 @@ def exact_weights(system: System, mask: Tensor, memory: int = 2**28) -> Tensor:
         Boolean, shape (rows, d).
     memory : int
         Bytes for the rows' own matrices, which are of size kept x kept: so many rows are solved at a time.
+    stops : callable, optional
+        Called with the number of rows solved before each such step; where it returns True, the other rows keep the
+        weights of the system.
 
     Returns
     -------
@@ -103,12 +113,14 @@ def exact_weights(system: System, mask: Tensor, memory: int = 2**28) -> Tensor:
     rounding = torch.finfo(system.gram.dtype).eps * len(gram)
     counts = mask.sum(1)
     order = torch.argsort(mask, dim=1, descending=True, stable=True)
-    v = torch.zeros_like(target)
+    v = system.weight.double() * mask
     # Rows that keep about as many entries together: their matrices are padded to the largest.
     ranked = torch.argsort(counts)
     most = max(1, int(counts.max()))
     chunk = max(1, int(memory / (4 * 8 * most**2)))
-    for rows in torch.split(ranked, chunk):
+    for number, rows in enumerate(torch.split(ranked, chunk)):
+        if stops is not None and stops(number * chunk):
+            break
         size = int(counts[rows].max())
         if size == 0:
             continue
@@ -127,7 +139,29 @@ def exact_weights(system: System, mask: Tensor, memory: int = 2**28) -> Tensor:
     return v.to(system.weight.dtype)
 
 
-def conjugate_gradients(system: System, mask: Tensor, v: Tensor, steps: int) -> Tensor:
+def polish(
+    problem: Problem, masks: MaskSet, system: System, mask: Tensor, v: Tensor, steps: int, watch: Watch, done: int = 0
+) -> Tensor:
+    """Run `conjugate_gradients` after `done` iterations of a method, until its watch says stop; products are counted.
+
+    Returns
+    -------
+    Tensor
+        The best weights so far.
+    """
+
+    def stops(step: int) -> bool:
+        stopped = watch.stops(problem, masks, done + step, done + steps)
+        watch.counters["products"] += not stopped
+        return stopped
+
+    watch.counters["products"] += steps > 0
+    return conjugate_gradients(system, mask, v, steps, stops)
+
+
+def conjugate_gradients(
+    system: System, mask: Tensor, v: Tensor, steps: int, stops: Callable[[int], bool] | None = None
+) -> Tensor:
     """Lower the error of scaled weights on their mask by Jacobi-preconditioned conjugate gradients.
 
     All rows at once, each with steps of its own; the residual is projected on the mask, so nothing of size
@@ -141,6 +175,8 @@ def conjugate_gradients(system: System, mask: Tensor, v: Tensor, steps: int) -> 
     v : Tensor
         Scaled weights to start from, zero where pruned, shape (rows, d).
     steps : int
+    stops : callable, optional
+        Called with the number of steps taken before each; where it returns True, the weights so far are returned.
 
     Returns
     -------
@@ -157,7 +193,9 @@ def conjugate_gradients(system: System, mask: Tensor, v: Tensor, steps: int) -> 
     p, size = z.clone(), torch.linalg.vecdot(r, z)
     # What is left below this is rounding; a step along it would be noise.
     least = size * torch.finfo(v.dtype).eps ** 2
-    for _ in range(steps):
+    for step in range(steps):
+        if stops is not None and stops(step):
+            break
         q = (p @ system.gram).mul_(mask)
         curvature = torch.linalg.vecdot(p, q)
         moves = (size > least) & (curvature > 0)
