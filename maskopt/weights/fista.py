@@ -51,6 +51,7 @@ class FISTAPruner(Joint):
     iterations: int = 20
 
     row_wise: ClassVar[bool] = False  # all rows share the penalty
+    corrects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

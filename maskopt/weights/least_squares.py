@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class LeastSquares(Joint):
     method: Literal["auto", "cholesky", "cg"] = "auto"
     steps: int = 100
     start: Solver | None = field(init=False, repr=False)
+
+    corrects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -160,11 +160,19 @@ def test_perplexity_of_half_precision_is_summed_in_float32(build, tokenizer):
     assert perplexity(build("llama").bfloat16(), tokenizer, TEXT).nll == pytest.approx(exact, rel=0.02)
 
 
-def test_a_hopeless_model_has_infinite_perplexity(llama, tokenizer):
-    llama.lm_head.weight.data *= 1e6
-    measured = perplexity(llama, tokenizer, TEXT)
-    assert measured.perplexity == math.inf
-    assert measured.nll > 700
+def test_a_perplexity_that_is_not_finite_is_an_error(build, tokenizer):
+    model = build("llama")
+    model.lm_head.weight.data *= 1e6
+    with pytest.raises(MaskoptError, match=r"^The perplexity of the LlamaForCausalLM on The text is e\^.*, which no"):
+        perplexity(model, tokenizer, TEXT)
+    model = build("llama").half()
+    model.model.norm.weight.data *= 3e4  # finite, but not its products
+    with pytest.raises(MaskoptError, match=r"is not a number, which no usable .* torch.float16, are out of range"):
+        perplexity(model, tokenizer, TEXT)
+    model = build("llama")
+    model.model.norm.weight.data[0] = math.nan
+    with pytest.raises(MaskoptError, match=r"^The model's model.norm.weight has NaN or infinite entries"):
+        perplexity(model, tokenizer, TEXT)
 
 
 def test_perplexity_needs_a_causal_language_model(build, tokenizer):
