@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maskopt.errors import MaskoptError
 
-__all__ = ["check_model", "check_tokenizer", "described", "is_memory_failure", "require_positive"]
+__all__ = ["check_model", "check_tokenizer", "described", "is_memory_failure", "move_model", "require_positive"]
 
 
 def check_model(model: Any) -> PreTrainedModel:
@@ -40,6 +40,24 @@ def check_model(model: Any) -> PreTrainedModel:
         if not _is_finite(tensor):
             raise MaskoptError(f"The model's {name} has NaN or infinite entries; mend the checkpoint first.")
     return model
+
+
+def move_model(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
+    """Move a model to a device and return it.
+
+    Raises
+    ------
+    MaskoptError
+        If torch cannot compute there.
+    """
+    try:
+        torch.zeros((), device=device).item()  # a meta device fails here, too
+        return model.to(device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch built without CUDA asserts
+        if is_memory_failure(error):
+            raise
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise MaskoptError(f"The model cannot be moved to the device {device!r}: {reason}.") from error
 
 
 def check_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:

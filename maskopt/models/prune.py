@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from maskopt.bounds import BoundKind, check_bound
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch, prepare_batches
-from maskopt.models.checks import check_model, described, is_memory_failure, require_positive
+from maskopt.models.checks import check_model, described, move_model, require_positive
 from maskopt.models.edits import Edits
 from maskopt.models.gram import CallOrder
 from maskopt.models.layers import Layer
@@ -138,7 +138,7 @@ def prune(
             raise MaskoptError("certify proves bounds on masks whose weights stay; choose a solver that moves none.")
         check_bound(masks, certify)
     if device is not None:
-        _move(model, device)
+        move_model(model, device)
     selection = select_layers(model, include, exclude)
     starts = _check_fit(selection.layers, masks, {} if start is None else start)
     prepared = prepare_batches(model, batches)
@@ -195,17 +195,6 @@ def _check_arguments(
     if progress is not None and not callable(progress):
         raise MaskoptError(f"progress must be a function of one argument; got {described(progress)}.")
     require_positive(memory=memory)
-
-
-def _move(model: PreTrainedModel, device: str | torch.device) -> None:
-    try:
-        torch.zeros((), device=device).item()  # a meta device fails here, too
-        model.to(device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch built without CUDA asserts
-        if is_memory_failure(error):
-            raise
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise MaskoptError(f"The model cannot be moved to the device {device!r}: {reason}.") from error
 
 
 def _stages(replay: Replay, selection: Selection) -> list[Stage]:
