@@ -32,12 +32,12 @@ def check_model(model: Any) -> PreTrainedModel:
             f"The model must be a transformers PreTrainedModel, such as maskopt.models.load_model returns; got "
             f"{described(model)}."
         )
-    for name, tensor in _saved(model):
+    for name, tensor in _saved(model):  # single numbers among the buffers are bounds, which may be infinite
         if tensor.is_meta:
             raise MaskoptError(
                 f"The model's {name} holds no data (it is on the meta device, or offloaded); load it first."
             )
-        if not _is_finite(tensor):
+        if not _is_finite(tensor, bound=tensor.numel() == 1 and not isinstance(tensor, nn.Parameter)):
             raise MaskoptError(f"The model's {name} has NaN or infinite entries; mend the checkpoint first.")
     return model
 
@@ -110,9 +110,9 @@ def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, buffer
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def _is_finite(tensor: Tensor, *, bound: bool) -> bool:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     if tensor.element_size() == 1:
         tensor = tensor.float()  # float8 has few functions
-    return bool(torch.isfinite(tensor).all())
+    return bool(torch.isfinite(tensor).all()) or (bound and not bool(torch.isnan(tensor).any()))

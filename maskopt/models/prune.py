@@ -221,7 +221,7 @@ def _require_calls(replay: Replay, order: CallOrder, stages: Sequence[Stage]) ->
     names = uncalled()
     if names:
         kinds = list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))
-        shown = " and ".join(repr(kind) for kind in kinds[:3]) + (" ..." if len(kinds) > 3 else "")
+        shown = " and ".join(repr(kind) for kind in kinds[:8]) + (" ..." if len(kinds) > 8 else "")
         raise MaskoptError(
             f"The calibration batches never call {len(names)} of the layers to prune, such as {names[0]} (experts may "
             f"need more data, and some modules are never called); exclude {shown} to leave them dense."

@@ -163,10 +163,12 @@ def _left_dense(
 ) -> Iterator[LeftDense]:
     """Account for every weight of two or more dimensions that is not pruned."""
     for name, parameter in model.named_parameters():
-        if parameter.numel() == max(parameter.shape, default=1) or id(parameter) in taken:
-            continue
         owner_name = name.rpartition(".")[0]
         owner = model.get_submodule(owner_name)
+        # Vectors, in whatever shape; the weight of a layer with one output is none.
+        vector = parameter.numel() == max(parameter.shape, default=1)
+        if (vector and not (parameter.ndim == 2 and is_linear(owner))) or id(parameter) in taken:
+            continue
         if not name.startswith(prefixes):
             reason = "outside the blocks"
         elif owner_name in routers and patterns.select(owner_name, inside=True):
