@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -92,6 +93,8 @@ def described(value: object) -> str:
     """Return what a value is, for a sentence: short strings and numbers themselves, else the type."""
     if isinstance(value, type):
         return f"the class {value.__name__} (an instance is needed: {value.__name__}(...))"
+    if isinstance(value, FunctionType):
+        return f"the function {value.__name__}"
     if value is None or (isinstance(value, (str, int, float, bool)) and len(repr(value)) <= 60):
         return repr(value)
     return f"a {type(value).__name__}"

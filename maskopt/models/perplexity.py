@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import check_token_ids
-from maskopt.models.checks import check_model, require_positive
+from maskopt.models.checks import check_model, check_tokenizer, require_positive
 from maskopt.models.context import default_seqlen
 from maskopt.models.replay import evaluation_mode, run_model
 from maskopt.models.text import Text, tokenize
@@ -93,6 +93,7 @@ def perplexity(
         perplexity is not finite.
     """
     check_model(model)
+    check_tokenizer(tokenizer)
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise MaskoptError(f"Perplexity needs a causal language model; this is a {type(model).__name__}.")
     seqlen = default_seqlen(model, tokenizer) if seqlen is None else seqlen
