@@ -223,6 +223,8 @@ class Solver(ABC):
         Whether the answer for a row depends on that row alone when the set allows it.
     arrays : float
         Working memory in arrays of shape (rows, d), from which `solve` sizes blocks of rows.
+    corrects : bool
+        Whether it is meant to make up for errors upstream: what `maskopt.models.prune` does by default.
     start : Solver or None
         Makes the mask to start from where the caller gives none.
     """
@@ -234,6 +236,7 @@ class Solver(ABC):
     record: ClassVar[Record] = 0
     row_wise: ClassVar[bool] = True
     arrays: ClassVar[float] = 4.0
+    corrects: ClassVar[bool] = False
     start: Solver | None = None
 
     @property

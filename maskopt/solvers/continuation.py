@@ -56,6 +56,7 @@ class ContinuationFrankWolfe(Solver):
 
     requires: ClassVar[tuple[str, ...]] = ("weight", "gram")
     arrays: ClassVar[float] = 24.0
+    corrects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.relinks < 0 or not 0 <= self.second <= 1 or not 0 <= self.relink <= 1:
