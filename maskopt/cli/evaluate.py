@@ -24,7 +24,7 @@ from maskopt.cli.output import Bar, check_outputs, environment, facts, json_outp
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from maskopt.models import Perplexity
+    from maskopt.models import Perplexity, Text
 
 __all__ = ["evaluate", "measure"]
 
@@ -76,7 +76,7 @@ def measure(
     what: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str | Path,
+    text: Path | Text,
     seqlen: int,
     batch_size: int = 1,
 ) -> Perplexity:

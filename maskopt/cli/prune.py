@@ -1,6 +1,5 @@
 """`maskopt prune`: a whole language model."""
 
-import json as json_module
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,13 +107,14 @@ def prune(
     from maskopt import models
 
     with Bar(quiet, "loading the model") as bar:
+        corpus = models.read_text(calibration)
+        texts = {} if evaluate is None else {"evaluation": models.read_text(evaluate)}
         network, tokenizer = models.load_model(model, device=device)
         length = check_seqlen(network, tokenizer, seqlen)
-        batches = models.calibration_batches(tokenizer, calibration, samples, length, batch_size, seed)
-        texts: dict[str, str | Path] = {} if evaluate is None else {"evaluation": evaluate}
+        batches = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
         if network.can_generate():
             # As much text as is calibrated on, at four characters a token, and surely one window.
-            texts["calibration"] = _opening(calibration, max(4 * samples, 32) * length)
+            texts["calibration"] = corpus.opening(max(4 * samples, 32) * length)
 
         def perplexities(when: str) -> dict[str, models.Perplexity]:
             return {
@@ -138,6 +138,7 @@ def prune(
             certify=None if certify is None else certify.value,
             memory=working,
             progress=show if bar.visible else None,
+            on_error="keep",  # the model is given up with the program
         )
         pruned = perplexities("pruned")
     extra = {
@@ -161,21 +162,6 @@ def prune(
     console = tables(json)
     console.print(_layers(figures["layers"]))
     console.print(facts(_summary(figures, out)))
-
-
-def _opening(path: Path, characters: int) -> str | Path:
-    """Return the file, or the first part of its text: to measure all of a corpus would take longer than to prune."""
-    if path.stat().st_size <= characters:
-        return path
-    with path.open(encoding="utf-8") as file:
-        if path.suffix != ".jsonl":
-            return file.read(characters)
-        text = ""
-        for line in filter(str.strip, file):
-            text += json_module.loads(line)["text"] + "\n\n"
-            if len(text) >= characters:
-                break
-        return text
 
 
 def _layers(layers: list[dict[str, Any]]) -> Table:

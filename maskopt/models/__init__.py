@@ -5,11 +5,11 @@ from maskopt.models.calibration import Calibration, calibration_batches
 from maskopt.models.context import context_length, default_seqlen
 from maskopt.models.loading import load_model
 from maskopt.models.perplexity import Perplexity, perplexity
-from maskopt.models.prune import Progress, prune
+from maskopt.models.prune import Progress, PruningError, prune
 from maskopt.models.report import LayerRecord, PruneReport
 from maskopt.models.saving import check_output, load_masks, save_masks, save_pruned
 from maskopt.models.selection import LeftDense, Selection, select_layers
-from maskopt.models.text import TokenStream, tokenize
+from maskopt.models.text import Text, TokenStream, read_text, tokenize
 
 __all__ = [
     "Block",
@@ -19,7 +19,9 @@ __all__ = [
     "Perplexity",
     "Progress",
     "PruneReport",
+    "PruningError",
     "Selection",
+    "Text",
     "TokenStream",
     "calibration_batches",
     "check_output",
@@ -30,6 +32,7 @@ __all__ = [
     "load_model",
     "perplexity",
     "prune",
+    "read_text",
     "save_masks",
     "save_pruned",
     "select_layers",

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from maskopt.errors import MaskoptError
+from maskopt.models.checks import described
 from maskopt.models.context import context_length
 
 __all__ = ["Batch", "check_token_ids", "prepare_batches"]
@@ -56,6 +57,11 @@ def prepare_batches(model: PreTrainedModel, batches: Iterable[Any]) -> list[Batc
     MaskoptError
         If there is no batch or no token, or a batch is not what the model can be fed with.
     """
+    if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
+        raise MaskoptError(
+            f"The calibration batches must be an iterable of batches, such as a list of tensors of token ids; got "
+            f"{described(batches)}."
+        )
     prepared = [_prepare(model, f"calibration batch {index}", item) for index, item in enumerate(batches)]
     if not prepared:
         raise MaskoptError("There are no calibration batches; at least one is needed.")
@@ -72,6 +78,9 @@ def _prepare(model: PreTrainedModel, where: str, item: Any) -> Batch:
             f"The {where} must be a tensor of token ids or a dict with the tensor {model.main_input_name!r}; it is a "
             f"{type(item).__name__}{f' with {sorted(item)}' if isinstance(item, Mapping) else ''}."
         )
+    for name, value in item.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise MaskoptError(f"The {where} holds no data: {name} is on the meta device.")
     inputs = {
         name: value.to(model.device) if isinstance(value, Tensor) else value
         for name, value in item.items()
@@ -82,6 +91,8 @@ def _prepare(model: PreTrainedModel, where: str, item: Any) -> Batch:
     ids = inputs["input_ids"]
     check_token_ids(model, where, ids)
     mask = inputs.get("attention_mask")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise MaskoptError(f"The {where} needs a tensor as attention_mask; got {described(mask)}.")
     if mask is not None and mask.shape != ids.shape:
         raise MaskoptError(
             f"The {where} has input_ids of shape {tuple(ids.shape)} but an attention_mask of shape "
@@ -109,15 +120,23 @@ def check_token_ids(model: PreTrainedModel, where: str, ids: Tensor) -> None:
             f"The {where} must hold integer token ids of shape (sequences, positions); it has {ids.dtype} of shape "
             f"{tuple(ids.shape)}."
         )
-    vocabulary = model.get_input_embeddings().num_embeddings
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocabulary:
+    vocabulary, low, high = _vocabulary(model), int(ids.min()), int(ids.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
         raise MaskoptError(
-            f"The {where} holds token id {low if low < 0 else high}, but the model knows ids 0 to {vocabulary - 1}; "
-            f"was it made with another tokenizer?"
+            f"The {where} holds token id {low if low < 0 else high}, but the model knows ids "
+            f"{'from 0' if vocabulary is None else f'0 to {vocabulary - 1}'}; was it made with another tokenizer?"
         )
     longest = context_length(model)
     if longest is not None and ids.shape[1] > longest:
         raise MaskoptError(
             f"The {where} has sequences of {ids.shape[1]} tokens, but the model takes at most {longest}."
         )
+
+
+def _vocabulary(model: PreTrainedModel) -> int | None:
+    """Return the number of tokens, None where the model does not tell."""
+    try:
+        size = model.get_input_embeddings().num_embeddings
+    except (NotImplementedError, AttributeError):  # models with several towers, or whose tokens are no table's rows
+        size = getattr(model.config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from maskopt.errors import MaskoptError
-from maskopt.models.text import tokenize
+from maskopt.models.checks import described, require_positive
+from maskopt.models.text import Text, tokenize
 
-__all__ = ["Calibration", "calibration_batches", "require_positive"]
+__all__ = ["Calibration", "calibration_batches"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ class Calibration:
 
 def calibration_batches(
     tokenizer: PreTrainedTokenizerBase,
-    text: str | Path,
+    text: str | Path | Text,
     samples: int = 128,
     seqlen: int = 2048,
     batch_size: int = 8,
@@ -74,8 +75,8 @@ def calibration_batches(
     ----------
     tokenizer : PreTrainedTokenizerBase
         The model's.
-    text : str or Path
-        The text itself, or the path of a text or ``.jsonl`` file, see `tokenize`.
+    text : str, Path or Text
+        The text itself, or the path of a text or ``.jsonl`` file, see `read_text`.
     samples : int
         Number of windows.
     seqlen : int
@@ -83,14 +84,17 @@ def calibration_batches(
     batch_size : int
         Windows per batch.
     seed : int
-        Of the draw.
+        Of the draw, in [-2^63, 2^64).
 
     Raises
     ------
     MaskoptError
-        If a number is not positive, or the text cannot be read, is empty, or has fewer than `seqlen` tokens.
+        If a number is not positive, the seed is out of range, or the text cannot be read, is empty, or has fewer than
+        `seqlen` tokens.
     """
     require_positive(samples=samples, seqlen=seqlen, batch_size=batch_size)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+        raise MaskoptError(f"The seed must be an integer of at most 64 bits; got {described(seed)}.")
     stream = tokenize(tokenizer, text)
     stream.require(seqlen)
     generator = torch.Generator().manual_seed(seed)
@@ -99,16 +103,3 @@ def calibration_batches(
     return Calibration(
         list(torch.split(windows, batch_size)), samples, seqlen, seed, stream.source, stream.sha256, len(stream.ids)
     )
-
-
-def require_positive(**numbers: int) -> None:
-    """Refuse numbers below one, by name.
-
-    Raises
-    ------
-    MaskoptError
-        Naming the first.
-    """
-    for name, number in numbers.items():
-        if number < 1:
-            raise MaskoptError(f"{name} must be at least 1; got {number}.")

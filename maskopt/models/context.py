@@ -14,7 +14,7 @@ def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
     if tokenizer is not None:
         # RoBERTa's kin spend positions on padding, which only the tokenizer's limit tells.
         limits.append(tokenizer.model_max_length)
-    known = [limit for limit in limits if limit is not None and 0 < limit < _UNLIMITED]
+    known = [int(limit) for limit in limits if isinstance(limit, (int, float)) and 0 < limit < _UNLIMITED]
     return min(known, default=None)
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch
+from maskopt.models.blocks import Block
 from maskopt.models.layers import Layer
 
-__all__ = ["DenseInputs", "Gram", "GramCollector"]
+__all__ = ["CallOrder", "DenseInputs", "Gram", "GramCollector"]
 
 
 @dataclass(eq=False)
@@ -60,17 +63,113 @@ class _Inputs(ABC):
         self._hooks.clear()
 
 
+class CallOrder(_Inputs):
+    """Context manager that records the order in which layers are called first, and which see the same tensor.
+
+    Nothing is computed from what they see.
+
+    Parameters
+    ----------
+    blocks : mapping of Block to sequence of Layer
+        The layers of each block; tensors are told apart within a block.
+    outside : sequence of Layer
+        Layers outside the blocks.
+    """
+
+    def __init__(self, blocks: Mapping[Block, Sequence[Layer]], outside: Sequence[Layer] = ()) -> None:
+        super().__init__([layer for layers in (*blocks.values(), outside) for layer in layers])
+        self._block_of = {layer: block for block, layers in blocks.items() for layer in layers}
+        self._current: Block | None = None
+        self._groups: dict[Layer, list[Layer]] = {}
+        self._sizes: dict[int, int] = {}
+        self._nonlinear: list[Layer] = []
+        # Holding on to the tensors of a block keeps their addresses from being used again.
+        self._seen: dict[tuple[object, ...], tuple[Tensor, list[Layer]]] = {}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self._seen.clear()
+
+    def _see(self, layer: Layer, x: Tensor) -> None:
+        block = self._block_of.get(layer)
+        if block is not self._current:
+            self._current = block
+            self._seen.clear()
+        if layer not in self._groups:
+            _, group = self._seen.setdefault(_identity(x), (x, []))
+            group.append(layer)
+            self._groups[layer] = group
+            self._sizes[id(group)] = x.numel() * x.element_size()
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        for layer in self._layers:
+            if type(layer.module).forward not in (nn.Linear.forward, Conv1D.forward):
+                hook = partial(self._compare, layer)
+                self._hooks.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def _compare(self, layer: Layer, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """Look whether a subclass of nn.Linear still is a product of its weight and its input."""
+        if not isinstance(output, Tensor):
+            return  # routers return choices made from the product
+        x = args[0] if args else next(iter(kwargs.values()))
+        weight, bias = layer.oriented(layer.weight), getattr(layer.module, "bias", None)
+        if x.dtype == weight.dtype:
+            product = nn.functional.linear(x, weight, bias)
+            size = float(product.float().nan_to_num().abs().amax()) if product.numel() else 0.0
+            rounding = 1e-4 if x.dtype in (torch.float32, torch.float64) else 2e-2
+            if output.shape == product.shape and torch.allclose(
+                output.float(), product.float(), rtol=0.0, atol=rounding * size, equal_nan=True
+            ):
+                return
+        if layer not in self._nonlinear:
+            self._nonlinear.append(layer)
+
+    def check(self) -> None:
+        """Refuse layers whose outputs are not their inputs times their weights, for which a Gram says nothing.
+
+        Raises
+        ------
+        MaskoptError
+            Naming the first.
+        """
+        if self._nonlinear:
+            layer = self._nonlinear[0]
+            raise MaskoptError(
+                f"The layer {layer.name} is a {type(layer.module).__name__}, which does more than to multiply its "
+                f"input by its weight; exclude it to leave it dense."
+            )
+
+    def __contains__(self, layer: Layer) -> bool:
+        return layer in self._groups
+
+    def groups(self, layers: Iterable[Layer]) -> list[list[Layer]]:
+        """Return those of some layers that were called, in order, those that saw the same tensor together."""
+        wanted = set(layers)
+        groups = {id(group): group for group in self._groups.values()}
+        chosen = ([layer for layer in group if layer in wanted] for group in groups.values())
+        return [group for group in chosen if group]
+
+    def size(self, layers: Iterable[Layer]) -> int:
+        """Return the bytes of the tensors that some layers saw in their first calls, each tensor once."""
+        return sum(self._sizes[group] for group in {id(self._groups[layer]) for layer in layers})
+
+
 class DenseInputs(_Inputs):
-    """Context manager that hooks layers and remembers the inputs of one batch, for a `GramCollector` to pair.
+    """Context manager that hooks layers and remembers the inputs of batches, for a `GramCollector` to pair.
 
     Parameters
     ----------
     layers : sequence of Layer
-        The layers to watch.
+        The layers to watch; call `begin` before every batch.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__(layers)
+        self._batches: dict[int, dict[Layer, list[Tensor]]] = {}
         self._seen: dict[Layer, list[Tensor]] = {}
         self._latest: tuple[Tensor, int, Tensor] | None = None
 
@@ -80,10 +179,20 @@ class DenseInputs(_Inputs):
             self._latest = x, x._version, x.clone()
         self._seen.setdefault(layer, []).append(self._latest[2])
 
-    def clear(self) -> None:
-        """Forget the batch."""
-        self._seen.clear()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
         self._latest = None
+
+    def begin(self, index: int) -> None:
+        """Announce the number of the batch that is run or asked for next."""
+        self._seen = self._batches.setdefault(index, {})
+
+    def forget(self, index: int) -> None:
+        """Drop what is left of a batch."""
+        self._batches.pop(index, None)
+        self._seen = {}
 
     def pop(self, layer: Layer) -> Tensor | None:
         """Return what a layer saw first of all that has not been asked for."""
@@ -125,13 +234,6 @@ class GramCollector(_Inputs):
         self._batch = batch
         self._seen.clear()
 
-    def order(self) -> list[list[Layer]]:
-        """Return the layers that were called, in order, those that share a matrix together."""
-        groups: dict[int, list[Layer]] = {}
-        for layer, gram in self._grams.items():
-            groups.setdefault(id(gram), []).append(layer)
-        return list(groups.values())
-
     def __getitem__(self, layer: Layer) -> Gram:
         """Return what was collected for a layer.
 
@@ -153,7 +255,7 @@ class GramCollector(_Inputs):
     def _see(self, layer: Layer, x: Tensor) -> None:
         self._calls[layer] += 1
         before = None if self._dense is None else self._dense.pop(layer)
-        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
+        key = _identity(x)
         gram = self._grams.get(layer)
         if key in self._seen:
             shared = self._seen[key][1]
@@ -163,8 +265,8 @@ class GramCollector(_Inputs):
                 return
         if gram is None:
             size = x.shape[-1]
-            cross = None if self._dense is None else torch.zeros(size, size, device=x.device)
-            gram = self._grams[layer] = Gram(torch.zeros(size, size, device=x.device), layer, cross=cross)
+            zeros = torch.zeros(size, size, device=x.device, dtype=torch.float32)
+            gram = self._grams[layer] = Gram(zeros, layer, cross=None if self._dense is None else zeros.clone())
         if gram.leader is not layer:
             raise _inseparable(layer, gram.leader)
         rows = self._token_rows(layer, x).float()
@@ -208,6 +310,11 @@ class GramCollector(_Inputs):
             f"{tuple(real.shape)}, where padding cannot be told apart; calibrate on sequences of one length or exclude "
             f"this layer."
         )
+
+
+def _identity(x: Tensor) -> tuple[object, ...]:
+    """Return what two tensors have in common only if they are the same, as long as both live."""
+    return x.data_ptr(), x.shape, x.stride(), x.dtype, x._version
 
 
 def _longer_axes(shape: torch.Size) -> list[int]:

@@ -13,6 +13,8 @@ from maskopt.errors import MaskoptError
 
 __all__ = ["Layer", "is_linear", "linear_layers"]
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True, eq=False)
 class Layer:
@@ -75,13 +77,13 @@ class Layer:
                 f"The weight of {self.name} is recomputed from other parameters (torch.nn.utils.prune or a "
                 f"parametrization); make it permanent first, for instance with torch.nn.utils.prune.remove."
             )
-        if not weight.is_floating_point() or weight.ndim != 2:
-            raise MaskoptError(
-                f"The weight of {self.name} is stored as {weight.dtype} of shape {tuple(weight.shape)}; only "
-                f"unquantised floating-point matrices can be pruned."
-            )
         if weight.is_meta:
             raise MaskoptError(f"The weight of {self.name} holds no data (it is on the meta device); load it first.")
+        if weight.dtype not in _DTYPES or weight.ndim != 2 or weight.layout is not torch.strided:
+            raise MaskoptError(
+                f"The weight of {self.name} is stored as {weight.dtype} of shape {tuple(weight.shape)}; only "
+                f"unquantised floating-point matrices (float64, float32, bfloat16, float16) can be pruned."
+            )
         if not bool(torch.isfinite(weight).all()):
             raise MaskoptError(f"The weight of {self.name} has NaN or infinite entries; mend the checkpoint first.")
 

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from maskopt.errors import MaskoptError
 from maskopt.models.blocks import find_blocks
+from maskopt.models.checkpoint import check_folder, check_quantization
+from maskopt.models.checks import check_model, described, is_memory_failure, move_model
 from maskopt.models.quiet import without_bars
 
 __all__ = ["load_model"]
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
+_ADVICE = re.compile(
+    r"https?:|internet|connection|pip3? |install |weights_only|trust_remote|ignore_mismatched|report|github|please|"
+    r"make sure|you (can|should|want)|pass |try |checkout",
+    re.IGNORECASE,
 )
 
 
@@ -51,58 +52,127 @@ def load_model(
     Raises
     ------
     MaskoptError
-        If there is no such model, its folder lacks config.json, weights or tokenizer, its architecture is unknown or
-        has no blocks to prune, or some of its blocks' weights are missing.
+        If there is no such model, its files are missing or damaged, its weights are incomplete, of other shapes than
+        its configuration says, quantised or not finite, or its architecture is unknown or has no blocks to prune.
     """
+    if not isinstance(name, (str, os.PathLike)) or not str(name):
+        raise MaskoptError(f"The model must be a folder or an id on the hub; got {described(name)}.")
     folder = Path(name)
-    if folder.is_dir():
-        _check_folder(folder)
-    elif folder.exists():
-        raise MaskoptError(f"{name} is a file; a model is a folder with config.json, weights and a tokenizer.")
+    if _lies_there(folder):
+        if not folder.is_dir():
+            raise MaskoptError(f"{name} is a file; a model is a folder with config.json, weights and a tokenizer.")
+        check_folder(folder, CONFIG_MAPPING)
     elif len(folder.parts) > 2 or str(name).startswith((".", "/", "~")):
         raise MaskoptError(f"There is no model folder {name}.")
-    config = _try(name, "its configuration", AutoConfig.from_pretrained, name)
+    else:
+        _check_hub_name(str(name))
+    config = _try(name, "its configuration", AutoConfig.from_pretrained, name, trust_remote_code=False)
+    check_quantization(name, getattr(config, "quantization_config", None))
     if config.is_encoder_decoder:
         raise MaskoptError(
             f"The model {name} is an encoder-decoder, which text alone cannot calibrate; load it with "
             f"transformers and hand maskopt.prune batches with decoder_input_ids."
         )
-    tokenizer = _try(name, "its tokenizer", AutoTokenizer.from_pretrained, name)
     kind = _class_of(name, config)
-    model, info = _try(name, "its weights", kind.from_pretrained, name, dtype="auto", output_loading_info=True)
-    blocks = tuple(f"{block.name}." for block in find_blocks(model))
-    missing = sorted(key for key in info["missing_keys"] if key.startswith(blocks))
-    if missing:
-        raise MaskoptError(f"The weights of {name} lack {len(missing)} tensors of its blocks, such as {missing[0]}.")
-    return model.to(device) if device is not None else model, tokenizer
+    tokenizer = _try(name, "its tokenizer", AutoTokenizer.from_pretrained, name, trust_remote_code=False)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise MaskoptError(f"The tokenizer of {name} is none of transformers' tokenizers.")
+    options = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = _try(name, "its weights", kind.from_pretrained, name, trust_remote_code=False, **options)
+    _check_complete(name, model, info)
+    check_model(model)
+    return move_model(model, device) if device is not None else model, tokenizer
 
 
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise MaskoptError(f"The folder {folder} holds no config.json, so it is not a Hugging Face model.")
-    # Without files transformers may make up an empty tokenizer.
-    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        raise MaskoptError(f"The folder {folder} holds no tokenizer (such as tokenizer.json).")
+def _check_hub_name(name: str) -> None:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise MaskoptError(f"There is no model folder {name!r}, and no model on the hub can have that name.")
 
 
-def _class_of(name: object, config: Any) -> Any:
-    """Return the class the checkpoint names: any other might drop its head or make one up."""
-    architecture = (config.architectures or [None])[0]
-    if architecture is None:
-        raise MaskoptError(f'The config.json of {name} does not say which class the model is ("architectures").')
-    kind = getattr(transformers, architecture, None)
-    if kind is None:
+def _lies_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:  # too long a name, a null character
+        raise MaskoptError(f"There is no model folder {str(path)[:200]!r}.") from error
+
+
+def _check_complete(name: object, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Refuse a model some of whose weights were made up, or not used, by the loader."""
+    mismatched = sorted(info.get("mismatched_keys", ()))
+    if mismatched:
+        key, found, expected = mismatched[0]
         raise MaskoptError(
-            f"The model {name} is a {architecture}, which transformers {transformers.__version__} does not have."
+            f"The weights of {name} do not fit its config.json: {key} has shape {tuple(found)}, not {tuple(expected)} "
+            f"(one of {len(mismatched)})."
         )
-    return kind
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise MaskoptError(f"The weights of {name} lack {len(missing)} tensors, such as {missing[0]}.")
+    known = model.state_dict().keys()
+    stacks = tuple({f"{block.stack}." for block in find_blocks(model)})
+    unused = sorted(
+        key
+        for key in info.get("unexpected_keys", ())
+        if key.startswith(stacks) and (key.endswith(".weight") or key.removesuffix("bias") + "weight" in known)
+    )
+    if unused:
+        raise MaskoptError(
+            f"The weights of {name} hold {len(unused)} tensors of blocks that its config.json does not know of, such "
+            f"as {unused[0]}."
+        )
+
+
+def _class_of(name: object, config: Any) -> type[PreTrainedModel]:
+    """Return the class the checkpoint names: any other might drop its head or make one up."""
+    names = config.architectures
+    if not names:
+        raise MaskoptError(f'The config.json of {name} does not say which class the model is ("architectures").')
+    if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+        raise MaskoptError(
+            f'The "architectures" in the config.json of {name} must be a list of names; it is {names!r}.'
+        )
+    kind: Any = getattr(transformers, names[0], None) if names[0].isidentifier() else None
+    settings = getattr(kind, "config_class", None)
+    if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel) or settings is None:
+        raise MaskoptError(
+            f"The model {name} is a {names[0]!r}, which is no model that transformers {transformers.__version__} has."
+        )
+    if not isinstance(config, settings):
+        raise MaskoptError(
+            f"The config.json of {name} contradicts itself: a {names[0]} is not of the type {config.model_type!r}."
+        )
+    named: type[PreTrainedModel] = kind
+    return named
 
 
 def _try(name: object, what: str, load: Any, *args: Any, **options: Any) -> Any:
     """Call a transformers loader; its many exceptions become one sentence."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        with without_bars():
+        with without_bars(), warnings.catch_warnings(action="ignore"):
             return load(*args, **options)
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise MaskoptError(f"The model {name} cannot be loaded, {what} failed: {reason.rstrip('.')}.") from error
+        if is_memory_failure(error):
+            raise
+        raise MaskoptError(f"The model {name} cannot be loaded, {what} failed: {_reason(name, error)}.") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _reason(name: object, error: Exception) -> str:
+    """Return what an exception says first, without advice that is about another program."""
+    text = str(error)
+    if "weights_only" in text:
+        return "the file holds other things than tensors"
+    if "custom code" in text:
+        return "it comes with code of its own, which is not run"
+    if isinstance(error, OSError) and not Path(str(name)).is_dir():
+        return "there is no such folder, and the Hugging Face hub gives no such model"
+    lines = [line.strip() for line in text.replace("`", "'").splitlines() if line.strip()]
+    text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    sentences = [part for part in re.split(r"(?<=[.!?])\s+", text) if part and not _ADVICE.search(part)]
+    reason = sentences[0].rstrip(".!: ,")[:300] if sentences else ""
+    if isinstance(error, (AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError)) or not reason:
+        return f"its files contradict each other ({type(error).__name__}{': ' if reason else ''}{reason})"
+    return reason

@@ -14,13 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import check_token_ids
-from maskopt.models.calibration import require_positive
+from maskopt.models.checks import check_model, check_tokenizer, require_positive
 from maskopt.models.context import default_seqlen
-from maskopt.models.replay import evaluation_mode
-from maskopt.models.text import tokenize
+from maskopt.models.replay import evaluation_mode, run_model
+from maskopt.models.text import Text, tokenize
 from maskopt.threads import sized_threads
 
 __all__ = ["Perplexity", "perplexity"]
+
+_MOST = 700.0  # e^709 is the largest float
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Perplexity:
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str | Path,
+    text: str | Path | Text,
     *,
     seqlen: int | None = None,
     batch_size: int = 1,
@@ -75,8 +77,8 @@ def perplexity(
         A causal language model; its mode is restored.
     tokenizer : PreTrainedTokenizerBase
         The model's.
-    text : str or Path
-        The text itself, or the path of a text or ``.jsonl`` file, see `tokenize`.
+    text : str, Path or Text
+        The text itself, or the path of a text or ``.jsonl`` file, see `read_text`.
     seqlen : int, optional
         Window length; by default 2048 or what the model can take if that is less.
     batch_size : int
@@ -87,12 +89,15 @@ def perplexity(
     Raises
     ------
     MaskoptError
-        If the model is no causal language model, or the text cannot be read or is shorter than one window.
+        If the model is no causal language model, the text cannot be read or is shorter than one window, or the
+        perplexity is not finite.
     """
+    check_model(model)
+    check_tokenizer(tokenizer)
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise MaskoptError(f"Perplexity needs a causal language model; this is a {type(model).__name__}.")
     seqlen = default_seqlen(model, tokenizer) if seqlen is None else seqlen
-    require_positive(batch_size=batch_size)
+    require_positive(batch_size=batch_size, seqlen=seqlen)
     if seqlen < 2:
         raise MaskoptError(f"seqlen must be at least 2, because a window's first token is not predicted; got {seqlen}.")
     stream = tokenize(tokenizer, text)
@@ -104,7 +109,7 @@ def perplexity(
     with evaluation_mode(model), sized_threads(sum(weight.numel() for weight in model.parameters())):
         for start in range(0, count, batch_size):
             batch = windows[start : start + batch_size].to(model.device)
-            logits = model(input_ids=batch, use_cache=False).logits
+            logits = run_model(model, stream.source, {"input_ids": batch}).logits
             # One window at a time: float32 logits of a whole batch can be larger than the model.
             for window, scores in zip(batch, logits, strict=True):
                 losses = cross_entropy(scores[:-1].float(), window[1:], reduction="none")
@@ -112,6 +117,11 @@ def perplexity(
             if progress is not None:
                 progress(min(start + batch_size, count), count)
     nll = total / (count * (seqlen - 1))
-    # Python's exp raises where a broken model needs infinity.
-    value = math.exp(nll) if nll < 700 else math.inf
+    if not nll < _MOST:
+        what = "not a number" if math.isnan(nll) else f"e^{nll:.4g}"
+        raise MaskoptError(
+            f"The perplexity of the {type(model).__name__} on {stream.source} is {what}, which no usable model has; "
+            f"its weights, or its numbers in {model.dtype}, are out of range."
+        )
+    value = math.exp(nll)
     return Perplexity(value, nll, count * seqlen, count, seqlen, stream.source, stream.sha256)

@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,39 +14,40 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from maskopt.bounds import BoundKind, check_bound, mask_bound
+from maskopt.bounds import BoundKind, check_bound
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch, prepare_batches
-from maskopt.models.gram import DenseInputs, Gram, GramCollector
+from maskopt.models.checks import check_model, described, move_model, require_positive
+from maskopt.models.edits import Edits
+from maskopt.models.gram import CallOrder
 from maskopt.models.layers import Layer
+from maskopt.models.propagation import Corrected, Dense, Propagation, Pruned, Stage, last_uses
 from maskopt.models.replay import Replay, evaluation_mode
-from maskopt.models.report import LayerRecord, PruneReport
+from maskopt.models.report import PruneReport
 from maskopt.models.selection import LeftDense, Selection, select_layers
+from maskopt.models.solving import Progress, Work
 from maskopt.oracles import MaskSet
-from maskopt.problems import LayerReconstruction
-from maskopt.solvers import ContinuationFrankWolfe, GapKind, Result, Solver, State, solve
-from maskopt.weights import ConditionalADMM, FISTAPruner, Joint, LeastSquares
+from maskopt.solvers import ContinuationFrankWolfe, Solver
+from maskopt.weights import Joint
 
-__all__ = ["Progress", "prune"]
+__all__ = ["Progress", "PruningError", "prune"]
 
 Propagate = Literal["corrected", "pruned", "dense"]
+OnError = Literal["restore", "keep"]
 
-_CORRECTING = (ContinuationFrankWolfe, LeastSquares, FISTAPruner, ConditionalADMM)
 
+class PruningError(MaskoptError):
+    """Pruning stopped after some layers were pruned, and these were to be kept.
 
-@dataclass(frozen=True)
-class Progress:
-    """Where `prune` is: sent before every step, about once per iteration of a solver, and at the end ("done")."""
+    Attributes
+    ----------
+    report : PruneReport
+        Of what was done: the keys of ``report.masks`` are exactly the layers that are pruned in the model.
+    """
 
-    stage: Literal["calibrate", "solve", "certify", "done"]
-    name: str
-    """The block being run, or the layer being solved (several, joined by commas, where they read the same input)."""
-    done: int
-    """Layers that have their mask."""
-    total: int
-    """Layers to prune, known from the start."""
-    fraction: float = 0.0
-    """Fraction of the current layer's solution that is done; an estimate."""
+    def __init__(self, sentence: str, report: PruneReport) -> None:
+        super().__init__(sentence)
+        self.report = report
 
 
 def prune(
@@ -64,6 +64,7 @@ def prune(
     device: str | torch.device | None = None,
     memory: int = 2**30,
     progress: Callable[[Progress], object] | None = None,
+    on_error: OnError = "restore",
 ) -> PruneReport:
     """Choose a mask for every linear layer in a model's blocks and set the pruned weights to zero, in place.
 
@@ -72,7 +73,9 @@ def prune(
     Block by block, in order of execution: the calibration batches run through the block, the Gram matrices of its
     layers' inputs are summed in float32 without padded positions, every layer is solved on its own, and the
     block runs again to make the next one's inputs. Only one block's Gram matrices exist at a time. Should an error or
-    an interrupt stop it, what is already done stays pruned (with ``propagate="dense"``: nothing is).
+    an interrupt stop it, the model is as it was before, see `on_error`.
+
+    Before the first block is pruned, batches run through the dense model until every layer to prune was called.
 
     Parameters
     ----------
@@ -91,9 +94,9 @@ def prune(
         ("corrected") on the former, aiming at the outputs of the dense model on the latter: see
         `LayerReconstruction.towards`. Layers within a block are then pruned one after the other, each on what those
         before it give out; it takes a multiple of the calibration time and a second copy of the states. By default
-        "corrected" for our own methods and what was published so (`ContinuationFrankWolfe`, `LeastSquares`,
-        `FISTAPruner`, `ConditionalADMM`), "pruned" for all others, with `certify`, and where a model's blocks cannot
-        be run one at a time.
+        "corrected" for our own methods and what was published so (`Solver.corrects`: `ContinuationFrankWolfe`,
+        `LeastSquares`, `FISTAPruner`, `ConditionalADMM`), "pruned" for all others, with `certify`, and where a model's
+        blocks cannot be run one at a time.
     include, exclude : sequence of str
         Patterns of `fnmatch` on full layer names, see `select_layers`. By default all linear layers inside the
         blocks are pruned. Layers outside the blocks come last.
@@ -108,6 +111,12 @@ def prune(
         Bytes of working memory for the solver.
     progress : callable, optional
         Called with a `Progress` whenever there is some.
+    on_error : {"restore", "keep"}
+        What becomes of the model where an error or an interrupt stops the work midway. By default all layers get
+        their dense weights back, of which a copy is kept in the main memory meanwhile: as much as the pruned layers
+        take (with ``propagate="dense"`` only for a moment, at the end). "keep" needs no copy and leaves those pruned
+        that are done: a MaskoptError is then a `PruningError` with the report of these layers, and
+        any exception has a note with their names.
 
     Returns
     -------
@@ -117,40 +126,41 @@ def prune(
     Raises
     ------
     MaskoptError
-        If there is nothing to prune or to calibrate with, a pattern matches nothing, expert weights are neither
-        pruned nor excluded, `masks` does not fit a layer, or activations are not finite.
+        If an argument is of the wrong type, there is nothing to prune or to calibrate with, a pattern matches nothing,
+        expert weights are neither pruned nor excluded, `masks` does not fit a layer, the batches never call a layer,
+        or weights or activations are not finite.
     """
-    if propagate is not None and propagate not in get_args(Propagate):
-        raise MaskoptError(f"propagate must be one of {', '.join(get_args(Propagate))}; got {propagate!r}.")
     solver = ContinuationFrankWolfe() if solver is None else solver
+    _check_arguments(masks, solver, propagate, on_error, progress, memory)
+    check_model(model)
     if certify is not None:
         if isinstance(solver, Joint):
             raise MaskoptError("certify proves bounds on masks whose weights stay; choose a solver that moves none.")
         check_bound(masks, certify)
     if device is not None:
-        model.to(device)
+        move_model(model, device)
     selection = select_layers(model, include, exclude)
-    starts = _check_fit(selection.layers, masks, start or {})
+    starts = _check_fit(selection.layers, masks, {} if start is None else start)
     prepared = prepare_batches(model, batches)
     with evaluation_mode(model):
         began = time.perf_counter()
-        replay = Replay(model, list(selection.blocks), prepared)
-        dense = None
+        order = CallOrder(selection.blocks, selection.outside)
+        with order:
+            replay = Replay(model, list(selection.blocks), prepared)
+            stages = _stages(replay, selection)
+            _require_calls(replay, order, stages)
         if propagate is None:
-            corrects = isinstance(solver, _CORRECTING) and certify is None and replay.shortcut
+            corrects = solver.corrects and certify is None and replay.shortcut
             propagate = "corrected" if corrects else "pruned"
-        if propagate == "corrected":
-            if not replay.shortcut:
-                raise MaskoptError(
-                    f"The blocks of {type(model).__name__} cannot be run one at a time, so its dense states are "
-                    "lost once blocks are pruned; use propagate='pruned'."
-                )
-            dense = replay.dense_copy()
-        work = _Work(masks, solver, starts, memory, progress, propagate, certify, _stages(replay, selection))
-        work.report.calibration_seconds = time.perf_counter() - began
-        work.run(replay, dense)
-    work.report.left_dense = [*selection.left_dense, *_unreached(replay, selection)]
-    work.report.settings = {
+        edits = Edits(on_error == "restore")
+        propagation = _propagation(propagate, model, replay, edits, order, stages, memory)
+        report = PruneReport(calibration_seconds=time.perf_counter() - began)
+        work = Work(masks, solver, starts, memory, progress, certify, stages, propagation, edits, report)
+        with _failing_well(edits, report, on_error):
+            work.run()
+    report.calibration_seconds += propagation.seconds
+    report.left_dense = [*selection.left_dense, *_unreached(replay, selection)]
+    report.settings = {
         "masks": repr(masks),
         "solver": repr(solver),
         "propagate": propagate,
@@ -161,22 +171,36 @@ def prune(
         **_data(prepared),
         **_circumstances(model),
     }
-    return work.report
+    return report
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """One turn of the loop: a block by its position in the order of execution, or (None) all that lies outside."""
+def _check_arguments(
+    masks: object, solver: object, propagate: object, on_error: object, progress: object, memory: int
+) -> None:
+    """Refuse what is not of the type it should be."""
+    if not isinstance(masks, MaskSet):
+        raise MaskoptError(
+            f"The masks must be a set such as PerRow(keep=0.5) or NM(keep=2, group=4); got {described(masks)}."
+        )
+    if not isinstance(solver, Solver):
+        raise MaskoptError(f"The solver must be an object such as maskopt.solvers.Wanda(); got {described(solver)}.")
+    for name, value, choices in (
+        ("propagate", propagate, (None, *get_args(Propagate))),
+        ("on_error", on_error, get_args(OnError)),
+    ):
+        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+            raise MaskoptError(
+                f"{name} must be one of {', '.join(choice for choice in choices if choice)}; got {described(value)}."
+            )
+    if progress is not None and not callable(progress):
+        raise MaskoptError(f"progress must be a function of one argument; got {described(progress)}.")
+    require_positive(memory=memory)
 
-    position: int | None
-    name: str
-    layers: tuple[Layer, ...]
 
-
-def _stages(replay: Replay, selection: Selection) -> list[_Stage]:
-    """Return the turns up to the last one that has layers to prune."""
-    stages = [_Stage(index, block.name, selection.blocks[block]) for index, block in enumerate(replay.order)]
-    stages.append(_Stage(None, "layers outside the blocks", selection.outside))
+def _stages(replay: Replay, selection: Selection) -> list[Stage]:
+    """Return the stages up to the last one that has layers to prune."""
+    stages = [Stage(index, block.name, selection.blocks[block]) for index, block in enumerate(replay.order)]
+    stages.append(Stage(None, "layers outside the blocks", selection.outside))
     while stages and not stages[-1].layers:
         stages.pop()
     if not stages:
@@ -184,182 +208,82 @@ def _stages(replay: Replay, selection: Selection) -> list[_Stage]:
     return stages
 
 
-_Solved = tuple[LayerRecord, Tensor, Tensor | None]
+def _require_calls(replay: Replay, order: CallOrder, stages: Sequence[Stage]) -> None:
+    """Refuse layers that no batch calls; experts may need more batches than the first, which has run."""
+
+    def uncalled() -> list[str]:
+        return [layer.name for stage in stages for layer in stage.layers if layer not in order]
+
+    for index in range(1, replay.batches):
+        if not uncalled():
+            break
+        replay.run_whole(index)
+    names = uncalled()
+    if names:
+        kinds = list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))
+        shown = " and ".join(repr(kind) for kind in kinds[:8]) + (" ..." if len(kinds) > 8 else "")
+        raise MaskoptError(
+            f"The calibration batches never call {len(names)} of the layers to prune, such as {names[0]} (experts may "
+            f"need more data, and some modules are never called); exclude {shown} to leave them dense."
+        )
+    order.check()
 
 
-@dataclass
-class _Work:
-    """The loop over the blocks and what it needs."""
+def _propagation(
+    kind: Propagate,
+    model: PreTrainedModel,
+    replay: Replay,
+    edits: Edits,
+    order: CallOrder,
+    stages: Sequence[Stage],
+    memory: int,
+) -> Propagation:
+    if kind == "dense":
+        return Dense(replay, edits)
+    if kind == "pruned":
+        return Pruned(replay, edits)
+    if not replay.shortcut:
+        raise MaskoptError(
+            f"The blocks of {type(model).__name__} cannot be run one at a time, so its dense states are "
+            "lost once blocks are pruned; use propagate='pruned'."
+        )
+    return Corrected(replay, edits, order, last_uses(model, replay, stages), memory)
 
-    masks: MaskSet
-    solver: Solver
-    starts: Mapping[Layer, Tensor]
-    memory: int
-    progress: Callable[[Progress], object] | None
-    propagate: Propagate
-    certify: BoundKind | None
-    stages: Sequence[_Stage]
-    report: PruneReport = field(default_factory=PruneReport)
-    solved: dict[Layer, _Solved] = field(default_factory=dict)
-    moved: dict[Layer, Tensor] = field(default_factory=dict)
-    """New weights that wait for being applied, as the layers store theirs."""
-    originals: dict[Layer, Tensor] = field(default_factory=dict)
-    """Dense weights of the layers of the current stage that are pruned already."""
 
-    def run(self, replay: Replay, beside: Replay | None) -> None:
-        """Prune stage by stage; `beside` has the dense model's states where they are aimed at."""
-        dense = self.propagate == "dense"
-        for stage in self.stages:
-            self._tell("calibrate", stage.name)
-            turns = [stage.layers] if stage.layers else []
-            if beside is not None and stage.layers:
-                turns = self._turns(replay, stage)
-            for turn in turns:
-                if beside is None:
-                    grams = self._collect(replay, stage, turn)
-                else:
-                    grams = self._pair(replay, beside, stage, turn, store=turn is turns[-1])
-                for layers in self._together(turn, grams):
-                    self._solve(layers, grams[layers[0]])
-                del grams  # before the next turn's come into being
-                for layer in turn:
-                    record, self.report.masks[layer.name], weight = self.solved.pop(layer)
-                    self.report.layers.append(record)
-                    if weight is not None:
-                        self.moved[layer] = weight
-                if not dense:
-                    if beside is not None:
-                        self.originals.update((layer, layer.weight.data.clone()) for layer in turn)
-                    self._apply(turn)
-            self.originals.clear()
-            if stage is not self.stages[-1] and not (stage.layers and dense):
-                self._timed(replay, stage, store=True)
-                if beside is not None and not stage.layers:
-                    self._timed(beside, stage, store=True)
-        if dense:
-            for stage in self.stages:
-                self._apply(stage.layers)
-        self._tell("done", "")
-
-    def _collect(self, replay: Replay, stage: _Stage, layers: Sequence[Layer]) -> GramCollector:
-        """Run a stage's block, still dense, and return the second moments of what its layers see."""
-        with GramCollector(layers) as grams:
-            self._timed(replay, stage, store=self.propagate == "dense", before=grams.begin)
-        return grams
-
-    def _pair(
-        self, replay: Replay, beside: Replay, stage: _Stage, layers: Sequence[Layer], *, store: bool
-    ) -> GramCollector:
-        """Run a stage's block as pruned so far and as it was, batch by batch, and return moments with cross terms."""
-        inputs = DenseInputs(layers)
-        grams = GramCollector(layers, inputs)
-        for index in range(replay.batches):
-            with self._as_it_was(), inputs:
-                self._timed(beside, stage, store=store, indices=[index])
-            with grams:
-                self._timed(replay, stage, before=grams.begin, indices=[index])
-            inputs.clear()
-        return grams
-
-    @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
-        """Give the layers that were pruned in this stage their dense weights for a while."""
-        pruned = {layer: layer.weight.data for layer in self.originals}
-        for layer, weight in self.originals.items():
-            layer.weight.data = weight
-        try:
-            yield
-        finally:
-            for layer, weight in pruned.items():
-                layer.weight.data = weight
-
-    def _turns(self, replay: Replay, stage: _Stage) -> list[tuple[Layer, ...]]:
-        """Return a stage's layers in the order of their calls, together where they see the same or are of one kind.
-
-        Errors of the first are then in the inputs of the next, which can make up for them. Layers of one kind are
-        those whose names differ in numbers only, such as experts: turns of their own would take as many runs.
-        """
-        with GramCollector(stage.layers) as grams:
-            self._timed(replay, stage, before=grams.begin, indices=[0])
-        turns: dict[str, list[Layer]] = {}
-        for group in grams.order():
-            kind = re.sub(r"\d+", "#", group[0].name)
-            turns.setdefault(kind, []).extend(group)
-        seen = {layer for turn in turns.values() for layer in turn}
-        left = tuple(layer for layer in stage.layers if layer not in seen)
-        return [*map(tuple, turns.values()), *([left] if left else [])]
-
-    def _timed(self, replay: Replay, stage: _Stage, **options: Any) -> None:
-        began = time.perf_counter()
-        replay.run(stage.position, **options)
-        self.report.calibration_seconds += time.perf_counter() - began
-
-    def _apply(self, layers: Sequence[Layer]) -> None:
-        for layer in layers:
-            layer.apply(self.report.masks[layer.name], self.moved.pop(layer, None))
-
-    def _together(self, layers: Sequence[Layer], grams: GramCollector) -> list[list[Layer]]:
-        """Group the layers that read the same input, where stacking their rows changes nothing but the speed."""
-        same_for_any_rows = self.masks.separable and self.masks.rows(slice(None), layers[0].shape) is self.masks
-        if not (same_for_any_rows and self.solver.solves_rows_apart(self.masks)):
-            return [[layer] for layer in layers]
-        groups: dict[tuple[int, torch.device, bool], list[Layer]] = {}
-        for layer in layers:
-            key = id(grams[layer]), layer.weight.device, layer in self.starts
-            groups.setdefault(key, []).append(layer)
-        return list(groups.values())
-
-    def _solve(self, layers: Sequence[Layer], gram: Gram) -> None:
-        """Choose the masks of layers with one Gram matrix and write their records."""
-        name = ", ".join(layer.name for layer in layers)
-        self._tell("solve", name)
-        began = time.perf_counter()
-
-        def tell(state: State) -> None:
-            self._tell("solve", name, state.fraction)
-
-        # The Gram is a sum of x x^T whose diagonal was checked, and so was the weight: no need to factorise it.
-        weight = torch.cat([layer.oriented(layer.weight.detach()) for layer in layers])
-        matrix = gram.matrix.to(weight.device)
-        if gram.cross is None:
-            problem = LayerReconstruction(weight, matrix, gram.tokens, check=False)
-        else:
-            problem = LayerReconstruction.towards(weight, matrix, gram.cross.to(weight.device), gram.tokens)
-        start = torch.cat([self.starts[layer] for layer in layers]) if layers[0] in self.starts else None
-        try:
-            result = solve(
-                problem,
-                self.masks,
-                self.solver,
-                start=start,
-                callback=None if self.progress is None else tell,
-                memory=self.memory,
-            )
-        except MaskoptError as error:
-            raise MaskoptError(f"The layer {name} cannot be solved: {error}") from error
-        self.report.solve_seconds += time.perf_counter() - began
-        if self.certify is not None:
-            self._tell("certify", name)
-            bound = mask_bound(problem, self.masks, self.certify, memory=self.memory)
-            result = replace(result, lower_bound=bound, gap_kind=GapKind.PROVEN)
-        first = 0
-        for layer in layers:
-            part = result if len(layers) == 1 else result.part(slice(first, first + layer.shape[0]))
-            first += layer.shape[0]
-            mask = layer.oriented(part.mask).cpu().contiguous()
-            # In the layer's own type: it is rounded to that in any case, and waits for the end where nothing is.
-            moved = None if part.weight is None else layer.oriented(part.weight).to(layer.weight.dtype)
-            self.solved[layer] = _record(layer, gram, part), mask, moved
-
-    def _tell(self, stage: Literal["calibrate", "solve", "certify", "done"], name: str, fraction: float = 0.0) -> None:
-        if self.progress is not None:
-            total = sum(len(turn.layers) for turn in self.stages)
-            done = len(self.report.layers) + len(self.solved)
-            self.progress(Progress(stage, name, done, total, fraction))
+@contextmanager
+def _failing_well(edits: Edits, report: PruneReport, on_error: OnError) -> Iterator[None]:
+    """Leave the model whole where the work fails, or say exactly which layers are pruned."""
+    try:
+        yield
+    except BaseException as error:
+        edits.settle()
+        names = [layer.name for layer in edits.applied]
+        if on_error == "restore":
+            edits.undo()
+            if names:
+                error.add_note(f"The model is as it was: the {len(names)} layers pruned so far are dense again.")
+            raise
+        if not names:
+            error.add_note("No layer of the model was pruned.")
+            raise
+        error.add_note(f"These {len(names)} layers of the model are pruned, all others are dense: {', '.join(names)}.")
+        if not isinstance(error, MaskoptError):
+            raise
+        done = PruneReport(
+            layers=[record for record in report.layers if record.name in set(names)],
+            masks={name: report.masks[name] for name in names},
+        )
+        sentence = str(error).rstrip(".")
+        raise PruningError(
+            f"{sentence}; {len(names)} layers are pruned already and stay so, up to {names[-1]}, all others are dense.",
+            done,
+        ) from error
 
 
 def _check_fit(layers: Sequence[Layer], masks: MaskSet, start: Mapping[str, Tensor]) -> dict[Layer, Tensor]:
     """Refuse misfits before any work; return the starting masks as (rows, d)."""
+    if not isinstance(start, Mapping) or not all(isinstance(mask, Tensor) for mask in start.values()):
+        raise MaskoptError(f"start must be a dict of boolean tensors by layer names; got {described(start)}.")
     named = {layer.name: layer for layer in layers}
     for layer in layers:
         try:
@@ -376,27 +300,6 @@ def _check_fit(layers: Sequence[Layer], masks: MaskSet, start: Mapping[str, Tens
                 f"{tuple(mask.shape)}."
             )
     return {named[name]: named[name].oriented(mask.to(named[name].weight.device)) for name, mask in start.items()}
-
-
-def _record(layer: Layer, gram: Gram, result: Result) -> LayerRecord:
-    rows, columns = layer.shape
-    nonzeros = int(result.mask.sum())
-    return LayerRecord(
-        name=layer.name,
-        rows=rows,
-        columns=columns,
-        relative_error=result.relative_error,
-        kept_error=result.kept_error,
-        objective=result.total,
-        lower_bound=None if result.lower_bound is None else float(result.lower_bound.sum()),
-        gap_kind=result.gap_kind.name,
-        sparsity=result.sparsity,
-        nonzeros=nonzeros,
-        tokens=gram.tokens,
-        iterations=result.iterations,
-        seconds=result.seconds,
-        status=result.status.name,
-    )
 
 
 def _unreached(replay: Replay, selection: Selection) -> list[LeftDense]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,25 +19,59 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch
 from maskopt.models.blocks import Block
+from maskopt.models.checks import is_memory_failure
 from maskopt.threads import sized_threads
 
-__all__ = ["Replay", "evaluation_mode"]
+__all__ = ["Replay", "evaluation_mode", "run_model"]
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients; every module gets its own mode back."""
+    """Put a model into evaluation mode without gradients; every module gets its own mode back.
+
+    A caller's autocast is off inside: the model computes in its own type, and Gram matrices in float32.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    devices = {"cpu", *(parameter.device.type for parameter in model.parameters())} - {"meta"}
     try:
-        # A caller's inference mode would forbid changing the weights in place.
-        with torch.inference_mode(False), torch.no_grad():
+        with ExitStack() as undo:
+            for device in devices:
+                undo.enter_context(torch.autocast(device, enabled=False))
+            # A caller's inference mode would forbid changing the weights in place.
+            undo.enter_context(torch.inference_mode(False))
+            undo.enter_context(torch.no_grad())
             yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def run_model(model: nn.Module, where: str, inputs: Mapping[str, Any]) -> Any:
+    """Return what a model makes of its inputs.
+
+    Raises
+    ------
+    MaskoptError
+        Naming `where`, if the model cannot be run on them. A lack of memory is raised as it is.
+    """
+    inputs = dict(inputs)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    try:
+        return model(**inputs)
+    except (MaskoptError, _Reached):
+        raise
+    except Exception as error:
+        if is_memory_failure(error):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise MaskoptError(
+            f"The {type(model).__name__} cannot be run on {where}: {reason.rstrip('.')} ({type(error).__name__})."
+        ) from error
 
 
 class Replay:
@@ -59,7 +94,6 @@ class Replay:
     def __init__(self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch]) -> None:
         self._model = model
         self._batches = batches
-        self._named = inspect.signature(model.forward).parameters
         self._size = sum(weight.numel() for weight in model.parameters())
         # Per stack and batch: what the latest block of the stack returned.
         self._states: dict[str, dict[int, Any]] = {block.stack: {} for block in blocks}
@@ -77,6 +111,11 @@ class Replay:
     def batches(self) -> int:
         """How many batches there are."""
         return len(self._batches)
+
+    @property
+    def growth(self) -> float:
+        """Positions in all batches over those in the first."""
+        return sum(math.prod(batch.shape) for batch in self._batches) / math.prod(self._batches[0].shape)
 
     def run(
         self,
@@ -109,17 +148,20 @@ class Replay:
                 undo.enter_context(sized_threads(self._size))
                 for block in passed:
                     undo.enter_context(_answering(block.module, self._states[block.stack][index]))
-                output = self._forward(batch, current)
+                output = self._forward(index, current)
             if store and self.shortcut and current is not None:
                 self._states[current.stack][index] = output
 
-    def _forward(self, batch: Batch, until: Block | None = None) -> Any:
+    def run_whole(self, index: int) -> None:
+        """Run the whole model on a batch, whatever has been stored."""
+        with sized_threads(self._size):
+            self._forward(index)
+
+    def _forward(self, index: int, until: Block | None = None) -> Any:
         """Run the model on a batch; with `until`, leave after that block's last call and return its output."""
-        inputs = dict(batch.inputs)
-        if "use_cache" in self._named:
-            inputs["use_cache"] = False
+        inputs, where = self._batches[index].inputs, f"calibration batch {index}"
         if until is None:
-            return self._model(**inputs)
+            return run_model(self._model, where, inputs)
         calls = 0
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -130,7 +172,7 @@ class Replay:
 
         hook = until.module.register_forward_hook(leave)
         try:
-            self._model(**inputs)
+            run_model(self._model, where, inputs)
         except _Reached as reached:
             return reached.output
         finally:
@@ -152,7 +194,7 @@ class Replay:
         with ExitStack() as undo:
             for block in blocks:
                 undo.callback(block.module.register_forward_hook(monitor(block)).remove)
-            self._forward(self._batches[0])
+            self._forward(0)
         return list(calls), calls, finals
 
     def _reproduces(self, finals: dict[str, Tensor]) -> bool:

@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from maskopt.errors import MaskoptError
 from maskopt.models.blocks import Block, find_blocks
 from maskopt.models.layers import Layer, is_linear, linear_layers
+from maskopt.models.routers import find_routers
 
 __all__ = ["LeftDense", "Selection", "select_layers"]
 
@@ -60,6 +61,10 @@ def select_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequen
     the full name (``model.layers.0.mlp.up_proj``); ``*`` also matches dots. Weights that several modules share are
     pruned once, where they come first.
 
+    Layers that choose between experts or weigh them (routers, gates of shared experts: `find_routers`) stay dense: they
+    are small, and decide much. A pattern of `include` prunes them if it contains the part of the name that says so:
+    ``*.router``, ``*.mlp.gate``, ``*shared_expert_gate``, but not ``*`` or ``*.mlp.*``.
+
     Parameters
     ----------
     model : nn.Module
@@ -74,21 +79,26 @@ def select_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequen
         (parameters of three dimensions) that are not excluded, or a weight cannot be pruned in place.
     """
     patterns = _Patterns(include, exclude)
+    found = find_blocks(model)
+    routers = {name: part for block in found for name, part in find_routers(block.module, block.name).items()}
     taken: set[int] = set()
 
     def choose(candidates: Iterable[Layer], inside: bool) -> tuple[Layer, ...]:
         chosen = []
         for layer in candidates:
-            if patterns.select(layer.name, inside=inside) and id(layer.weight) not in taken:
+            selected = patterns.select(layer.name, inside=inside)
+            if layer.name in routers:
+                selected = selected and patterns.calls(layer.name, routers[layer.name])
+            if selected and id(layer.weight) not in taken:
                 taken.add(id(layer.weight))
                 chosen.append(layer)
         return tuple(chosen)
 
-    blocks = {block: choose(linear_layers(block.module, block.name), True) for block in find_blocks(model)}
+    blocks = {block: choose(linear_layers(block.module, block.name), True) for block in found}
     prefixes = tuple(f"{block.name}." for block in blocks)
     others = (layer for layer in linear_layers(model) if not layer.name.startswith(prefixes))
     outside = choose(others, False)
-    left_dense = tuple(_left_dense(model, prefixes, taken, patterns))
+    left_dense = tuple(_left_dense(model, prefixes, taken, patterns, routers))
     stacked = [weight.name for weight in left_dense if weight.reason == _STACKED]
     if stacked:
         owners = sorted({name.split(".")[-2] for name in stacked})
@@ -112,6 +122,8 @@ class _Patterns:
         for name, value in (("include", include), ("exclude", exclude)):
             if isinstance(value, str):
                 raise MaskoptError(f"{name} is a sequence of patterns; write {name}=[{value!r}].")
+            if not isinstance(value, Sequence) or not all(isinstance(pattern, str) for pattern in value):
+                raise MaskoptError(f"{name} must be a sequence of strings; got {value!r}.")
         self.include = tuple(include)
         self.exclude = tuple(exclude)
         self.used: set[str] = set()
@@ -120,6 +132,10 @@ class _Patterns:
         """Whether what is known by any of these names is pruned; `inside` says whether it lies in a block."""
         excluded = self._match(self.exclude, names)
         return (self._match(self.include, names) if self.include else inside) and not excluded
+
+    def calls(self, name: str, part: str) -> bool:
+        """Whether a pattern of `include` matches a name and contains this part of it."""
+        return any(part in pattern and fnmatchcase(name, pattern) for pattern in self.include)
 
     def reason(self, *names: str) -> str:
         """Why something inside a block is not selected."""
@@ -139,16 +155,24 @@ class _Patterns:
 
 
 def _left_dense(
-    model: nn.Module, prefixes: tuple[str, ...], taken: set[int], patterns: _Patterns
+    model: nn.Module,
+    prefixes: tuple[str, ...],
+    taken: set[int],
+    patterns: _Patterns,
+    routers: Mapping[str, str],
 ) -> Iterator[LeftDense]:
     """Account for every weight of two or more dimensions that is not pruned."""
     for name, parameter in model.named_parameters():
-        if parameter.numel() == max(parameter.shape, default=1) or id(parameter) in taken:
-            continue
         owner_name = name.rpartition(".")[0]
         owner = model.get_submodule(owner_name)
+        # Vectors, in whatever shape; the weight of a layer with one output is none.
+        vector = parameter.numel() == max(parameter.shape, default=1)
+        if (vector and not (parameter.ndim == 2 and is_linear(owner))) or id(parameter) in taken:
+            continue
         if not name.startswith(prefixes):
             reason = "outside the blocks"
+        elif owner_name in routers and patterns.select(owner_name, inside=True):
+            reason = f"decides between experts or inputs; name {routers[owner_name]} in include to prune it"
         elif is_linear(owner):
             reason = patterns.reason(owner_name)
         elif _stacks_matrices(owner, parameter):

@@ -1,19 +1,61 @@
-"""From text files to one stream of tokens."""
+"""From text files to one stream of tokens: the one place where text is read."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from codecs import BOM_UTF8
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from maskopt.errors import MaskoptError
+from maskopt.models.checks import check_tokenizer, described
 
-__all__ = ["TokenStream", "tokenize"]
+__all__ = ["Text", "TokenStream", "read_text", "tokenize"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that was read.
+
+    Parameters
+    ----------
+    documents : tuple of str
+        Lines end in line feeds, and there is no byte-order mark.
+    separate : bool
+        Whether documents are tokenised one by one, with marked bounds (JSON lines); plain text is one document.
+    source : str
+        Where the text came from, for messages.
+    sha256 : str
+        Hash of the bytes of the file (or of the text in UTF-8).
+    """
+
+    documents: tuple[str, ...]
+    separate: bool
+    source: str
+    sha256: str
+
+    def opening(self, characters: int) -> Text:
+        """Return the beginning: so many characters of plain text, or the first documents with as many.
+
+        The same if there are no more.
+        """
+        taken, length = [], 0
+        for document in self.documents:
+            taken.append(document if self.separate else document[:characters])
+            length += len(document)
+            if length >= characters:
+                break
+        if tuple(taken) == self.documents:
+            return self
+        part = f"the first {len(taken)} documents" if self.separate else f"the first {characters} characters"
+        digest = sha256("\n\n".join(taken).encode()).hexdigest()
+        return replace(self, documents=tuple(taken), source=f"{part} of {self.source}", sha256=digest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,64 +91,132 @@ class TokenStream:
             )
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str | Path) -> TokenStream:
-    """Tokenise a whole text at once, as the pruning literature does.
+def read_text(text: str | Path | Text) -> Text:
+    """Read a text, in the same manner for all purposes.
 
-    The tokenizer adds the special tokens it adds by itself (most: one at the very beginning). A file whose name
-    ends in ``.jsonl`` holds one JSON object per line, whose field "text" is a document: documents are tokenised one by
-    one and joined, with an end-of-text token after each where the tokenizer marks their bounds by no token of its own.
+    Files are in UTF-8; a byte-order mark is dropped, and carriage returns become line feeds. What a file holds is told
+    by its name, in any case: ``.jsonl`` (``.ndjson``) one JSON object per line, whose field "text" is a document;
+    ``.json`` the same, or one list of such objects or of strings; everything else is plain text.
 
     Parameters
     ----------
-    tokenizer : PreTrainedTokenizerBase
-        The model's.
-    text : str or Path
-        The text itself, or the path of a file in UTF-8.
+    text : str, Path or Text
+        The text itself, or the path of a file.
 
     Raises
     ------
     MaskoptError
         If the file cannot be read or holds no text.
     """
-    if isinstance(text, str):
-        source, raw = "The text", text.encode()
-    else:
-        source, raw = str(text), _read(text)
+    if isinstance(text, Text):
+        return text
+    if not isinstance(text, (str, Path)):
+        raise MaskoptError(f"The text must be a string, or the pathlib.Path of a file; got {described(text)}.")
+    source, raw = ("The text", _encoded(text)) if isinstance(text, str) else (str(text), _read(text))
+    mark = len(BOM_UTF8) if raw.startswith(BOM_UTF8) else 0
     try:
-        content = raw.decode()
+        content = _plain(raw[mark:].decode())
     except UnicodeDecodeError as error:
-        raise MaskoptError(f"{source} is not text in UTF-8 (byte {error.start} is {raw[error.start]:#04x}).") from error
+        at = mark + error.start
+        raise MaskoptError(f"{source} is not text in UTF-8 (byte {at} is {raw[at]:#04x}).") from error
+    kind = text.suffix.lower() if isinstance(text, Path) else ""
     if not content.strip():
         raise MaskoptError(f"{source} is empty.")
-    if isinstance(text, Path) and text.suffix == ".jsonl":
-        unmarked = not tokenizer.num_special_tokens_to_add() and tokenizer.eos_token_id is not None
-        end = [tokenizer.eos_token_id] if unmarked else []
-        pieces = [_ids(tokenizer, document) + end for document in _documents(source, content)]
+    if kind == ".json" and content.lstrip().startswith("["):
+        documents = _items(source, content)
+    elif kind in (".jsonl", ".ndjson", ".json"):
+        documents = _lines(source, content)
     else:
-        pieces = [_ids(tokenizer, content)]
-    ids = torch.tensor([token for piece in pieces for token in piece], dtype=torch.int64)
-    return TokenStream(ids, source, sha256(raw).hexdigest())
+        return Text((content,), False, source, sha256(raw).hexdigest())
+    if not any(document.strip() for document in documents):
+        raise MaskoptError(f"{source} is empty: none of its documents holds text.")
+    return Text(tuple(map(_plain, documents)), True, source, sha256(raw).hexdigest())
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str | Path | Text) -> TokenStream:
+    """Tokenise a whole text at once, as the pruning literature does.
+
+    The tokenizer adds the special tokens it adds by itself (most: one at the very beginning). Documents of JSON files
+    (see `read_text`) are tokenised one by one and joined, with an end-of-text token after each where the tokenizer
+    marks their bounds by no token of its own.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        The model's.
+    text : str, Path or Text
+        The text itself, the path of a file, or what `read_text` returned.
+
+    Raises
+    ------
+    MaskoptError
+        If the file cannot be read or holds no text.
+    """
+    check_tokenizer(tokenizer)
+    content = read_text(text)
+    end: list[int] = []
+    if content.separate and not tokenizer.num_special_tokens_to_add() and tokenizer.eos_token_id is not None:
+        end = [tokenizer.eos_token_id]
+    ids = [token for document in content.documents for token in _ids(tokenizer, document) + end]
+    return TokenStream(torch.tensor(ids, dtype=torch.int64), content.source, content.sha256)
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise MaskoptError(f"The text file {path} cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        reason = getattr(error, "strerror", None) or error
+        raise MaskoptError(f"The text file {path} cannot be read: {reason}.") from error
 
 
-def _documents(source: str, content: str) -> list[str]:
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise MaskoptError(f"The text holds half of a surrogate pair at character {error.start}.") from error
+
+
+def _plain(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _lines(source: str, content: str) -> list[str]:
+    """Return the documents of JSON lines."""
     documents = []
     for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            documents.append(json.loads(line)["text"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise MaskoptError(f'{source}, line {number}: not a JSON object with the field "text".') from error
-        if not isinstance(documents[-1], str):
-            raise MaskoptError(f'{source}, line {number}: the field "text" is not a string.')
+        if line.strip():
+            where = f"{source}, line {number}"
+            documents.append(_document(where, _parsed(line, f'{where}: not a JSON object with the field "text".')))
     return documents
+
+
+def _items(source: str, content: str) -> list[str]:
+    """Return the documents of a JSON list."""
+    values = _parsed(content, f'{source} is no JSON list of strings, or of objects with the field "text".')
+    return [
+        _document(f"{source}, item {number}", {"text": value} if isinstance(value, str) else value)
+        for number, value in enumerate(values, start=1)
+    ]
+
+
+def _parsed(content: str, sentence: str) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested lists
+        raise MaskoptError(sentence) from error
+
+
+def _document(where: str, record: Any) -> str:
+    if not isinstance(record, dict) or "text" not in record:
+        raise MaskoptError(f'{where}: not a JSON object with the field "text".')
+    text = record["text"]
+    if not isinstance(text, str):
+        raise MaskoptError(f'{where}: the field "text" is not a string.')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise MaskoptError(f"{where}: the text holds half of a surrogate pair, which is no character.") from error
+    return text
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -35,6 +35,8 @@ class Solver(ABC):
         Whether the answer for a row depends on that row alone when the set allows it.
     arrays : float
         Working memory in arrays of shape (rows, d), from which `solve` sizes chunks of rows.
+    corrects : bool
+        Whether it is meant to make up for errors upstream, so that `maskopt.models.prune` lets it by default.
     start : Solver or None
         Makes the mask to start from where the caller gives none.
     """
@@ -47,6 +49,7 @@ class Solver(ABC):
     proves: ClassVar[bool] = False
     row_wise: ClassVar[bool] = True
     arrays: ClassVar[float] = 4.0
+    corrects: ClassVar[bool] = False
     start: Solver | None = None
 
     @property

@@ -73,6 +73,7 @@ class ContinuationFrankWolfe(Solver):
     requires: ClassVar[Requirements] = Requirements(problem=(LayerReconstruction,))
     needs_start: ClassVar[bool] = True
     arrays: ClassVar[float] = 24.0
+    corrects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_settings(

@@ -13,7 +13,7 @@ from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
 from maskopt.weights.base import Joint, System
-from maskopt.weights.least_squares import conjugate_gradients
+from maskopt.weights.least_squares import polish
 
 __all__ = ["ALPS"]
 
@@ -100,6 +100,5 @@ class ALPS(Joint):
                 seen = mask
                 penalty *= self.growth[0 if changed >= 0.1 * kept else 1 if changed >= 0.005 * kept else 2]
         if monitor.ended is None:
-            d = conjugate_gradients(system, mask, d, self.polish)
-            monitor.counters["products"] += self.polish + 1
+            d = polish(problem, masks, system, mask, d, self.polish, monitor, done)
         return Outcome(mask.bool(), status, done, weight=system.finish(problem, d))

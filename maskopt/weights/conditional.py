@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
 from maskopt.weights.base import Joint, System
-from maskopt.weights.least_squares import conjugate_gradients, definite_factor
+from maskopt.weights.least_squares import definite_factor, polish
 
 __all__ = ["ConditionalADMM"]
 
@@ -59,6 +60,8 @@ class ConditionalADMM(Joint):
     relaxation: float = 0.8
     polish: int = 6
 
+    corrects: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_settings(
@@ -84,6 +87,9 @@ class ConditionalADMM(Joint):
         rho, done = self.penalty[0], 0
         stages = min(self.stages, self.iterations)
         for stage in range(stages):
+            # A factorisation costs more than many iterations.
+            if monitor.ended is not None:
+                break
             before, rho = rho, self.penalty[0] * (self.penalty[1] / self.penalty[0]) ** (stage / max(1, stages - 1))
             matrix = gram.clone()
             matrix.diagonal().add_(rho)
@@ -110,8 +116,7 @@ class ConditionalADMM(Joint):
             mask = masks.lmo(torch.mul(x, x, out=cost).neg_())
         v = x.mul_(mask).div_(metric)
         if monitor.ended is None:
-            v = conjugate_gradients(system, mask, v, self.polish)
-            monitor.counters["products"] += self.polish + 1
+            v = polish(problem, masks, system, mask, v, self.polish, monitor, done)
         return Outcome(mask.bool(), Status.COMPLETED, done, weight=system.finish(problem, v))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,6 +51,7 @@ class FISTAPruner(Joint):
     iterations: int = 20
 
     row_wise: ClassVar[bool] = False  # all rows share the penalty
+    corrects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,22 +60,26 @@ class FISTAPruner(Joint):
     def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         w = problem.scaled_target
         gram = (problem.scaled_gram + problem.scaled_gram.T).mul_(0.5)
-        mask, v = self._first(problem, masks, start, monitor)
+        done, planned = 0, self.rounds * self.iterations
+
+        def stops(iteration: int) -> bool:
+            return monitor.stops(problem, masks, done + iteration, planned)
+
+        mask, v = self._first(problem, masks, start, lambda _: stops(0))
         minimum, best = _energy(w - v, gram), v
         # A little more than the largest eigenvalue, which is rounded.
         steepness = 1.001 * float(torch.linalg.eigvalsh(gram)[-1])
         target = w @ gram
         low, high = (math.log(fraction) for fraction in (_LEAST, 1.0))
         most = float(target.abs().max())
-        done, planned = 0, self.rounds * self.iterations
-        while done < planned and minimum > 0 and steepness > 0 and not monitor.stops(problem, masks, done, planned):
+        while done < planned and minimum > 0 and steepness > 0 and not stops(0):
             middle = (low + high) / 2
-            v = self._proximal(best, gram, target, steepness, math.exp(middle) * most, monitor)
-            done += self.iterations
+            v, taken = self._proximal(best, gram, target, steepness, math.exp(middle) * most, stops)
+            done += taken
             chosen = masks.lmo(v.square().neg_())
             rounded = v * chosen
             error, loss = _energy(w - rounded, gram), _energy(v - rounded, gram)
-            monitor.counters["products"] += 2
+            monitor.counters["products"] += taken + 2
             if loss > self.threshold**2 * error:
                 low = middle
             else:
@@ -84,24 +90,30 @@ class FISTAPruner(Joint):
         return Outcome(mask, Status.COMPLETED, done, weight=weight)
 
     def _first(
-        self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor
+        self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, stops: Callable[[int], bool]
     ) -> tuple[Tensor, Tensor]:
         """Return the mask and the scaled weights to start from."""
         if start is None and isinstance(masks, PartitionMatroid):
-            # Its own clock: progress is reported in this method's iterations.
-            clock = Monitor("SparseGPT", None, None if math.isinf(monitor.left) else monitor.left)
-            first = SparseGPT(self.ridge).run(problem, masks, None, clock)
-            assert first.weight is not None
-            return first.mask, first.weight / problem.weight_unit
+            mask, weight = SparseGPT(self.ridge).one_pass(problem, masks, stops)
+            return mask, weight / problem.weight_unit
         mask = masks.lmo_mask(problem.diagonal().neg()) if start is None else start
         return mask, problem.scaled_weight * mask
 
     def _proximal(
-        self, v: Tensor, gram: Tensor, target: Tensor, steepness: float, penalty: float, monitor: Monitor
-    ) -> Tensor:
-        """Return what the iterations of one round make of v."""
+        self,
+        v: Tensor,
+        gram: Tensor,
+        target: Tensor,
+        steepness: float,
+        penalty: float,
+        stops: Callable[[int], bool],
+    ) -> tuple[Tensor, int]:
+        """Return what the iterations of one round make of v, and how many were run."""
         ahead, free, momentum, limit = v.clone(), torch.empty_like(v), 1.0, penalty / steepness
-        for _ in range(self.iterations):
+        for iteration in range(self.iterations):
+            # The first one is the caller's: it has just asked.
+            if iteration > 0 and stops(iteration):
+                return v, iteration
             torch.addmm(ahead, ahead, gram, alpha=-1.0 / steepness, out=free)
             free.add_(target, alpha=1.0 / steepness)
             # Soft thresholding: what lies beyond the limits.
@@ -109,8 +121,7 @@ class FISTAPruner(Joint):
             following = (1.0 + math.sqrt(1.0 + 4.0 * momentum**2)) / 2.0
             torch.lerp(v, new, 1.0 + (momentum - 1.0) / following, out=ahead)
             v, momentum = new, following
-            monitor.counters["products"] += 1
-        return v
+        return v, self.iterations
 
 
 def _energy(off: Tensor, gram: Tensor) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from maskopt.solvers.base import Monitor, Outcome, Solver, Status
 from maskopt.solvers.requirements import Requirements
 from maskopt.weights.base import Joint, System
 
-__all__ = ["LeastSquares", "conjugate_gradients", "definite_factor", "exact_weights"]
+__all__ = ["LeastSquares", "conjugate_gradients", "definite_factor", "exact_weights", "polish"]
 
 _DENSE = 512  # inputs up to which a factorisation per row beats conjugate gradients
 
@@ -43,6 +44,8 @@ class LeastSquares(Joint):
     method: Literal["auto", "cholesky", "cg"] = "auto"
     steps: int = 100
     start: Solver | None = field(init=False, repr=False)
+
+    corrects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,17 +76,23 @@ class LeastSquares(Joint):
         outcome = monitor.finish(self.solver.run(problem, masks, start, monitor))
         system = System.of(problem, self.ridge)
         if self.method == "cholesky" or (self.method == "auto" and problem.shape[1] <= _DENSE):
-            v = exact_weights(system, outcome.mask, monitor.memory)
+            rows = problem.shape[0]
+            v = exact_weights(
+                system, outcome.mask, monitor.memory, lambda solved: monitor.stops(problem, masks, solved, rows)
+            )
         else:
-            v = conjugate_gradients(system, outcome.mask, system.weight * outcome.mask, self.steps)
-            monitor.counters["products"] += self.steps + 1
+            v = system.weight * outcome.mask
+            if monitor.ended is None:
+                v = polish(problem, masks, system, outcome.mask, v, self.steps, monitor)
         # What is proven of masks alone, bounds among it, is not of masks with weights.
         proven = outcome.status in (Status.OPTIMAL, Status.WITHIN_GAP, Status.LOCAL_OPTIMUM)
         status = Status.COMPLETED if proven else outcome.status
         return replace(outcome, status=status, lower_bound=None, weight=system.finish(problem, v))
 
 
-def exact_weights(system: System, mask: Tensor, memory: int = 2**28) -> Tensor:
+def exact_weights(
+    system: System, mask: Tensor, memory: int = 2**28, stops: Callable[[int], bool] | None = None
+) -> Tensor:
     """Return the scaled weights of least error on a mask: H_SS v = (H w)_S for each row, in float64.
 
     Parameters
@@ -93,6 +102,9 @@ def exact_weights(system: System, mask: Tensor, memory: int = 2**28) -> Tensor:
         Boolean, shape (rows, d).
     memory : int
         Bytes for the rows' own matrices, which are of size kept x kept: so many rows are solved at a time.
+    stops : callable, optional
+        Called with the number of rows solved before each such step; where it returns True, the other rows keep the
+        weights of the system.
 
     Returns
     -------
@@ -106,12 +118,14 @@ def exact_weights(system: System, mask: Tensor, memory: int = 2**28) -> Tensor:
     rounding = torch.finfo(system.gram.dtype).eps * len(gram)
     counts = mask.sum(1)
     order = torch.argsort(mask, dim=1, descending=True, stable=True)
-    v = torch.zeros_like(target)
+    v = system.weight.double() * mask
     # Rows that keep about as many entries together: their matrices are padded to the largest.
     ranked = torch.argsort(counts)
     most = max(1, int(counts.max()))
     chunk = max(1, int(memory / (4 * 8 * most**2)))
-    for rows in torch.split(ranked, chunk):
+    for number, rows in enumerate(torch.split(ranked, chunk)):
+        if stops is not None and stops(number * chunk):
+            break
         size = int(counts[rows].max())
         if size == 0:
             continue
@@ -130,7 +144,36 @@ def exact_weights(system: System, mask: Tensor, memory: int = 2**28) -> Tensor:
     return v.to(system.weight.dtype)
 
 
-def conjugate_gradients(system: System, mask: Tensor, v: Tensor, steps: int) -> Tensor:
+def polish(
+    problem: LayerReconstruction,
+    masks: MaskSet,
+    system: System,
+    mask: Tensor,
+    v: Tensor,
+    steps: int,
+    monitor: Monitor,
+    done: int = 0,
+) -> Tensor:
+    """Run `conjugate_gradients` after `done` iterations of a method, until its watch says stop; products are counted.
+
+    Returns
+    -------
+    Tensor
+        The best weights so far.
+    """
+
+    def stops(step: int) -> bool:
+        stopped = monitor.stops(problem, masks, done + step, done + steps)
+        monitor.counters["products"] += not stopped
+        return stopped
+
+    monitor.counters["products"] += steps > 0
+    return conjugate_gradients(system, mask, v, steps, stops)
+
+
+def conjugate_gradients(
+    system: System, mask: Tensor, v: Tensor, steps: int, stops: Callable[[int], bool] | None = None
+) -> Tensor:
     """Lower the error of scaled weights on their mask by Jacobi-preconditioned conjugate gradients.
 
     All rows at once, each with steps of its own; the residual is projected on the mask, so nothing of size
@@ -144,6 +187,8 @@ def conjugate_gradients(system: System, mask: Tensor, v: Tensor, steps: int) -> 
     v : Tensor
         Scaled weights to start from, zero where pruned, shape (rows, d).
     steps : int
+    stops : callable, optional
+        Called with the number of steps taken before each; where it returns True, the weights so far are returned.
 
     Returns
     -------
@@ -160,7 +205,9 @@ def conjugate_gradients(system: System, mask: Tensor, v: Tensor, steps: int) -> 
     p, size = z.clone(), torch.linalg.vecdot(r, z)
     # What is left below this is rounding; a step along it would be noise.
     minimum = size * torch.finfo(v.dtype).eps ** 2
-    for _ in range(steps):
+    for step in range(steps):
+        if stops is not None and stops(step):
+            break
         q = (p @ system.gram).mul_(mask)
         curvature = torch.linalg.vecdot(p, q)
         moves = (size > minimum) & (curvature > 0)

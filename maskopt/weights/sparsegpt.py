@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,6 +56,24 @@ class SparseGPT(Joint):
     def run(
         self, problem: LayerReconstruction, masks: PartitionMatroid, start: Tensor | None, monitor: Monitor
     ) -> Outcome:
+        columns = problem.shape[1]
+        mask, weight = self.one_pass(problem, masks, lambda column: monitor.stops(problem, masks, column, columns))
+        monitor.counters["products"] += 1
+        return Outcome(mask, Status.COMPLETED, columns, weight=weight)
+
+    def one_pass(
+        self, problem: LayerReconstruction, masks: PartitionMatroid, stops: Callable[[int], bool]
+    ) -> tuple[Tensor, Tensor]:
+        """Return mask and weights.
+
+        Parameters
+        ----------
+        problem, masks
+            As in `run`.
+        stops : callable
+            Called before every input with its number; once it returns True, masks are still chosen but no weights
+            are moved.
+        """
         system = System.of(problem, self.ridge)
         columns = problem.shape[1]
         # H = R R^T with R upper triangular is the factorisation of H turned by half a circle, and U = R^-1.
@@ -66,23 +84,24 @@ class SparseGPT(Joint):
         # Inputs first: the pass works on one after the other.
         v = system.weight.T.contiguous()
         keep, lost = torch.ones_like(v), torch.empty_like(v)
+        stopped = False
         for spans in _blocks(masks, problem.shape, self.block):
             begin, end = spans[0][0], spans[-1][1]
-            stopped = monitor.stops(problem, masks, begin, columns)
+            done = begin  # inputs whose losses the later ones of the block make up for
             for first, last, choice in spans:
                 cost = (v[first:last] / size[first:last].unsqueeze(1)).square_().neg_()
                 keep[first:last] = choice.lmo(cost.T.contiguous()).T
-                if stopped:
-                    continue
                 pruned = 1.0 - keep[first:last]
                 for j in range(first, last):
+                    stopped = stopped or stops(j)
+                    if stopped:
+                        break
                     torch.mul(v[j], pruned[j - first], out=lost[j])
                     v[j + 1 : end].addr_(push[j, j + 1 : end], lost[j], alpha=-1.0)
-            if not stopped and end < columns:
-                v[end:].addmm_(push[begin:end, end:].T, lost[begin:end], alpha=-1.0)
-        monitor.counters["products"] += 1
-        weight = system.finish(problem, v.mul_(keep).T).contiguous()
-        return Outcome(keep.T.bool().contiguous(), Status.COMPLETED, columns, weight=weight)
+                    done = j + 1
+            if done > begin and end < columns:
+                v[end:].addmm_(push[begin:done, end:].T, lost[begin:done], alpha=-1.0)
+        return keep.T.bool().contiguous(), system.finish(problem, v.mul_(keep).T).contiguous()
 
 
 _Span = tuple[int, int, PartitionMatroid]

@@ -1,7 +1,6 @@
 """Pruning whole models."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -486,7 +485,7 @@ def test_an_unknown_way_to_propagate_is_refused(llama, make_batches):
         prune(llama, make_batches(), PerRow(0.5), propagate="sparse")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [1e30, -3e38])
 def test_activations_that_are_not_finite_name_the_layer(llama, make_batches, value):
     llama.model.layers[1].input_layernorm.weight.data[3] = value
     with pytest.raises(MaskoptError, match=r"The inputs of model.layers.1.self_attn.q_proj hold NaN or infinite"):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import AlbertConfig, AlbertModel, PretrainedConfig, PreTrainedModel
 
+from maskopt.errors import MaskoptError
 from maskopt.models import find_blocks
 from maskopt.models.batches import prepare_batches
 from maskopt.models.replay import Replay, evaluation_mode
@@ -194,7 +195,7 @@ def test_an_error_inside_a_block_leaves_no_hook_behind(llama, make_batches):
         replay = Replay(llama, find_blocks(llama), prepare_batches(llama, make_batches()))
         replay.run(0, store=True)
         llama.model.layers[1].forward = lambda *args, **kwargs: 1 / 0
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(MaskoptError, match=r"cannot be run on calibration batch 0: division by zero \(ZeroDiv"):
             replay.run(1)
     assert "forward" not in llama.model.layers[0].__dict__
     assert not llama.model.layers[1]._forward_hooks

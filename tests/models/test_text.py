@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskopt.errors import MaskoptError
-from maskopt.models import calibration_batches, context_length, default_seqlen, perplexity, tokenize
+from maskopt.models import calibration_batches, context_length, default_seqlen, perplexity, read_text, tokenize
 
 TEXT = "The quick brown fox jumps over the lazy dog.\nIt was not amused, and said so.\n" * 4
 
@@ -57,12 +57,78 @@ def test_documents_are_tokenised_one_by_one(tokenizer, unmarked, tmp_path):
         ("text.jsonl", b'\n{"content": "a"}\n', "text.jsonl, line 2: not a JSON object"),
         ("text.jsonl", b"[1]\n", "text.jsonl, line 1: not a JSON object"),
         ("text.jsonl", b'{"text": 3}\n', 'line 1: the field "text" is not a string'),
+        ("text.jsonl", b'{"text": {"text": "a"}}\n', 'line 1: the field "text" is not a string'),
+        ("text.jsonl", b'{"a": {"text": "a"}}\n', "line 1: not a JSON object with the field"),
+        ("text.jsonl", b'{"text": "a\\ud800"}\n', "line 1: the text holds half of a surrogate pair"),
+        ("text.jsonl", b"[" * 100000, "line 1: not a JSON object with the field"),
+        ("text.jsonl", b'{"text": "", "n": ' + b"1" * 5000 + b"}", "line 1: not a JSON object with the field"),
+        ("text.jsonl", b'{"text": " "}\n{"text": ""}', "is empty: none of its documents holds text"),
+        ("text.JSONL", b"plain text\n", "text.JSONL, line 1: not a JSON object with the field"),
+        ("text.Json", b"plain text\n", "text.Json, line 1: not a JSON object with the field"),
+        ("text.json", b'{\n"text": "a"\n}', "text.json, line 1: not a JSON object with the field"),
+        ("text.json", b'["a", 3]', 'text.json, item 2: not a JSON object with the field "text"'),
+        ("text.json", b'["a", ', "is no JSON list of strings, or of objects"),
+        ("text.json", b"[]", "is empty: none of its documents holds text"),
+        ("text.txt", b"\xef\xbb\xbfabc\xff", "text.txt is not text in UTF-8 .byte 6 is 0xff"),
+        ("text.txt", b"\xff\xfea\x00", "text.txt is not text in UTF-8 .byte 0 is 0xff"),
+        ("text.txt", b"\xef\xbb\xbf\r\n", "text.txt is empty"),
     ],
+    ids=lambda value: value[:30] if isinstance(value, str) else repr(value)[:20],
 )
 def test_bad_text_files(tokenizer, tmp_path, name, content, sentence):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(MaskoptError, match=sentence):
         tokenize(tokenizer, tmp_path / name)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_line_ends_and_byte_order_marks_are_no_tokens(tokenizer, llama, tmp_path, end, mark):
+    """Wherever a text is read: calibration, evaluation, the figure on its beginning."""
+    file = tmp_path / "text.txt"
+    file.write_bytes(mark + TEXT.replace("\n", end).encode())
+    plain, read = tokenize(tokenizer, TEXT), tokenize(tokenizer, file)
+    assert torch.equal(read.ids, plain.ids)
+    assert read.sha256 == sha256(file.read_bytes()).hexdigest()
+    assert perplexity(llama, tokenizer, file).nll == perplexity(llama, tokenizer, TEXT).nll
+    one, two = (calibration_batches(tokenizer, text, 4, 8) for text in (file, TEXT))
+    assert torch.equal(torch.cat(one.batches), torch.cat(two.batches))
+    assert read_text(file).opening(50).documents == (TEXT[:50],)
+    assert torch.equal(tokenize(tokenizer, TEXT.replace("\n", end)).ids, plain.ids)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.json", "a.Json"])
+def test_json_lines_in_any_case(tokenizer, tmp_path, name):
+    records = [{"text": "ab\r\nc", "id": 1}, {"text": "d"}]
+    a, b, c, d, end = tokenizer.convert_tokens_to_ids(["a", "b", "c", "d", "\n"])
+    for joint, mark in (("\n", ""), ("\r\n", "\ufeff")):
+        (tmp_path / name).write_bytes((mark + joint.join(map(json.dumps, records))).encode())
+        assert tokenize(tokenizer, tmp_path / name).ids.tolist() == [1, a, b, end, c, 1, d]
+
+
+@pytest.mark.parametrize("items", [["ab", "c"], [{"text": "ab"}, {"text": "c", "n": 1}], [{"text": "ab"}, "c"]])
+def test_json_lists_are_documents(tokenizer, tmp_path, items):
+    (tmp_path / "a.json").write_text(json.dumps(items, indent=1))
+    a, b, c = tokenizer.convert_tokens_to_ids(["a", "b", "c"])
+    assert tokenize(tokenizer, tmp_path / "a.json").ids.tolist() == [1, a, b, 1, c]
+
+
+def test_the_beginning_of_documents_is_tokenised_like_all_of_them(unmarked, tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("ab", "cd", "e")))
+    text = read_text(file)
+    assert text.opening(3).documents == ("ab", "cd")
+    assert text.opening(5) is text
+    assert text.opening(3).source == f"the first 2 documents of {file}"
+    assert text.opening(3).sha256 != text.sha256
+    whole = tokenize(unmarked, file).ids
+    assert torch.equal(tokenize(unmarked, text.opening(3)).ids, whole[:6])
+    assert read_text("abc").opening(2).documents == ("ab",)
+
+
+def test_texts_with_half_a_surrogate_pair(tokenizer):
+    with pytest.raises(MaskoptError, match="The text holds half of a surrogate pair at character 2"):
+        tokenize(tokenizer, "ab\ud800")
 
 
 def test_files_that_cannot_be_read(tokenizer, tmp_path):
@@ -160,11 +226,19 @@ def test_perplexity_of_half_precision_is_summed_in_float32(build, tokenizer):
     assert perplexity(build("llama").bfloat16(), tokenizer, TEXT).nll == pytest.approx(exact, rel=0.02)
 
 
-def test_a_hopeless_model_has_infinite_perplexity(llama, tokenizer):
-    llama.lm_head.weight.data *= 1e6
-    measured = perplexity(llama, tokenizer, TEXT)
-    assert measured.perplexity == math.inf
-    assert measured.nll > 700
+def test_a_perplexity_that_is_not_finite_is_an_error(build, tokenizer):
+    model = build("llama")
+    model.lm_head.weight.data *= 1e6
+    with pytest.raises(MaskoptError, match=r"^The perplexity of the LlamaForCausalLM on The text is e\^.*, which no"):
+        perplexity(model, tokenizer, TEXT)
+    model = build("llama").half()
+    model.model.norm.weight.data *= 3e4  # finite, but not its products
+    with pytest.raises(MaskoptError, match=r"is not a number, which no usable .* torch.float16, are out of range"):
+        perplexity(model, tokenizer, TEXT)
+    model = build("llama")
+    model.model.norm.weight.data[0] = math.nan
+    with pytest.raises(MaskoptError, match=r"^The model's model.norm.weight has NaN or infinite entries"):
+        perplexity(model, tokenizer, TEXT)
 
 
 def test_perplexity_needs_a_causal_language_model(build, tokenizer):

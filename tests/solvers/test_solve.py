@@ -435,7 +435,7 @@ def test_make_solver() -> None:
     [
         (lambda: make_solver("gurobi"), "There is no solver 'gurobi'; choose one of magnitude, wanda"),
         (lambda: make_solver("Wanda"), "There is no solver 'Wanda'"),
-        (lambda: make_solver("wanda", iterations=3), "The solver wanda does not take these settings: .*iterations"),
+        (lambda: make_solver("wanda", iterations=3), "The solver wanda has no setting .iterations.; it has none"),
         (lambda: make_solver("sparsefw", alpha=1.5), r"SparseFW needs alpha in \[0, 1\].* got 1.5"),
         (lambda: make_solver("sparsefw", alpha=math.nan), r"SparseFW needs alpha in \[0, 1\]"),
         (lambda: make_solver("sparsefw", iterations=0), "iterations >= 1"),

@@ -351,7 +351,8 @@ def test_fista_solves_its_relaxation() -> None:
     target, steepness = weight @ gram, float(torch.linalg.eigvalsh(gram)[-1])
     penalty = 0.1 * float(target.abs().max())
     method = FISTAPruner(iterations=20_000)
-    v = method._proximal(torch.zeros_like(weight), gram, target, steepness, penalty, Monitor("test", None, None))
+    v, taken = method._proximal(torch.zeros_like(weight), gram, target, steepness, penalty, lambda _: False)
+    assert taken == 20_000
     # Optimality: the gradient is minus the penalty's subgradient.
     gradient = (v - weight) @ gram
     assert bool((v != 0).any())

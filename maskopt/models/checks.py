@@ -1,0 +1,121 @@
+"""Refusals that every function on whole models shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from maskopt.errors import MaskoptError
+
+__all__ = ["check_model", "check_tokenizer", "described", "is_memory_failure", "move_model", "require_positive"]
+
+
+def check_model(model: Any) -> PreTrainedModel:
+    """Return a model that can be run: one of transformers', with data and only finite numbers in it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Parameters and the buffers that are saved with them are looked at.
+
+    Raises
+    ------
+    MaskoptError
+        If it is no such model, or naming the first tensor that holds no data, or NaN or infinite entries.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise MaskoptError(
+            f"The model must be a transformers PreTrainedModel, such as maskopt.models.load_model returns; got "
+            f"{described(model)}."
+        )
+    for name, tensor in _saved(model):  # single numbers among the buffers are bounds, which may be infinite
+        if tensor.is_meta:
+            raise MaskoptError(
+                f"The model's {name} holds no data (it is on the meta device, or offloaded); load it first."
+            )
+        if not _is_finite(tensor, bound=tensor.numel() == 1 and not isinstance(tensor, nn.Parameter)):
+            raise MaskoptError(f"The model's {name} has NaN or infinite entries; mend the checkpoint first.")
+    return model
+
+
+def move_model(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
+    """Move a model to a device and return it.
+
+    Raises
+    ------
+    MaskoptError
+        If torch cannot compute there.
+    """
+    try:
+        torch.zeros((), device=device).item()  # a meta device fails here, too
+        return model.to(device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch built without CUDA asserts
+        if is_memory_failure(error):
+            raise
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise MaskoptError(f"The model cannot be moved to the device {device!r}: {reason}.") from error
+
+
+def check_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
+    """Return what is a tokenizer.
+
+    Raises
+    ------
+    MaskoptError
+        If it is none.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise MaskoptError(f"The tokenizer must be one of transformers; got {described(tokenizer)}.")
+    return tokenizer
+
+
+def require_positive(**numbers: Any) -> None:
+    """Refuse what is no integer of at least one, by name.
+
+    Raises
+    ------
+    MaskoptError
+        Naming the first.
+    """
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise MaskoptError(f"{name} must be an integer of at least 1; got {described(number)}.")
+        if number < 1:
+            raise MaskoptError(f"{name} must be at least 1; got {number}.")
+
+
+def described(value: object) -> str:
+    """Return what a value is, for a sentence: short strings and numbers themselves, else the type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__} (an instance is needed: {value.__name__}(...))"
+    if isinstance(value, FunctionType):
+        return f"the function {value.__name__}"
+    if value is None or (isinstance(value, (str, int, float, bool)) and len(repr(value)) <= 60):
+        return repr(value)
+    return f"a {type(value).__name__}"
+
+
+def is_memory_failure(error: BaseException) -> bool:
+    """Whether memory was short, which says nothing against what was asked for."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def _is_finite(tensor: Tensor, *, bound: bool) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # float8 has few functions
+    return bool(torch.isfinite(tensor).all()) or (bound and not bool(torch.isnan(tensor).any()))

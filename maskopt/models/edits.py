@@ -1,0 +1,61 @@
+"""Masks and new weights that go into a model, and back out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from maskopt.models.layers import Layer
+
+__all__ = ["Edits"]
+
+
+class Edits:
+    """What is chosen for the layers of a model, which of them have it already, and how they were.
+
+    Parameters
+    ----------
+    restorable : bool
+        Whether to keep the dense weights, in the main memory, for `undo`.
+    """
+
+    def __init__(self, restorable: bool) -> None:
+        self._restorable = restorable
+        self._chosen: dict[Layer, tuple[Tensor, Tensor | None]] = {}
+        self._dense: dict[Layer, Tensor] = {}
+        self._current: Layer | None = None
+        self.applied: list[Layer] = []
+        """Layers that are pruned in the model, in order."""
+
+    def choose(self, layer: Layer, mask: Tensor, weight: Tensor | None) -> None:
+        """Note the mask, and the new weights if there are any, of a layer, as it stores its weight."""
+        self._chosen[layer] = mask, weight
+
+    def apply(self, layers: Sequence[Layer]) -> None:
+        """Prune layers in the model as was chosen."""
+        for layer in layers:
+            if self._restorable:
+                self._dense[layer] = layer.weight.detach().to("cpu", copy=True)
+            self._current = layer
+            self._write(layer)
+
+    def settle(self) -> None:
+        """Finish the layer that an interrupt found half-written: no layer is anything but dense or pruned."""
+        if self._current is not None:
+            self._write(self._current)
+
+    def undo(self) -> None:
+        """Give all layers their dense weights back."""
+        for layer, dense in self._dense.items():
+            layer.weight.data.copy_(dense)
+        self._dense.clear()
+        self.applied.clear()
+        self._current = None
+
+    def _write(self, layer: Layer) -> None:
+        mask, weight = self._chosen[layer]
+        layer.apply(mask, weight)
+        self.applied.append(layer)
+        self._current = None
+        del self._chosen[layer]

@@ -1,0 +1,175 @@
+"""Choosing the masks of a model's layers, stage by stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from maskopt.bounds import BoundKind, mask_bound
+from maskopt.errors import MaskoptError
+from maskopt.models.edits import Edits
+from maskopt.models.gram import Gram, GramCollector
+from maskopt.models.layers import Layer
+from maskopt.models.propagation import Propagation, Stage
+from maskopt.models.report import LayerRecord, PruneReport
+from maskopt.oracles import MaskSet
+from maskopt.problems import LayerReconstruction
+from maskopt.solvers import GapKind, Result, Solver, State, solve
+
+__all__ = ["Progress", "Work"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where `prune` is: sent before every step, about once per iteration of a solver, and at the end ("done")."""
+
+    stage: Literal["calibrate", "solve", "certify", "done"]
+    name: str
+    """The block being run, or the layer being solved (several, joined by commas, where they read the same input)."""
+    done: int
+    """Layers that have their mask."""
+    total: int
+    """Layers to prune, known from the start."""
+    fraction: float = 0.0
+    """Fraction of the current layer's solution that is done; an estimate."""
+
+
+_Solved = tuple[LayerRecord, Tensor, Tensor | None]
+
+
+@dataclass
+class Work:
+    """The loop over the stages and what it needs.
+
+    Parameters
+    ----------
+    masks, solver, certify, memory, progress
+        As for `prune`.
+    starts : mapping of Layer to Tensor
+        Starting masks, (rows, d).
+    stages : sequence of Stage
+        In order of execution.
+    propagation : Propagation
+        Runs the blocks.
+    edits : Edits
+        Takes what is chosen.
+    report : PruneReport
+        Written to, layer by layer.
+    """
+
+    masks: MaskSet
+    solver: Solver
+    starts: Mapping[Layer, Tensor]
+    memory: int
+    progress: Callable[[Progress], object] | None
+    certify: BoundKind | None
+    stages: Sequence[Stage]
+    propagation: Propagation
+    edits: Edits
+    report: PruneReport = field(default_factory=PruneReport)
+    solved: dict[Layer, _Solved] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Prune stage by stage."""
+        for stage in self.stages:
+            self._tell("calibrate", stage.name)
+            for turn in self.propagation.turns(stage):
+                grams = self.propagation.collect(stage, turn)
+                for layers in self._together(turn, grams):
+                    self._solve(layers, grams[layers[0]])
+                del grams  # before the next turn's come into being
+                for layer in turn:
+                    record, mask, weight = self.solved.pop(layer)
+                    self.report.masks[layer.name] = mask
+                    self.report.layers.append(record)
+                    self.edits.choose(layer, mask, weight)
+                self.propagation.chosen(turn)
+            if stage is not self.stages[-1]:
+                self.propagation.leave(stage)
+        self.propagation.finish()
+        self._tell("done", "")
+
+    def _together(self, layers: Sequence[Layer], grams: GramCollector) -> list[list[Layer]]:
+        """Group the layers that read the same input, where stacking their rows changes nothing but the speed."""
+        same_for_any_rows = self.masks.separable and self.masks.rows(slice(None), layers[0].shape) is self.masks
+        if not (same_for_any_rows and self.solver.solves_rows_apart(self.masks)):
+            return [[layer] for layer in layers]
+        groups: dict[tuple[int, torch.device, bool], list[Layer]] = {}
+        for layer in layers:
+            key = id(grams[layer]), layer.weight.device, layer in self.starts
+            groups.setdefault(key, []).append(layer)
+        return list(groups.values())
+
+    def _solve(self, layers: Sequence[Layer], gram: Gram) -> None:
+        """Choose the masks of layers with one Gram matrix and write their records."""
+        name = ", ".join(layer.name for layer in layers)
+        self._tell("solve", name)
+        began = time.perf_counter()
+
+        def tell(state: State) -> None:
+            self._tell("solve", name, state.fraction)
+
+        # The Gram is a sum of x x^T whose diagonal was checked, and so was the weight: no need to factorise it.
+        weight = torch.cat([layer.oriented(layer.weight.detach()) for layer in layers])
+        matrix = gram.matrix.to(weight.device)
+        if gram.cross is None:
+            problem = LayerReconstruction(weight, matrix, gram.tokens, check=False)
+        else:
+            problem = LayerReconstruction.towards(weight, matrix, gram.cross.to(weight.device), gram.tokens)
+        start = torch.cat([self.starts[layer] for layer in layers]) if layers[0] in self.starts else None
+        try:
+            result = solve(
+                problem,
+                self.masks,
+                self.solver,
+                start=start,
+                callback=None if self.progress is None else tell,
+                memory=self.memory,
+            )
+        except MaskoptError as error:
+            raise MaskoptError(f"The layer {name} cannot be solved: {error}") from error
+        self.report.solve_seconds += time.perf_counter() - began
+        if self.certify is not None:
+            self._tell("certify", name)
+            bound = mask_bound(problem, self.masks, self.certify, memory=self.memory)
+            result = replace(result, lower_bound=bound, gap_kind=GapKind.PROVEN)
+        first = 0
+        for layer in layers:
+            part = result if len(layers) == 1 else result.part(slice(first, first + layer.shape[0]))
+            first += layer.shape[0]
+            mask = layer.oriented(part.mask).cpu().contiguous()
+            # In the layer's own type: it is rounded to that in any case, and waits for the end where nothing is.
+            moved = None if part.weight is None else layer.oriented(part.weight).to(layer.weight.dtype)
+            self.solved[layer] = _record(layer, gram, part), mask, moved
+
+    def _tell(self, stage: Literal["calibrate", "solve", "certify", "done"], name: str, fraction: float = 0.0) -> None:
+        if self.progress is not None:
+            total = sum(len(stage.layers) for stage in self.stages)
+            done = len(self.report.layers) + len(self.solved)
+            self.progress(Progress(stage, name, done, total, fraction))
+
+
+def _record(layer: Layer, gram: Gram, result: Result) -> LayerRecord:
+    rows, columns = layer.shape
+    nonzeros = int(result.mask.sum())
+    return LayerRecord(
+        name=layer.name,
+        rows=rows,
+        columns=columns,
+        relative_error=result.relative_error,
+        kept_error=result.kept_error,
+        objective=result.total,
+        lower_bound=None if result.lower_bound is None else float(result.lower_bound.sum()),
+        gap_kind=result.gap_kind.name,
+        sparsity=result.sparsity,
+        nonzeros=nonzeros,
+        tokens=gram.tokens,
+        iterations=result.iterations,
+        seconds=result.seconds,
+        status=result.status.name,
+    )
