@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _HIDDEN = re.compile(r"\..{1,40}\.[0-9a-f]{16}\.tmp", re.DOTALL)
-_YOUNG = 60.0  # seconds for which a folder without a lock may still be on its way to one
+_YOUNG = 60.0  # seconds within which a folder without a lock may still get one
 
 _unfinished: set[Path] = set()
 """Hidden folders of this process that exist or are about to."""
@@ -155,7 +155,7 @@ def _private_folder(path: Path) -> Iterator[Path]:
 def _locked(path: Path) -> IO[str]:
     """Make a file that is locked until it is closed or the process ends, however that happens."""
     file = path.open("w", encoding="ascii")
-    with suppress(OSError):  # a file system without locks: nobody else gets one either
+    with suppress(OSError):  # a file system without locks: other processes get none either
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
     # Only now may others conclude from a free lock that its owner is gone.

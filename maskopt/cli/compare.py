@@ -115,9 +115,9 @@ def compare(
     with json_output(json, figures):
         console = tables(json)
         console.print(_table(rows, list(methods)))
-        moved = [spec for spec, method in methods.items() if isinstance(method, Joint)]
-        if moved:
-            console.print(_updates_table(rows, moved))
+        updating = [spec for spec, method in methods.items() if isinstance(method, Joint)]
+        if updating:
+            console.print(_updates_table(rows, updating))
         if len(methods) > 1:
             console.print(_summary_table(summary, len(rows)))
 
@@ -232,7 +232,7 @@ def _table(rows: Sequence[Figures], specs: Sequence[str]) -> Table:
 
 
 def _updates_table(rows: Sequence[Figures], specs: Sequence[str]) -> Table:
-    """Return the table of errors before and after the weights moved."""
+    """Return the table of errors before and after the weights were updated."""
     table = Table(box=box.SIMPLE_HEAD, title=Text("Error before and after the update of the weights"))
     table.title_justify = "left"
     table.add_column("layer")

@@ -18,7 +18,7 @@ __all__ = ["load_mask", "mask_bytes"]
 
 
 def mask_bytes(mask: Tensor, about: Mapping[str, Any], weight: Tensor | None = None) -> bytes:
-    """Return the content of a mask file, with the new weights where they moved; `about` becomes its metadata."""
+    """Return the content of a mask file, with the new weights where they were updated; `about` becomes its metadata."""
     from safetensors.torch import save
 
     tensors = {"mask": mask} if weight is None else {"mask": mask, "weight": weight}

@@ -1,4 +1,4 @@
-"""Options that commands share, and the words behind them."""
+"""Options common to several commands, and the words behind them."""
 
 import importlib.util
 import os

@@ -51,6 +51,6 @@ def part_of(problem: LayerReconstruction, rows: slice, columns: int | None = Non
     columns = d if columns is None else columns
     if not 1 <= columns <= d:
         raise MaskoptError(f"The layer has {d} columns; --columns {columns} is out of range.")
-    # Copies: a view would take all of the layer along to other processes.
+    # Copies: a slice would carry the whole layer to other processes.
     weight, gram = problem.weight[rows, :columns].clone(), problem.gram[:columns, :columns].clone()
     return LayerReconstruction(weight, gram, problem.tokens, check=False)

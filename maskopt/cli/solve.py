@@ -40,7 +40,8 @@ def solve(
         Path | None, typer.Option("--start", help="Mask file to start from, for solvers that improve a mask.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write the mask, and weights that moved, to a new safetensors file.")
+        Path | None,
+        typer.Option("--out", help="Write the mask, and updated weights, to a new safetensors file."),
     ] = None,
     time_limit: Annotated[
         float | None, typer.Option("--time-limit", help="Seconds after which the best mask so far is taken.")

@@ -43,10 +43,14 @@ def verify(
     pattern: PatternOption = "per-row",
     sparsity: SparsityOption = None,
     solver: Annotated[
-        str, typer.Option("--solver", help="The heuristic to judge; settings as in 'sparsefw:iterations=500'.")
+        str, typer.Option("--solver", help="The heuristic to check; settings as in 'sparsefw:iterations=500'.")
     ] = "continuation",
     exact: Annotated[
-        str, typer.Option("--exact", help="What judges it: scip, brute-force or any solver that proves bounds.")
+        str,
+        typer.Option(
+            "--exact",
+            help="The reference: branch-and-bound, scip, brute-force or any that proves bounds.",
+        ),
     ] = "scip",
     option: Annotated[
         list[str] | None,

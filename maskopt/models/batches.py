@@ -1,4 +1,4 @@
-"""Calibration batches as the rest of the room sees them: checked, on the model's device, padding made explicit."""
+"""Calibration batches as the rest of the package sees them: checked, on the model's device, padding made explicit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Refusals that every function on whole models shares."""
+"""Refusals common to all functions on whole models."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Gram:
 
     matrix: Tensor
     leader: Layer
-    """The layer that adds to it; others that see the same tensors share it."""
+    """The layer that adds to it; others that see the same tensors use it too."""
     tokens: int = 0
     cross: Tensor | None = None
     """Sum of x y^T, where y is what the layers see and x what they saw in the dense model; None where not asked for,
@@ -164,7 +164,7 @@ class DenseInputs(_Inputs):
     Parameters
     ----------
     layers : sequence of Layer
-        The layers to watch; call `begin` before every batch.
+        The layers to observe; call `begin` before every batch.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -203,13 +203,13 @@ class DenseInputs(_Inputs):
 class GramCollector(_Inputs):
     """Context manager that hooks layers and accumulates the Gram matrix of their inputs.
 
-    Layers that are handed the same tensor (queries, keys and values; gate and up) share one matrix. Padded
+    Layers that are handed the same tensor (queries, keys and values; gate and up) have one matrix in common. Padded
     positions are left out.
 
     Parameters
     ----------
     layers : sequence of Layer
-        The layers to watch; call `begin` before every batch.
+        The layers to observe; call `begin` before every batch.
     dense : DenseInputs, optional
         What the layers saw of the same batch in the dense model; then cross terms are summed, too.
     """
@@ -283,7 +283,7 @@ class GramCollector(_Inputs):
             )
 
     def _paired(self, cross: Tensor, layer: Layer, before: Tensor | None, x: Tensor, rows: Tensor) -> Tensor | None:
-        """Return the cross term with this call's share, None if the dense model's call was about other tokens."""
+        """Return the cross term with what this call adds, None if the dense model's call was about other tokens."""
         assert self._batch is not None
         sequences, positions = self._batch.shape
         # Experts see some tokens only, and in the dense model other ones, be they as many.

@@ -68,7 +68,7 @@ def prune(
 ) -> PruneReport:
     """Choose a mask for every linear layer in a model's blocks and set the pruned weights to zero, in place.
 
-    Where the solver moves the surviving weights too (`maskopt.weights`), these are replaced.
+    Where the solver updates the surviving weights too (`maskopt.weights`), these are replaced.
 
     Block by block, in order of execution: the calibration batches run through the block, the Gram matrices of its
     layers' inputs are summed in float32 without padded positions, every layer is solved on its own, and the
@@ -88,7 +88,7 @@ def prune(
     masks : MaskSet
         The set of masks, the same for every layer, such as ``PerRow(keep=0.5)`` or ``NM(keep=2, group=4)``.
     solver : Solver, optional
-        ContinuationFrankWolfe() by default: masks alone. `maskopt.weights.ConditionalADMM()` moves weights as well.
+        ContinuationFrankWolfe() by default: masks alone. `maskopt.weights.ConditionalADMM()` updates weights as well.
     propagate : {"corrected", "pruned", "dense"}
         Whether a block is calibrated on what the pruned blocks before it give out, or on the dense model's states; or
         ("corrected") on the former, aiming at the outputs of the dense model on the latter: see
@@ -135,7 +135,7 @@ def prune(
     check_model(model)
     if certify is not None:
         if isinstance(solver, Joint):
-            raise MaskoptError("certify proves bounds on masks whose weights stay; choose a solver that moves none.")
+            raise MaskoptError("certify proves bounds on masks whose weights stay; choose a solver that updates none.")
         check_bound(masks, certify)
     if device is not None:
         move_model(model, device)

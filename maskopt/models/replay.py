@@ -201,7 +201,7 @@ class Replay:
         """Whether running the blocks one by one ends in the states of the model's own forward of the first batch."""
         try:
             for position in range(len(self.order)):
-                # The second batch overwrites what a model may remember of the first one by the way.
+                # The second batch overwrites what a model may remember of the first one.
                 self.run(position, store=True, indices=range(min(2, len(self._batches))))
             return all(_close(_first_tensor(self._states[stack][0]), final) for stack, final in finals.items())
         except Exception:

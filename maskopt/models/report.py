@@ -27,7 +27,7 @@ class LayerRecord:
         ||W X - V X||^2 / ||W X||^2 on the inputs it was calibrated with; V is M * W where the weights stay, and the
         first W is the target where errors upstream are corrected (`LayerReconstruction.towards`).
     kept_error : float
-        The same with V = M * W: before the surviving weights moved, if they did.
+        The same with V = M * W: before any update of the surviving weights.
     objective : float
         ||W X - V X||^2, summed over the rows.
     lower_bound : float or None

@@ -58,8 +58,8 @@ def select_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequen
     Without `include`, every linear layer inside a block is pruned and nothing outside (embeddings, lm_head, pooler,
     classifier). With `include`, exactly the linear layers whose full name matches one of its patterns are, inside
     the blocks or not. `exclude` wins over `include`. Patterns are those of `fnmatch`, case-sensitive, and must match
-    the full name (``model.layers.0.mlp.up_proj``); ``*`` also matches dots. Weights that several modules share are
-    pruned once, where they come first.
+    the full name (``model.layers.0.mlp.up_proj``); ``*`` also matches dots. Weights that several modules have in
+    common are pruned once, where they come first.
 
     Layers that choose between experts or weigh them (routers, gates of shared experts: `find_routers`) stay dense: they
     are small, and decide much. A pattern of `include` prunes them if it contains the part of the name that says so:

@@ -1,4 +1,4 @@
-"""ADMM with a fixed penalty, whose mask is chosen on the way at growing sparsity."""
+"""ADMM with a fixed penalty, whose mask is chosen during the iterations at growing sparsity."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class ADMM(Joint):
         z = (v + u) where the mask keeps, u = v + u - z
         v = argmin (w - v)^T (H + ridge I) (w - v) + penalty ||v - z + u||^2
 
-    In the first `selections` iterations the mask is chosen anew by |v + u|, pruning a share 1 - (1 - (t+1) / n)^3 of
+    In the first `selections` iterations the mask is chosen anew by |v + u|, pruning a fraction 1 - (1 - (t+1) / n)^3 of
     what has to go in the end. Boza, "Fast and Effective Weight Update for Pruned Large Language Models" (arXiv
-    2401.02938). Any set works: on the way the mask is the nearest member and, of each row block, the largest of
+    2401.02938). Any set works: until then the mask is the nearest member and, of each row block, the largest of
     the other entries. The authors' code counts these over the whole matrix for N:M.
 
     Parameters
@@ -57,7 +57,7 @@ class ADMM(Joint):
     def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         system = System.of(problem, 0.0)
         w = system.weight
-        gram = system.gram  # nobody else reads it
+        gram = system.gram  # not used elsewhere, so it may be overwritten
         gram.diagonal().add_(self.ridge + self.penalty)
         pull = torch.cholesky_inverse(definite_factor(gram)).mul_(self.penalty)
         selections = min(self.selections, self.iterations)

@@ -39,12 +39,12 @@ class ALPS(Joint):
     penalty : float
         At the start.
     growth : (float, float, float)
-        Factors of the penalty where, since the last look, at least a tenth of the kept entries changed, at least
+        Factors of the penalty where, since the last check, at least a tenth of the kept entries changed, at least
         one in 200, or fewer.
     every : int
-        Iterations from one look at the mask to the next.
+        Iterations from one check of the mask to the next.
     iterations : int
-        At most; the method ends when the mask has not changed between two looks.
+        At most; the method ends when the mask has not changed between two checks.
     polish : int
         Steps of conjugate gradients at the end.
     """
@@ -55,7 +55,7 @@ class ALPS(Joint):
     iterations: int = 300
     polish: int = 10
 
-    row_wise: ClassVar[bool] = False  # all rows share the penalty and the stop
+    row_wise: ClassVar[bool] = False  # one penalty and one stopping test for all rows
 
     def __post_init__(self) -> None:
         super().__post_init__()

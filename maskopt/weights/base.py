@@ -1,4 +1,4 @@
-"""What methods that move the surviving weights share: the damped, scaled least-squares problem."""
+"""The damped, scaled least-squares problem behind all methods that update the surviving weights."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class System:
         else:
             diagonal.add_(ridge * mean)
         dead = diagonal <= 0
-        # Inputs that are always zero: their weights do not matter, so nobody shall keep them for their size.
+        # Inputs that are always zero: their weights do not matter, so they must not be kept for their size.
         diagonal.masked_fill_(dead, mean * 2.0**-40 if mean > 0 else 1.0)
         size = diagonal.sqrt()
         inverse = size.reciprocal().masked_fill_(dead, 0.0)

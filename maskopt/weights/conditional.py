@@ -32,7 +32,7 @@ class ConditionalADMM(Joint):
 
     Each stage has one factorisation, so that an iteration is one matrix product (ALPS: two, and an
     eigendecomposition). With x = v + dual / rho, an iteration is Douglas-Rachford's: z is the part of x in the set,
-    and x moves by `relaxation` times v - z. Rows are independent where the set lets them. Conjugate gradients on the
+    and x changes by `relaxation` times v - z. Rows are independent where the set lets them. Conjugate gradients on the
     last mask end it.
 
     Parameters

@@ -19,7 +19,7 @@ from maskopt.weights.sparsegpt import SparseGPT
 
 __all__ = ["FISTAPruner"]
 
-_LEAST = 1e-8  # least penalty tried, as a fraction of the one that prunes everything
+_SMALLEST = 1e-8  # penalty tried, as a fraction of the one that prunes everything
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class FISTAPruner(Joint):
         Of `SparseGPT`, whose weights are the first; on sets it does not know, or from a `start`, these are the dense
         ones where the mask keeps. The problem itself has no ridge.
     threshold : float
-        The share above which the penalty grows.
+        The fraction above which the penalty grows.
     rounds : int
     iterations : int
         Of each round.
@@ -50,7 +50,7 @@ class FISTAPruner(Joint):
     rounds: int = 20
     iterations: int = 20
 
-    row_wise: ClassVar[bool] = False  # all rows share the penalty
+    row_wise: ClassVar[bool] = False  # one penalty for all rows
     corrects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class FISTAPruner(Joint):
         # A little more than the largest eigenvalue, which is rounded.
         steepness = 1.001 * float(torch.linalg.eigvalsh(gram)[-1])
         target = w @ gram
-        low, high = (math.log(fraction) for fraction in (_LEAST, 1.0))
+        low, high = (math.log(fraction) for fraction in (_SMALLEST, 1.0))
         most = float(target.abs().max())
         while done < planned and minimum > 0 and steepness > 0 and not stops(0):
             middle = (low + high) / 2

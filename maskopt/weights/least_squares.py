@@ -93,7 +93,7 @@ class LeastSquares(Joint):
 def exact_weights(
     system: System, mask: Tensor, memory: int = 2**28, stops: Callable[[int], bool] | None = None
 ) -> Tensor:
-    """Return the scaled weights of least error on a mask: H_SS v = (H w)_S for each row, in float64.
+    """Return the scaled weights of smallest error on a mask: H_SS v = (H w)_S for each row, in float64.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ def polish(
     monitor: Monitor,
     done: int = 0,
 ) -> Tensor:
-    """Run `conjugate_gradients` after `done` iterations of a method, until its watch says stop; products are counted.
+    """Run `conjugate_gradients` after `done` iterations of a method, until its monitor says stop; products are counted.
 
     Returns
     -------
@@ -203,20 +203,20 @@ def conjugate_gradients(
     r = ((system.weight - v) @ system.gram).mul_(mask)
     z = r / diagonal
     p, size = z.clone(), torch.linalg.vecdot(r, z)
-    # What is left below this is rounding; a step along it would be noise.
+    # What is left below this is rounding; a step in it would be noise.
     minimum = size * torch.finfo(v.dtype).eps ** 2
     for step in range(steps):
         if stops is not None and stops(step):
             break
         q = (p @ system.gram).mul_(mask)
         curvature = torch.linalg.vecdot(p, q)
-        moves = (size > minimum) & (curvature > 0)
-        alpha = torch.where(moves, size / curvature, 0.0).unsqueeze(1)
+        changes = (size > minimum) & (curvature > 0)
+        alpha = torch.where(changes, size / curvature, 0.0).unsqueeze(1)
         v.addcmul_(alpha, p)
         r.addcmul_(alpha, q, value=-1.0)
         torch.div(r, diagonal, out=z)
         last, size = size, torch.linalg.vecdot(r, z)
-        p.mul_(torch.where(moves, size / last, 0.0).unsqueeze(1)).add_(z)
+        p.mul_(torch.where(changes, size / last, 0.0).unsqueeze(1)).add_(z)
     return v
 
 

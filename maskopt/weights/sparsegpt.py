@@ -23,21 +23,21 @@ __all__ = ["SparseGPT"]
 
 @dataclass(frozen=True)
 class SparseGPT(Joint):
-    """One pass over the inputs: prune where it costs least, move the weights of all later inputs.
+    """One pass over the inputs: prune where it costs least, update the weights of all later inputs.
 
     With U^T U = H^-1, U upper triangular, removing w_j costs w_j^2 / U_jj^2 when inputs before j stay as they
     are; the best answer of the later ones is w - w_j / U_jj * U_j. Frantar and Alistarh, "SparseGPT: Massive Language
     Models Can Be Accurately Pruned in One-Shot" (ICML 2023, arXiv 2301.00774).
 
     Entries are chosen when the pass reaches their group. Wider groups, such as rows or the whole matrix, are cut into
-    spans of `block` inputs, and each keeps its share: of 50 % of the whole matrix, half of every rows x 128 entries.
+    spans of `block` inputs, and each keeps its fraction: of 50 % of the whole matrix, half of every rows x 128 entries.
 
     Parameters
     ----------
     ridge : float
         See `System.of`.
     block : int
-        Inputs whose weights are chosen together at most, and after which the later ones are moved.
+        Inputs whose weights are chosen together at most, and after which the later ones are updated.
 
     Raises
     ------
@@ -72,7 +72,7 @@ class SparseGPT(Joint):
             As in `run`.
         stops : callable
             Called before every input with its number; once it returns True, masks are still chosen but no weights
-            are moved.
+            are updated.
         """
         system = System.of(problem, self.ridge)
         columns = problem.shape[1]
