@@ -144,8 +144,8 @@ class Work:
             first += layer.shape[0]
             mask = layer.oriented(part.mask).cpu().contiguous()
             # In the layer's own type: it is rounded to that in any case, and waits for the end where nothing is.
-            weight = None if part.weight is None else layer.oriented(part.weight).to(layer.weight.dtype)
-            self.solved[layer] = _record(layer, gram, part), mask, weight
+            updated = None if part.weight is None else layer.oriented(part.weight).to(layer.weight.dtype)
+            self.solved[layer] = _record(layer, gram, part), mask, updated
 
     def _tell(self, stage: Literal["calibrate", "solve", "certify", "done"], name: str, fraction: float = 0.0) -> None:
         if self.progress is not None:
