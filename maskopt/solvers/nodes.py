@@ -12,7 +12,7 @@ from maskopt.bounds import sdp_bound
 from maskopt.oracles import PartitionMatroid
 from maskopt.problems import LayerReconstruction, Move, Point, Quadratic
 from maskopt.problems.base import shift_deficit
-from maskopt.problems.layer import eigenvalue_floor
+from maskopt.problems.convexity import eigenvalue_floor
 
 __all__ = ["Nodes", "Relaxation"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
 from maskopt.problems import Problem, Quadratic
-from maskopt.problems.layer import eigenvalue_floor
+from maskopt.problems.convexity import eigenvalue_floor
 from maskopt.solvers.base import Outcome, Solver, Status, Watch, band_of
 from maskopt.solvers.continuation import ContinuationFrankWolfe
 from maskopt.solvers.one_swap import better_of
