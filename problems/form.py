@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
+from maskopt.exact import WIDEST, ExactMatrix, summed
 from maskopt.problems.base import Move, Point, Quadratic, shift_deficit
 from maskopt.problems.checks import symmetrised
 from maskopt.problems.convexity import eigenvalue_floor
-from maskopt.problems.exact import WIDEST, ExactMatrix, summed
 
 __all__ = ["QuadraticForm"]
 

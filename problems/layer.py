@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
+from maskopt.exact import WIDEST, ExactMatrix, exact_difference
 from maskopt.problems.base import Move, Point, Quadratic, shift_deficit
 from maskopt.problems.checks import (
     check_finite,
@@ -16,7 +17,6 @@ from maskopt.problems.checks import (
     symmetrised,
 )
 from maskopt.problems.convexity import diagonal_floor, eigenvalue_floor, entry_sizes
-from maskopt.problems.exact import WIDEST, ExactMatrix, exact_difference
 
 __all__ = ["LayerReconstruction"]
 

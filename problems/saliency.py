@@ -5,8 +5,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from maskopt.exact import summed
 from maskopt.problems.base import Move, Point, Quadratic, shift_deficit
-from maskopt.problems.exact import summed
 
 __all__ = ["Saliency"]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["WIDEST", "ExactMatrix", "exact_difference", "fraction", "integers", "summed"]
+__all__ = ["WIDEST", "ExactMatrix", "exact_difference", "floor_of_sum", "fraction", "integers", "summable", "summed"]
 
 WIDEST = 512
 """Inputs up to which sums are repeated exactly where float64 is in doubt; beyond, one sum takes too long."""
@@ -36,6 +37,27 @@ def summed(values: Tensor) -> Fraction:
     """Return the sum of finite floats."""
     whole, exponent = integers(values.detach().double().cpu().numpy().reshape(-1))
     return fraction(sum(whole.tolist()), exponent)
+
+
+def floor_of_sum(values: Tensor) -> float:
+    """Return the largest float that is not above the sum of finite floats; for long vectors one a little smaller."""
+    if len(values) > 2**16:
+        return float(values.sum()) - len(values) * 2.0**-52 * float(values.abs().sum())
+    listed = values.tolist()
+    try:
+        total = math.fsum(listed)
+    except OverflowError:
+        return float(values.sum())
+    return total if math.fsum([*listed, -total]) >= 0.0 else math.nextafter(total, -math.inf)
+
+
+def summable(values: Tensor) -> Tensor:
+    """Return for which rows of finite numbers, shape (rows, entries), float64 adds up any entries without rounding."""
+    size = values.abs()
+    small = torch.where(size > 0, size, torch.inf).amin(1)
+    # Every entry has 24 digits or fewer, so that all are multiples of the least one's last digit.
+    short = (values.float().double() == values).all(1)
+    return short & (size.amax(1) * values.shape[1] <= 2.0**28 * small) & (small > 2.0**-100)
 
 
 class ExactMatrix:
