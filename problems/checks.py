@@ -22,11 +22,13 @@ def ridged_factor(matrix: Tensor) -> Tensor:
     """Return the Cholesky factor of a matrix with unit diagonal, with as much added to it as that needs."""
     ridge = 0.0
     for _ in range(8):
+        factor: Tensor
         factor, info = torch.linalg.cholesky_ex(matrix + ridge * torch.eye(len(matrix)).to(matrix))
         if int(info) == 0 and bool(torch.isfinite(factor).all()):
             return factor
         ridge = max(10.0 * ridge, 1e-6)
-    return torch.linalg.cholesky(matrix + len(matrix) * torch.eye(len(matrix)).to(matrix))
+    last: Tensor = torch.linalg.cholesky(matrix + len(matrix) * torch.eye(len(matrix)).to(matrix))
+    return last
 
 
 def check_finite(name: str, matrix: Tensor) -> None:

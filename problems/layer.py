@@ -155,6 +155,11 @@ class LayerReconstruction(Quadratic):
         return self._w if self._target is None else _divided(self._target, self._weight_unit)
 
     @property
+    def target(self) -> Tensor:
+        """What is aimed at, shape (rows, d): `weight` by default."""
+        return self.weight if self._target is None else self._target
+
+    @property
     def aims_elsewhere(self) -> bool:
         """Whether another output than the weight's own is aimed at."""
         return self._beyond is not None
@@ -321,8 +326,7 @@ class LayerReconstruction(Quadratic):
         return errors
 
     def exact_objective(self, mask: Tensor) -> list[Fraction]:
-        aim = self.weight if self._target is None else self._target
-        off, exponent = exact_difference(aim, self.weight.masked_fill(~mask, 0.0))
+        off, exponent = exact_difference(self.target, self.weight.masked_fill(~mask, 0.0))
         gram = self.exact_gram()
         return [max(Fraction(0), gram.form(row, exponent)) for row in off]
 
@@ -349,8 +353,7 @@ class LayerReconstruction(Quadratic):
 
     def scale(self) -> Tensor:
         if self._scale is None:
-            aim = self.weight if self._target is None else self._target
-            self._scale = self._quadratic_form(aim.double() / self._weight_unit)
+            self._scale = self._quadratic_form(self.target.double() / self._weight_unit)
         return self._scale
 
     def _quadratic_form(self, rows: Tensor) -> Tensor:
