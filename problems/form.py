@@ -74,7 +74,7 @@ class QuadraticForm(Quadratic):
         index = (values.abs() * (2.0 * self.shape[1] ** 2) < size).nonzero().flatten()
         if len(index):
             whole = self.rows(index).exact_objective(mask[index])
-            values[index] = torch.tensor([float(value) for value in whole]).to(values)
+            values[index] = torch.tensor([float(value) for value in whole], dtype=torch.float64).to(values)
         return values
 
     def exact_objective(self, mask: Tensor) -> list[Fraction]:

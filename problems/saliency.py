@@ -88,7 +88,7 @@ class Saliency(Quadratic):
         # Scores of both signs may cancel; then the sum is repeated without rounding.
         index = (values.abs() * (2.0 * self.shape[1] ** 2) < lost.abs().sum(1)).nonzero().flatten()
         if len(index):
-            values[index] = torch.tensor([float(summed(row)) for row in lost[index]]).to(values)
+            values[index] = torch.tensor([float(summed(row)) for row in lost[index]], dtype=torch.float64).to(values)
         return values
 
     def exact_objective(self, mask: Tensor) -> list[Fraction]:
