@@ -85,10 +85,9 @@ class LayerReconstruction(Quadratic):
         self.gram = gram.detach().to(dtype)
         self.tokens = tokens
         if check:
-            check_finite("weight", self.weight)
-            if target is not None:
-                check_finite("target", target)
-            check_finite("Gram", self.gram)
+            for name, matrix in (("weight", self.weight), ("target", target), ("Gram", self.gram)):
+                if matrix is not None:
+                    check_finite(name, matrix)
             check_symmetric(self.gram)
         self.gram = symmetrised(self.gram)
         if check:
@@ -96,7 +95,10 @@ class LayerReconstruction(Quadratic):
         # Powers of two change no digit; they keep squares and sums of extreme data inside the float range.
         self._weight_unit = _power_of_two(self.weight.abs().max())
         self._gram_unit = _power_of_two(self.gram.diagonal().max())
-        if 2 * math.log2(self._weight_unit) + math.log2(self._gram_unit) > 1000:
+        power = round(2 * math.log2(self._weight_unit) + math.log2(self._gram_unit))
+        # The unit of errors must not underflow, though errors themselves may.
+        self._weight_unit *= 2.0 ** max(0, (-1000 - power + 1) // 2)
+        if power > 1000:
             raise MaskoptError(
                 "Weight and Gram are so large that the error of the layer exceeds float64; scale them down."
             )
@@ -131,8 +133,10 @@ class LayerReconstruction(Quadratic):
         ridge : float
             Added to the diagonal of G, as a share of its mean.
         """
+        for name, matrix in (("weight", weight), ("Gram", gram), ("cross Gram", cross)):
+            check_finite(name, matrix)
         wide = gram.double()
-        wide = (wide + wide.T) / 2
+        wide = wide / 2 + wide.T / 2
         diagonal = wide.diagonal()
         diagonal.add_(ridge * float(diagonal.mean()) + torch.finfo(torch.float64).tiny)
         size = diagonal.sqrt()
@@ -142,7 +146,9 @@ class LayerReconstruction(Quadratic):
         drift = (cross.double() - gram.double()) / size
         step = torch.cholesky_solve((weight.double() @ drift).T, factor).T / size
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return cls(weight, gram, tokens, target=(weight.double() + step).to(dtype), check=False)
+        target = (weight.double() + step).to(dtype)
+        check_finite("target", target)
+        return cls(weight, gram, tokens, target=target, check=False)
 
     @property
     def scaled_weight(self) -> Tensor:

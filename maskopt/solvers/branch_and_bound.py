@@ -151,7 +151,7 @@ class _Search:
         self.mask, self.full = start, self._evaluated(start)
         self.solved, self.began, self.doubts = 0, time.perf_counter(), 0
         protected = torch.zeros_like(start) if masks.protected is None else masks.protected.to(start.device)
-        self.kept = always_kept(problem, protected, self.full)
+        self.kept = always_kept(problem, protected, start, self.full)
         self.bound = 0.0
         self._begin()
 
@@ -215,7 +215,7 @@ class _Search:
         if self.full >= self.began_with or self.relaxation.lost <= _NOTICED * self.settings.gap * self.error:
             return
         self.began_with = self.full
-        kept = always_kept(self.problem, self.kept, self.full)
+        kept = always_kept(self.problem, self.kept, self.mask, self.full)
         if bool((kept & ~self.kept).any()):
             self.kept = kept
             self._begin()

@@ -184,7 +184,8 @@ class _Evaluation:
         entries = self._height * problem.shape[1]
         if not isinstance(problem, Quadratic):
             eps: float = torch.finfo(problem.dtype).eps
-            return largest * max(1e-12, entries * eps)
+            share: float = max(1e-12, entries * eps)
+            return largest * share
         if self._size == 0.0:
             exact = problem.double()
             assert isinstance(exact, Quadratic)

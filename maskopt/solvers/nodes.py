@@ -69,8 +69,10 @@ class Nodes:
         return Nodes(self.kept.clone(), self.pruned.clone(), self.x, self.bound)
 
 
-def always_kept(problem: LayerReconstruction, kept: Tensor, error: float) -> Tensor:
-    """Return which entries every mask of a band keeps that is better than `error`, shape (rows, d); `kept` among them.
+def always_kept(problem: LayerReconstruction, kept: Tensor, incumbent: Tensor, error: float) -> Tensor:
+    """Return which entries every mask of a band keeps that is better than the incumbent, shape (rows, d).
+
+    `kept` are among them, and the incumbent, whose error is given in full, keeps all of them.
 
     With Q = Diag(w) G Diag(w), pruning entry i costs at least Q_ii less what others can make up for, 2 sum |Q_ij| over
     negative Q_ij: what all pruned entries but i lose together is not negative. Entries that are kept for certain make
@@ -89,7 +91,7 @@ def always_kept(problem: LayerReconstruction, kept: Tensor, error: float) -> Ten
         # A Gram may be indefinite by rounding, in all rows.
         lost = missing * (spread.square().sum() + spread * spread.sum(1, keepdim=True))
         help_ = torch.einsum("rij,rj->ri", helping, (~kept).double())
-        more = ~kept & (alone - 2.0 * help_ - lost > bar)
+        more = incumbent & ~kept & (alone - 2.0 * help_ - lost > bar)
         if not bool(more.any()):
             return kept
         kept = kept | more

@@ -179,7 +179,7 @@ class _Band:
         nothing = torch.zeros_like(mask)
         if not isinstance(problem, LayerReconstruction) or problem.aims_elsewhere:
             return nothing.cpu()
-        return always_kept(problem, nothing, error).cpu()
+        return always_kept(problem, nothing, mask, error).cpu()
 
 
 def _counts(masks: MaskSet) -> bool:
