@@ -11,6 +11,7 @@ from scipy.optimize import LinearConstraint
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
+from maskopt.exact import floor_of_sum
 
 __all__ = [
     "CanProject",
@@ -125,8 +126,9 @@ class MaskSet(ABC):
 
     def lmo_bound(self, cost: Tensor) -> Tensor:
         """Return a proven lower bound of the least cost of any mask, one per row block, float64; tight for exact sets."""
-        chosen = (cost.double() * self.lmo(cost)).sum(1)
-        return chosen.view(-1, self.row_block(cost.shape)).sum(1)
+        terms = cost.double() * self.lmo(cost)
+        blocks = terms.reshape(-1, self.row_block(cost.shape) * cost.shape[1])
+        return torch.tensor([floor_of_sum(row_block) for row_block in blocks], dtype=torch.float64, device=cost.device)
 
     def round(self, x: Tensor) -> Tensor:
         """Return the mask nearest to the relaxed mask `x`, boolean."""

@@ -49,7 +49,8 @@ def test_powers_of_two_change_no_digit(name: str, powers: tuple[int, int]) -> No
 @pytest.mark.parametrize("exponent", [-6, -12, -18, -25])
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name != "ria"])  # it divides by column sums
 def test_rows_of_unlike_size(name: str, exponent: int, request: pytest.FixtureRequest) -> None:
-    if exponent == -25 and name in ITERATIVE:
+    # One-swap decides in float64, and without rounding, what float32 leaves open.
+    if exponent == -25 and name in ITERATIVE and name != "one-swap":
         reason = "one unit for the whole weight: squares of rows 1e-22 times the largest underflow in float32"
         request.applymarker(pytest.mark.xfail(reason=reason))
     instance = synthetic(rows=SHAPE[0], d=SHAPE[1])
