@@ -11,6 +11,7 @@ from scipy.optimize import LinearConstraint
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
+from maskopt.exact import floor_of_sum
 from maskopt.oracles.interior import mean_of_vertices
 from maskopt.oracles.milp import MilpFormulation
 
@@ -221,8 +222,9 @@ class MaskSet(ABC):
                 for rows, formulation in self._blocks(cost.shape)
             ]
             return torch.tensor(bounds, dtype=torch.float64, device=cost.device)
-        chosen = (cost.double() * self.lmo(cost)).sum(1)
-        return chosen.view(-1, self.row_block(cost.shape)).sum(1)
+        terms = cost.double() * self.lmo(cost)
+        blocks = terms.reshape(-1, self.row_block(cost.shape) * cost.shape[1])
+        return torch.tensor([floor_of_sum(row_block) for row_block in blocks], dtype=torch.float64, device=cost.device)
 
     def round(self, x: Tensor) -> Tensor:
         """Return the mask nearest to the relaxed mask `x`, boolean."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from maskopt.checks import matrix, real, shown
 from maskopt.errors import MaskoptError
+from maskopt.exact import integers, summable
 from maskopt.oracles.base import Index, MaskSet, Shape
 
 __all__ = ["Budget"]
@@ -74,20 +75,28 @@ class Budget(MaskSet):
 
     def _affordable(self, prices: list[float]) -> bool:
         # The sum of floats is rounded once, so its sign is exact.
-        return math.fsum([*prices, -self.budget]) <= 0.0
+        try:
+            return math.fsum([*prices, -self.budget]) <= 0.0
+        except OverflowError:
+            return sum(map(Fraction, prices)) <= Fraction(self.budget)
 
     def lmo(self, cost: Tensor) -> Tensor:
         self.check(cost.shape)
         flat, price = cost.flatten().double(), self.price.flatten().to(cost.device)
         chosen = ((flat < 0) & (price == 0)).double()
         wanted = ((flat < 0) & (price > 0) & (price <= self.budget)).nonzero().flatten()
-        # Infinitely good entries: as good as numbers get.
-        worth, price = -flat[wanted].clamp_min(-(2.0**1000)), price[wanted]
-        order = (-worth / price).argsort(stable=True)
+        # Powers of two keep quotients inside the float range; infinitely good entries outweigh all others.
+        worth, price = -flat[wanted], price[wanted]
+        worth = torch.where(worth.isinf(), 2.0**200, _scaled(torch.where(worth.isinf(), 0.0, worth)))
+        # By worth per price, of equal ones the more valuable first: where all prices are equal that is exact.
+        order = (-worth).argsort(stable=True)
+        order = order[(-worth[order] / _scaled(price[order])).argsort(stable=True)]
         wanted, worth, price = wanted[order], worth[order], price[order]
         take = self._filled(price)
-        if len(wanted) <= _SMALL:
-            take = self._best(worth, price, float(worth[take].sum()))
+        if 0 < len(wanted) <= _SMALL:
+            whole = torch.cat((price, price.new_tensor([self.budget])))
+            sure = bool(summable(worth.unsqueeze(0)) & summable(whole.unsqueeze(0)))
+            take = self._best(worth, price, float(worth[take].sum())) if sure else self._exactly(worth, price, take)
         chosen[wanted[take]] = 1.0
         return chosen.to(cost.dtype).view(cost.shape)
 
@@ -95,8 +104,11 @@ class Budget(MaskSet):
         """Mark what is taken, in the order given, until the budget runs out; then smaller ones that still fit."""
         if len(price) == 0:
             return torch.zeros_like(price, dtype=torch.bool)
+        budget = self.budget
+        if budget > 2.0**900:  # sums of prices must not overflow; tiny ones are rounded up
+            price, budget = (price * 2.0**-140).clamp_min(2.0**-1000), budget * 2.0**-140
         whole_price, dearest = float(price.sum()), float(price.max())
-        budget = min(self.budget, 2.0 * whole_price)
+        budget = min(budget, 2.0 * whole_price)
         # Multiples of this unit add up exactly; others may not use the last bits of the budget.
         unit = math.ldexp(1.0, math.frexp(whole_price)[1] - 52)
         if float(price.min()) == dearest:
@@ -121,7 +133,7 @@ class Budget(MaskSet):
 
         Carried along are all undominated pairs of price and worth (Nemhauser and Ullmann, Management Science 15,
         1969), less those that by the linear relaxation stay below the worth that is known. Of equal worth the
-        lower price wins.
+        lower price wins. Sums of worths and of prices have to be exact in float64.
         """
         values, prices = worth.cpu().numpy(), price.cpu().numpy()
         rates = np.append(values / prices, 0.0)
@@ -144,6 +156,27 @@ class Budget(MaskSet):
                 break
         return torch.tensor(taken, dtype=torch.bool, device=worth.device)
 
+    def _exactly(self, worth: Tensor, price: Tensor, known: Tensor) -> Tensor:
+        """Return what `_best` does, in whole numbers: for costs or prices of very different sizes."""
+        values = integers(worth.cpu().numpy())[0].tolist()
+        pair, _ = integers(torch.cat((price.cpu(), torch.tensor([self.budget], dtype=torch.float64))).numpy())
+        *prices, budget = pair.tolist()
+        bar = sum(value for value, taken in zip(values, known.tolist(), strict=True) if taken)
+        # Entries with equal quotients in float64 may be out of order.
+        order = sorted(range(len(values)), key=lambda i: Fraction(-values[i], prices[i]))
+        kept = [(0, 0, 0)]  # price, worth less than nothing, entries
+        for place, i in enumerate(order):
+            more = [(p + prices[i], w - values[i], b | 1 << i) for p, w, b in kept if p + prices[i] <= budget]
+            rate = (values[order[place + 1]], prices[order[place + 1]]) if place + 1 < len(order) else (0, 1)
+            best, hopeful = 1, []
+            for p, w, b in sorted(kept + more):
+                if w < best and (-w - bar) * rate[1] + (budget - p) * rate[0] >= 0:
+                    hopeful.append((p, w, b))
+                    best = w
+            kept = hopeful
+        taken = min(kept, key=lambda one: (one[1], one[0]))[2]
+        return torch.tensor([bool(taken >> i & 1) for i in range(len(values))], dtype=torch.bool, device=worth.device)
+
     def lmo_bound(self, cost: Tensor) -> Tensor:
         """Return a lower bound of the least cost of any mask, float64, shape (1,); tight for exact sets.
 
@@ -153,7 +186,7 @@ class Budget(MaskSet):
             Finite, shape (rows, d).
         """
         if self.exact:
-            return (cost.double() * self.lmo(cost)).sum().view(1)
+            return super().lmo_bound(cost)
         flat, price = cost.flatten().double(), self.price.flatten().to(cost.device)
         flat = torch.where(price <= self.budget, flat, 0.0)
         # The rate at which the linear relaxation runs out of budget; any rate gives a bound (duality).
@@ -161,6 +194,7 @@ class Budget(MaskSet):
         rates, order = (-flat[wanted] / price[wanted]).sort(descending=True)
         over = (price[wanted[order]].cumsum(0) > self.budget).nonzero().flatten()
         rate = float(rates[over[0]]) if len(over) else 0.0
+        rate = rate if rate * float(price.max()) < math.inf else 0.0
         reduced = (flat + rate * price).clamp_max(0.0)
         bound = float(reduced.sum()) - rate * self.budget
         size = float(((flat.abs() + rate * price) * (reduced < 0)).sum()) + rate * self.budget
@@ -183,3 +217,11 @@ class Budget(MaskSet):
     def milp_constraints(self, shape: Shape) -> LinearConstraint:
         self.check(shape)
         return LinearConstraint(csr_array(self.price.flatten().cpu().numpy()[None]), -np.inf, self.budget)
+
+
+def _scaled(values: Tensor) -> Tensor:
+    """Return positive finite numbers times the power of two that brings the largest near one."""
+    if not len(values):
+        return values
+    by = -torch.frexp(values.amax()).exponent
+    return torch.ldexp(torch.ldexp(values, by // 2), by - by // 2)

@@ -206,7 +206,8 @@ class PartitionMatroid(MaskSet):
         # Comparisons and sums of floats: several times faster than booleans and torch.where.
         inside = torch.ge(x, 1.0 - tolerance, out=torch.empty_like(cost))
         outside = torch.le(x, tolerance, out=torch.empty_like(cost))
-        cost = outside.sub_(inside).mul_(torch.finfo(cost.dtype).max / 4).add_(cost)
+        far = torch.finfo(cost.dtype).max / 8
+        cost = outside.sub_(inside).mul_(2.0 * far).add_(cost.clamp(-far, far))
         if not self.at_most:
             return self.lmo(cost)
         # A full group stays full. What sums of floats lose grows with the sum.

@@ -10,21 +10,27 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from maskopt.exact import summable
+from maskopt.oracles.cycles import cheapest_by_cycles
+
 __all__ = ["cheapest_regular", "count_regular", "every_regular", "regular_table"]
 
 _TABLE = 128  # so many matrices are listed and compared at once
 _BLOCK = 2**22  # entries of a temporary
 
 
-def cheapest_regular(cost: Tensor, keep: int) -> Tensor:
+def cheapest_regular(cost: Tensor, keep: int, kept: Tensor | None = None, pruned: Tensor | None = None) -> Tensor:
     """Return, tile by tile, the 0/1 matrix of least cost with `keep` ones in every row and column.
 
     Parameters
     ----------
     cost : Tensor
-        Finite, float64, shape (tiles, n, n).
+        Float64, without NaN, shape (tiles, n, n). Where entries are infinite the matrix holds as few infinite and as
+        many minus-infinite ones as possible, net of each other, and is cheapest among those.
     keep : int
         At most n.
+    kept, pruned : Tensor, optional
+        Entries that have to be ones and zeros, boolean; where no matrix has them so, as many as possible are.
 
     Returns
     -------
@@ -34,99 +40,82 @@ def cheapest_regular(cost: Tensor, keep: int) -> Tensor:
 
     Notes
     -----
-    Few matrices are compared in one product. Else a start by greedy choice is improved until no cyclic exchange of
-    ones improves it (Ahuja, Magnanti, Orlin, Network Flows, section 9.6: cancelling negative cycles is exact).
-    Columns are contracted: moving a one from row a to row b costs the least of c_bp - c_ap over columns p in which a
-    has a one and b has none, and Bellman and Ford look for a negative cycle among the n rows of all tiles at once.
+    Few matrices are compared in one product, others are improved by exchanges (`cheapest_by_cycles`). Either is exact:
+    where rounding might decide, the sums are compared digit by digit or in whole numbers.
     """
+    cost, level = _leveled(cost, kept, pruned)
     tiles, size, _ = cost.shape
     table = regular_table(size, keep)
     chosen = torch.empty(cost.shape, dtype=torch.bool, device=cost.device)
     step = max(1, _BLOCK // (size**3 if table is None else len(table)))
     for start in range(0, tiles, step):
-        part = cost[start : start + step]
+        part = slice(start, start + step)
+        ranks = None if level is None else level[part]
         if table is None:
-            chosen[start : start + step] = _without_cycles(_greedy(part, keep), part)
+            chosen[part] = cheapest_by_cycles(cost[part], keep, ranks)
         else:
             listed = table.to(cost.device)
-            best = (part.flatten(1) @ listed.T).argmin(1)
-            chosen[start : start + step] = listed[best].view_as(part).bool()
+            best = _first_of(listed, cost[part].flatten(1), None if ranks is None else ranks.flatten(1))
+            chosen[part] = listed[best].view(-1, size, size).bool()
     return chosen
 
 
-def _greedy(cost: Tensor, keep: int) -> Tensor:
-    """Return a matrix for each tile: the cheapest entries for which row and column have room, then mended."""
-    tiles, size, _ = cost.shape
-    order = cost.flatten(1).argsort(dim=1, stable=True).T.contiguous()
-    room = torch.full((2, tiles, size), keep, device=cost.device)
-    chosen = torch.zeros((tiles, size * size), dtype=torch.bool, device=cost.device)
-    every = torch.arange(tiles, device=cost.device)
-    for entry in order:
-        row, column = entry // size, entry % size
-        take = (room[0, every, row] > 0) & (room[1, every, column] > 0)
-        chosen[every, entry] = take
-        room[0, every, row] -= take.long()
-        room[1, every, column] -= take.long()
-    return _mended(chosen.view_as(cost), cost, keep)
+def _leveled(cost: Tensor, kept: Tensor | None, pruned: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return finite costs, zero for fixed entries, and the levels of entries: whole numbers that go before costs."""
+    infinite = cost.isinf()
+    level: Tensor | None = None
+    if bool(infinite.any()):
+        level = torch.where(infinite, cost.sign(), 0.0)
+        cost = torch.where(infinite, 0.0, cost)
+    weight = 2.0 * cost.shape[1] ** 2 + 1.0
+    for fixed, sign in ((kept, -1.0), (pruned, 1.0)):
+        if fixed is not None:
+            level = torch.zeros_like(cost) if level is None else level
+            level = torch.where(fixed, sign * weight, level)
+            cost = torch.where(fixed, 0.0, cost)
+    largest = cost.abs().amax((1, 2), keepdim=True)
+    if bool((largest > 2.0**900).any()):  # sums must not overflow
+        cost = torch.where(largest > 2.0**900, cost * 2.0**-140, cost)
+    return cost, level
 
 
-def _mended(chosen: Tensor, cost: Tensor, keep: int) -> Tensor:
-    """Fill rows and columns that are short in a choice to which no entry can be added.
+def _first_of(table: Tensor, cost: Tensor, level: Tensor | None) -> Tensor:
+    """Return the first of the cheapest matrices for each tile, shape (tiles,)."""
+    sums = cost @ table.T
+    if level is not None:
+        ranks = level @ table.T
+        sums.masked_fill_(ranks > ranks.amin(1, keepdim=True), torch.inf)
+    minimum, best = sums.min(1)
+    rough = (~summable(cost)).nonzero().flatten()
+    if len(rough):
+        # Rounding of a sum, twice, at most.
+        noise = cost.shape[1] * 2.0**-51 * cost[rough].abs().sum(1)
+        near = sums[rough] <= (minimum[rough] + noise).unsqueeze(1)
+        several = near.sum(1) > 1
+        rough, near = rough[several], near[several]
+        if len(rough):
+            best[rough] = _by_digits(table, cost[rough], near)
+    return best
 
-    Row i and column j are short, so (i, j) is taken; then some taken (a, b) has (i, b) and (a, j) free, and the
-    cheapest such exchange is made. It leaves everything else as full as it was.
+
+def _by_digits(table: Tensor, cost: Tensor, near: Tensor) -> Tensor:
+    """Return the first of the cheapest among the matrices marked in `near`, (tiles, matrices), without any rounding.
+
+    Costs are read 40 binary digits at a time, whose sums are whole numbers that float64 holds exactly. Differences are
+    carried on to the next digits; matrices that the remaining digits cannot bring back leave.
     """
-    size = cost.shape[1]
-    short = (chosen.sum(2) < keep).any(1).nonzero().flatten()
-    while len(short):
-        mask, price, every = chosen[short], cost[short], torch.arange(len(short), device=cost.device)
-        row, column = mask.sum(2).argmin(1), mask.sum(1).argmin(1)
-        into = torch.where(mask, torch.inf, price)
-        change = into[every, row].unsqueeze(1) + into[every, :, column].unsqueeze(2)
-        change += torch.where(mask, -price, torch.inf)
-        best = change.flatten(1).argmin(1)
-        a, b = best // size, best % size
-        chosen[short, a, b] = False
-        chosen[short, row, b] = True
-        chosen[short, a, column] = True
-        short = short[(chosen[short].sum(2) < keep).any(1)]
-    return chosen
-
-
-def _without_cycles(chosen: Tensor, cost: Tensor) -> Tensor:
-    """Improve matrices by cyclic exchanges until none improves: then they are optimal."""
-    size = cost.shape[1]
-    # Above what rounding makes of a cycle of zero length.
-    margin = 4 * size**2 * torch.finfo(cost.dtype).eps * cost.abs().amax((1, 2)).unsqueeze(1)
-    active = torch.arange(len(cost), device=cost.device)
-    while len(active):
-        mask, price = chosen[active], cost[active]
-        leave, enter = torch.where(mask, -price, torch.inf), torch.where(mask, torch.inf, price)
-        move, column = (leave.unsqueeze(2) + enter.unsqueeze(1)).min(3)  # from row a to row b
-        distance = torch.zeros_like(price[:, 0])
-        before = torch.zeros_like(distance, dtype=torch.int64)
-        for _ in range(size):
-            through, row = (distance.unsqueeze(2) + move).min(1)
-            nearer = through < distance - margin[active]
-            distance = torch.where(nearer, through, distance)
-            before = torch.where(nearer, row, before)
-        cyclic = nearer.any(1)
-        active, before, column = active[cyclic], before[cyclic], column[cyclic]
-        every = torch.arange(len(active), device=cost.device)
-        node = nearer[cyclic].to(torch.uint8).argmax(1)
-        for _ in range(size):
-            node = before[every, node]  # now on the cycle
-        start, open_ = node, torch.ones_like(node, dtype=torch.bool)
-        mask = chosen[active]
-        for _ in range(size):
-            source = before[every, node]
-            place = column[every, source, node]
-            mask[every, source, place] &= ~open_
-            mask[every, node, place] |= open_
-            node = torch.where(open_, source, node)
-            open_ &= node != start
-        chosen[active] = mask
-    return chosen
+    alive, carried = near.clone(), torch.zeros_like(near, dtype=torch.float64)
+    exponent = torch.frexp(cost.abs().amax(1, keepdim=True)).exponent
+    rest = torch.ldexp(cost, 40 - exponent)
+    while True:
+        digits = rest.round()
+        rest = torch.ldexp(rest - digits, torch.full_like(exponent, 40))
+        total = (carried + digits @ table.T).masked_fill(~alive, torch.inf)
+        above = total - total.amin(1, keepdim=True)
+        alive &= above <= cost.shape[1]
+        if not bool(rest.any()) or bool((alive.sum(1) == 1).all()):
+            return above.masked_fill(~alive, torch.inf).argmin(1)
+        carried = torch.where(alive, above, 0.0) * 2.0**40
 
 
 def every_regular(

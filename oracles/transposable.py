@@ -98,23 +98,9 @@ class TransposableNM(MaskSet):
         return self._cheapest(cost, self.protected, self.forbidden)
 
     def _cheapest(self, cost: Tensor, kept: Tensor | None, pruned: Tensor | None) -> Tensor:
-        tiles = self._tiles(cost).double()
-        infinite = not math.isfinite(float(tiles.abs().sum()))
-        if infinite or kept is not None or pruned is not None:
-            tiles = self._leveled(tiles, kept, pruned)
-        return self._untile(cheapest_regular(tiles, self.keep), cost.shape).to(cost.dtype)
-
-    def _leveled(self, tiles: Tensor, kept: Tensor | None, pruned: Tensor | None) -> Tensor:
-        """Return finite costs in which infinite entries, and above them fixed ones, outweigh all others of a tile."""
-        finite = torch.where(tiles.isinf(), 0.0, tiles).abs().amax((1, 2), keepdim=True)
-        # A power of two, so that equal sums stay equal.
-        tiles = tiles * torch.ldexp(torch.ones_like(finite), -torch.frexp(finite).exponent)
-        weight = 2.0 * self.group**2 + 1.0
-        tiles = tiles.clamp(-weight, weight)
-        for fixed, sign in ((kept, -1.0), (pruned, 1.0)):
-            if fixed is not None:
-                tiles += sign * weight**2 * self._tiles(fixed.to(tiles.device)).double()
-        return tiles
+        fixed = (None if one is None else self._tiles(one.to(cost.device)) for one in (kept, pruned))
+        chosen = cheapest_regular(self._tiles(cost).double(), self.keep, *fixed)
+        return self._untile(chosen, cost.shape).to(cost.dtype)
 
     def inface(self, cost: Tensor, x: Tensor) -> Tensor:
         """Return the vertex of least cost on the smallest face that contains `evaluate`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
@@ -138,6 +139,10 @@ class Problem(ABC):
     @abstractmethod
     def objective(self, mask: Tensor) -> Tensor:
         """Return each row's objective of a boolean mask, evaluated from scratch in float64, shape (rows,)."""
+
+    def exact_objective(self, mask: Tensor) -> list[Fraction] | None:
+        """Return each row's objective of a boolean mask without any rounding; None where that is not possible."""
+        return None
 
     @abstractmethod
     def scale(self) -> Tensor:

@@ -1,12 +1,16 @@
 """A plain quadratic: the objective of textbooks and of other solvers' test problems."""
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
 from maskopt.checks import matrix
 from maskopt.errors import MaskoptError
+from maskopt.exact import WIDEST, ExactMatrix, summed
 from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
-from maskopt.problems.layer import eigenvalue_floor
+from maskopt.problems.checks import symmetrised
+from maskopt.problems.convexity import eigenvalue_floor
 
 __all__ = ["QuadraticForm"]
 
@@ -17,7 +21,8 @@ class QuadraticForm(Quadratic):
     Parameters
     ----------
     quadratic : Tensor
-        Q, shape (d, d), symmetric, not necessarily convex; bounds are given where it is, up to rounding.
+        Q, shape (d, d), symmetric up to rounding (the mean of it and its transpose is used, and is what `quadratic`
+        is), not necessarily convex; bounds are given where it is, up to rounding.
     linear : Tensor
         c, shape (rows, d).
 
@@ -38,7 +43,7 @@ class QuadraticForm(Quadratic):
             raise MaskoptError("A quadratic form needs finite entries.")
         if not torch.allclose(quadratic, quadratic.T, rtol=1e-5, atol=1e-6 * float(quadratic.abs().max())):
             raise MaskoptError("The matrix of a quadratic form must be symmetric; take (Q + Q^T) / 2.")
-        self.quadratic, self.linear = quadratic, linear
+        self.quadratic, self.linear = symmetrised(quadratic), linear
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,7 +68,21 @@ class QuadraticForm(Quadratic):
 
     def objective(self, mask: Tensor) -> Tensor:
         x, exact = mask.double(), self.double()
-        return ((x @ exact.quadratic).add_(exact.linear)).mul_(x).sum(1)
+        values = ((x @ exact.quadratic).add_(exact.linear)).mul_(x).sum(1)
+        if self.shape[1] > WIDEST:
+            return values
+        # Where terms cancel the sum is repeated without rounding.
+        size = ((x @ exact.quadratic.abs()).add_(exact.linear.abs())).mul_(x).sum(1)
+        index = (values.abs() * (2.0 * self.shape[1] ** 2) < size).nonzero().flatten()
+        if len(index):
+            whole = self.rows(index).exact_objective(mask[index])
+            values[index] = torch.tensor([float(value) for value in whole], dtype=torch.float64).to(values)
+        return values
+
+    def exact_objective(self, mask: Tensor) -> list[Fraction]:
+        matrix, places = ExactMatrix(self.quadratic), mask.long().cpu().numpy().astype(object)
+        linear = (summed(row[kept]) for row, kept in zip(self.linear, mask, strict=True))
+        return [matrix.form(chosen, 0) + part for chosen, part in zip(places, linear, strict=True)]
 
     def scale(self) -> Tensor:
         # Pruning everything leaves nothing; the size of all terms says what a small gap is.
@@ -88,11 +107,11 @@ class QuadraticForm(Quadratic):
         return self.quadratic.abs().sum(1).amax().mul(2.0).expand(self.shape[0])
 
     def convexity_error(self, point: Point, shift: Tensor | None = None) -> Tensor:
-        matrix = (self.quadratic.double() + self.quadratic.double().T) / 2
+        matrix = self.quadratic.double()
         floor = eigenvalue_floor(matrix)
         if floor is None:
             # Gershgorin: no eigenvalue lies further below zero.
             floor = -float(matrix.abs().sum(1).amax())
         farthest = torch.maximum(point.x, 1.0 - point.x).double().square().sum(1)
-        rounding = self.shape[1] * 2.0**-52 * self.scale()
+        rounding = (self.shape[1] + 8) * 2.0**-50 * self.scale()
         return shift_convexity_error(point, shift) - floor * farthest + rounding

@@ -1,15 +1,25 @@
 """The reconstruction error of one linear layer: the problem maskopt exists for."""
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from maskopt.checks import matrix
 from maskopt.errors import MaskoptError
+from maskopt.exact import WIDEST, ExactMatrix, exact_difference
 from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
+from maskopt.problems.checks import (
+    check_finite,
+    check_positive_semidefinite,
+    check_symmetric,
+    ridged_factor,
+    symmetrised,
+)
+from maskopt.problems.convexity import diagonal_floor, eigenvalue_floor, entry_sizes
 
-__all__ = ["LayerReconstruction", "eigenvalue_floor"]
+__all__ = ["LayerReconstruction"]
 
 _BLOCK = 1024  # columns converted to float64 at a time, so that no float64 copy of a large Gram exists
 
@@ -25,7 +35,8 @@ class LayerReconstruction(Quadratic):
     weight : Tensor
         Layer weight, shape (rows, d) = (out features, in features). Half precision is widened to float32.
     gram : Tensor
-        Sum of x x^T over the calibration tokens, shape (d, d), symmetric positive semidefinite.
+        Sum of x x^T over the calibration tokens, shape (d, d), positive semidefinite, symmetric up to rounding: where
+        it differs from its transpose the mean of both is used, everywhere, and is what `gram` is.
     tokens : int, optional
         How many tokens were summed; a record only.
     target : Tensor, optional
@@ -75,15 +86,20 @@ class LayerReconstruction(Quadratic):
         self.gram = gram.detach().to(dtype)
         self.tokens = tokens
         if check:
-            _check_finite("weight", self.weight)
-            if target is not None:
-                _check_finite("target", target)
-            _check_finite("Gram", self.gram)
-            _check_positive_semidefinite(self.gram)
+            for name, data in (("weight", self.weight), ("target", target), ("Gram", self.gram)):
+                if data is not None:
+                    check_finite(name, data)
+            check_symmetric(self.gram)
+        self.gram = symmetrised(self.gram)
+        if check:
+            check_positive_semidefinite(self.gram)
         # Powers of two change no digit; they keep squares and sums of extreme data inside the float range.
         self._weight_unit = _power_of_two(self.weight.abs().max())
         self._gram_unit = _power_of_two(self.gram.diagonal().max())
-        if 2 * math.log2(self._weight_unit) + math.log2(self._gram_unit) > 1000:
+        power = round(2 * math.log2(self._weight_unit) + math.log2(self._gram_unit))
+        # The unit of errors must not underflow, though errors themselves may.
+        self._weight_unit *= 2.0 ** max(0, (-1000 - power + 1) // 2)
+        if power > 1000:
             raise MaskoptError(
                 "Weight and Gram are so large that the error of the layer exceeds float64; scale them down."
             )
@@ -91,10 +107,11 @@ class LayerReconstruction(Quadratic):
         self._w = _divided(self.weight, self._weight_unit)
         self._g = _divided(self.gram, self._gram_unit)
         # What the aim lies beyond the weight, in the units of both; its product is a part of every gradient.
-        self._residual = None if target is None else _divided(target.detach().to(dtype), self._weight_unit) - self._w
+        self._target = None if target is None else target.detach().to(dtype)
+        self._residual = None if self._target is None else _divided(self._target, self._weight_unit) - self._w
         self._residual_product = None if self._residual is None else self._residual @ self._g
         self._scale: Tensor | None = None  # filled on demand
-        self._floor: list[float] = []  # filled on demand, shared by all row blocks
+        self._known = _Known()
 
     @classmethod
     def towards(
@@ -118,18 +135,22 @@ class LayerReconstruction(Quadratic):
             Added to the diagonal of G, as a fraction of its mean.
         """
         weight, gram, cross = matrix("weight", weight), matrix("Gram", gram), matrix("cross term", cross)
+        for name, data in (("weight", weight), ("Gram", gram), ("cross term", cross)):
+            check_finite(name, data)
         wide = gram.double()
-        wide = (wide + wide.T) / 2
+        wide = wide / 2 + wide.T / 2
         diagonal = wide.diagonal()
         diagonal.add_(ridge * float(diagonal.mean()) + torch.finfo(torch.float64).tiny)
         size = diagonal.sqrt()
         # Unit diagonal: outlier channels would spoil the factorisation.
         scaled = wide / size / size.unsqueeze(1)
-        factor = torch.linalg.cholesky(scaled)
+        factor = ridged_factor(scaled)
         drift = (cross.double() - gram.double()) / size
         step = torch.cholesky_solve((weight.double() @ drift).T, factor).T / size
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return cls(weight, gram, tokens, target=(weight.double() + step).to(dtype), check=False)
+        target = (weight.double() + step).to(dtype)
+        check_finite("target", target)
+        return cls(weight, gram, tokens, target=target, check=False)
 
     @property
     def scaled_weight(self) -> Tensor:
@@ -139,7 +160,12 @@ class LayerReconstruction(Quadratic):
     @property
     def scaled_target(self) -> Tensor:
         """What is aimed at, in the units of `scaled_weight`, shape (rows, d)."""
-        return self._w if self._residual is None else self._w + self._residual
+        return self._w if self._target is None else _divided(self._target, self._weight_unit)
+
+    @property
+    def target(self) -> Tensor:
+        """What is aimed at, shape (rows, d): `weight` by default."""
+        return self.weight if self._target is None else self._target
 
     @property
     def aims_elsewhere(self) -> bool:
@@ -207,8 +233,9 @@ class LayerReconstruction(Quadratic):
         part = object.__new__(LayerReconstruction)
         part.weight, part.gram, part.tokens = self.weight[index], self.gram, self.tokens
         part._weight_unit, part._gram_unit, part.unit = self._weight_unit, self._gram_unit, self.unit
-        part._w, part._g, part._floor = self._w[index], self._g, self._floor
+        part._w, part._g, part._known = self._w[index], self._g, self._known
         part._scale = None if self._scale is None else self._scale[index]
+        part._target = None if self._target is None else self._target[index]
         part._residual = None if self._residual is None else self._residual[index]
         part._residual_product = None if self._residual_product is None else self._residual_product[index]
         return part
@@ -218,30 +245,49 @@ class LayerReconstruction(Quadratic):
         wide = self.rows(slice(None))
         wide.weight, wide.gram = self.weight.double(), self.gram.double()
         # Where no unit was divided out the two are one tensor, and stay so.
-        wide._w = wide.weight if self._w is self.weight else self._w.double()
-        wide._g = wide.gram if self._g is self.gram else self._g.double()
-        if self._residual is not None:
-            wide._residual = self._residual.double()
+        wide._w = wide.weight if self._w is self.weight else self._wide_weight()
+        wide._g = wide.gram if self._g is self.gram else wide.gram / self._gram_unit
+        if self._target is not None:
+            wide._target = self._target.double()
+            wide._residual = wide._target / self._weight_unit - wide._w
             wide._residual_product = wide._residual @ wide._g
         return wide
 
+    def _wide_weight(self) -> Tensor:
+        """Return the scaled weight in float64: exact, where float32 may lack the range for it."""
+        wide = self.weight.double()
+        return wide if self._weight_unit == 1.0 else wide / self._weight_unit
+
     def symmetric_gram(self) -> Tensor:
-        """Return a float64 copy of the scaled Gram, symmetric to the last digit, shape (d, d)."""
-        gram = self._g.double()
-        return (gram + gram.T) / 2
+        """Return a float64 copy of the scaled Gram, shape (d, d)."""
+        return self.gram.double() / self._gram_unit
 
     def eigenvalue_floor(self) -> float:
         """Return a number <= 0 that no eigenvalue of the scaled Gram lies below, proven by a Cholesky factorisation.
 
         A Gram summed in float32 may be indefinite by rounding; bounds that rely on convexity subtract this.
         """
-        if not self._floor:
+        if self._known.floor is None:
             gram = self.symmetric_gram()
             floor = eigenvalue_floor(gram)
             if floor is None:  # only unchecked data gets here
                 floor = min(0.0, float(torch.linalg.eigvalsh(gram)[0])) - 1e-12 * float(torch.linalg.matrix_norm(gram))
-            self._floor.append(floor)
-        return self._floor[0]
+            self._known.floor = floor
+        return self._known.floor
+
+    def entry_sizes(self) -> Tensor:
+        """Return r with |G_ij| <= r_i r_j, the norms of the inputs, in the units of `scaled_gram`, float64, (d,)."""
+        if self._known.sizes is None:
+            # Scaled afterwards, by the root of the unit, which need not be a power of two itself.
+            unit = math.sqrt(self._gram_unit) * (1 - 2.0**-50)
+            self._known.sizes = entry_sizes(self.gram) / unit
+        return self._known.sizes
+
+    def indefiniteness(self) -> float:
+        """Return t >= 0 with G + t Diag(r)^2 positive semidefinite, proven; r are the `entry_sizes`."""
+        if self._known.indefinite is None:
+            self._known.indefinite = diagonal_floor(self.symmetric_gram(), self.entry_sizes())
+        return self._known.indefinite
 
     def smoothness(self) -> Tensor:
         # The Hessian is 2 Diag(w) G Diag(w); no eigenvalue exceeds the largest absolute row sum (Gershgorin).
@@ -249,29 +295,56 @@ class LayerReconstruction(Quadratic):
         return ((size @ self._g.abs()) * size).amax(1).mul_(2.0)
 
     def convexity_error(self, point: Point, shift: Tensor | None = None) -> Tensor:
-        weight = self._w.double()
-        farthest = torch.maximum(point.x, 1.0 - point.x).double().square()
-        convexity_error = weight.square().mul_(farthest).sum(1).mul_(-self.eigenvalue_floor())
+        x, sizes = point.x.double(), self.entry_sizes()
+        weight = self._wide_weight().abs()
+        farthest = torch.maximum(x, 1.0 - x)
+        reach = weight * sizes * farthest
+        convexity_error = reach.square().sum(1).mul_(self.indefiniteness())
+        # Rounding of sums of products |z_i G_ij z_j|: the gradient's, the value's and the tangent's.
+        off = weight * (1.0 - x).abs()
+        if self._residual is not None:
+            beyond = self._residual.double().abs()
+            off, reach = off + beyond, reach + beyond * sizes
+        rounding = (off * sizes).sum(1) * reach.sum(1)
         if shift is not None:
             rise = shift.double().clamp_min(0.0)
+            rounding += shift.double().abs().sum(1)
             convexity_error += shift_convexity_error(point, shift)
             # Diag(w) (G - Diag(l)) Diag(w) lies below the shifted Hessian if l is at least shift / w^2 in every row.
             dead = weight == 0
-            lift = torch.where(dead, 0.0, rise / weight.square()).amax(0)
-            gram = self.symmetric_gram()
-            gram.diagonal().sub_(lift)
-            floor = eigenvalue_floor(gram) if bool(torch.isfinite(lift).all()) else None
-            if floor is not None:
-                convex = weight.square().mul_(farthest).sum(1).mul_(-floor)
-                convexity_error = torch.minimum(convexity_error, convex + (rise * farthest * dead).sum(1))
-        # Rounding of the sums themselves: d terms, each exact to 2^-53.
-        size = self.scale()
-        if self.aims_elsewhere:
-            size = size + self._quadratic_form(self._w.double())
-        return convexity_error + self.shape[1] * 2.0**-52 * size / self.unit
+            lift = torch.where(dead, 0.0, rise / weight.square()).amax(0).mul_(1 + 2.0**-50)
+            if bool(torch.isfinite(lift).all()):
+                gram = self.symmetric_gram()
+                gram.diagonal().sub_(lift)
+                sizes = torch.maximum(sizes, lift.sqrt())
+                convex = (weight * sizes * farthest).square().sum(1).mul_(diagonal_floor(gram, sizes))
+                convexity_error = torch.minimum(convexity_error, convex + (rise * farthest.square() * dead).sum(1))
+        return convexity_error + (self.shape[1] + 8) * 2.0**-50 * rounding + self.shape[1] ** 2 * 2.0**-1070
 
     def objective(self, mask: Tensor) -> Tensor:
-        return self._quadratic_form(self._distance_to_target(self._w.double().masked_fill(~mask, 0.0)))
+        off = self._distance_to_target(self._wide_weight().masked_fill(~mask, 0.0))
+        errors = self._quadratic_form(off)
+        if self.shape[1] > WIDEST:
+            return errors
+        # Where terms cancel, or are too small for their products, the sum is repeated without rounding.
+        size = off.abs_() @ self.entry_sizes()
+        doubtful = (size > 0) & (errors / self.unit < (size.square() / (2.0 * self.shape[1] ** 2)).clamp_min(1e-290))
+        index = doubtful.nonzero().flatten()
+        if len(index):
+            exact = self.rows(index).exact_objective(mask[index])
+            errors[index] = torch.tensor([_float(value) for value in exact], dtype=errors.dtype, device=errors.device)
+        return errors
+
+    def exact_objective(self, mask: Tensor) -> list[Fraction]:
+        off, exponent = exact_difference(self.target, self.weight.masked_fill(~mask, 0.0))
+        gram = self.exact_gram()
+        return [max(Fraction(0), gram.form(row, exponent)) for row in off]
+
+    def exact_gram(self) -> ExactMatrix:
+        """Return the Gram, in full, as integers; kept for all row blocks."""
+        if self._known.exact is None:
+            self._known.exact = ExactMatrix(self.gram)
+        return self._known.exact
 
     def error(self, weight: Tensor) -> Tensor:
         """Return each row's output error ||(T - V) X||^2 of other weights V, float64, shape (rows,).
@@ -285,12 +358,12 @@ class LayerReconstruction(Quadratic):
 
     def _distance_to_target(self, weight: Tensor) -> Tensor:
         """Return how far scaled weights, float64, are from what is aimed at."""
-        off = self._w.double() - weight
-        return off if self._residual is None else off.add_(self._residual)
+        aim = self._wide_weight() if self._target is None else self._target.double() / self._weight_unit
+        return aim - weight
 
     def scale(self) -> Tensor:
         if self._scale is None:
-            self._scale = self._quadratic_form(self.scaled_target.double())
+            self._scale = self._quadratic_form(self.target.double() / self._weight_unit)
         return self._scale
 
     def _quadratic_form(self, rows: Tensor) -> Tensor:
@@ -298,32 +371,29 @@ class LayerReconstruction(Quadratic):
         total = rows.new_zeros(rows.shape[0])
         for start in range(0, rows.shape[1], _BLOCK):
             block = slice(start, start + _BLOCK)
-            total += torch.linalg.vecdot(rows @ self._g[:, block].double(), rows[:, block])
+            gram = self.gram[:, block].double()
+            if self._gram_unit != 1.0:
+                gram = gram / self._gram_unit
+            total += torch.linalg.vecdot(rows @ gram, rows[:, block])
         # Rounding may leave a zero slightly negative; an error is a sum of squares.
         return total.clamp_min_(0.0) * self.unit
 
 
-def eigenvalue_floor(matrix: Tensor) -> float | None:
-    """Return a number <= 0 that no eigenvalue of a symmetric float64 matrix lies below; None: it is too indefinite."""
-    size = float(torch.linalg.matrix_norm(matrix))
-    if size == 0.0:
-        return 0.0
-    # The factorisation of A + shift succeeding proves lambda_min >= -shift up to its backward error
-    # (Higham, Accuracy and Stability of Numerical Algorithms, Theorem 10.3: at most gamma_{d+1} tr A).
-    trace = float(matrix.diagonal().abs().sum())
-    error = 1.01 * (len(matrix) + 2) * 2.0**-53 * (trace + len(matrix) * 1e-4 * size)
+class _Known:
+    """What is worked out of a Gram on demand, shared by all row blocks."""
 
-    def definite(shift: float) -> bool:
-        trial = matrix.clone()
-        trial.diagonal().add_(shift)
-        return int(torch.linalg.cholesky_ex(trial).info) == 0
+    def __init__(self) -> None:
+        self.floor: float | None = None
+        self.sizes: Tensor | None = None
+        self.indefinite: float | None = None
+        self.exact: ExactMatrix | None = None
 
-    if definite(0.0):
-        return -error
-    if not definite(1e-4 * size):
-        return None
-    shifts = (10.0**-digits * size for digits in range(13, 4, -1))
-    return -next((shift for shift in shifts if definite(shift)), 1e-4 * size) - error
+
+def _float(value: Fraction) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _power_of_two(largest: Tensor) -> float:
@@ -337,36 +407,3 @@ def _power_of_two(largest: Tensor) -> float:
 def _divided(matrix: Tensor, unit: float) -> Tensor:
     # Through float64: the unit of subnormal float32 data is itself no float32 number.
     return matrix if unit == 1.0 else (matrix.double() / unit).to(matrix.dtype)
-
-
-def _check_finite(name: str, matrix: Tensor) -> None:
-    if not bool(torch.isfinite(matrix).all()):
-        row, column = (~torch.isfinite(matrix)).nonzero()[0].tolist()
-        raise MaskoptError(f"The {name} must be finite, but entry ({row}, {column}) is {matrix[row, column].item()}.")
-
-
-def _check_positive_semidefinite(gram: Tensor) -> None:
-    size = float(gram.abs().max())
-    if size == 0.0:
-        return
-    # float32 sums of real activations are symmetric to about 1e-7 of their largest entry.
-    skew = float((gram - gram.T).abs().max()) / size
-    if skew > 1e-4:
-        raise MaskoptError(
-            f"The Gram must be symmetric, but it differs from its transpose by {skew:.1e} of its largest entry."
-        )
-    if float(gram.diagonal().min()) < -1e-5 * size:
-        worst = int(gram.diagonal().argmin())
-        raise MaskoptError(
-            f"The Gram must be positive semidefinite, but diagonal entry {worst} is {float(gram[worst, worst]):.3g}."
-        )
-    # float64 as far as memory allows; the shift is what float32 accumulation may have cost.
-    wide = (gram / size).to(torch.float64 if gram.shape[0] <= 4096 else gram.dtype)
-    shift = 1e-5 * float(torch.linalg.matrix_norm(wide)) * (1.0 if wide.dtype == torch.float64 else 10.0)
-    wide = (wide + wide.T).mul_(0.5)
-    wide.diagonal().add_(shift)
-    if int(torch.linalg.cholesky_ex(wide).info) != 0:
-        lowest = (
-            f", smallest eigenvalue {float(torch.linalg.eigvalsh(gram.double())[0]):.3g}" if len(gram) <= 4096 else ""
-        )
-        raise MaskoptError(f"The Gram must be positive semidefinite, but it is indefinite{lowest}; is it X X^T?")

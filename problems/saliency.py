@@ -1,10 +1,13 @@
 """Linear scores: the criteria of greedy pruning, whose LMO value is the whole answer."""
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
 from maskopt.checks import matrix
 from maskopt.errors import MaskoptError
+from maskopt.exact import summed
 from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
 
 __all__ = ["Saliency"]
@@ -81,7 +84,7 @@ class Saliency(Quadratic):
         return self._with(self.scores.double())
 
     def convexity_error(self, point: Point, shift: Tensor | None = None) -> Tensor:
-        rounding = self.scores.double().abs().sum(1).mul_(self.shape[1] * 2.0**-52)
+        rounding = self.scores.double().abs().sum(1).mul_((self.shape[1] + 8) * 2.0**-50)
         return rounding + shift_convexity_error(point, shift)
 
     def rows(self, index: slice | Tensor) -> "Saliency":
@@ -93,7 +96,16 @@ class Saliency(Quadratic):
         return part
 
     def objective(self, mask: Tensor) -> Tensor:
-        return self.scores.double().masked_fill(mask, 0.0).sum(1)
+        lost = self.scores.double().masked_fill(mask, 0.0)
+        values = lost.sum(1)
+        # Scores of both signs may cancel; then the sum is repeated without rounding.
+        index = (values.abs() * (2.0 * self.shape[1] ** 2) < lost.abs().sum(1)).nonzero().flatten()
+        if len(index):
+            values[index] = torch.tensor([float(summed(row)) for row in lost[index]], dtype=torch.float64).to(values)
+        return values
+
+    def exact_objective(self, mask: Tensor) -> list[Fraction]:
+        return [summed(row) for row in self.scores.masked_fill(mask, 0.0)]
 
     def scale(self) -> Tensor:
         return self.scores.sum(1, dtype=torch.float64)

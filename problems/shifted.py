@@ -1,5 +1,7 @@
 """Diagonal terms shifted between the quadratic and the linear part: the same masks, another relaxation."""
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
@@ -74,6 +76,9 @@ class Shifted(Problem):
 
     def objective(self, mask: Tensor) -> Tensor:
         return self.base.objective(mask)
+
+    def exact_objective(self, mask: Tensor) -> list[Fraction] | None:
+        return self.base.exact_objective(mask)
 
     def scale(self) -> Tensor:
         return self.base.scale()

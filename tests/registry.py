@@ -272,7 +272,7 @@ SOLVER_ENTRIES: dict[str, SolverEntry] = {
     "ria": SolverEntry(RIA(), **_SCORE),
     "sparsefw": SolverEntry(SparseFW(iterations=40), bounded=True, **_ITERATIVE),
     "sparsefw alpha": SolverEntry(SparseFW(iterations=40, alpha=0.5), bounded=True, keeps_start=False, **_ITERATIVE),
-    "one-swap": SolverEntry(OneSwap(), swap_optimal=True, **_ITERATIVE),
+    "one-swap": SolverEntry(OneSwap(), swap_optimal=True, sees_tiny_rows=True),
     "continuation": SolverEntry(ContinuationFrankWolfe(iterations=40), swap_optimal=True, **_ITERATIVE),
     "continuation alone": SolverEntry(
         ContinuationFrankWolfe(iterations=30, second=0.0, polish=False), sees_small_channels=False, **_ITERATIVE

@@ -7,19 +7,21 @@ from torch import Tensor
 
 from maskopt.oracles import PerRow
 from maskopt.problems import LayerReconstruction
-from maskopt.problems.layer import eigenvalue_floor
+from maskopt.problems.convexity import diagonal_floor
 
 __all__ = ["layer_shift", "least_eigenvalue", "shifted_bound"]
 
 _SHRINK = 0.2  # of the barrier's weight per round
 _ACCURACY = 1e-3  # of the sum
+_TRIALS = 60  # step sizes tried before a direction is given up; the last is below 1e-9
+_ROUNDING = 1e-13  # of each input's own second moment: what convexity may lack in float64
 
 
 def least_eigenvalue(problem: LayerReconstruction) -> Tensor:
     """Return L = lambda I with G - L positive semidefinite, the diagonal in the units of `gradient`, shape (d,)."""
     gram = problem.symmetric_gram()
     lowest = torch.linalg.eigvalsh(gram)[0].clamp_min(0.0)
-    return _safe(gram, lowest.expand(len(gram)))
+    return _safe(problem, lowest.expand(len(gram)))
 
 
 def layer_shift(problem: LayerReconstruction, rounds: int = 40) -> Tensor:
@@ -51,22 +53,18 @@ def layer_shift(problem: LayerReconstruction, rounds: int = 40) -> Tensor:
     part = torch.full_like(unit, 0.5 * max(lowest, 1e-10 * d))
     barrier = float(part.mean())
     for _ in range(rounds):
-        inverse = torch.linalg.inv(matrix - torch.diag(part))
-        slope = 1.0 - barrier * inverse.diagonal() + barrier / part
-        hessian = barrier * inverse.square()
-        hessian.diagonal().add_(barrier / part.square())
-        move = torch.linalg.solve(hessian, slope)
-        length = 1.0
-        while not _inside(matrix, part + length * move):
-            length *= 0.7
-        part = part + (1.0 if length == 1.0 else 0.8) * length * move
+        direction = _newton(matrix, part, barrier)
+        length = 0.0 if direction is None else _longest(matrix, part, direction)
+        if direction is None or length == 0.0:
+            break  # what has been reached is a diagonal like any other; it is made safe below
+        part = part + (1.0 if length == 1.0 else 0.8) * length * direction
         if length == 1.0:
             barrier *= _SHRINK
             if 2 * d * barrier < _ACCURACY * float(part.sum()):
                 break
     result = torch.zeros_like(scale)
     result[alive] = part * unit.square()
-    return _safe(gram, result)
+    return _safe(problem, result)
 
 
 def shifted_bound(problem: LayerReconstruction, keep: Tensor, diagonal: Tensor, iterations: int = 300) -> Tensor:
@@ -85,19 +83,21 @@ def shifted_bound(problem: LayerReconstruction, keep: Tensor, diagonal: Tensor, 
     iterations : int
     """
     wide, masks = problem.double(), PerRow(keep)
-    floor = eigenvalue_floor(problem.symmetric_gram() - torch.diag(diagonal))
     best = torch.zeros(problem.shape[0], dtype=torch.float64, device=problem.device)
-    if floor is None:
-        return best
     squares = wide.scaled_weight.square()
     objective = wide.shifted(squares * diagonal)
-    rounding = problem.shape[1] * 2.0**-52 * (wide.scale() / wide.unit + (squares * diagonal).sum(1))
+    # The shift is one diagonal for all rows, so that one factorisation says how far its convexity falls short.
+    sizes = torch.maximum(problem.entry_sizes(), diagonal.clamp_min(0.0).sqrt())
+    missing = diagonal_floor(problem.symmetric_gram() - torch.diag(diagonal), sizes)
+    spread = wide.scaled_weight.abs() * sizes
+    off = spread if not problem.aims_elsewhere else spread + (wide.scaled_target - wide.scaled_weight).abs() * sizes
+    rounding = (problem.shape[1] + 8) * 2.0**-50 * (off.sum(1).square() + (squares * diagonal.abs()).sum(1))
     point = objective.evaluate(masks.lmo(-objective.diagonal()))
     for _ in range(iterations):
         gradient = objective.gradient(point)
         search = masks.lmo(gradient) - point.x
         descent = (gradient * search).sum(1)
-        convexity_error = rounding - floor * (squares * torch.maximum(point.x, 1 - point.x).square()).sum(1)
+        convexity_error = rounding + missing * (spread * torch.maximum(point.x, 1 - point.x)).square().sum(1)
         best = torch.maximum(best, (objective.value(point) + descent - convexity_error) * wide.unit)
         move = objective.hvp(search)
         curvature = (objective.hessian(move) * search).sum(1)
@@ -106,18 +106,41 @@ def shifted_bound(problem: LayerReconstruction, keep: Tensor, diagonal: Tensor, 
     return best
 
 
+def _newton(matrix: Tensor, part: Tensor, barrier: float) -> Tensor | None:
+    """Return the Newton direction of the barrier problem; None where rounding leaves none."""
+    inverse, info = torch.linalg.inv_ex(matrix - torch.diag(part))
+    if int(info) != 0:
+        return None
+    slope = 1.0 - barrier * inverse.diagonal() + barrier / part
+    hessian = barrier * inverse.square()
+    hessian.diagonal().add_(barrier / part.square())
+    direction, info = torch.linalg.solve_ex(hessian, slope)
+    return direction if int(info) == 0 and bool(torch.isfinite(direction).all()) else None
+
+
+def _longest(matrix: Tensor, part: Tensor, direction: Tensor) -> float:
+    """Return the first of the step sizes 1, 0.7, 0.49 ... that stays inside; zero: none of those tried does."""
+    length = 1.0
+    for _ in range(_TRIALS):
+        if _inside(matrix, part + length * direction):
+            return length
+        length *= 0.7
+    return 0.0
+
+
 def _inside(matrix: Tensor, part: Tensor) -> bool:
-    if float(part.min()) <= 0.0:
+    if not float(part.min()) > 0.0:
         return False
     return int(torch.linalg.cholesky_ex(matrix - torch.diag(part)).info) == 0
 
 
-def _safe(gram: Tensor, part: Tensor) -> Tensor:
-    """Shrink until G - L has no eigenvalue below what G's own rounding may have left there."""
-    own = eigenvalue_floor(gram)
+def _safe(problem: LayerReconstruction, part: Tensor) -> Tensor:
+    """Shrink until G - L is no further from positive semidefinite than rounding may have left G."""
+    gram, sizes = problem.symmetric_gram(), problem.entry_sizes()
+    part = torch.minimum(part, sizes.square())  # a diagonal entry of G - L is not negative
+    allowed = 1.1 * problem.indefiniteness() + _ROUNDING * len(gram)
     for power in range(12):
         trial = part * (1 - 1e-12 * 10.0**power)
-        left = eigenvalue_floor(gram - torch.diag(trial))
-        if own is not None and left is not None and left >= 1.1 * own:
+        if diagonal_floor(gram - torch.diag(trial), sizes) <= allowed:
             return trial
     return torch.zeros_like(part)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from maskopt.checks import check_settings, instance_of, real, whole
+from maskopt.exact import WIDEST
 from maskopt.oracles import PartitionMatroid, Restricted
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
@@ -19,7 +22,7 @@ from maskopt.solvers.continuation import ContinuationFrankWolfe
 from maskopt.solvers.directions import Conjugate
 from maskopt.solvers.fixing import fixable
 from maskopt.solvers.loop import frank_wolfe
-from maskopt.solvers.nodes import Nodes, Relaxation
+from maskopt.solvers.nodes import Nodes, Relaxation, always_kept
 from maskopt.solvers.one_swap import descend
 from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rules import RowBlocks
@@ -29,6 +32,8 @@ __all__ = ["BranchAndBound", "NodeLog"]
 
 
 _NEAR = 0.2  # of what is between a node's bound and the incumbent
+_NOTICED = 0.25  # of the gap: more rounding than this is worth another beginning
+_DOUBTS = 20_000  # nodes that are branched on although nothing but rounding keeps them
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ class BranchAndBound(Solver):
     Parameters
     ----------
     gap : float
-        A row block is done when bound and incumbent differ by this fraction of the incumbent.
+        A row block is done when bound and incumbent differ by this fraction of the incumbent. Where the data's scales
+        differ so much that float64 cannot tell, the bound that is proven is returned with status COMPLETED.
     row_block_seconds : float, optional
         Time for each row block; `solve`'s limit is for all of them.
     nodes : int, optional
@@ -129,7 +135,8 @@ class BranchAndBound(Solver):
             bounds.append(search.bound)
             total += search.solved
         worst = max(statuses, key=list(Status).index)
-        return Outcome(torch.cat(best), worst, total, torch.stack(bounds) * problem.unit, source="node")
+        proven = torch.tensor(bounds, dtype=torch.float64, device=problem.device)
+        return Outcome(torch.cat(best), worst, total, proven, source="node")
 
 
 class _Search:
@@ -145,11 +152,19 @@ class _Search:
         number: int,
     ) -> None:
         self.settings, self.problem, self.masks, self.monitor, self.number = settings, problem, masks, monitor, number
-        self.relaxation = Relaxation.of(problem, masks, start)
-        self.mask, self.error = start, self.relaxation.error(start.unsqueeze(0))[0]
-        self.solved, self.began = 0, time.perf_counter()
-        self.nodes = Nodes.root(masks, problem, self.relaxation.known)
-        self.bound = torch.zeros((), dtype=torch.float64, device=problem.device)
+        self.mask, self.full = start, self._evaluated(start)
+        self.solved, self.began, self.doubts = 0, time.perf_counter(), 0
+        protected = torch.zeros_like(start) if masks.protected is None else masks.protected.to(start.device)
+        self.kept = always_kept(problem, protected, start, self.full)
+        self.bound = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start at the root, with what is known to be kept."""
+        self.relaxation = Relaxation.of(self.problem, self.masks, self.mask, self.kept)
+        self.nodes = Nodes.root(self.masks, self.problem, self.kept, self.relaxation.known)
+        self.aside = math.inf  # least bound of nodes that rounding keeps from being decided
+        self.began_with = self.full
 
     def run(self) -> Status:
         """Search until proven or stopped; `mask` and `bound` say what is known then."""
@@ -166,31 +181,64 @@ class _Search:
                 status = Status.ITERATION_LIMIT
                 break
             self._step(self.nodes.pop(self.settings.batch))
+            self._reduce()
         # With no node left nothing is better than the incumbent, but for what counted as equal.
-        minimum = self.nodes.bound.min() if len(self.nodes) else self._target()
-        self.bound = torch.minimum(minimum, self._target()).clamp_min(0.0)
+        waiting = float(self.nodes.bound.min()) if len(self.nodes) else math.inf
+        bound = self.relaxation.in_full(min(self.aside, waiting, self._target()), self.problem)
+        self.bound = max(0.0, min(bound, self.full))
         self._report()
+        error = float(self.problem.objective(self.mask).sum())
+        if status is Status.OPTIMAL and not error - self.bound <= self.settings.gap * error:
+            status = Status.COMPLETED  # rounding hides what is left
         return status
 
-    def _target(self) -> Tensor:
-        """Return the bound above which a node holds nothing that counts as better."""
-        return self.error * (1.0 - self.settings.gap) - self.relaxation.lost
+    @property
+    def error(self) -> float:
+        """Error of the incumbent in the unit of the relaxation."""
+        return self.relaxation.in_unit(self.full, self.problem)
+
+    def _evaluated(self, mask: Tensor) -> float:
+        """Return the error of a mask of the row block, in full, without rounding where that can be had."""
+        if self.problem.shape[1] > WIDEST:
+            return float(self.problem.objective(mask).sum())
+        exact = sum(self.problem.exact_objective(mask), Fraction(0))
+        error = float(exact)
+        return error if Fraction(error) <= exact else math.nextafter(error, 0.0)
+
+    def _target(self) -> float:
+        """Return the bound from which on a node holds nothing that counts as better."""
+        # A little less than the gap, for the rounding of these lines.
+        gap = max(0.0, self.settings.gap * (1.0 - 2.0**-10) - 2.0**-50)
+        return self.error * (1.0 - gap)
+
+    def _reduce(self) -> None:
+        """Begin anew where the incumbent has become so good that rounding hides what is better.
+
+        Then entries may be known to be kept that were not, without which everything is smaller.
+        """
+        if self.full >= self.began_with or self.relaxation.lost <= _NOTICED * self.settings.gap * self.error:
+            return
+        self.began_with = self.full
+        kept = always_kept(self.problem, self.kept, self.mask, self.full)
+        if bool((kept & ~self.kept).any()):
+            self.kept = kept
+            self._begin()
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.began
 
     def _report(self) -> None:
         if self.settings.log is not None:
-            unit = self.problem.unit
-            bound = min(self.nodes.bound.min(), self.error) if len(self.nodes) else self.error
+            waiting = float(self.nodes.bound.min()) if len(self.nodes) else math.inf
+            bound = self.relaxation.in_full(min(waiting, self.aside, self.error), self.problem)
             self.settings.log(
                 NodeLog(
                     self.number,
                     self._seconds(),
                     self.solved,
                     len(self.nodes),
-                    max(0.0, float(bound)) * unit,
-                    float(self.error) * unit,
+                    max(0.0, min(bound, self.full)),
+                    self.full,
                 )
             )
 
@@ -220,19 +268,40 @@ class _Search:
         bound = torch.maximum(here.bound, nodes.bound)
         self._offer(masks.round(x).view(shape))
         self._offer(here.vertex.view(shape))
-        target = self._target()
-        # Exchanges raise the bound of this linear model, not one that was inherited.
-        slack = (target - here.bound).repeat_interleave(shape[1])
+        # Exchanges raise the bound of this linear model, not one that was inherited; gradients are rounded, too.
+        slack = (self._target() - here.bound + self.relaxation.lost).repeat_interleave(shape[1])
         keep, prune = fixable(stacked, here.gradient, here.vertex, masks, slack)
         nodes.kept |= keep.view(shape)
         nodes.pruned |= prune.view(shape)
         nodes.bound, nodes.x = bound, x.view(shape)
-        alive = bound <= target
-        alive &= self._possible(nodes)
-        nodes = nodes.take(alive)
+        nodes = nodes.take((bound < self._target()) & self._possible(nodes))
+        nodes = nodes.take(~self._decided(nodes))
+        nodes = nodes.take(self._worthwhile(nodes))
         if len(nodes):
             self.nodes = self.nodes.joined(self._branched(nodes))
-        self.nodes = self.nodes.take(self.nodes.bound <= self._target())
+        self.nodes = self.nodes.take(self.nodes.bound < self._target())
+
+    def _decided(self, nodes: Nodes) -> Tensor:
+        """Return which nodes hold one mask only; these are evaluated without rounding."""
+        whole = (nodes.kept | nodes.pruned).flatten(1).all(1)
+        for mask in nodes.kept[whole]:
+            self._compare(mask)
+        return whole
+
+    def _worthwhile(self, nodes: Nodes) -> Tensor:
+        """Return which nodes to branch on; others lie within rounding of the target, and there are too many of them."""
+        doubtful = nodes.bound + 2.0 * self.relaxation.lost >= self._target()
+        self.doubts += int(doubtful.sum())
+        if self.doubts <= _DOUBTS or not bool(doubtful.any()):
+            return torch.ones_like(doubtful)
+        self.aside = min(self.aside, float(nodes.bound[doubtful].min()))
+        return ~doubtful
+
+    def _compare(self, mask: Tensor) -> None:
+        """Take a mask, shape (rows, d), if it is better than the incumbent."""
+        full = self._evaluated(mask)
+        if full < self.full:
+            self.mask, self.full = mask, full
 
     def _offer(self, masks: Tensor) -> None:
         """Take the best of some masks, shape (number, rows, d), if it is better than the incumbent; swap it further."""
@@ -241,9 +310,8 @@ class _Search:
         if errors[best] >= self.error:
             return
         polished, _, _ = descend(self.problem, self.masks, masks[best], Monitor("polish", None, None))
-        both = torch.stack((masks[best], polished))
-        errors = self.relaxation.error(both)
-        self.mask, self.error = both[int(errors.argmin())], errors.min()
+        self._compare(masks[best])
+        self._compare(polished)
 
     def _possible(self, nodes: Nodes) -> Tensor:
         """Return which nodes still hold a mask, boolean, shape (nodes,)."""

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -13,14 +14,17 @@ from torch import Tensor
 
 from maskopt.checks import check_settings, whole
 from maskopt.errors import MaskoptError
+from maskopt.exact import WIDEST
 from maskopt.oracles import MaskSet, PartitionMatroid
-from maskopt.problems import Problem, Quadratic
+from maskopt.problems import LayerReconstruction, Problem, Quadratic
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
 from maskopt.solvers.rules import row_block_of
 
-__all__ = ["BruteForce"]
+__all__ = ["BruteForce", "enumerated"]
 
 _ENTRIES = 2**20  # of masks that are evaluated at a time
+_BELOW = 1e-10  # of the optimum, by which its bound is lower at most
+_NEAR = 1024  # masks that may be compared without rounding in the end
 _CAP = 2**61  # numbers of masks stay below 2^62, so that sums of two fit into int64
 
 Shape = tuple[int, int]
@@ -30,8 +34,9 @@ Shape = tuple[int, int]
 class BruteForce(Solver):
     """Evaluate every mask of every independent row block, and keep the best.
 
-    Of equally good masks the first one wins: the one that keeps the lower index. Bounds are the optima less what
-    rounding may have hidden.
+    Of equally good masks the first one wins: the one that keeps the lower index. Masks that rounding makes as good as
+    the best are compared without it, and bounds are the optima; where there are too many of them, or the objective is a
+    function that can only be called, bounds are the optima less what rounding may have hidden.
 
     Parameters
     ----------
@@ -56,28 +61,21 @@ class BruteForce(Solver):
         chunk = max(1, _ENTRIES // (row_block * d))
         planned, done = sum(-(-size // chunk) for size in sizes), 0
         best = masks.lmo_mask(torch.zeros((rows, d), dtype=torch.float64, device=problem.device))
-        minimum = torch.full((len(blocks),), math.inf, dtype=torch.float64, device=problem.device)
-        largest, finished = torch.zeros_like(minimum), torch.zeros_like(minimum, dtype=torch.bool)
+        bound = torch.full((len(blocks),), -math.inf, dtype=torch.float64, device=problem.device)
         for number, (index, part) in enumerate(zip(blocks, sets, strict=True)):
-            evaluate = _Evaluation(problem, index)
+            search = _Least(_Evaluation(problem, index))
             for some in _chunks(part, (row_block, d), chunk, problem.device):
-                values = evaluate(some)
-                lowest = values.amin()
-                if bool(lowest < minimum[number]):
-                    # Not argmin: which of several it returns depends on the device.
-                    best[index], minimum[number] = some[(values == lowest).nonzero()[0, 0]], lowest
-                largest[number] = torch.maximum(largest[number], values.abs().amax())
+                search.look(some)
                 monitor.counters["masks"] += len(some)
                 done += 1
                 if monitor.stops(problem, masks, done, planned):
                     break
             else:
-                finished[number] = True
-            if monitor.ended is not None:
-                break
-        bound = torch.where(finished, minimum - _rounding(problem, row_block, largest), -math.inf).clamp_min(
-            problem.lowest
-        )
+                best[index], bound[number] = search.settled()
+                continue
+            best[index] = search.best
+            break
+        bound = bound.clamp_min(problem.lowest)
         return Outcome(
             best,
             Status.OPTIMAL if monitor.ended is None else monitor.ended,
@@ -105,6 +103,67 @@ class BruteForce(Solver):
         return size
 
 
+def enumerated(problem: Problem, masks: MaskSet) -> tuple[Tensor, float]:
+    """Return the best mask of one row block of rows, shape (rows, d), and a bound on all, in full: for few masks."""
+    search = _Least(_Evaluation(problem, slice(0, problem.shape[0])))
+    chunk = max(1, _ENTRIES // (problem.shape[0] * problem.shape[1]))
+    for some in _chunks(masks, problem.shape, chunk, problem.device):
+        search.look(some)
+    return search.settled()
+
+
+class _Least:
+    """The best of the masks of a row block that have been looked at, and those that rounding makes as good."""
+
+    def __init__(self, evaluate: _Evaluation) -> None:
+        self.evaluate = evaluate
+        self.best: Tensor
+        self.value, self.largest = math.inf, 0.0
+        self._near: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def look(self, masks: Tensor) -> None:
+        """Look at masks of shape (number, row block, d), which come in a fixed order."""
+        values = self.evaluate(masks)
+        lowest = float(values.amin())
+        self.largest = max(self.largest, float(values.abs().amax()))
+        if lowest < self.value:
+            # Not argmin: which of several it returns depends on the device.
+            self.best, self.value = masks[(values == lowest).nonzero()[0, 0]], lowest
+        near = values <= self.value + self._doubt()
+        if bool(near.any()):
+            self._near.append(masks[near])
+            self._values.append(values[near])
+            if sum(map(len, self._near)) > _NEAR:
+                self._sift()
+
+    def _doubt(self) -> float:
+        return 2.0 * self.evaluate.rounding(self.value, self.largest)
+
+    def _sift(self) -> None:
+        """Forget masks that were as good as the best when they came; if too many are left, the last of them."""
+        masks, values = torch.cat(self._near), torch.cat(self._values)
+        near = values <= self.value + self._doubt()
+        self._near, self._values = [masks[near][:_NEAR]], [values[near][:_NEAR]]
+        self._all = int(near.sum()) <= _NEAR
+
+    _all = True
+
+    def settled(self) -> tuple[Tensor, float]:
+        """Return the best of the row block's masks, and a bound on their objective that rounding has not raised."""
+        self._sift()
+        exact = [self.evaluate.exactly(mask) for mask in self._near[0]] if self._all else [None]
+        known = [value for value in exact if value is not None]
+        if len(known) < len(exact):
+            return self.best, self.value - self.evaluate.rounding(self.value, self.largest)
+        minimum = min(known)
+        # Not above what others get who add up in float64, as long as that is next to nothing.
+        below = min(self.evaluate.rounding(self.value, self.largest), _BELOW * abs(float(minimum)))
+        bound = float(minimum) - below
+        bound = bound if Fraction(bound) <= minimum else math.nextafter(bound, -math.inf)
+        return self._near[0][known.index(minimum)], bound
+
+
 class _Evaluation:
     """Objectives of many masks of one row block, float64."""
 
@@ -112,6 +171,36 @@ class _Evaluation:
         self._height = index.stop - index.start
         self._part = problem if problem.shape[0] == self._height else problem.rows(index)
         self._copies: Problem | None = None
+        self._size: float = 0.0
+
+    def exactly(self, mask: Tensor) -> Fraction | None:
+        """Return the objective of one mask without rounding, None where that cannot be had."""
+        if self._part.shape[1] > WIDEST:
+            return None
+        rows = self._part.exact_objective(mask)
+        return None if rows is None else sum(rows, Fraction(0))
+
+    def rounding(self, value: float, largest: float) -> float:
+        """Return how wrong a computed objective near `value` may be, given the largest one."""
+        problem = self._part
+        entries = self._height * problem.shape[1]
+        if not isinstance(problem, Quadratic):
+            eps: float = torch.finfo(problem.dtype).eps
+            fraction: float = max(1e-12, entries * eps)
+            return largest * fraction
+        if self._size == 0.0:
+            exact = problem.double()
+            assert isinstance(exact, Quadratic)
+            # d terms exact to 2^-53 each; no row of Q sums to more than half the smoothness, and signs may cancel.
+            kept = exact.gradient(exact.evaluate(torch.ones(exact.shape, dtype=exact.dtype, device=exact.device)))
+            linear = kept.abs().sum(1) + 0.5 * problem.shape[1] * exact.smoothness().double()
+            size = float((exact.scale().abs() + linear * problem.unit).sum())
+            self._size = float(size * (entries + 8)) * 2.0**-51
+        if isinstance(problem.unshifted(), LayerReconstruction) and problem.shape[1] <= WIDEST:
+            # Errors whose sums cancel are repeated exactly: the others have a small relative error.
+            relative: float = float(problem.shape[1] ** 2 * (entries + 8)) * 2.0**-50
+            return min(self._size, abs(value) * relative)
+        return self._size
 
     def __call__(self, masks: Tensor) -> Tensor:
         """Return the row block's objective of masks of shape (number, row block, d), shape (number,)."""
@@ -123,17 +212,6 @@ class _Evaluation:
             self._copies = self._part.rows(torch.arange(self._height, device=masks.device).repeat(len(masks)))
         copies = self._copies.rows(slice(0, rows))
         return copies.objective(masks.flatten(0, 1)).view(len(masks), self._height).sum(1)
-
-
-def _rounding(problem: Problem, row_block: int, largest: Tensor) -> Tensor:
-    """Return how far below its computed value an objective may lie, one entry per row block."""
-    entries = row_block * problem.shape[1]
-    if isinstance(problem, Quadratic):
-        exact = problem.double()
-        # d terms exact to 2^-53 each; no row of Q sums to more than half the smoothness, and signs may cancel.
-        size = exact.scale() + 0.5 * problem.shape[1] * exact.smoothness().double() * problem.unit
-        return size.view(-1, row_block).sum(1).mul_(entries * 2.0**-52)
-    return largest * max(1e-12, entries * torch.finfo(problem.dtype).eps)
 
 
 def _chunks(masks: MaskSet, shape: Shape, chunk: int, device: torch.device) -> Iterator[Tensor]:

@@ -116,7 +116,7 @@ class _Run:
         mask, _ = better_of(self.problem, self.masks, mask, self.start)
         status = Status.COMPLETED
         if self.settings.polish and isinstance(self.masks, PartitionMatroid):
-            mask, _, optimal = descend(self.problem, self.masks, mask, self.monitor)
+            mask, _, optimal = descend(self.problem, self.masks, mask, self.monitor, proven=True)
             status = Status.LOCAL_OPTIMUM if optimal else status
         return Outcome(mask, status, self.done, source="polish" if self.settings.polish else "solver")
 

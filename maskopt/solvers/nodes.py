@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,9 @@ from maskopt.bounds import sdp_bound
 from maskopt.oracles import PartitionMatroid
 from maskopt.problems import Direction, LayerReconstruction, Point, Quadratic
 from maskopt.problems.base import shift_convexity_error
-from maskopt.problems.layer import eigenvalue_floor
+from maskopt.problems.convexity import eigenvalue_floor
 
-__all__ = ["Nodes", "Relaxation"]
+__all__ = ["Nodes", "Relaxation", "always_kept"]
 
 
 @dataclass
@@ -37,13 +38,12 @@ class Nodes:
     bound: Tensor
 
     @staticmethod
-    def root(masks: PartitionMatroid, problem: LayerReconstruction, known: float) -> Nodes:
-        """Return the one node in which only what the set fixes is decided; `known` bounds it."""
-        nothing = torch.zeros(problem.shape, dtype=torch.bool, device=problem.device)
-        fixed = [nothing if one is None else one.to(problem.device) for one in (masks.protected, masks.forbidden)]
+    def root(masks: PartitionMatroid, problem: LayerReconstruction, kept: Tensor, known: float) -> Nodes:
+        """Return the one node in which only what the set fixes and `kept` are decided; `known` bounds it."""
+        pruned = torch.zeros_like(kept) if masks.forbidden is None else masks.forbidden.to(problem.device).clone()
         x = masks.center(problem.shape, torch.float64, problem.device)
         bound = torch.full((1,), known, dtype=torch.float64, device=problem.device)
-        return Nodes(fixed[0].clone().unsqueeze(0), fixed[1].clone().unsqueeze(0), x.unsqueeze(0), bound)
+        return Nodes(kept.clone().unsqueeze(0), pruned.unsqueeze(0), x.unsqueeze(0), bound)
 
     def __len__(self) -> int:
         return len(self.bound)
@@ -69,10 +69,40 @@ class Nodes:
         return Nodes(self.kept.clone(), self.pruned.clone(), self.x, self.bound)
 
 
+def always_kept(problem: LayerReconstruction, kept: Tensor, incumbent: Tensor, error: float) -> Tensor:
+    """Return which entries every mask of a row block keeps that is better than the incumbent, shape (rows, d).
+
+    `kept` are among them, and the incumbent, whose error is given in full, keeps all of them.
+
+    With Q = Diag(w) G Diag(w), pruning entry i costs at least Q_ii less what others can make up for, 2 sum |Q_ij| over
+    negative Q_ij: what all pruned entries but i lose together is not negative. Entries that are kept for certain make
+    up for nothing, so that others may follow. Without such entries the rest of a row is of ordinary size, and so is
+    the rounding of its bounds.
+    """
+    weight, gram, sizes = problem.double().scaled_weight, problem.symmetric_gram(), problem.entry_sizes()
+    forms = weight.unsqueeze(2) * gram * weight.unsqueeze(1)
+    alone = forms.diagonal(dim1=1, dim2=2).clone()
+    forms.diagonal(dim1=1, dim2=2).zero_()
+    helping = forms.clamp_max_(0.0).neg_()
+    missing = problem.indefiniteness() + (problem.shape[1] + 8) * 2.0**-50
+    bar = error / problem.unit * (1 + 2.0**-40)
+    while True:
+        spread = weight.abs() * sizes * ~kept
+        # A Gram may be indefinite by rounding, in all rows.
+        lost = missing * (spread.square().sum() + spread * spread.sum(1, keepdim=True))
+        help_ = torch.einsum("rij,rj->ri", helping, (~kept).double())
+        more = incumbent & ~kept & (alone - 2.0 * help_ - lost > bar)
+        if not bool(more.any()):
+            return kept
+        kept = kept | more
+
+
 class Relaxation(Quadratic):
     """The shifted error of one row block, for any number of copies of it one above the other.
 
     With p = 1 - x and Q = Diag(w) G Diag(w) of each row: p^T (Q - Diag(D)) p + <D, p>, convex among the masks' hull.
+    Entries that every mask in question keeps have no part in it. Objectives are in the unit
+    `problem.unit` * 4^`power`, in which the entries that are left are near one.
 
     Parameters
     ----------
@@ -82,50 +112,59 @@ class Relaxation(Quadratic):
         D, shape (rows, d).
     copies : int
     lost : float
-        How far the sum over the row block may lie below its linear models within the hull, rounding included.
+        How far the sum over the row block may lie below its tangents within the hull, rounding included.
+    power : int
     """
 
-    def __init__(self, forms: Tensor, shift: Tensor, copies: int, lost: float) -> None:
+    def __init__(self, forms: Tensor, shift: Tensor, copies: int, lost: float, power: int = 0) -> None:
         self.forms, self.shift, self.copies = forms, shift, copies
-        self.lost = lost
+        self.lost, self.power = lost, power
         self.known = 0.0
         self._shifted = forms - torch.diag_embed(shift)
 
     @staticmethod
-    def of(problem: LayerReconstruction, masks: PartitionMatroid, incumbent: Tensor) -> Relaxation:
-        """Return the relaxation of a row block, with the diagonal shifted as far as convexity allows."""
-        weight, gram = problem.scaled_weight.double(), problem.symmetric_gram()
+    def of(problem: LayerReconstruction, masks: PartitionMatroid, incumbent: Tensor, kept: Tensor) -> Relaxation:
+        """Return the relaxation of a row block, with the diagonal moved as far as convexity allows.
+
+        Parameters
+        ----------
+        problem, masks
+            The row block.
+        incumbent : Tensor
+            Its best mask so far, shape (rows, d).
+        kept : Tensor
+            Entries that every better mask keeps, shape (rows, d).
+        """
+        weight, gram = problem.double().scaled_weight.masked_fill(kept, 0.0), problem.symmetric_gram()
+        largest = (weight.abs() * gram.diagonal().clamp_min(0.0).sqrt()).amax()
+        power = int(torch.frexp(largest).exponent)
+        weight = torch.ldexp(weight, torch.tensor(-power, device=weight.device))
         forms = weight.unsqueeze(2) * gram * weight.unsqueeze(1)
-        width = masks.tile_of(problem.shape)[1]
-        alike = masks.separable and not masks.at_most and not isinstance(masks.keep, Tensor)
-        group = width if alike and width < problem.shape[1] else None
-        proven = sdp_bound(problem, incumbent.sum(1), group=group, accuracy=1e-4)
-        shift = proven.shift / problem.unit
-        basis = _directions(masks, problem.shape).to(forms)
+        full, bounds = _shifts(problem, masks, incumbent, kept)
+        shift = _in_unit(full, problem.unit, power)
         lost = 0.0
         for row, form in enumerate(forms):
+            basis = _directions(masks, problem.shape, kept[row]).to(forms)
             if basis.shape[1] == 0:  # one mask
                 shift[row] = 0.0
                 continue
-            size = float(form.diagonal().sum())
-            # Whatever a shift claims, it is taken back as far as convexity lacks; should little be left, what all
-            # sets have is better: none at all, brought up to the smallest eigenvalue.
-            candidates: list[Tensor] = []
-            for start in (shift[row], torch.zeros_like(shift[row])):
-                lowest = float(torch.linalg.eigvalsh(basis.T @ (form - torch.diag(start)) @ basis)[0])
-                candidates.append(start + (lowest if candidates else min(0.0, lowest)) - 1e-12 * size)
-            shift[row] = max(candidates, key=lambda one: float(one.sum()))
-            within = basis.T @ (form - torch.diag(shift[row])) @ basis
-            floor = eigenvalue_floor((within + within.T) / 2)
-            assert floor is not None
-            # The basis is orthonormal to rounding; a step between masks has at most d entries of size one.
-            product = size + float(shift[row].abs().sum())
-            lost += (-floor + len(form) * 2.0**-50 * product) * len(form)
-        relaxation = Relaxation(forms, shift, 1, lost)
+            shift[row], missing = _convex_shift(form, shift[row].masked_fill(kept[row], 0.0), basis, kept[row])
+            size = float((form - torch.diag(shift[row])).abs().sum() + shift[row].abs().sum())
+            # A step between masks has at most d entries of size one.
+            lost += missing * len(form) + (len(form) + 8) * 2.0**-49 * size
+        relaxation = Relaxation(forms, shift, 1, lost, power)
         if masks.separable and not masks.at_most:
             # Where every mask keeps as many entries of each row as the incumbent, the bound is one for all of them.
-            relaxation.known = max(0.0, float(proven.bound.sum()) / problem.unit)
+            relaxation.known = max(0.0, float(_in_unit(bounds, problem.unit, power).sum()) * (1 - 2.0**-50))
         return relaxation
+
+    def in_unit(self, error: float, problem: LayerReconstruction) -> float:
+        """Return an error given in full in the unit of this object."""
+        return float(_in_unit(torch.tensor(error, dtype=torch.float64), problem.unit, self.power))
+
+    def in_full(self, error: float, problem: LayerReconstruction) -> float:
+        """Undo `in_unit`."""
+        return math.ldexp(math.ldexp(error * problem.unit, self.power), self.power)
 
     def repeated(self, copies: int) -> Relaxation:
         """Return the relaxation of many nodes."""
@@ -195,13 +234,70 @@ class Relaxation(Quadratic):
         return shift_convexity_error(point, shift) + self.lost / row_block
 
 
-def _directions(masks: PartitionMatroid, shape: tuple[int, int]) -> Tensor:
-    """Return an orthonormal basis of what differences of two masks span in a row, float64, shape (d, dimensions)."""
+def _in_unit(value: Tensor, unit: float, power: int) -> Tensor:
+    by = torch.tensor(-power, device=value.device)
+    return torch.ldexp(torch.ldexp(value / unit, by), by)
+
+
+def _shifts(
+    problem: LayerReconstruction, masks: PartitionMatroid, incumbent: Tensor, kept: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the diagonals of the semidefinite bounds of a row block's rows without `kept`, and the bounds in full."""
+    if not bool(kept.any()):
+        width = masks.tile_of(problem.shape)[1]
+        alike = masks.separable and not masks.at_most and not isinstance(masks.keep, Tensor)
+        group = width if alike and width < problem.shape[1] else None
+        proven = sdp_bound(problem, incumbent.sum(1), group=group, accuracy=1e-4)
+        return proven.shift, proven.bound
+    shift = torch.zeros(problem.shape, dtype=torch.float64, device=problem.device)
+    bounds = shift.new_zeros(problem.shape[0])
+    for row in range(problem.shape[0]):
+        free = (~kept[row]).nonzero().flatten()
+        if len(free):
+            part = problem.weight[row : row + 1, free], problem.gram[free][:, free]
+            few = LayerReconstruction(*part, check=False)
+            proven = sdp_bound(few, incumbent[row, free].sum().view(1), accuracy=1e-4)
+            shift[row, free], bounds[row] = proven.shift[0], proven.bound[0]
+    return shift, bounds
+
+
+def _convex_shift(form: Tensor, aim: Tensor, basis: Tensor, kept: Tensor) -> tuple[Tensor, float]:
+    """Return a diagonal near `aim` that leaves a form convex along a basis, and what convexity may lack still."""
+    size = float(form.diagonal().sum())
+    # Whatever a shift claims, it is taken back as far as convexity lacks; should little be left, what all
+    # sets have is better: none at all, brought up to the least eigenvalue.
+    candidates: list[Tensor] = []
+    for start in (aim, torch.zeros_like(aim)):
+        # The basis is orthonormal to rounding, and products with it are rounded too.
+        rounding = len(form) * 2.0**-50 * (size + float(start.abs().sum()))
+        lowest = float(torch.linalg.eigvalsh(basis.T @ (form - torch.diag(start)) @ basis)[0])
+        back = (lowest if candidates else min(0.0, lowest)) - 1e-12 * size - 2.0 * rounding
+        candidates.append((start + back).masked_fill(kept, 0.0))
+    shift = max(candidates, key=lambda one: float(one.sum()))
+    within = basis.T @ (form - torch.diag(shift)) @ basis
+    rounding = len(form) * 2.0**-50 * (size + float(shift.abs().sum()))
+    within = (within + within.T) / 2
+    within.diagonal().sub_(rounding)
+    floor = eigenvalue_floor(within)
+    return shift, float(torch.linalg.matrix_norm(within)) if floor is None else -floor
+
+
+def _directions(masks: PartitionMatroid, shape: tuple[int, int], kept: Tensor) -> Tensor:
+    """Return an orthonormal basis of what differences of two masks that keep some entries span in a row.
+
+    Float64, shape (d, dimensions).
+    """
     columns = shape[1]
+    free = (~kept).cpu()
+    identity = torch.eye(columns, dtype=torch.float64)
     if masks.at_most or not masks.separable:
-        return torch.eye(columns, dtype=torch.float64)
+        return identity[:, free]
     width = masks.tile_of(shape)[1]
+    found = []
     # Every group of the row has a fixed sum.
-    sums = torch.eye(columns // width, dtype=torch.float64).repeat_interleave(width, 0)
-    basis: Tensor = torch.linalg.qr(sums, mode="complete").Q
-    return basis[:, columns // width :]
+    for group in torch.arange(columns).view(-1, width):
+        some = group[free[group]]
+        if len(some) > 1:
+            ones = torch.ones((len(some), 1), dtype=torch.float64)
+            found.append(identity[:, some] @ torch.linalg.qr(ones, mode="complete").Q[:, 1:])
+    return torch.cat(found, 1) if found else identity[:, :0]

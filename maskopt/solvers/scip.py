@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
 from maskopt.checks import check_settings, choice, instance_of, real, whole
 from maskopt.errors import MaskoptError
-from maskopt.oracles import MaskSet, MilpFormulation
-from maskopt.problems import Quadratic
-from maskopt.problems.layer import eigenvalue_floor
+from maskopt.oracles import MaskSet
+from maskopt.problems import LayerReconstruction, Quadratic
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
+from maskopt.solvers.brute_force import enumerated
 from maskopt.solvers.continuation import ContinuationFrankWolfe
+from maskopt.solvers.nodes import always_kept
 from maskopt.solvers.one_swap import better_of
 from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rules import row_block_of
+from maskopt.solvers.scip_model import STATUSES, Form, row_of
+from maskopt.solvers.scip_model import Model as _Model
 
 __all__ = ["STATUSES", "Scip"]
 
-Form = Literal["convex", "raw"]
-
-STATUSES = {
-    "optimal": Status.OPTIMAL,
-    "gaplimit": Status.WITHIN_GAP,
-    "timelimit": Status.TIME_LIMIT,
-    "nodelimit": Status.ITERATION_LIMIT,
-    "userinterrupt": Status.STOPPED,
-}
-"""What SCIP may answer to the limits that are set; anything else is a failure."""
-
-_FEASIBLE = 1e-6  # SCIP's tolerance of constraints
-_RANGE = 2.0**10  # of the objective's coefficients over the error sought
+_TOLERANCE = 1e-4  # of the error: what bounds may lack for SCIP's own tolerances in a claim
+_FEW = 12  # binary digits of the number of masks that are looked at one by one where SCIP's tolerances hide the best
+_MODELS = 4  # for one row block: each starts from the mask that the one before has found
 
 
 @dataclass(frozen=True)
@@ -48,9 +43,11 @@ class Scip(Solver):
     fraction * diag(Q) that leaves it semidefinite, z = R p, and t >= sum z_i^2 (quadratic convex reformulation,
     Billionnet and Elloumi, Mathematical Programming 109, 2007); without z, SCIP would undo the shift, as p_i^2 = p_i.
 
-    SCIP works in floating point to tolerances: optimal means that no mask is better by more than about a
-    hundred-thousandth of the first incumbent's error (or 1e-8 of the size of the data, where that is more). Lower
-    bounds are lowered by as much; masks are evaluated from scratch.
+    SCIP works in floating point to tolerances, about a hundred-thousandth of the first incumbent's error (or 1e-8 of
+    the size of the data, where that is more). Lower bounds are lowered by as much, and masks are evaluated from
+    scratch: optimal means that the bound that is left is within a ten-thousandth of the error. Entries that every
+    better mask keeps are fixed beforehand, so that they do not make the tolerances larger; where the first incumbent
+    was far from the best mask, SCIP is asked again; a few thousand masks are compared one by one if that does not help.
 
     Parameters
     ----------
@@ -100,275 +97,92 @@ class Scip(Solver):
         if importlib.util.find_spec("pyscipopt") is None:
             raise MaskoptError('Scip needs pyscipopt, which is missing: pip install "maskopt[mip]".')
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What SCIP calls the settings."""
+        return {
+            "limits/gap": min(self.gap, 1e20),
+            "limits/nodes": -1 if self.nodes is None else self.nodes,
+            "randomization/randomseedshift": self.seed,
+        }
+
     def run(self, problem: Quadratic, masks: MaskSet, start: Tensor, monitor: Monitor) -> Outcome:
         rows, d = problem.shape
         row_block, exact = row_block_of(problem, masks), problem.double()
         number = rows // row_block
         found, bounds = start.clone(), torch.full((number,), -math.inf, dtype=torch.float64)
-        margins, statuses = torch.zeros_like(bounds), []
-        nodes = 0
+        statuses, nodes = [], 0
         for one in range(number):
             if monitor.stops(problem, masks, one, number):
                 break
             index = slice(one * row_block, (one + 1) * row_block)
             part = masks if number == 1 else masks.rows(index, (rows, d))
-            model = _Model(self, [_row(exact, row) for row in range(index.start, index.stop)], start[index].cpu())
-            model.choose_from(part.formulation((row_block, d)))
             limit = min(monitor.left / (number - one), math.inf if self.time_limit is None else self.time_limit)
-            answer = model.solve(limit, lambda one=one: monitor.stops(problem, masks, one, number))  # type: ignore[misc]
-            nodes += answer.nodes
-            statuses.append(answer.status)
-            bounds[one], margins[one] = answer.bound, answer.margin
-            if answer.mask is not None and part.contains(mask := answer.mask.to(problem.device)):
-                found[index] = mask
+            stops = functools.partial(monitor.stops, problem, masks, one, number)
+            block = _RowBlock(self, exact.rows(index), part, limit, stops)
+            found[index], bounds[one], status = block.solve(found[index])
+            nodes += block.nodes
+            statuses.append(status)
         monitor.counters["nodes"] += nodes
-        best, _ = better_of(problem, masks, start, found)
         status = max(statuses, key=list(Status).index, default=Status.STOPPED)
-        bounds, margins = bounds * problem.unit, margins * problem.unit
-        error = problem.objective(best).view(number, row_block).sum(1).cpu()
-        if status is Status.OPTIMAL and bool((error > bounds + margins).any()):
-            # What SCIP calls feasible, it seems, is no mask of the set, or its sums went wrong.
-            status = Status.COMPLETED
-        proven = (bounds - margins).clamp_min(problem.lowest).to(problem.device)
-        return Outcome(best, monitor.ended or status, nodes, proven if bool(proven.isfinite().all()) else None)
+        proven = bounds.clamp_min(problem.lowest).to(problem.device)
+        return Outcome(found, monitor.ended or status, nodes, proven if bool(proven.isfinite().all()) else None)
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One row's objective p^T Q p + <linear, p> + constant of the pruned indicator p, float64, on the CPU."""
+class _RowBlock:
+    """One row block: its model, made anew with a smaller unit where the first incumbent was far too bad."""
 
-    quadratic: Tensor
-    linear: Tensor
-    constant: float
+    def __init__(
+        self, settings: Scip, problem: Quadratic, masks: MaskSet, limit: float, stops: Callable[[], bool]
+    ) -> None:
+        self.settings, self.problem, self.masks, self.stops = settings, problem, masks, stops
+        self.left = limit
+        self.rows = [row_of(problem, row) for row in range(problem.shape[0])]
+        self.formulation = masks.formulation(problem.shape)
+        self.nodes = 0
 
+    def solve(self, mask: Tensor) -> tuple[Tensor, float, Status]:
+        """Return the best mask, what is proven of all masks, in full, and why SCIP stopped."""
+        bound = -math.inf
+        for _ in range(_MODELS):
+            first = self._error(mask)
+            kept = self._always_kept(mask, first)
+            rows = [row.without(fixed) for row, fixed in zip(self.rows, kept, strict=True)]
+            model = _Model(self.settings.parameters, self.settings.form, rows, mask.cpu(), kept)
+            model.choose_from(self.formulation)
+            began = time.perf_counter()
+            answer = model.solve(self.left, self.stops)
+            self.left = max(0.0, self.left - (time.perf_counter() - began))
+            self.nodes += answer.nodes
+            if answer.mask is not None and self.masks.contains(other := answer.mask.to(mask.device)):
+                mask = better_of(self.problem, self.masks, mask, other)[0]
+            error = self._error(mask)
+            # Every mask that does not keep what is always kept is worse than the incumbent was.
+            own = min((answer.bound - answer.margin) * self.problem.unit, first)
+            bound = max(bound, own)
+            claims = answer.status in (Status.OPTIMAL, Status.WITHIN_GAP)
+            allowed = (max(self.settings.gap, 0.0) + _TOLERANCE) * abs(error)
+            if not claims or error - bound <= allowed or not error < first / 4:
+                break
+        if not claims or error - max(bound, self.problem.lowest) <= allowed:
+            return mask, bound, answer.status
+        # SCIP's tolerances hide what is left. Few masks can be looked at one by one.
+        if mask.numel() <= _FEW or (_counts(self.masks) and self.masks.count(self.problem.shape) <= 2**_FEW):
+            return *enumerated(self.problem, self.masks), answer.status
+        # What SCIP calls feasible may also be no mask of the set, or its sums go wrong.
+        return mask, bound, Status.COMPLETED
 
-def _row(problem: Quadratic, row: int) -> _Row:
-    d = problem.shape[1]
-    # Row i of the Hessian is the change of the gradient by unit vector i: d copies of the row, one for each.
-    copies = problem.rows(torch.full((d,), row, device=problem.device))
-    hessian = copies.hessian(copies.hvp(torch.eye(d, dtype=torch.float64, device=problem.device))).cpu()
-    alone = problem.rows(slice(row, row + 1))
-    kept = alone.evaluate(torch.ones((1, d), dtype=torch.float64, device=problem.device))
-    return _Row((hessian + hessian.T) / 4, -alone.gradient(kept)[0].cpu(), float(alone.value(kept)))
+    def _error(self, mask: Tensor) -> float:
+        return float(self.problem.objective(mask).sum())
 
-
-def _shift(matrix: Tensor) -> Tensor:
-    """Return a diagonal D, shape (d,), such that the matrix less Diag(D) is positive semidefinite, proven.
-
-    The stronger D is, the tighter is SCIP's relaxation; whatever diagonal is aimed at here is made safe below.
-    """
-    largest = float(matrix.abs().amax())
-    if largest == 0.0:
-        return torch.zeros(len(matrix), dtype=torch.float64)
-    # The smallest eigenvalue of the matrix with unit diagonal is free of the channels' scales.
-    size = matrix.diagonal().clone()
-    small = size <= 2.0**-40 * largest
-    size[small] = matrix.abs().sum(1)[small].clamp_min(2.0**-40 * largest)
-    root = size.rsqrt()
-    diagonal: Tensor = size * torch.linalg.eigvalsh(root.unsqueeze(1) * matrix * root)[0]
-    # What is left may be nothing but the rounding of these lines.
-    diagonal -= len(matrix) * 2.0**-48 * float(diagonal.abs().amax() + largest)
-    floor = eigenvalue_floor(matrix - torch.diag(diagonal))
-    assert floor is not None
-    return diagonal + floor
-
-
-def _shifted(row: _Row) -> _Row:
-    """Return the same objective of masks, with a convex quadratic part."""
-    shift = _shift(row.quadratic)
-    return _Row(row.quadratic - torch.diag(shift), row.linear + shift, row.constant)
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What SCIP says about a row block, in the problem's unit; `bound` is its own, `margin` what it may be wrong by."""
-
-    mask: Tensor | None
-    bound: float
-    margin: float
-    status: Status
-    nodes: int
+    def _always_kept(self, mask: Tensor, error: float) -> Tensor:
+        problem = self.problem
+        nothing = torch.zeros_like(mask)
+        if not isinstance(problem, LayerReconstruction) or problem.aims_elsewhere:
+            return nothing.cpu()
+        return always_kept(problem, nothing, mask, error).cpu()
 
 
-class _Model:
-    """One fresh SCIP model.
-
-    Parameters
-    ----------
-    settings : Scip
-    rows : sequence of _Row
-        Of one row block.
-    start : Tensor
-        The first incumbent, boolean, shape (rows, d).
-    """
-
-    def __init__(self, settings: Scip, rows: Sequence[_Row], start: Tensor) -> None:
-        from pyscipopt import Model
-        from pyscipopt.scip import Expr, ExprCons, Term
-
-        self._expr, self._cons, self._term = Expr, ExprCons, Term
-        self._shape, self._start, pruned = start.shape, start, (~start).double()
-        if settings.form == "convex":
-            rows = [_shifted(row) for row in rows]
-        self._unit = _unit(rows, pruned)
-        self._model = model = Model()
-        model.hideOutput()
-        model.setParams(
-            {
-                "limits/gap": min(settings.gap, 1e20),
-                "limits/nodes": -1 if settings.nodes is None else settings.nodes,
-                "numerics/feastol": _FEASIBLE,
-                # Probing of SCIP 10.0 can cut off the optimum; a test has an example.
-                "propagating/probing/maxprerounds": 0,
-                "randomization/randomseedshift": settings.seed,
-            }
-        )
-        self._first = model.createSol()
-        self._pruned: list[Any] = []
-        for row, chosen in zip(rows, pruned, strict=True):
-            self._add(row, chosen, settings.form)
-        model.addObjoffset(sum(row.constant for row in rows) / self._unit)
-
-    def _add(self, row: _Row, chosen: Tensor, form: Form) -> None:
-        """Add a row's variables, its part of the objective, and their values in the first incumbent."""
-        matrix, linear = row.quadratic / self._unit, row.linear / self._unit
-        pairs = zip(linear.tolist(), chosen.tolist(), strict=True)
-        pruned = [self._variable("B", cost, value) for cost, value in pairs]
-        self._pruned += pruned
-        if form == "convex":
-            values, vectors = torch.linalg.eigh(matrix)
-            # Squares left out only lower the relaxation, and all of these together by less than the tolerance.
-            some = values > _FEASIBLE / 1000
-            parts = (vectors[:, some] * values[some].sqrt()).T
-            images = (parts @ chosen).tolist()
-            squares = {}
-            for part, image in zip(parts.tolist(), images, strict=True):
-                z = self._variable("C", 0.0, image)
-                terms = {self._term(p): coefficient for p, coefficient in zip(pruned, part, strict=True)}
-                self._constrain({**terms, self._term(z): -1.0}, 0.0, 0.0)
-                squares[self._term(z, z)] = 1.0
-            size = sum(image * image for image in images)
-        else:
-            lower = torch.tril(matrix) + torch.tril(matrix, -1)  # each pair once
-            squares = {self._term(pruned[i], pruned[j]): float(lower[i, j]) for i, j in lower.nonzero().tolist()}
-            size = float(chosen @ matrix @ chosen)
-        if squares:
-            # No lower bound: that of pyscipopt is zero, and Q need not be positive semidefinite.
-            top = self._variable("C", 1.0, size)
-            self._constrain({**squares, self._term(top): -1.0}, None, 0.0)
-
-    def _variable(self, kind: str, cost: float, value: float) -> Any:
-        variable = self._model.addVar(vtype=kind, lb=0.0 if kind == "B" else None, obj=cost)
-        self._model.setSolVal(self._first, variable, value)
-        return variable
-
-    def _constrain(self, terms: dict[Any, float], lower: float | None, upper: float | None) -> None:
-        # From a dictionary of coefficients: sums of expressions take minutes to build.
-        self._model.addCons(self._cons(self._expr(terms), lower, upper))
-
-    def choose_from(self, masks: MilpFormulation) -> None:
-        """Add the constraints of a set on the flattened mask m = 1 - p, with the auxiliary variables they need."""
-        matrix, ends = masks.matrix, (masks.constraints.lb, masks.constraints.ub)
-        columns, own = [*self._pruned, *self._auxiliary(masks)], masks.entries
-        for line in range(matrix.shape[0]):
-            part = slice(matrix.indptr[line], matrix.indptr[line + 1])
-            entries, values = matrix.indices[part].tolist(), matrix.data[part].tolist()
-            size = max(map(abs, values), default=0.0)
-            if size == 0.0:
-                continue
-            pairs = list(zip(entries, values, strict=True))
-            # sum_i a_i m_i = total - sum_i a_i p_i: the line is negated, auxiliary variables with it.
-            total = math.fsum(value for at, value in pairs if at < own)
-            lower, upper = ((total - float(side[line])) / size for side in reversed(ends))
-            terms = {self._term(columns[at]): (value if at < own else -value) / size for at, value in pairs}
-            self._constrain(terms, *(end if math.isfinite(end) else None for end in (lower, upper)))
-
-    def _auxiliary(self, masks: MilpFormulation) -> list[Any]:
-        """Add auxiliary variables, with values for the first incumbent: SCIP ignores incomplete solutions."""
-        values = masks.completed(self._start.numpy())
-        variables = []
-        for number, (integer, low, high) in enumerate(masks.extras):
-            variable = self._model.addVar(vtype="I" if integer else "C", lb=low, ub=high, obj=0.0)
-            if values is not None:
-                self._model.setSolVal(self._first, variable, float(values[number]))
-            variables.append(variable)
-        return variables
-
-    def solve(self, limit: float, stops: Callable[[], bool]) -> _Answer:
-        """Run SCIP for so many seconds, or until `stops` says so.
-
-        Raises
-        ------
-        KeyboardInterrupt
-            If the user interrupted SCIP.
-        RuntimeError
-            If SCIP ends for a reason that its limits do not explain.
-        """
-        model, handler = self._model, _handler(stops)
-        model.addSol(self._first)
-        model.setParam("limits/time", min(limit, 1e20))
-        model.includeEventhdlr(handler, "monitor", "calls back whether to stop")
-        model.optimizeNogil()
-        if handler.error is not None:
-            raise handler.error
-        status = model.getStatus()
-        if status == "userinterrupt" and not handler.stopped:
-            raise KeyboardInterrupt
-        if status == "memlimit":
-            raise MemoryError("SCIP ran out of memory.")
-        if status not in STATUSES:
-            raise RuntimeError(f"SCIP ended with {status!r} on a feasible model; this is a bug.")
-        bound = float(model.getDualbound())
-        bound = bound if abs(bound) < model.infinity() else -math.inf
-        # Constraints, of which there is one for each entry and more, may be violated a little each.
-        slack = 2.0 * _FEASIBLE * (1.0 + len(self._pruned) + abs(bound)) if math.isfinite(bound) else 0.0
-        return _Answer(
-            self._mask(), bound * self._unit, slack * self._unit, STATUSES[status], int(model.getNTotalNodes())
-        )
-
-    def _mask(self) -> Tensor | None:
-        """Return the incumbent, rounded."""
-        if self._model.getNSols() == 0:
-            return None
-        best = self._model.getBestSol()
-        values = [self._model.getSolVal(best, variable) for variable in self._pruned]
-        return (torch.tensor(values, dtype=torch.float64) < 0.5).view(self._shape)
-
-
-def _unit(rows: Sequence[_Row], pruned: Tensor) -> float:
-    """Return the power of two by which the objective is divided, so that SCIP's tolerances are small beside it.
-
-    The first incumbent's error is then about the number of entries, unless coefficients would become too large.
-    """
-    error = sum(float(p @ row.quadratic @ p + row.linear @ p) for row, p in zip(rows, pruned, strict=True))
-    size = sum(float(row.quadratic.diagonal().abs().sum() + row.linear.abs().sum()) for row in rows)
-    size = max(size, *(float(row.quadratic.abs().amax()) for row in rows)) / _RANGE
-    aim = max(abs(error), size) / pruned.numel()
-    return 2.0 ** math.ceil(math.log2(aim)) if aim > 0.0 else 1.0
-
-
-def _handler(stops: Callable[[], bool]) -> Any:
-    """Return an event handler that asks whether to stop; `stopped` and `error` say what came of it."""
-    from pyscipopt import SCIP_EVENTTYPE, Eventhdlr
-
-    events = (SCIP_EVENTTYPE.NODESOLVED, SCIP_EVENTTYPE.LPSOLVED, SCIP_EVENTTYPE.PRESOLVEROUND)
-
-    class Handler(Eventhdlr):  # type: ignore[misc]
-        stopped = False
-        error: BaseException | None = None
-
-        def eventinit(self) -> None:
-            for event in events:
-                self.model.catchEvent(event, self)
-
-        def eventexec(self, event: object) -> None:
-            if self.stopped or self.error is not None:
-                return
-            try:
-                self.stopped = stops()
-            except BaseException as error:  # it must not pass through SCIP
-                self.error = error
-            if self.stopped or self.error is not None:
-                self.model.interruptSolve()
-
-    return Handler()
+def _counts(masks: MaskSet) -> bool:
+    """Whether a set knows its members without trying all patterns."""
+    return type(masks).enumerate is not MaskSet.enumerate

@@ -28,9 +28,15 @@ class SwapSearch:
     ----------
     problem : LayerReconstruction
     masks : PartitionMatroid
+    margin : float
+        Swaps within a row have to gain more than this fraction of its error, swaps across rows a tenth of it: what is
+        below is left to a problem in float64.
     """
 
-    def __init__(self, problem: LayerReconstruction, masks: PartitionMatroid) -> None:
+    def __init__(self, problem: LayerReconstruction, masks: PartitionMatroid, margin: float = 1e-6) -> None:
+        self.margin = margin
+        self.noise: Tensor | None = None
+        """Proven rounding errors of the cost of every entry, shape (rows, d), where they are known."""
         self.weight, self.gram = problem.scaled_weight, problem.scaled_gram.contiguous()
         height, self.width = masks.tile_of(problem.shape)
         self.height = height
@@ -46,8 +52,9 @@ class SwapSearch:
             self.blocks = self.gram[index.unsqueeze(2), index.unsqueeze(1)]
         elif self.width > _DENSE:
             # A little more than the largest correlation, so that rounding cannot bound a winner away.
-            self.size = self.own.clamp_min(0).sqrt()  # rounding may leave a diagonal negative
-            self.reach = _largest_correlation(self.gram).mul_(1.0001) * self.size
+            sizes = problem.entry_sizes().to(problem.dtype)
+            self.size = self.weight.abs() * sizes
+            self.reach = _largest_correlation(self.gram, sizes).mul_(1.0001) * self.size
 
     def step(self, kept: Tensor, carried: Tensor, dirty: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return swaps that may be done at once: at most one change per row, each improving.
@@ -72,11 +79,26 @@ class SwapSearch:
             return found
         return self._across_rows(kept, carried, dirty, found)
 
+    def doubtful(self, kept: Tensor, carried: Tensor) -> Tensor:
+        """Return rows in which the best swap, all rounding errors in its favour, would lower the error, boolean.
+
+        Where `noise` is proven no swap within any other row improves.
+        """
+        found = torch.zeros(len(kept), dtype=torch.bool, device=kept.device)
+        if self.width == 1:
+            return found
+        per_row = self.columns * (self.width if self.width <= _DENSE else _BINS)
+        for part in torch.split(torch.arange(len(kept), device=kept.device), max(1, _BLOCK // per_row)):
+            add_cost, drop_cost, error = self._costs(part, kept, carried)
+            search = self._all_pairs if self.width <= _DENSE else self._bounded_pairs
+            found[part] = search(part, add_cost - error, drop_cost - error)[0] < 0
+        return found
+
     def _costs(self, index: Tensor, kept: Tensor, carried: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return A, B (infinite where not allowed) and the rounding error of either, for some rows."""
         mask, own = kept[index], self.own[index]
         add, drop, size = single_changes(self.weight[index], carried[index], own)
-        error = self.eps * size
+        error = self.eps * size if self.noise is None else self.noise[index]
         movable = mask if self.protected is None else mask & ~self.protected[index]
         closed = mask if self.forbidden is None else mask | self.forbidden[index]
         return torch.where(closed, torch.inf, add), torch.where(movable, drop, torch.inf), error
@@ -94,7 +116,7 @@ class SwapSearch:
             change, add, drop = search(part, add_cost, drop_cost)
             noise = error.gather(1, add.unsqueeze(1)) + error.gather(1, drop.unsqueeze(1))
             current = torch.where(kept[part], 0.0, self.weight[part] * carried[part]).sum(1)
-            better.append(change < -noise.squeeze(1) - 1e-6 * current.clamp_min(0))
+            better.append(change < -noise.squeeze(1) - self.margin * current.clamp_min(0))
             adds.append(add)
             drops.append(drop)
         improves = torch.cat(better)
@@ -179,7 +201,7 @@ class SwapSearch:
         takers = order[:, :half].gather(1, gain.gather(1, order[:, :half]).argsort(1))
         givers = order[:, half : 2 * half].gather(1, loss.gather(1, order[:, half : 2 * half]).argsort(1))
         current = torch.where(kept, 0.0, self.weight * carried).sum().clamp_min(0)
-        bar = -1e-7 * current / len(kept)
+        bar = -0.1 * self.margin * current / len(kept)
         good = gain.gather(1, takers) + loss.gather(1, givers) < bar
         # The halves may miss the best pair (both rows in one half): then that single pair is done.
         single = ~good.any(1) & (pairs[0].amin(1) < bar)
@@ -202,9 +224,8 @@ class SwapSearch:
         )
 
 
-def _largest_correlation(gram: Tensor) -> Tensor:
-    """Return max_(i != j) |G_ij| / sqrt(G_ii G_jj) for every j, at most 1, shape (d,); 0 for dead inputs."""
-    size = gram.diagonal().clamp_min(0).sqrt()
+def _largest_correlation(gram: Tensor, size: Tensor) -> Tensor:
+    """Return max_(i != j) |G_ij| / (r_i r_j) for every j, at most 1, given sizes r; shape (d,); 0 for dead inputs."""
     inverse = torch.where(size > 0, 1 / size, 0.0)
     largest = torch.zeros_like(size)
     for part in torch.split(torch.arange(len(gram), device=gram.device), max(1, _BLOCK // len(gram))):
