@@ -22,7 +22,9 @@ from maskopt.cli.options import (
     parse_memory,
 )
 from maskopt.cli.output import Bar, check_outputs, environment, json_output, tables
+from maskopt.cli.part import RowsOption, parse_rows
 from maskopt.cli.solvers import parse_solvers
+from maskopt.cli.words import set_words
 from maskopt.errors import MaskoptError
 from maskopt.files import atomic_path
 from maskopt.oracles import parse_masks
@@ -38,9 +40,7 @@ def trace(
     ] = "sparsefw,blended-pairwise,dicg,continuation",
     pattern: PatternOption = "per-row",
     sparsity: SparsityOption = None,
-    rows: Annotated[
-        int | None, typer.Option("--rows", min=1, help="Only the first rows of the layer (a quick look).")
-    ] = None,
+    rows: RowsOption = ":",
     every: Annotated[
         int | None,
         typer.Option("--every", min=1, help="Record every so many iterations; by default 0, 1, 2, 4, 8 ..."),
@@ -60,9 +60,9 @@ def trace(
     if out is not None:
         check_figure(out)
     masks, methods, working = parse_masks(pattern, sparsity), parse_solvers(solvers), parse_memory(memory)
-    _, problem = load_layer(instance, check_device(device))
-    if rows is not None:
-        problem = problem.rows(slice(0, rows))
+    _, layer = load_layer(instance, check_device(device))
+    chosen = parse_rows(rows, layer.shape[0])
+    problem = layer.rows(chosen)
     for method in methods.values():
         check_compatible(problem, masks, method)
     scale = float(problem.scale().sum())
@@ -88,7 +88,7 @@ def trace(
         "traces": traces,
         "settings": {
             "instance": str(instance),
-            "rows": problem.shape[0],
+            "rows": f"{chosen.start}:{chosen.stop}",
             "columns": problem.shape[1],
             "masks": repr(masks),
             "solvers": {spec: repr(method) for spec, method in methods.items()},
@@ -105,7 +105,7 @@ def trace(
                 _write(aside, traces)
         if out is not None:
             with atomic_path(out) as aside:
-                draw_traces(traces, aside, out.suffix, f"{instance.stem}, {masks}")
+                draw_traces(traces, aside, out.suffix, f"{instance.stem}, {set_words(pattern, sparsity)}")
     tables(json).print(_summary(traces))
 
 
