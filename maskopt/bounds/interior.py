@@ -29,7 +29,7 @@ _PREDICTOR = (0.9, 0.7)  # first length tried and the factor between lengths: th
 _CORRECTOR = (1.0, 0.85)
 _NOTHING = 1e-6  # of the mean value of all p
 _BACK = 0.92  # of the longest step found
-_USUAL = 16  # iterations that a form takes, for the estimate of what is left
+_USUAL = 12  # iterations that a form takes, for the estimate of what is left
 
 
 @dataclass(frozen=True)

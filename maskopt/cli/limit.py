@@ -17,7 +17,7 @@ def check_time_limit(seconds: float | None) -> float | None:
         If it is not positive.
     """
     if seconds is not None and not seconds > 0:
-        raise MaskoptError(f"The time limit must be a positive number of seconds; got {seconds:g}.")
+        raise MaskoptError(f"The time limit must be positive; got {seconds:g}.")
     return seconds
 
 
