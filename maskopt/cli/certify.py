@@ -51,10 +51,12 @@ def _prove(
     """Return the bounds, float64, one per band of rows, and which of them are as good as they become."""
     if kind != "gap":
         of_rows = cast(BoundKind, kind)
+        began = time.perf_counter()
         bar.tell(kind, 0.0)
 
         def tell(fraction: float) -> None:
-            bar.tell(kind, fraction)
+            passed = 0.0 if time_limit is None else (time.perf_counter() - began) / time_limit
+            bar.tell(kind, min(1.0, max(fraction, passed)))
 
         stop = stop_after(time_limit)
         return mask_bounds(problem, masks, of_rows, memory=memory, stop=stop, progress=tell if bar.visible else None)

@@ -84,14 +84,17 @@ class Bar:
     def __init__(self, quiet: bool, what: str = "", steps: int = 1) -> None:
         self.visible = not quiet and sys.stderr.isatty()
         self._steps, self._begun = steps, 0
+        console = stderr()
+        # Percent and times need 28 columns, and are what a narrow terminal shows in any case.
+        words = max(12, min(44, console.width - 40))
         self._progress = Progress(
-            TextColumn("{task.description}", markup=False, table_column=Column(max_width=44, no_wrap=True)),
-            BarColumn(),
+            TextColumn("{task.description}", markup=False, table_column=Column(max_width=words, no_wrap=True)),
+            BarColumn(max(4, min(40, console.width - words - 30))),
             TaskProgressColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             _TimeLeft(),
-            console=stderr(),
+            console=console,
             transient=True,
             disable=not self.visible,
             refresh_per_second=4,

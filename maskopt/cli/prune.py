@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from maskopt.cli.limit import check_time_limit
 from maskopt.cli.options import (
@@ -37,7 +35,7 @@ from maskopt.cli.options import (
 from maskopt.cli.output import Bar, check_outputs, environment, facts, finite, json_output, tables
 from maskopt.cli.prune_progress import PruneProgress
 from maskopt.cli.solvers import parse_weights
-from maskopt.cli.words import duration, kept_words, set_words, shortened, solver_words
+from maskopt.cli.words import duration, kept_words, named_table, set_words, solver_words
 from maskopt.errors import MaskoptError
 from maskopt.oracles import parse_masks
 
@@ -193,10 +191,11 @@ def prune(
     kept = kept_words(masks, dict.fromkeys((layer.rows, layer.columns) for layer in report.layers))
     lines = _summary(figures, set_words(pattern, sparsity), kept)
     lines |= {"solver": solver_words(method), "time": _times(report, time.perf_counter() - began), "saved in": str(out)}
-    if network.can_generate():
-        # A folder like any other: what was not asked for here can be measured later.
-        lines["next"] = f"maskopt evaluate {shlex.quote(str(out))} --text {_text_for(evaluate)}"
     console.print(facts(lines))
+    if network.can_generate():
+        # In one piece, however narrow the terminal is, so that it can be copied.
+        command = f"maskopt evaluate {shlex.quote(str(out))} --text {_text_for(evaluate)}"
+        console.print(f"Next: {command}", markup=False, soft_wrap=True)
 
 
 def _opening(path: Path, characters: int) -> str | Path:
@@ -229,16 +228,7 @@ def _layers(layers: list[dict[str, Any]], width: int) -> Table:
     }
     if len(set(columns["status"])) == 1:
         del columns["status"]
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("layer", no_wrap=True)
-    taken = 4  # of the table's own margins
-    for name, cells in columns.items():
-        table.add_column(name, justify="right", no_wrap=True)
-        taken += 2 + max(len(cell) for cell in (name, *cells))
-    names = shortened([layer["name"] for layer in layers], max(8, width - taken))
-    for name, *cells in zip(names, *columns.values(), strict=True):
-        table.add_row(Text(name), *cells)
-    return table
+    return named_table("", "layer", [layer["name"] for layer in layers], columns, width)
 
 
 def _status(layer: dict[str, Any]) -> str:

@@ -1,12 +1,16 @@
 """Names and numbers in the words that tables and result lines have room for."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
 from maskopt.oracles import MaskSet, PartitionMatroid
 
-__all__ = ["duration", "kept_words", "set_words", "shortened", "solver_words"]
+__all__ = ["duration", "kept_words", "named_table", "set_words", "shortened", "solver_words"]
 
 
 def shortened(names: Sequence[str], width: int) -> list[str]:
@@ -35,6 +39,36 @@ def shortened(names: Sequence[str], width: int) -> list[str]:
         if len(set(cut)) == different:
             return cut
     return short
+
+
+def named_table(
+    title: str, heading: str, names: Sequence[str], columns: Mapping[str, Sequence[str]], width: int
+) -> Table:
+    """Return a table of numbers, none of which is cut, whose names take what room is left.
+
+    Parameters
+    ----------
+    title : str
+        Empty for none.
+    heading : str
+        Of the column of names.
+    names : sequence of str
+        One for each row.
+    columns : mapping of str to sequence of str
+        Cells by heading.
+    width : int
+        Columns of the terminal.
+    """
+    table = Table(box=box.SIMPLE_HEAD, title=Text(title) if title else None, title_justify="left")
+    table.add_column(heading, no_wrap=True)
+    taken = 4  # of the table's own margins
+    for name, cells in columns.items():
+        table.add_column(name, justify="right", no_wrap=True)
+        taken += 3 + max(len(cell) for cell in (name, *cells))
+    short = shortened(names, max(8, width - taken))
+    for row in zip(short, *columns.values(), strict=True):
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _without_common(parts: Sequence[Sequence[str]]) -> list[Sequence[str]]:

@@ -51,7 +51,15 @@ class Prover:
         self._cost -= own
         end = None if self._left is None else began + self._left * fraction
         stop = None if end is None else lambda: time.perf_counter() > end
-        found = mask_bounds(problem, self._masks, self._kind, memory=self._memory, stop=stop, progress=progress)
+
+        def tell(done: float) -> None:
+            assert progress is not None
+            now = time.perf_counter()
+            progress(done if end is None or now >= end else max(done, (now - began) / (end - began)))
+
+        found = mask_bounds(
+            problem, self._masks, self._kind, memory=self._memory, stop=stop, progress=progress and tell
+        )
         if self._left is not None:
             self._left = max(0.0, self._left - (time.perf_counter() - began))
         return found

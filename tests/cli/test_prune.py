@@ -174,7 +174,7 @@ def test_the_summary_ends_with_the_time_and_the_next_command(run, model, text, t
     assert "s in all: " in said["time"]
     assert said["masks"] == "per-row 60 %; keeps 7 of 16, 10 of 24 per row, rounded up"
     assert said["solver"] == "Wanda"
-    assert lines[-1] == ["next", f"maskopt evaluate '{out}' --text TEXT"]
+    assert lines[-1] == ["Next:", f"maskopt evaluate '{out}' --text TEXT"]
     run(*shlex.split(lines[-1][1].replace("TEXT", str(text)))[1:])
 
 

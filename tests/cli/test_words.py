@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from maskopt.cli.estimate import Estimate
-from maskopt.cli.words import duration, kept_words, set_words, shortened, solver_words
+from maskopt.cli.words import duration, kept_words, named_table, set_words, shortened, solver_words
 from maskopt.oracles import NM, Blocks, MaskSet, PerRow, Unstructured
 from maskopt.solvers import ContinuationFrankWolfe, OneSwap, SparseFW, Wanda
 from maskopt.weights import LeastSquares
@@ -40,6 +43,17 @@ def test_names_that_differ_stay_different_at_any_width(names: list[str], width: 
     short = shortened(names, width)
     assert len(short) == len(names)
     assert [short.index(name) for name in short] == [names.index(name) for name in names]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_tables_of_numbers_cut_names_and_no_number(width: int) -> None:
+    columns = {"error": ["0.12345"] * len(LAYERS), "seconds": ["12.34"] * len(LAYERS)}
+    console = Console(width=width, file=io.StringIO())
+    console.print(named_table("", "layer", LAYERS, columns, width))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    rows = [line.split() for line in lines if "12.34" in line]
+    assert len(rows) == len({name for name, *_ in rows}) == len(LAYERS)
+    assert all(row[1:] == ["0.12345", "12.34"] for row in rows)
 
 
 def test_what_all_names_share_goes_first() -> None:
