@@ -13,15 +13,18 @@ from rich.text import Text
 from torch import Tensor
 
 from maskopt.cli.layer import load_layer
+from maskopt.cli.limit import check_time_limit
 from maskopt.cli.options import JsonOption, PatternOption, QuietOption, SparsityOption
 from maskopt.cli.output import Bar, check_outputs, environment, facts, json_output, tables
 from maskopt.cli.part import RowsOption, parse_rows, part_of
 from maskopt.cli.solvers import parse_solver
+from maskopt.cli.words import set_words
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, parse_masks
 from maskopt.problems import LayerReconstruction
-from maskopt.solvers import Solver, Status, check_compatible
+from maskopt.solvers import BranchAndBound, Solver, State, Status, check_compatible
 from maskopt.solvers import solve as solve_problem
+from maskopt.solvers.base import Callback
 
 __all__ = ["verify"]
 
@@ -40,11 +43,16 @@ def verify(
     pattern: PatternOption = "per-row",
     sparsity: SparsityOption = None,
     solver: Annotated[
-        str, typer.Option("--solver", help="The heuristic to judge; settings as in 'sparsefw:iterations=500'.")
+        str, typer.Option("--solver", help="The heuristic to check; settings as in 'sparsefw:iterations=500'.")
     ] = "continuation",
     exact: Annotated[
-        str, typer.Option("--exact", help="What judges it: scip, brute-force or any solver that proves bounds.")
-    ] = "scip",
+        str | None,
+        typer.Option(
+            "--exact",
+            help="What it is compared with: branch-and-bound, scip, brute-force or any solver that proves bounds.",
+            show_default="branch-and-bound, or scip where the set asks for it",
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", "-o", metavar="KEY=VALUE", help="Change a setting of --exact; may be repeated."),
@@ -56,17 +64,14 @@ def verify(
 ) -> None:
     """Hold a heuristic's mask against the optimum, row by row (or row block of rows that the set couples)."""
     check_outputs(json)
-    if not time_limit > 0:
-        raise MaskoptError(f"The time limit must be positive; got {time_limit}.")
-    masks, heuristic, reference = (
-        parse_masks(pattern, sparsity),
-        parse_solver(solver),
-        parse_solver(exact, option or ()),
-    )
+    check_time_limit(time_limit)
+    masks, heuristic = parse_masks(pattern, sparsity), parse_solver(solver)
     _, layer = load_layer(instance, "cpu")
     chosen = parse_rows(rows, layer.shape[0])
     problem = part_of(layer, chosen, columns)
     masks.check(problem.shape)
+    exact = exact or _exact_for(problem, masks)
+    reference = parse_solver(exact, option or ())
     for method in (heuristic, reference):
         check_compatible(problem, masks, method)
     verdicts = _verdicts(problem, masks, heuristic, reference, chosen.start, time_limit, jobs, Bar(quiet, solver))
@@ -89,8 +94,17 @@ def verify(
     }
     with json_output(json, figures):
         console = tables(json)
-        console.print(_table(verdicts, f"{instance.stem}, {masks}: {solver} against {exact}, relative to pruning all"))
+        console.print(_table(verdicts, f"{instance.stem}, {set_words(pattern, sparsity)}: {solver} against {exact}"))
         console.print(facts(_lines(summary)))
+
+
+def _exact_for(problem: LayerReconstruction, masks: MaskSet) -> str:
+    """Return the exact solver that is fastest on such sets."""
+    try:
+        check_compatible(problem, masks, BranchAndBound())
+    except MaskoptError:
+        return "scip"
+    return "branch-and-bound"
 
 
 def _verdicts(
@@ -122,18 +136,33 @@ def _verdicts(
             for index in blocks
         )
         verdicts: list[Figures] = []
-        for verdict in Parallel(n_jobs=min(jobs, len(blocks)), return_as="generator_unordered")(tasks):
+
+        def tell(state: State) -> None:
+            within = max(state.fraction, min(1.0, state.seconds / time_limit))
+            bar.tell(f"{len(verdicts)} of {len(blocks)} verified", (len(verdicts) + within) / len(blocks))
+
+        if min(jobs, len(blocks)) == 1:
+            found = (task[0](*task[1], callback=tell) for task in tasks)
+        else:
+            found = Parallel(n_jobs=min(jobs, len(blocks)), return_as="generator_unordered")(tasks)
+        for verdict in found:
             verdicts.append(verdict)
             bar.tell(f"{len(verdicts)} of {len(blocks)} verified", len(verdicts) / len(blocks))
     return sorted(verdicts, key=lambda verdict: int(verdict["row"]))
 
 
 def _verdict(
-    problem: LayerReconstruction, masks: MaskSet, mask: Tensor, reference: Solver, row: int, time_limit: float
+    problem: LayerReconstruction,
+    masks: MaskSet,
+    mask: Tensor,
+    reference: Solver,
+    row: int,
+    time_limit: float,
+    callback: Callback | None = None,
 ) -> Figures:
     """Return what is found out about the heuristic's mask of one row block, errors relative to pruning all of it."""
     start = None if reference.start is None else mask
-    result = solve_problem(problem, masks, reference, start=start, time_limit=time_limit)
+    result = solve_problem(problem, masks, reference, start=start, callback=callback, time_limit=time_limit)
     scale = float(problem.scale().sum())
     error = float(problem.objective(mask).sum())
     best = min(error, result.total)

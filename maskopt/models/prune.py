@@ -15,11 +15,12 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from maskopt.bounds import BoundKind, check_bound, mask_bound
+from maskopt.bounds import BoundKind
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch, prepare_batches
 from maskopt.models.gram import DenseInputs, Gram, GramCollector
 from maskopt.models.layers import Layer
+from maskopt.models.proofs import Prover
 from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.report import LayerRecord, PruneReport
 from maskopt.models.selection import LeftDense, Selection, select_layers
@@ -37,7 +38,7 @@ _CORRECTING = (ContinuationFrankWolfe, LeastSquares, FISTAPruner, ConditionalADM
 
 @dataclass(frozen=True)
 class Progress:
-    """Where `prune` is: sent before every step, about once per iteration of a solver, and at the end ("done")."""
+    """Where `prune` is: sent before every batch, about once per iteration of a solver or proof, and at the end."""
 
     stage: Literal["calibrate", "solve", "certify", "done"]
     name: str
@@ -47,7 +48,7 @@ class Progress:
     total: int
     """Layers to prune, known from the start."""
     fraction: float = 0.0
-    """Fraction of the current layer's solution that is done; an estimate."""
+    """Fraction of the current layer's solution or proof that is done; an estimate."""
 
 
 def prune(
@@ -61,6 +62,7 @@ def prune(
     exclude: Sequence[str] = (),
     start: Mapping[str, Tensor] | None = None,
     certify: BoundKind | None = None,
+    certify_seconds: float | None = None,
     device: str | torch.device | None = None,
     memory: int = 2**30,
     progress: Callable[[Progress], object] | None = None,
@@ -102,6 +104,9 @@ def prune(
     certify : {"shift", "sdp", "cuts"}, optional
         Prove for every layer how small the error of any mask could be, see `maskopt.bounds.mask_bound`; the record's
         `lower_bound`. Meant for layers of up to a few hundred inputs.
+    certify_seconds : float, optional
+        Time for the proofs of all layers together, divided among them by what they cost. Rows that are not reached have
+        the bound of the plain convex relaxation; a record's `unfinished_rows` counts whose bounds time cut short.
     device : str or torch.device, optional
         Move the model there first (it stays there).
     memory : int
@@ -126,7 +131,9 @@ def prune(
     if certify is not None:
         if isinstance(solver, Joint):
             raise MaskoptError("certify proves bounds on masks whose weights stay; choose a solver that moves none.")
-        check_bound(masks, certify)
+    elif certify_seconds is not None:
+        raise MaskoptError("certify_seconds limits the time of the proofs that certify asks for; give both.")
+    prover = None if certify is None else Prover(masks, certify, certify_seconds, memory)
     if device is not None:
         model.to(device)
     selection = select_layers(model, include, exclude)
@@ -146,7 +153,7 @@ def prune(
                     "lost once blocks are pruned; use propagate='pruned'."
                 )
             dense = replay.dense_copy()
-        work = _Work(masks, solver, starts, memory, progress, propagate, certify, _stages(replay, selection))
+        work = _Work(masks, solver, starts, memory, progress, propagate, prover, _stages(replay, selection))
         work.report.calibration_seconds = time.perf_counter() - began
         work.run(replay, dense)
     work.report.left_dense = [*selection.left_dense, *_unreached(replay, selection)]
@@ -197,7 +204,7 @@ class _Work:
     memory: int
     progress: Callable[[Progress], object] | None
     propagate: Propagate
-    certify: BoundKind | None
+    prover: Prover | None
     stages: Sequence[_Stage]
     report: PruneReport = field(default_factory=PruneReport)
     solved: dict[Layer, _Solved] = field(default_factory=dict)
@@ -208,6 +215,8 @@ class _Work:
 
     def run(self, replay: Replay, beside: Replay | None) -> None:
         """Prune stage by stage; `beside` has the dense model's states where they are aimed at."""
+        if self.prover is not None:
+            self.prover.plan(layer.shape for stage in self.stages for layer in stage.layers)
         dense = self.propagate == "dense"
         for stage in self.stages:
             self._tell("calibrate", stage.name)
@@ -289,9 +298,11 @@ class _Work:
         left = tuple(layer for layer in stage.layers if layer not in seen)
         return [*map(tuple, turns.values()), *([left] if left else [])]
 
-    def _timed(self, replay: Replay, stage: _Stage, **options: Any) -> None:
+    def _timed(self, replay: Replay, stage: _Stage, indices: Iterable[int] | None = None, **options: Any) -> None:
         began = time.perf_counter()
-        replay.run(stage.position, **options)
+        for index in range(replay.batches) if indices is None else indices:
+            self._tell("calibrate", stage.name)
+            replay.run(stage.position, indices=[index], **options)
         self.report.calibration_seconds += time.perf_counter() - began
 
     def _apply(self, layers: Sequence[Layer]) -> None:
@@ -338,18 +349,23 @@ class _Work:
         except MaskoptError as error:
             raise MaskoptError(f"The layer {name} cannot be solved: {error}") from error
         self.report.solve_seconds += time.perf_counter() - began
-        if self.certify is not None:
+        bounds = None
+        if self.prover is not None:
             self._tell("certify", name)
-            bound = mask_bound(problem, self.masks, self.certify, memory=self.memory)
-            result = replace(result, lower_bound=bound, gap_kind=GapKind.PROVEN)
+            began = time.perf_counter()
+            bounds = self.prover.prove(problem, lambda fraction: self._tell("certify", name, fraction))
+            self.report.certify_seconds += time.perf_counter() - began
+            result = replace(result, lower_bound=bounds.bound, gap_kind=GapKind.PROVEN)
         first = 0
         for layer in layers:
-            part = result if len(layers) == 1 else result.part(slice(first, first + layer.shape[0]))
-            first += layer.shape[0]
+            index = slice(first, first + layer.shape[0])
+            part = result if len(layers) == 1 else result.part(index)
+            unfinished = 0 if bounds is None else int((~bounds.finished[index]).sum())
+            first = index.stop
             mask = layer.oriented(part.mask).cpu().contiguous()
             # In the layer's own type: it is rounded to that in any case, and waits for the end where nothing is.
             moved = None if part.weight is None else layer.oriented(part.weight).to(layer.weight.dtype)
-            self.solved[layer] = _record(layer, gram, part), mask, moved
+            self.solved[layer] = _record(layer, gram, part, unfinished), mask, moved
 
     def _tell(self, stage: Literal["calibrate", "solve", "certify", "done"], name: str, fraction: float = 0.0) -> None:
         if self.progress is not None:
@@ -378,7 +394,7 @@ def _check_fit(layers: Sequence[Layer], masks: MaskSet, start: Mapping[str, Tens
     return {named[name]: named[name].oriented(mask.to(named[name].weight.device)) for name, mask in start.items()}
 
 
-def _record(layer: Layer, gram: Gram, result: Result) -> LayerRecord:
+def _record(layer: Layer, gram: Gram, result: Result, unfinished_rows: int) -> LayerRecord:
     rows, columns = layer.shape
     nonzeros = int(result.mask.sum())
     return LayerRecord(
@@ -396,6 +412,7 @@ def _record(layer: Layer, gram: Gram, result: Result) -> LayerRecord:
         iterations=result.iterations,
         seconds=result.seconds,
         status=result.status.name,
+        unfinished_rows=unfinished_rows,
     )
 
 
