@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## Say what there is
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
 
-demo: $(VENV)/run.stamp  ## Prune the shipped model with every solver and print the comparison (two minutes)
+demo: $(VENV)/run.stamp  ## Prune the shipped model by every method and print the comparison (two minutes)
 	@$(BIN)/maskopt demo
 
 test: $(VENV)/dev.stamp  ## Run all tests

@@ -19,6 +19,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from maskopt.bounds.work import Progress
+
 __all__ = ["FormBounds", "bound_forms"]
 
 _EPSILON = 2.0**-53
@@ -27,6 +29,7 @@ _PREDICTOR = (0.9, 0.7)  # first length tried and the factor between lengths: th
 _CORRECTOR = (1.0, 0.85)
 _NOTHING = 1e-6  # of the mean value of all p
 _BACK = 0.92  # of the longest step found
+_USUAL = 12  # iterations that a form takes, for the estimate of what is left
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class FormBounds:
         The last point of the relaxation, Z, shape (forms, d, d); zero where there is none.
     iterations : Tensor
         Shape (forms,), int64.
+    stopped : Tensor
+        Whether `stop` ended the work on a form, boolean, shape (forms,).
     """
 
     bound: Tensor
@@ -52,6 +57,7 @@ class FormBounds:
     primal: Tensor
     point: Tensor
     iterations: Tensor
+    stopped: Tensor
 
     def take(self, index: Tensor) -> FormBounds:
         """Return a copy for some forms."""
@@ -85,6 +91,7 @@ def bound_forms(
     iterations: int = 50,
     target: Tensor | None = None,
     stop: Callable[[], bool] | None = None,
+    progress: Progress | None = None,
 ) -> FormBounds:
     """Bound p^T Q p from below over p in {0, 1}^d with a given number of ones, for many Q at once.
 
@@ -110,6 +117,8 @@ def bound_forms(
         Shape (forms,). A form is done, too, as soon as its bound has reached this or its relaxation is known not to.
     stop : callable, optional
         Asked before every iteration; True ends the work with what is proven until then.
+    progress : callable, optional
+        Called after every iteration with the fraction of the work that is done, an estimate.
     """
     count, d = forms.shape[:2]
     bound = forms.new_full((count,), -torch.inf)
@@ -133,8 +142,12 @@ def bound_forms(
     # Where the relaxation is worth nothing no relative accuracy can be reached.
     small = torch.full_like(primal, torch.inf)
     small[index] = _NOTHING * (rows.Q * lift(rows.X, basis)).sum((1, 2)).abs()
-    for _ in range(iterations):
-        if not len(rows.place) or (stop is not None and stop()):
+    stopped = torch.zeros(count, dtype=torch.bool, device=forms.device)
+    for iteration in range(iterations):
+        if not len(rows.place):
+            break
+        if stop is not None and stop():
+            stopped[rows.place] = True
             break
         moved = _iterate(rows, basis)
         proven = rows.s[:, 0] * (rows.level - _margin(rows, basis))
@@ -153,8 +166,10 @@ def bound_forms(
         if not bool(going.all()):
             point[rows.place] = wide
             rows = rows.take(going.nonzero().flatten())
+        if progress is not None:
+            progress(1.0 - len(rows.place) / count * (1.0 - min(0.95, (iteration + 1) / _USUAL)))
     point[rows.place] = lift(rows.X, basis)
-    return FormBounds(bound, tilt, primal, point, spent)
+    return FormBounds(bound, tilt, primal, point, spent, stopped)
 
 
 def face_basis(group: int | None, like: Tensor) -> Tensor | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from maskopt.bounds.interior import FormBounds, combination, drop, face_basis, factor_schur, lift, measure, schur
+from maskopt.bounds.work import Progress
 
 __all__ = ["pair_multipliers"]
 
@@ -25,6 +26,7 @@ def pair_multipliers(
     *,
     group: int | None = None,
     stop: Callable[[], bool] | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Return N >= 0 with which the forms Q - N have a larger semidefinite bound, shape (forms, d, d).
 
@@ -43,6 +45,8 @@ def pair_multipliers(
         Each costs one eigendecomposition of size d.
     stop : callable, optional
         Asked before every iteration; True ends the work.
+    progress : callable, optional
+        Called before every iteration with the fraction of them that is done.
     """
     d = forms.shape[1]
     s = pruned.to(forms.dtype).unsqueeze(1)
@@ -58,6 +62,8 @@ def pair_multipliers(
     for step in range(1, iterations + 1):
         if stop is not None and stop():
             break
+        if progress is not None:
+            progress((step - 1) / iterations)
         missing = (target - measure(Z, s)) / penalty[:, 0] + measure(forms - S - N, s)
         multipliers = torch.cholesky_solve(missing.unsqueeze(2), C).squeeze(2)
         slack = forms - combination(multipliers[:, 1:], multipliers[:, 0], s)

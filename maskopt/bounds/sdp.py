@@ -12,12 +12,15 @@ from torch import Tensor
 
 from maskopt.bounds.interior import bound_forms
 from maskopt.bounds.pairs import pair_multipliers
+from maskopt.bounds.work import Progress, Stopper, within
 from maskopt.errors import MaskoptError
 from maskopt.problems import LayerReconstruction
 
 __all__ = ["RowBounds", "convex_part", "sdp_bound"]
 
 _MATRICES = 32  # of size d x d in float64, alive at once for each row worked on
+_AT_ONCE = 2**26  # multiplications in an operation, beyond which processors gain nothing from more rows at a time
+_SOLUTION = 25  # iterations of the multipliers that take as long as one bound, for the estimate of what is left
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ class RowBounds:
         Shape (rows,), int64.
     seconds : float
         For all rows together.
+    finished : Tensor
+        Whether the work on a row ended by itself, boolean, shape (rows,). Where it was stopped the bound holds, too,
+        but more time would have raised it.
     """
 
     bound: Tensor
@@ -52,6 +58,7 @@ class RowBounds:
     point: Tensor
     iterations: Tensor
     seconds: float
+    finished: Tensor
 
 
 def sdp_bound(
@@ -65,6 +72,7 @@ def sdp_bound(
     target: Tensor | None = None,
     memory: int = 2**30,
     stop: Callable[[], bool] | None = None,
+    progress: Progress | None = None,
 ) -> RowBounds:
     """Prove a lower bound on the error of every mask of each row.
 
@@ -95,6 +103,8 @@ def sdp_bound(
         Bytes the work may take; at least one row is worked on at a time.
     stop : callable, optional
         Asked before every iteration; True ends the work with what is proven until then.
+    progress : callable, optional
+        Called after every iteration with the fraction of the work that is done, an estimate.
 
     Raises
     ------
@@ -115,15 +125,23 @@ def sdp_bound(
     shifted, primal = torch.zeros_like(bound), torch.full_like(bound, torch.inf)
     shift, point = bound.new_zeros((rows, d)), bound.new_zeros((rows, d))
     spent = torch.zeros(rows, dtype=torch.int64, device=wide.device)
-    chunk = max(1, memory // (_MATRICES * 8 * d * d))
+    finished, stopper = torch.zeros(rows, dtype=torch.bool, device=wide.device), Stopper(stop)
+    first_bound = _SOLUTION / (2 * _SOLUTION + cuts) if cuts else 1.0  # as a fraction of the work on a row
+    chunk = memory // (_MATRICES * 8 * d * d)
+    if wide.device.type == "cpu":
+        chunk = min(chunk, _AT_ONCE // d**3)
+    chunk = max(1, chunk)
     gram = wide.symmetric_gram()
     for start in range(0, rows, chunk):
+        if stopper.stopped:
+            break
         part = slice(start, min(start + chunk, rows))
+        of_part = within(progress, part.start / rows, part.stop / rows)
         scaled, exponent = _balanced(wide.scaled_weight[part], gram)
         forms = scaled.unsqueeze(2) * gram * scaled.unsqueeze(1)
         aim = None if target is None else torch.ldexp(torch.ldexp(target[part] / wide.unit, -exponent), -exponent)
-        solve = functools.partial(bound_forms, group=group, accuracy=accuracy, iterations=iterations, stop=stop)
-        found = solve(forms, pruned[part], target=aim)
+        solve = functools.partial(bound_forms, group=group, accuracy=accuracy, iterations=iterations, stop=stopper)
+        found = solve(forms, pruned[part], target=aim, progress=within(of_part, 0.0, first_bound))
         shifted[part], proven = _in_full(found.bound, exponent, wide.unit)
         bound[part] = shifted[part]
         primal[part] = _times(found.primal, exponent, wide.unit)
@@ -140,11 +158,14 @@ def sdp_bound(
         index = inside.nonzero().flatten()
         if cuts and len(index):
             forms, few = forms[index], pruned[part][index]
-            forms -= pair_multipliers(forms, few, found.take(index), cuts, group=group, stop=stop)
-            found = solve(forms, few, target=None if aim is None else aim[index])
+            of_cuts = within(of_part, first_bound, 1.0 - first_bound)
+            forms -= pair_multipliers(forms, few, found.take(index), cuts, group=group, stop=stopper, progress=of_cuts)
+            again = within(of_part, 1.0 - first_bound, 1.0)
+            found = solve(forms, few, target=None if aim is None else aim[index], progress=again)
             cut = _in_full(found.bound, exponent[index], wide.unit)[0]
             bound[start + index] = torch.maximum(bound[start + index], cut)
-    return RowBounds(bound, shift, shifted, primal, point, spent, time.perf_counter() - begin)
+        finished[part] = ~found.stopped if cuts == 0 else not stopper.stopped
+    return RowBounds(bound, shift, shifted, primal, point, spent, time.perf_counter() - begin, finished)
 
 
 def convex_part(problem: LayerReconstruction, keep: Tensor, bounds: RowBounds, row: int) -> Tensor:

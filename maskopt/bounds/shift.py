@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from maskopt.bounds.work import Progress, Stop
 from maskopt.oracles import PerRow
 from maskopt.problems import LayerReconstruction
 from maskopt.problems.convexity import diagonal_floor
@@ -24,7 +25,9 @@ def least_eigenvalue(problem: LayerReconstruction) -> Tensor:
     return _safe(problem, lowest.expand(len(gram)))
 
 
-def layer_shift(problem: LayerReconstruction, rounds: int = 40) -> Tensor:
+def layer_shift(
+    problem: LayerReconstruction, rounds: int = 40, *, stop: Stop | None = None, progress: Progress | None = None
+) -> Tensor:
     """Return the diagonal L >= 0 of largest sum of L_i / G_ii with G - L positive semidefinite.
 
     In the units of `gradient`, shape (d,). Every row i of the layer may then be shifted by D = w_i^2 L: the relaxation
@@ -38,6 +41,10 @@ def layer_shift(problem: LayerReconstruction, rounds: int = 40) -> Tensor:
     problem : LayerReconstruction
     rounds : int
         Newton steps, each one inverse and one factorisation of size d.
+    stop : callable, optional
+        Asked before every round; True ends the work with the diagonal found until then.
+    progress : callable, optional
+        Called before every round with the fraction of them that is done.
     """
     gram = problem.symmetric_gram()
     scale = gram.diagonal().clamp_min(0.0).sqrt()
@@ -52,7 +59,11 @@ def layer_shift(problem: LayerReconstruction, rounds: int = 40) -> Tensor:
     matrix.diagonal().add_(max(1e-10 * d - lowest, 0.0))
     part = torch.full_like(unit, 0.5 * max(lowest, 1e-10 * d))
     barrier = float(part.mean())
-    for _ in range(rounds):
+    for number in range(rounds):
+        if stop is not None and stop():
+            break
+        if progress is not None:
+            progress(number / rounds)
         direction = _newton(matrix, part, barrier)
         length = 0.0 if direction is None else _longest(matrix, part, direction)
         if direction is None or length == 0.0:
@@ -67,7 +78,15 @@ def layer_shift(problem: LayerReconstruction, rounds: int = 40) -> Tensor:
     return _safe(problem, result)
 
 
-def shifted_bound(problem: LayerReconstruction, keep: Tensor, diagonal: Tensor, iterations: int = 300) -> Tensor:
+def shifted_bound(
+    problem: LayerReconstruction,
+    keep: Tensor,
+    diagonal: Tensor,
+    iterations: int = 300,
+    *,
+    stop: Stop | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
     """Return what the shifted relaxation proves of each row, in full units, float64, shape (rows,).
 
     The minimum of the error plus sum_i w_i^2 L_i (p_i - p_i^2) over 0 <= p <= 1, sum p = s, from below, by Frank-Wolfe
@@ -81,6 +100,10 @@ def shifted_bound(problem: LayerReconstruction, keep: Tensor, diagonal: Tensor, 
     diagonal : Tensor
         L, shape (d,), as `layer_shift` or `least_eigenvalue` return it; zero for the plain relaxation.
     iterations : int
+    stop : callable, optional
+        Asked before every iteration; True ends the work with what is proven until then.
+    progress : callable, optional
+        Called before every iteration with the fraction of them that is done.
     """
     wide, masks = problem.double(), PerRow(keep)
     best = torch.zeros(problem.shape[0], dtype=torch.float64, device=problem.device)
@@ -93,7 +116,11 @@ def shifted_bound(problem: LayerReconstruction, keep: Tensor, diagonal: Tensor, 
     off = spread if not problem.aims_elsewhere else spread + (wide.scaled_target - wide.scaled_weight).abs() * sizes
     rounding = (problem.shape[1] + 8) * 2.0**-50 * (off.sum(1).square() + (squares * diagonal.abs()).sum(1))
     point = objective.evaluate(masks.lmo(-objective.diagonal()))
-    for _ in range(iterations):
+    for number in range(iterations):
+        if stop is not None and stop():
+            break
+        if progress is not None:
+            progress(number / iterations)
         gradient = objective.gradient(point)
         search = masks.lmo(gradient) - point.x
         descent = (gradient * search).sum(1)

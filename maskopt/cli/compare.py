@@ -28,6 +28,7 @@ from maskopt.cli.options import (
 )
 from maskopt.cli.output import Bar, check_outputs, environment, json_output, tables
 from maskopt.cli.solvers import parse_comparison
+from maskopt.cli.words import shortened
 from maskopt.errors import MaskoptError
 
 if TYPE_CHECKING:
@@ -114,10 +115,10 @@ def compare(
     }
     with json_output(json, figures):
         console = tables(json)
-        console.print(_table(rows, list(methods)))
+        console.print(_table(rows, list(methods), console.width))
         updating = [spec for spec, method in methods.items() if isinstance(method, Joint)]
         if updating:
-            console.print(_updates_table(rows, updating))
+            console.print(_updates_table(rows, updating, console.width))
         if len(methods) > 1:
             console.print(_summary_table(summary, len(rows)))
 
@@ -204,20 +205,26 @@ def _summary(rows: Sequence[Figures], specs: Sequence[str]) -> Figures:
     }
 
 
-def _table(rows: Sequence[Figures], specs: Sequence[str]) -> Table:
+def _layer_names(rows: Sequence[Figures], room: int) -> list[str]:
+    """Return what tables call the rows' layers: files without folders where that tells them apart."""
+    apart = len({Path(row["instance"]).stem for row in rows}) == len({row["instance"] for row in rows})
+    names = [Path(row["instance"]).stem if apart else row["instance"] for row in rows]
+    return shortened(names, max(12, room))
+
+
+def _table(rows: Sequence[Figures], specs: Sequence[str], width: int) -> Table:
     """Return the table of all figures: the first solver's errors, then ratios to them."""
-    several = len({Path(row["instance"]).stem for row in rows}) == len({row["instance"] for row in rows})
     table = Table(box=box.SIMPLE_HEAD, title=Text(f"Error relative to {specs[0]}, and seconds"), title_justify="left")
-    table.add_column("layer")
+    table.add_column("layer", no_wrap=True)
     table.add_column("masks")
     table.add_column(Text(f"{specs[0]}: error"), justify="right")
     for spec in specs:
         table.add_column(Text(spec), justify="right")
-    for row in rows:
+    for name, row in zip(_layer_names(rows, width - 30 - 18 * len(specs)), rows, strict=True):
         results = row["results"]
         best = min(figures["relative_error"] for figures in results.values())
         table.add_row(
-            Text(Path(row["instance"]).stem if several else row["instance"]),
+            Text(name),
             row["label"],
             f"{results[specs[0]]['relative_error']:.4f}",
             *(
@@ -231,18 +238,18 @@ def _table(rows: Sequence[Figures], specs: Sequence[str]) -> Table:
     return table
 
 
-def _updates_table(rows: Sequence[Figures], specs: Sequence[str]) -> Table:
+def _updates_table(rows: Sequence[Figures], specs: Sequence[str], width: int) -> Table:
     """Return the table of errors before and after the weights were updated."""
     table = Table(box=box.SIMPLE_HEAD, title=Text("Error before and after the update of the weights"))
     table.title_justify = "left"
-    table.add_column("layer")
+    table.add_column("layer", no_wrap=True)
     table.add_column("masks")
     for spec in specs:
         table.add_column(Text(spec), justify="right")
-    for row in rows:
+    for name, row in zip(_layer_names(rows, width - 30 - 18 * len(specs)), rows, strict=True):
         errors = [row["results"][spec] for spec in specs]
         entries = (f"{figures['kept_error']:.4f} > {figures['relative_error']:.4f}" for figures in errors)
-        table.add_row(Text(Path(row["instance"]).stem), row["label"], *entries)
+        table.add_row(Text(name), row["label"], *entries)
     return table
 
 

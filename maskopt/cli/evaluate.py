@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -20,13 +21,9 @@ from maskopt.cli.options import (
     require_transformers,
 )
 from maskopt.cli.output import Bar, check_outputs, environment, facts, json_output, tables
+from maskopt.cli.words import duration
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from maskopt.models import Perplexity, Text
-
-__all__ = ["evaluate", "measure"]
+__all__ = ["evaluate"]
 
 
 def evaluate(
@@ -39,6 +36,7 @@ def evaluate(
     quiet: QuietOption = False,
 ) -> None:
     """Measure perplexity by the fixed-window protocol of the literature."""
+    began = time.perf_counter()
     check_outputs(json)
     require_file("text", text)
     check_device(device)
@@ -48,9 +46,16 @@ def evaluate(
     with Bar(quiet, "loading the model") as bar:
         network, tokenizer = models.load_model(model, device=device)
         length = check_seqlen(network, tokenizer, seqlen)
-        result = measure(bar, "perplexity", network, tokenizer, text, length, batch_size)
+        bar.stage("perplexity")
+
+        def show(done: int, total: int) -> None:
+            bar.tell("perplexity", done / total)
+
+        result = models.perplexity(network, tokenizer, text, seqlen=length, batch_size=batch_size, progress=show)
+    seconds = time.perf_counter() - began
     figures = {
         **result.to_json(),
+        "seconds": seconds,
         "settings": {
             "model": model,
             "text": str(text),
@@ -67,25 +72,6 @@ def evaluate(
             "text": f"{text}, sha256 {result.sha256[:12]}",
             "perplexity": f"{result.perplexity:.4f}",
             "tokens": f"{result.tokens} in {result.windows} windows of {result.seqlen}",
+            "time": duration(seconds),
         }
         tables(json).print(facts(lines))
-
-
-def measure(
-    bar: Bar,
-    what: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: Path | Text,
-    seqlen: int,
-    batch_size: int = 1,
-) -> Perplexity:
-    """Return the perplexity on a text, as a stage called `what` of a progress bar."""
-    from maskopt.models import perplexity
-
-    bar.stage(what)
-
-    def show(done: int, total: int) -> None:
-        bar.tell(what, done / total)
-
-    return perplexity(model, tokenizer, text, seqlen=seqlen, batch_size=batch_size, progress=show)

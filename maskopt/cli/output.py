@@ -15,7 +15,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -58,6 +66,19 @@ def facts(lines: Mapping[str, str]) -> Table:
     return table
 
 
+class _TimeLeft(TimeRemainingColumn):
+    """What the command says is left; without that, what the speed of the last minute says."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        left = task.fields.get("left")
+        if left is None:
+            return super().render(task)
+        minutes, seconds = divmod(int(left), 60)
+        return Text(f"{minutes // 60}:{minutes % 60:02}:{seconds:02}", style="progress.remaining")
+
+
 class Bar:
     """A progress bar with the time left on standard error, invisible with --quiet or without a terminal.
 
@@ -74,14 +95,17 @@ class Bar:
     def __init__(self, quiet: bool, what: str = "", steps: int = 1) -> None:
         self.visible = not quiet and sys.stderr.isatty()
         self._steps, self._begun = steps, 0
+        console = stderr()
+        # Percent and times need 28 columns, and are what a narrow terminal shows in any case.
+        words = max(12, min(44, console.width - 40))
         self._progress = Progress(
-            TextColumn("{task.description}", markup=False, table_column=Column(max_width=44, no_wrap=True)),
-            BarColumn(),
+            TextColumn("{task.description}", markup=False, table_column=Column(max_width=words, no_wrap=True)),
+            BarColumn(max(4, min(40, console.width - words - 30))),
             TaskProgressColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(),
-            console=stderr(),
+            _TimeLeft(),
+            console=console,
             transient=True,
             disable=not self.visible,
             refresh_per_second=4,
@@ -98,9 +122,9 @@ class Bar:
     ) -> None:
         self._progress.stop()
 
-    def tell(self, what: str, fraction: float) -> None:
-        """Show what is being done and which fraction of everything is done."""
-        self._progress.update(self._task, description=what, total=1.0, completed=fraction)
+    def tell(self, what: str, fraction: float, left: float | None = None) -> None:
+        """Show what is being done, which fraction of everything is done, and the seconds left if the command knows."""
+        self._progress.update(self._task, description=what, total=1.0, completed=fraction, left=left)
 
     def stage(self, what: str) -> None:
         """Begin something else at zero."""

@@ -1,15 +1,17 @@
 """`maskopt prune`: a whole language model."""
 
+from __future__ import annotations
+
+import shlex
+import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
-from maskopt.cli.evaluate import measure
+from maskopt.cli.limit import check_time_limit
 from maskopt.cli.options import (
     WEIGHTS_HELP,
     BatchOption,
@@ -31,7 +33,13 @@ from maskopt.cli.options import (
     require_transformers,
 )
 from maskopt.cli.output import Bar, check_outputs, environment, facts, finite, json_output, tables
+from maskopt.cli.prune_progress import PruneProgress
 from maskopt.cli.solvers import parse_weights
+from maskopt.cli.words import duration, kept_words, named_table, set_words, solver_words
+from maskopt.errors import MaskoptError
+
+if TYPE_CHECKING:
+    from maskopt.models import PruneReport
 
 __all__ = ["prune"]
 
@@ -85,9 +93,17 @@ def prune(
     evaluate: Annotated[
         Path | None, typer.Option("--evaluate", help="Text to measure perplexity on before and after.")
     ] = None,
+    calibration_perplexity: Annotated[
+        bool,
+        typer.Option("--calibration-perplexity", help="Measure it on the beginning of the calibration text, too."),
+    ] = False,
     certify: Annotated[
         Certify | None,
         typer.Option("--certify", help="Prove how good any mask could be, layer by layer; takes longer than pruning."),
+    ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option("--time-limit", help="Seconds for the proofs of --certify together; what is proven then counts."),
     ] = None,
     json: JsonOption = None,
     device: DeviceOption = "cpu",
@@ -95,7 +111,11 @@ def prune(
     quiet: QuietOption = False,
 ) -> None:
     """Prune a language model and save it."""
+    began = time.perf_counter()
     check_outputs(json, out)
+    check_time_limit(time_limit)
+    if time_limit is not None and certify is None:
+        raise MaskoptError("--time-limit is for the proofs of --certify; give both, or leave it out.")
     treatment = weights or ("best" if solver is None and certify is None else "keep")
     method = parse_weights(treatment, solver, option or ())
     masks, working = parse_masks(pattern, sparsity), parse_memory(memory)
@@ -112,21 +132,26 @@ def prune(
         network, tokenizer = models.load_model(model, device=device)
         length = check_seqlen(network, tokenizer, seqlen)
         batches = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
-        if network.can_generate():
+        if calibration_perplexity:
             # As much text as is calibrated on, at four characters a token, and surely one window.
             texts["calibration"] = corpus.opening(max(4 * samples, 32) * length)
 
+        selection = models.select_layers(network, include or (), exclude or ())
+        whole = PruneProgress(bar, network, selection, batches, certify is not None, 2 * len(texts))
+
         def perplexities(when: str) -> dict[str, models.Perplexity]:
             return {
-                name: measure(bar, f"{when} perplexity, {name} text", network, tokenizer, part, length)
+                name: models.perplexity(
+                    network,
+                    tokenizer,
+                    part,
+                    seqlen=length,
+                    progress=whole.perplexity(f"{when} perplexity, {name} text"),
+                )
                 for name, part in texts.items()
             }
 
-        def show(at: models.Progress) -> None:
-            bar.tell(f"{at.stage} {at.name}", (at.done + at.fraction) / at.total)
-
         dense = perplexities("dense")
-        bar.stage("calibrate")
         report = models.prune(
             network,
             batches,
@@ -136,12 +161,13 @@ def prune(
             include=include or (),
             exclude=exclude or (),
             certify=None if certify is None else certify.value,
+            certify_seconds=time_limit,
             memory=working,
-            progress=show if bar.visible else None,
             on_error="keep",  # the model is given up with the program
+            progress=whole.prune if bar.visible else None,
         )
         pruned = perplexities("pruned")
-    extra = {
+    extra: dict[str, Any] = {
         "calibration": batches.to_json(),
         "perplexity": {name: {"dense": dense[name].to_json(), "pruned": pruned[name].to_json()} for name in texts},
         "command": {
@@ -151,65 +177,95 @@ def prune(
             "sparsity": sparsity,
             "weights": treatment,
             "batch_size": batch_size,
+            "time_limit": time_limit,
             "device": device,
             "memory": working,
         },
         "versions": environment(),
     }
+    extra["seconds"] = time.perf_counter() - began
     figures = {**report.to_json(), **extra}
     with json_output(json, figures):
         models.save_pruned(out, network, tokenizer, report, finite(extra))
     console = tables(json)
-    console.print(_layers(figures["layers"]))
-    console.print(facts(_summary(figures, out)))
+    console.print(_layers(figures["layers"], console.width))
+    kept = kept_words(masks, dict.fromkeys((layer.rows, layer.columns) for layer in report.layers))
+    lines = _summary(figures, set_words(pattern, sparsity), kept)
+    lines |= {"solver": solver_words(method), "time": _times(report, time.perf_counter() - began), "saved in": str(out)}
+    console.print(facts(lines))
+    if network.can_generate():
+        # In one piece, however narrow the terminal is, so that it can be copied.
+        command = f"maskopt evaluate {shlex.quote(str(out))} --text {_text_for(evaluate)}"
+        console.print(f"Next: {command}", markup=False, soft_wrap=True)
 
 
-def _layers(layers: list[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("layer")
+def _layers(layers: list[dict[str, Any]], width: int) -> Table:
+    """Return the table of layers; what is the same for all of them has no column, and names have what room is left."""
     moved = any(layer["kept_error"] != layer["relative_error"] for layer in layers)
     certified = any(layer["lower_bound"] is not None for layer in layers)
-    for name in (
-        "shape",
-        "sparsity",
-        *(("before",) if moved else ()),
-        "relative error",
-        *(("proven",) if certified else ()),
-        "seconds",
-        "status",
-    ):
-        table.add_column(name, justify="right")
-    for layer in layers:
-        table.add_row(
-            Text(layer["name"]),
-            f"{layer['rows']} x {layer['columns']}",
-            f"{layer['sparsity']:.3f}",
-            *((f"{layer['kept_error']:.5f}",) if moved else ()),
-            f"{layer['relative_error']:.5f}",
-            *((_proven(layer),) if certified else ()),
-            f"{layer['seconds']:.2f}",
-            layer["status"].lower().replace("_", " "),
-        )
-    return table
+    columns = {
+        "shape": [f"{layer['rows']} x {layer['columns']}" for layer in layers],
+        "sparsity": [f"{layer['sparsity']:.3f}" for layer in layers],
+        **({"before": [f"{layer['kept_error']:.5f}" for layer in layers]} if moved else {}),
+        "error": [f"{layer['relative_error']:.5f}" for layer in layers],
+        **({"proven": [_proven(layer) for layer in layers]} if certified else {}),
+        "seconds": [f"{layer['seconds']:.2f}" for layer in layers],
+        "status": [_status(layer) for layer in layers],
+    }
+    if len(set(columns["status"])) == 1:
+        del columns["status"]
+    return named_table("", "layer", [layer["name"] for layer in layers], columns, width)
+
+
+def _status(layer: dict[str, Any]) -> str:
+    return str(layer["status"]).lower().replace("_", " ")
 
 
 def _proven(layer: dict[str, Any]) -> str:
-    """Return which fraction of a layer's error no mask can avoid."""
+    """Return which fraction of a layer's error no mask can avoid, starred where a time limit cut the proof short."""
     if layer["lower_bound"] is None:
         return ""
-    return f"{layer['lower_bound'] / layer['objective']:.3f}" if layer["objective"] > 0 else "1.000"
+    fraction = layer["lower_bound"] / layer["objective"] if layer["objective"] > 0 else 1.0
+    return f"{fraction:.3f}" + ("*" if layer["unfinished_rows"] else "")
 
 
-def _summary(figures: dict[str, Any], out: Path) -> dict[str, str]:
+def _summary(figures: dict[str, Any], masks: str, kept: str) -> dict[str, str]:
+    layers = figures["layers"]
     fraction = f"{100 * figures['sparsity']:.2f} %"
+    moved = any(layer["kept_error"] != layer["relative_error"] for layer in layers)
     lines = {
-        "pruned": f"{fraction} of {figures['weights']} weights in {len(figures['layers'])} layers",
-        "relative error": f"median {figures['median_relative_error']:.5f}, mean {figures['mean_relative_error']:.5f}",
-        "time": f"{figures['calibration_seconds']:.1f} s calibrating, {figures['solve_seconds']:.1f} s solving",
+        "pruned": f"{fraction} of {figures['weights']} weights in {len(layers)} layers",
+        "masks": masks + (f"; {kept}" if kept else ""),
+        "relative error": f"median {figures['median_relative_error']:.5f}, mean {figures['mean_relative_error']:.5f}"
+        + (" (`before`: with the surviving weights as they were)" if moved else ""),
     }
+    statuses = {_status(layer) for layer in layers}
+    if len(statuses) == 1:
+        lines["status"] = statuses.pop()
+    if any(layer["lower_bound"] is not None for layer in layers):
+        lines["proven"] = "fraction of the error that no mask can avoid"
+        unfinished = sum(layer["unfinished_rows"] for layer in layers)
+        if unfinished:
+            lines["proven"] += f"; * the time limit cut {unfinished} rows short, whose bounds hold nevertheless"
     for name, values in figures["perplexity"].items():
         dense, pruned = values["dense"], values["pruned"]
         lines[f"perplexity, {name} text"] = (
             f"{dense['perplexity']:.3f} dense, {pruned['perplexity']:.3f} pruned ({dense['tokens']} tokens)"
         )
-    return {**lines, "saved in": str(out)}
+    return lines
+
+
+def _times(report: PruneReport, seconds: float) -> str:
+    parts = {
+        "calibrating": report.calibration_seconds,
+        "solving": report.solve_seconds,
+        "proving": report.certify_seconds,
+    }
+    return f"{duration(seconds)} in all: " + ", ".join(
+        f"{duration(part)} {name}" for name, part in parts.items() if part > 0.0
+    )
+
+
+def _text_for(evaluated: Path | None) -> str:
+    """Return a text to name in the next command."""
+    return "TEXT" if evaluated is None else shlex.quote(str(evaluated))

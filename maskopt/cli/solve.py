@@ -23,6 +23,7 @@ from maskopt.cli.options import (
 )
 from maskopt.cli.output import Bar, check_outputs, environment, facts, json_output, tables
 from maskopt.cli.solvers import parse_weights
+from maskopt.cli.words import kept_words, set_words, solver_words
 from maskopt.errors import MaskoptError
 from maskopt.files import atomic_path
 
@@ -91,15 +92,16 @@ def solve(
         if out is not None:
             with atomic_path(out) as aside:
                 aside.write_bytes(mask_bytes(result.mask, figures, result.weight))
-    tables(json).print(facts(_lines(figures, out)))
+    kept = kept_words(masks, [problem.shape])
+    words = {"masks": set_words(pattern, sparsity) + (f"; {kept}" if kept else ""), "solver": solver_words(method)}
+    tables(json).print(facts(_lines(figures, words, out)))
 
 
-def _lines(figures: dict[str, Any], out: Path | None) -> dict[str, str]:
+def _lines(figures: dict[str, Any], words: dict[str, str], out: Path | None) -> dict[str, str]:
     settings, bound = figures["settings"], figures["lower_bound"]
     lines = {
         "layer": f"{settings['instance']}, {settings['rows']} x {settings['columns']}",
-        "masks": settings["masks"],
-        "solver": settings["solver"],
+        **words,
         "relative error": _errors(figures),
         "objective": f"{figures['objective']:.6g}",
         "lower bound": "none" if bound is None else f"{bound:.6g} ({figures['gap_kind'].lower()})",

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from maskopt.cli.figure import check_figure, draw_traces
 from maskopt.cli.layer import load_layer
@@ -23,7 +21,9 @@ from maskopt.cli.options import (
     parse_memory,
 )
 from maskopt.cli.output import Bar, check_outputs, environment, json_output, tables
+from maskopt.cli.part import RowsOption, parse_rows
 from maskopt.cli.solvers import parse_solvers
+from maskopt.cli.words import named_table, set_words
 from maskopt.errors import MaskoptError
 from maskopt.files import atomic_path
 
@@ -37,9 +37,7 @@ def trace(
     ] = "sparsefw,blended-pairwise,dicg,continuation",
     pattern: PatternOption = "per-row",
     sparsity: SparsityOption = None,
-    rows: Annotated[
-        int | None, typer.Option("--rows", min=1, help="Only the first rows of the layer (a quick look).")
-    ] = None,
+    rows: RowsOption = ":",
     every: Annotated[
         int | None,
         typer.Option("--every", min=1, help="Record every so many iterations; by default 0, 1, 2, 4, 8 ..."),
@@ -61,9 +59,9 @@ def trace(
     if out is not None:
         check_figure(out)
     masks, methods, working = parse_masks(pattern, sparsity), parse_solvers(solvers), parse_memory(memory)
-    _, problem = load_layer(instance, check_device(device))
-    if rows is not None:
-        problem = problem.rows(slice(0, rows))
+    _, layer = load_layer(instance, check_device(device))
+    chosen = parse_rows(rows, layer.shape[0])
+    problem = layer.rows(chosen)
     for method in methods.values():
         check_compatible(problem, masks, method)
     scale = float(problem.scale().sum())
@@ -89,7 +87,7 @@ def trace(
         "traces": traces,
         "settings": {
             "instance": str(instance),
-            "rows": problem.shape[0],
+            "rows": f"{chosen.start}:{chosen.stop}",
             "columns": problem.shape[1],
             "masks": repr(masks),
             "solvers": {spec: repr(method) for spec, method in methods.items()},
@@ -106,8 +104,9 @@ def trace(
                 _write(aside, traces)
         if out is not None:
             with atomic_path(out) as aside:
-                draw_traces(traces, aside, out.suffix, f"{instance.stem}, {masks}")
-    tables(json).print(_summary(traces))
+                draw_traces(traces, aside, out.suffix, f"{instance.stem}, {set_words(pattern, sparsity)}")
+    console = tables(json)
+    console.print(_summary(traces, console.width))
 
 
 def _write(path: Path, traces: dict[str, dict[str, list[float]]]) -> None:
@@ -120,25 +119,29 @@ def _write(path: Path, traces: dict[str, dict[str, list[float]]]) -> None:
             writer.writerows((spec, *row) for row in zip(*(history[name] for name in COLUMNS), strict=True))
 
 
-def _summary(traces: dict[str, dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=Text("Where each ended, relative to pruning all"), title_justify="left")
-    for name in ("solver", "iterations", "seconds", "relaxed value", "gap", "proven bound", "rounded", "best mask"):
-        table.add_column(name, justify="left" if name == "solver" else "right")
-    for spec, history in traces.items():
+def _summary(traces: dict[str, dict[str, Any]], width: int) -> Table:
+    columns: dict[str, list[str]] = {
+        name: [] for name in ("steps", "seconds", "relaxed", "gap", "bound", "rounded", "mask")
+    }
+    digits = 6 if width >= 100 else 5
+    for history in traces.values():
         # The last record of all is the mask handed back; the relaxed point is in the one before.
         relaxed = [index for index, value in enumerate(history["value"]) if value == value]
         at = relaxed[-1] if relaxed else -1
-        table.add_row(
-            Text(spec),
+        cells = (
             f"{history['iteration'][-1]:.0f}",
             f"{history['seconds'][-1]:.2f}",
-            *(_number(history[name][at]) for name in ("value", "gap")),
-            _number(history["bound"][-1]),
-            _number(history["rounded"][at]),
-            _number(history["incumbent"][-1]),
+            _number(history["value"][at], digits),
+            _number(history["gap"][at], digits),
+            _number(history["bound"][-1], digits),
+            _number(history["rounded"][at], digits),
+            _number(history["incumbent"][-1], digits),
         )
-    return table
+        for column, cell in zip(columns.values(), cells, strict=True):
+            column.append(cell)
+    title = "Where each ended, relative to pruning all: relaxed value, its gap, proven bound, rounded and best mask"
+    return named_table(title, "solver", list(traces), columns, width)
 
 
-def _number(value: float) -> str:
-    return "" if value != value else f"{value:.6f}"
+def _number(value: float, digits: int) -> str:
+    return "" if value != value else f"{value:.{digits}f}"

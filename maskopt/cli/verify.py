@@ -13,10 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from maskopt.cli.layer import load_layer
+from maskopt.cli.limit import check_time_limit
 from maskopt.cli.options import JsonOption, PatternOption, QuietOption, SparsityOption, parse_masks
 from maskopt.cli.output import Bar, check_outputs, environment, facts, json_output, tables
 from maskopt.cli.part import RowsOption, parse_rows, part_of
 from maskopt.cli.solvers import parse_solver
+from maskopt.cli.words import set_words
 from maskopt.errors import MaskoptError
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from maskopt.oracles import MaskSet
     from maskopt.problems import LayerReconstruction
-    from maskopt.solvers import Solver
+    from maskopt.solvers import Callback, Solver, State
 
 __all__ = ["verify"]
 
@@ -46,12 +48,13 @@ def verify(
         str, typer.Option("--solver", help="The heuristic to check; settings as in 'sparsefw:iterations=500'.")
     ] = "continuation",
     exact: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--exact",
-            help="The reference: branch-and-bound, scip, brute-force or any that proves bounds.",
+            help="What it is compared with: branch-and-bound, scip, brute-force or any solver that proves bounds.",
+            show_default="branch-and-bound, or scip where the set asks for it",
         ),
-    ] = "scip",
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", "-o", metavar="KEY=VALUE", help="Change a setting of --exact; may be repeated."),
@@ -62,22 +65,21 @@ def verify(
     quiet: QuietOption = False,
 ) -> None:
     """Hold a heuristic's mask against the optimum, row by row (or row block that the set couples)."""
-    check_outputs(json)
     from maskopt.solvers import check_compatible
 
-    if not time_limit > 0:
-        raise MaskoptError(f"The time limit must be positive; got {time_limit}.")
-    masks, heuristic, reference = (
-        parse_masks(pattern, sparsity),
-        parse_solver(solver),
-        parse_solver(exact, option or ()),
-    )
+    check_outputs(json)
+    check_time_limit(time_limit)
+    masks, heuristic = parse_masks(pattern, sparsity), parse_solver(solver)
     _, layer = load_layer(instance, "cpu")
     chosen = parse_rows(rows, layer.shape[0])
     problem = part_of(layer, chosen, columns)
     masks.check(problem.shape)
+    exact = exact or _exact_for(problem, masks)
+    reference = parse_solver(exact, option or ())
     if not reference.proves:
-        raise MaskoptError(f"--exact needs a solver that proves bounds, such as scip or brute-force; got {exact}.")
+        raise MaskoptError(
+            f"--exact needs a solver that proves bounds, such as branch-and-bound, scip or brute-force; got {exact}."
+        )
     for method in (heuristic, reference):
         check_compatible(problem, masks, method)
     verdicts = _verdicts(problem, masks, heuristic, reference, chosen.start, time_limit, jobs, Bar(quiet, solver))
@@ -100,8 +102,15 @@ def verify(
     }
     with json_output(json, figures):
         console = tables(json)
-        console.print(_table(verdicts, f"{instance.stem}, {masks}: {solver} against {exact}, relative to pruning all"))
+        console.print(_table(verdicts, f"{instance.stem}, {set_words(pattern, sparsity)}: {solver} against {exact}"))
         console.print(facts(_lines(summary)))
+
+
+def _exact_for(problem: LayerReconstruction, masks: MaskSet) -> str:
+    """Return the exact solver that is fastest on such sets."""
+    from maskopt.solvers import BranchAndBound
+
+    return "branch-and-bound" if BranchAndBound().requirements.met(problem, masks) else "scip"
 
 
 def _verdicts(
@@ -135,14 +144,29 @@ def _verdicts(
             for index in blocks
         )
         verdicts: list[Figures] = []
-        for verdict in Parallel(n_jobs=min(jobs, len(blocks)), return_as="generator_unordered")(tasks):
+
+        def tell(state: State) -> None:
+            within = max(state.fraction, min(1.0, state.seconds / time_limit))
+            bar.tell(f"{len(verdicts)} of {len(blocks)} verified", (len(verdicts) + within) / len(blocks))
+
+        if min(jobs, len(blocks)) == 1:
+            found = (task[0](*task[1], callback=tell) for task in tasks)
+        else:
+            found = Parallel(n_jobs=min(jobs, len(blocks)), return_as="generator_unordered")(tasks)
+        for verdict in found:
             verdicts.append(verdict)
             bar.tell(f"{len(verdicts)} of {len(blocks)} verified", len(verdicts) / len(blocks))
     return sorted(verdicts, key=lambda verdict: int(verdict["row"]))
 
 
 def _verdict(
-    problem: LayerReconstruction, masks: MaskSet, mask: Tensor, reference: Solver, row: int, time_limit: float
+    problem: LayerReconstruction,
+    masks: MaskSet,
+    mask: Tensor,
+    reference: Solver,
+    row: int,
+    time_limit: float,
+    callback: Callback | None = None,
 ) -> Figures:
     """Return what is found out about the heuristic's mask of one row block, errors relative to pruning all of it."""
     import torch
@@ -150,7 +174,7 @@ def _verdict(
     from maskopt.solvers import solve as solve_problem
 
     start = None if reference.start is None else mask
-    result = solve_problem(problem, masks, reference, start=start, time_limit=time_limit)
+    result = solve_problem(problem, masks, reference, start=start, callback=callback, time_limit=time_limit)
     scale = float(problem.scale().sum())
     error = float(problem.objective(mask).sum())
     best = min(error, result.total)

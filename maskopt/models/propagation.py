@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +48,8 @@ class Propagation(ABC):
         self._waiting: list[Layer] = []
         self.seconds = 0.0
         """Time spent running the model."""
+        self.before_batch: Callable[[Stage], None] | None = None
+        """Called before a block runs on a batch: progress is counted by it."""
 
     def turns(self, stage: Stage) -> list[tuple[Layer, ...]]:
         """Return the layers of a stage, together where they are solved on the same run of the block."""
@@ -69,9 +71,12 @@ class Propagation(ABC):
         """Apply what waits for the end."""
         self._edits.apply(self._waiting)
 
-    def _run(self, replay: Replay, stage: Stage, **options: Any) -> None:
+    def _run(self, replay: Replay, stage: Stage, indices: Iterable[int] | None = None, **options: Any) -> None:
         began = time.perf_counter()
-        replay.run(stage.position, **options)
+        for index in range(replay.batches) if indices is None else indices:
+            if self.before_batch is not None:
+                self.before_batch(stage)
+            replay.run(stage.position, indices=[index], **options)
         self.seconds += time.perf_counter() - began
 
     def _collect(self, stage: Stage, layers: Sequence[Layer], *, store: bool) -> GramCollector:

@@ -14,13 +14,14 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from maskopt.bounds import BoundKind, check_bound
+from maskopt.bounds import BoundKind
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch, prepare_batches
 from maskopt.models.checks import check_model, described, move_model, require_positive
 from maskopt.models.edits import Edits
 from maskopt.models.gram import CallOrder
 from maskopt.models.layers import Layer
+from maskopt.models.proofs import Prover
 from maskopt.models.propagation import Corrected, Dense, Propagation, Pruned, Stage, last_uses
 from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.report import PruneReport
@@ -61,6 +62,7 @@ def prune(
     exclude: Sequence[str] = (),
     start: Mapping[str, Tensor] | None = None,
     certify: BoundKind | None = None,
+    certify_seconds: float | None = None,
     device: str | torch.device | None = None,
     memory: int = 2**30,
     progress: Callable[[Progress], object] | None = None,
@@ -105,6 +107,9 @@ def prune(
     certify : {"shift", "sdp", "cuts"}, optional
         Prove for every layer how small the error of any mask could be, see `maskopt.bounds.mask_bound`; the record's
         `lower_bound`. Meant for layers of up to a few hundred inputs.
+    certify_seconds : float, optional
+        Time for the proofs of all layers together, divided among them by what they cost. Rows that are not reached have
+        the bound of the plain convex relaxation; a record's `unfinished_rows` counts whose bounds time cut short.
     device : str or torch.device, optional
         Move the model there first (it stays there).
     memory : int
@@ -136,7 +141,9 @@ def prune(
     if certify is not None:
         if isinstance(solver, Joint):
             raise MaskoptError("certify proves bounds on masks whose weights stay; choose a solver that updates none.")
-        check_bound(masks, certify)
+    elif certify_seconds is not None:
+        raise MaskoptError("certify_seconds limits the time of the proofs that certify asks for; give both.")
+    prover = None if certify is None else Prover(masks, certify, certify_seconds, memory)
     if device is not None:
         move_model(model, device)
     selection = select_layers(model, include, exclude)
@@ -155,7 +162,7 @@ def prune(
         edits = Edits(on_error == "restore")
         propagation = _propagation(propagate, model, replay, edits, order, stages, memory)
         report = PruneReport(calibration_seconds=time.perf_counter() - began)
-        work = Work(masks, solver, starts, memory, progress, certify, stages, propagation, edits, report)
+        work = Work(masks, solver, starts, memory, progress, prover, stages, propagation, edits, report)
         with _failing_well(edits, report, on_error):
             work.run()
     report.calibration_seconds += propagation.seconds

@@ -44,6 +44,8 @@ class LayerRecord:
         The solver's.
     status : str
         Why it stopped: the name of a `Status`.
+    unfinished_rows : int
+        Rows whose part of `lower_bound` holds, but was cut short by a time limit.
     """
 
     name: str
@@ -60,6 +62,7 @@ class LayerRecord:
     iterations: int
     seconds: float
     status: str
+    unfinished_rows: int = 0
 
 
 @dataclass
@@ -76,8 +79,8 @@ class PruneReport:
         Per layer, boolean, True = kept, oriented as the layer's weight parameter, on the CPU.
     settings : dict
         What was asked for, on what data, with which versions.
-    calibration_seconds, solve_seconds : float
-        Time spent running the model and choosing masks.
+    calibration_seconds, solve_seconds, certify_seconds : float
+        Time spent running the model, choosing masks, and proving bounds.
     """
 
     layers: list[LayerRecord] = field(default_factory=list)
@@ -86,6 +89,7 @@ class PruneReport:
     settings: dict[str, Any] = field(default_factory=dict)
     calibration_seconds: float = 0.0
     solve_seconds: float = 0.0
+    certify_seconds: float = 0.0
 
     @property
     def weights(self) -> int:
@@ -117,6 +121,7 @@ class PruneReport:
             "mean_relative_error": self.mean_relative_error,
             "calibration_seconds": self.calibration_seconds,
             "solve_seconds": self.solve_seconds,
+            "certify_seconds": self.certify_seconds,
             "layers": [asdict(layer) for layer in self.layers],
             "left_dense": [asdict(weight) for weight in self.left_dense],
         }

@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from maskopt.bounds import BoundKind, mask_bound
 from maskopt.errors import MaskoptError
 from maskopt.models.edits import Edits
 from maskopt.models.gram import Gram, GramCollector
 from maskopt.models.layers import Layer
+from maskopt.models.proofs import Prover
 from maskopt.models.propagation import Propagation, Stage
 from maskopt.models.report import LayerRecord, PruneReport
 from maskopt.oracles import MaskSet
@@ -26,7 +26,7 @@ __all__ = ["Progress", "Work"]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where `prune` is: sent before every step, about once per iteration of a solver, and at the end ("done")."""
+    """Where `prune` is: sent before every batch, about once per iteration of a solver or proof, and at the end."""
 
     stage: Literal["calibrate", "solve", "certify", "done"]
     name: str
@@ -36,7 +36,7 @@ class Progress:
     total: int
     """Layers to prune, known from the start."""
     fraction: float = 0.0
-    """Fraction of the current layer's solution that is done; an estimate."""
+    """Fraction of the current layer's solution or proof that is done; an estimate."""
 
 
 _Solved = tuple[LayerRecord, Tensor, Tensor | None]
@@ -48,10 +48,12 @@ class Work:
 
     Parameters
     ----------
-    masks, solver, certify, memory, progress
+    masks, solver, memory, progress
         As for `prune`.
     starts : mapping of Layer to Tensor
         Starting masks, (rows, d).
+    prover : Prover or None
+        Proves bounds of every layer.
     stages : sequence of Stage
         In order of execution.
     propagation : Propagation
@@ -67,7 +69,7 @@ class Work:
     starts: Mapping[Layer, Tensor]
     memory: int
     progress: Callable[[Progress], object] | None
-    certify: BoundKind | None
+    prover: Prover | None
     stages: Sequence[Stage]
     propagation: Propagation
     edits: Edits
@@ -76,6 +78,9 @@ class Work:
 
     def run(self) -> None:
         """Prune stage by stage."""
+        if self.prover is not None:
+            self.prover.plan(layer.shape for stage in self.stages for layer in stage.layers)
+        self.propagation.before_batch = lambda stage: self._tell("calibrate", stage.name)
         for stage in self.stages:
             self._tell("calibrate", stage.name)
             for turn in self.propagation.turns(stage):
@@ -134,18 +139,23 @@ class Work:
         except MaskoptError as error:
             raise MaskoptError(f"The layer {name} cannot be solved: {error}") from error
         self.report.solve_seconds += time.perf_counter() - began
-        if self.certify is not None:
+        bounds = None
+        if self.prover is not None:
             self._tell("certify", name)
-            bound = mask_bound(problem, self.masks, self.certify, memory=self.memory)
-            result = replace(result, lower_bound=bound, gap_kind=GapKind.PROVEN)
+            began = time.perf_counter()
+            bounds = self.prover.prove(problem, lambda fraction: self._tell("certify", name, fraction))
+            self.report.certify_seconds += time.perf_counter() - began
+            result = replace(result, lower_bound=bounds.bound, gap_kind=GapKind.PROVEN)
         first = 0
         for layer in layers:
-            part = result if len(layers) == 1 else result.part(slice(first, first + layer.shape[0]))
-            first += layer.shape[0]
+            index = slice(first, first + layer.shape[0])
+            part = result if len(layers) == 1 else result.part(index)
+            unfinished = 0 if bounds is None else int((~bounds.finished[index]).sum())
+            first = index.stop
             mask = layer.oriented(part.mask).cpu().contiguous()
             # In the layer's own type: it is rounded to that in any case, and waits for the end where nothing is.
             updated = None if part.weight is None else layer.oriented(part.weight).to(layer.weight.dtype)
-            self.solved[layer] = _record(layer, gram, part), mask, updated
+            self.solved[layer] = _record(layer, gram, part, unfinished), mask, updated
 
     def _tell(self, stage: Literal["calibrate", "solve", "certify", "done"], name: str, fraction: float = 0.0) -> None:
         if self.progress is not None:
@@ -154,7 +164,7 @@ class Work:
             self.progress(Progress(stage, name, done, total, fraction))
 
 
-def _record(layer: Layer, gram: Gram, result: Result) -> LayerRecord:
+def _record(layer: Layer, gram: Gram, result: Result, unfinished_rows: int) -> LayerRecord:
     rows, columns = layer.shape
     nonzeros = int(result.mask.sum())
     return LayerRecord(
@@ -172,4 +182,5 @@ def _record(layer: Layer, gram: Gram, result: Result) -> LayerRecord:
         iterations=result.iterations,
         seconds=result.seconds,
         status=result.status.name,
+        unfinished_rows=unfinished_rows,
     )

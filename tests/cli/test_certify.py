@@ -59,6 +59,26 @@ def test_what_keeps_everything_is_proven(run: Run, layer: Path, read: Any, tmp_p
     assert read(out)["layer"]["proven_share"] == 1.0
 
 
+@pytest.mark.parametrize("bound", ["shift", "sdp", "cuts"])
+def test_a_time_limit_yields_what_is_proven_by_then(
+    run: Run, layer: Path, mask: Path, read: Any, tmp_path: Path, bound: str
+) -> None:
+    found = {}
+    for limit in (1e-9, 3600):
+        out = tmp_path / f"{limit}.json"
+        arguments = ("--mask", mask, "-s", 0.5, "--bound", bound, "--time-limit", limit, "--json", out)
+        text = run("certify", layer, *arguments).stdout
+        figures = read(out)
+        found[limit] = [row["bound"] for row in figures["rows"]]
+        assert {row["finished"] for row in figures["rows"]} == {limit == 3600}
+        assert figures["layer"]["finished"] == (limit == 3600)
+        assert ("time limit" in text) == (limit != 3600)
+    best = solve(load_instance(layer).problem(), PerRow(0.5), Scip()).objective.tolist()
+    for short, long, error in zip(found[1e-9], found[3600], best, strict=True):
+        assert 0.0 <= short <= long <= error * (1 + 1e-12)
+    assert sum(found[1e-9]) < sum(found[3600])
+
+
 def test_what_is_refused(fails: Callable[..., str], layer: Path, mask: Path, tmp_path: Path) -> None:
     def words(*arguments: object) -> str:
         return fails("certify", layer, *arguments)
@@ -66,6 +86,7 @@ def test_what_is_refused(fails: Callable[..., str], layer: Path, mask: Path, tmp
     assert "does not belong to PerRow" in words("--mask", mask, "-s", 0.75)
     assert "does not belong to NM" in words("--mask", mask, "-p", "2:4")
     assert "choose one of gap" in words("--mask", mask, "-s", 0.5, "--bound", "guess")
+    assert "must be positive" in words("--mask", mask, "-s", 0.5, "--time-limit", "nan")
     assert "0:12" in words("--mask", mask, "-s", 0.5, "--rows", "12")
     assert "couples 12 rows" in words("--mask", mask, "-p", "unstructured", "-s", 0.5, "--rows", "0:4")
     assert "does not exist" in words("--mask", tmp_path / "none", "-s", 0.5)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def pruned(run, model, text, tmp_path):
     """The result of a run at 50 %, its folder, and its JSON."""
     out, figures = tmp_path / "pruned", tmp_path / "figures.json"
     command = ("prune", model, out, "--calibration", text, "-s", 0.5, "--samples", 8, "--seed", 3)
-    command += ("-o", "iterations=20")
+    command += ("-o", "iterations=20", "--calibration-perplexity")
     return run(*command, "--evaluate", text, "--json", figures), out, figures
 
 
@@ -142,14 +143,84 @@ def test_patterns_and_propagation(run, model, text, tmp_path, read):
     assert all("self_attn" in layer["name"] for layer in report["layers"])
     assert report["settings"]["propagate"] == "dense"
     assert report["settings"]["batches"] == 2
-    assert set(report["perplexity"]) == {"calibration"}
+    assert report["perplexity"] == {}
 
 
 def test_calibration_text_is_measured_at_its_beginning_only(run, model, tmp_path, read):
     path = tmp_path / "long.jsonl"
     path.write_text("\n".join(json.dumps({"text": "a long story."}) for _ in range(1000)))
-    run("prune", model, tmp_path / "out", "--calibration", path, "-s", 0.5, "--solver", "wanda", "--samples", 4)
+    run(
+        "prune",
+        model,
+        tmp_path / "out",
+        "--calibration",
+        path,
+        "-s",
+        0.5,
+        "--solver",
+        "wanda",
+        "--samples",
+        4,
+        "--calibration-perplexity",
+    )
     assert read(tmp_path / "out" / "report.json")["perplexity"]["calibration"]["dense"]["tokens"] == 1024
+
+
+def test_the_summary_ends_with_the_time_and_the_next_command(run, model, text, tmp_path):
+    out = tmp_path / "a folder"
+    arguments = ("--calibration", text, "-s", 0.6, "--solver", "wanda", "--samples", 2)
+    lines = [line.split(maxsplit=1) for line in run("prune", model, out, *arguments).stdout.strip().splitlines()]
+    said = {name: rest.strip() for name, rest in (line for line in lines[-8:] if len(line) == 2)}
+    assert "s in all: " in said["time"]
+    assert said["masks"] == "per-row 60 %; keeps 7 of 16, 10 of 24 per row, rounded up"
+    assert said["solver"] == "Wanda"
+    assert lines[-1] == ["Next:", f"maskopt evaluate '{out}' --text TEXT"]
+    run(*shlex.split(lines[-1][1].replace("TEXT", str(text)))[1:])
+
+
+def test_a_time_limit_ends_the_proofs_and_says_so(run, fails, model, text, tmp_path, read):
+    arguments = ("--calibration", text, "-s", 0.5, "--samples", 2, "-o", "iterations=5", "--certify", "cuts")
+    result = run("prune", model, tmp_path / "out", *arguments, "--time-limit", 1e-6)
+    report = read(tmp_path / "out" / "report.json")
+    assert all(layer["unfinished_rows"] == layer["rows"] for layer in report["layers"])
+    assert all(0.0 <= layer["lower_bound"] <= layer["objective"] for layer in report["layers"])
+    assert "the time limit cut" in result.stdout
+    run("prune", model, tmp_path / "whole", *arguments, "--include", "*.0.*.q_proj", "--time-limit", 3600)
+    (layer,) = read(tmp_path / "whole" / "report.json")["layers"]
+    assert layer["unfinished_rows"] == 0
+    assert report["layers"][0]["lower_bound"] < layer["lower_bound"] <= layer["objective"]
+    assert "--certify" in fails("prune", model, tmp_path / "no", *arguments[:6], "--time-limit", 5)
+    assert "must be positive" in fails("prune", model, tmp_path / "no", *arguments, "--time-limit", "nan")
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_layers_are_told_apart_in_narrow_tables(run, model, text, tmp_path, width, monkeypatch):
+    monkeypatch.setattr("maskopt.cli.output._FILE_WIDTH", width)
+    out = tmp_path / "out"
+    lines = run("prune", model, out, "--calibration", text, "-s", 0.6, "--samples", 2).stdout.splitlines()
+    assert all(len(line) <= width for line in lines if line.startswith("  "))
+    names = [line.split()[0] for line in lines if "_proj" in line]
+    assert len(names) == len(set(names)) == 14
+
+
+def test_progress_of_a_whole_run_never_falls_and_ends_at_one(model, text, monkeypatch):
+    from maskopt.cli.output import Bar
+    from maskopt.cli.prune_progress import PruneProgress
+
+    told = []
+    bar = Bar(quiet=True)
+    monkeypatch.setattr(bar, "tell", lambda what, fraction, left: told.append((what, fraction, left)))
+    network, tokenizer = load_model(model)
+    batches = models.calibration_batches(tokenizer, text, 8, 32, 2)
+    whole = PruneProgress(bar, network, models.select_layers(network), batches, certify=True, measurements=1)
+    perplexity(network, tokenizer, text, progress=whole.perplexity("dense perplexity"))
+    models.prune(network, batches, PerRow(0.5), Wanda(), certify="sdp", progress=whole.prune)
+    fractions = [fraction for _, fraction, _ in told]
+    assert fractions == sorted(fractions)
+    assert 0.0 <= fractions[0] < 0.5
+    assert fractions[-1] == pytest.approx(1.0, abs=0.05)
+    assert all(left >= 0.0 for *_, left in told)
+    assert {what.split()[0] for what, *_ in told} == {"dense", "calibrate", "solve", "certify"}
 
 
 def test_an_existing_folder_is_kept(fails, model, text, tmp_path):

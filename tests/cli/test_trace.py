@@ -10,7 +10,7 @@ import pytest
 
 from maskopt import PerRow, load_instance, save_instance, solve, synthetic
 from maskopt.problems import Instance
-from maskopt.solvers import COLUMNS, FrankWolfe
+from maskopt.solvers import COLUMNS, FrankWolfe, Wanda
 
 
 def test_csv_json_and_result_agree(run: Callable[..., Any], read: Any, layer: Path, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_csv_json_and_result_agree(run: Callable[..., Any], read: Any, layer: Pa
 @pytest.mark.parametrize(("kind", "magic"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])
 def test_figures(run: Callable[..., Any], layer: Path, tmp_path: Path, kind: str, magic: bytes) -> None:
     out = tmp_path / f"trace.{kind}"
-    run("trace", layer, "-s", 0.5, "--solvers", "away,wanda", "--rows", 3, "--out", out)
+    run("trace", layer, "-s", 0.5, "--solvers", "away,wanda", "--rows", ":3", "--out", out)
     assert out.read_bytes().startswith(magic)
 
 
@@ -63,10 +63,25 @@ def test_every_doubles_unless_said(run: Callable[..., Any], read: Any, layer: Pa
     assert history["iteration"][:6] == [0, 1, 2, 4, 8, 16]
 
 
+@pytest.mark.parametrize(("rows", "index"), [("2:5", slice(2, 5)), (":3", slice(0, 3)), ("10:", slice(10, 12))])
+def test_rows_mean_what_they_mean_in_other_commands(
+    run: Callable[..., Any], read: Any, layer: Path, tmp_path: Path, rows: str, index: slice
+) -> None:
+    out = tmp_path / "trace.json"
+    run("trace", layer, "-s", 0.5, "--solvers", "wanda", "--rows", rows, "--json", out)
+    problem = load_instance(layer).problem().rows(index)
+    figures = read(out)
+    assert figures["traces"]["wanda"]["incumbent"] == [
+        pytest.approx(solve(problem, PerRow(0.5), Wanda()).relative_error)
+    ]
+    assert figures["settings"]["rows"] == f"{index.start}:{index.stop}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--out", "trace.jpg"], "A figure is a .png, .svg or .pdf file; got trace.jpg."),
+        (["--rows", "8:13"], "which are 0:12"),
         (["--solvers", "nothing"], "There is no solver 'nothing'"),
         (["--solvers", "dicg:step=long"], "The setting step of dicg takes "),
         (["--solvers", "stochastic:step=exact"], "choose an open-loop step"),

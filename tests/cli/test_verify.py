@@ -75,6 +75,16 @@ def test_rows_that_the_set_couples_are_one(run: Run, layer: Path) -> None:
     assert row["best"] == pytest.approx(best, rel=1e-9)
 
 
+@pytest.mark.parametrize(("pattern", "exact"), [("per-row", "BranchAndBound"), ("transposable-2:4", "Scip")])
+def test_the_exact_solver_is_branch_and_bound_where_the_set_allows_it(
+    run: Run, layer: Path, pattern: str, exact: str
+) -> None:
+    arguments = ("--rows", "0:4", "--columns", 8, "-p", pattern, *(("-s", 0.5) if pattern == "per-row" else ()))
+    figures = json.loads(run("verify", layer, *arguments, "--json", "-").stdout)
+    assert figures["settings"]["exact"].startswith(exact)
+    assert {row["verdict"].split()[0] for row in figures["rows"]} <= {"proven", "not"}
+
+
 @pytest.mark.parametrize(("iterations", "word"), [(1, "unknown"), (500, "within")])
 def test_what_is_not_proven_is_not_said(run: Run, layer: Path, iterations: int, word: str) -> None:
     """A weak judge: its bound is far off, and its own mask worse."""
@@ -111,8 +121,8 @@ def test_nothing_to_lose(run: Run, tmp_path: Path) -> None:
         (("--columns", 25, "-s", 0.5), "24 columns"),
         (("--columns", 10, "-p", "2:4"), "divisible by 4"),
         (("-s", 0.5, "--exact", "oracle"), "no solver 'oracle'"),
-        (("-s", 0.5, "-o", "iterations=3"), "scip has no setting 'iterations'"),
-        (("-s", 0.5, "--time-limit", 0), "must be positive"),
+        (("-s", 0.5, "-o", "presolve=3"), "branch-and-bound has no setting 'presolve'"),
+        *((("-s", 0.5, "--time-limit", limit), "must be positive") for limit in (0, -1, "nan")),
         (("-s", 0.5, "--exact", "brute-force", "-o", "limit=10"), "at most 10 masks"),
         ((), "needs a sparsity"),
     ],

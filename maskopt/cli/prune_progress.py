@@ -1,0 +1,128 @@
+"""One progress bar for all that `maskopt prune` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from maskopt.cli.estimate import Estimate
+from maskopt.cli.output import Bar
+from maskopt.cli.words import shortened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from maskopt.models import Calibration, Progress, Selection
+
+__all__ = ["PruneProgress"]
+
+# Guesses that hold until the work itself was measured: operations per second, and per rows x d x d of a layer.
+_SPEED = 2e10
+_SOLVE, _CERTIFY = 500.0, 400.0
+_RUNS = 6  # of every block on every batch
+
+
+class PruneProgress:
+    """Shows on a bar what is done of a whole run, and how long the rest takes.
+
+    Parameters
+    ----------
+    bar : Bar
+    model : PreTrainedModel
+    selection : Selection
+        What will be pruned.
+    calibration : Calibration
+    certify : bool
+        Whether bounds are proven, too.
+    measurements : int
+        Perplexities to be taken, each of about as many windows.
+    """
+
+    def __init__(
+        self,
+        bar: Bar,
+        model: PreTrainedModel,
+        selection: Selection,
+        calibration: Calibration,
+        certify: bool,
+        measurements: int,
+    ) -> None:
+        self._bar, self._measurements = bar, measurements
+        self._costs = {layer.name: float(layer.shape[0]) * layer.shape[1] ** 2 for layer in selection.layers}
+        self._short = dict(zip(self._costs, shortened(list(self._costs), 24), strict=True))
+        proofs = sum(float(layer.shape[0]) * layer.shape[1] ** 3 for layer in selection.layers) if certify else 0.0
+        self._proofs = {layer.name: float(layer.shape[0]) * layer.shape[1] ** 3 for layer in selection.layers}
+        self._stages = sum(bool(layers) for layers in selection.blocks.values()) + bool(selection.outside)
+        self._runs = self._windows = 0
+        self._blocks: list[str] = []
+        self._solved = self._proven = 0.0
+        self._names: tuple[str, ...] = ()
+        size = float(sum(parameter.numel() for parameter in model.parameters()))
+        batch = calibration.tokens / len(calibration)
+        planned = {
+            "perplexity": float(measurements * calibration.samples),
+            "calibrate": float(self._stages * len(calibration) * _RUNS),
+            "solve": sum(self._costs.values()),
+            "certify": proofs,
+        }
+        guess = {
+            "perplexity": 2 * size * calibration.seqlen / _SPEED,
+            "calibrate": 2 * size * batch / max(1, self._stages) / _SPEED,
+            "solve": _SOLVE / _SPEED,
+            "certify": _CERTIFY / _SPEED,
+        }
+        self._estimate = Estimate(planned, guess)
+
+    def perplexity(self, what: str) -> Callable[[int, int], None]:
+        """Begin a measurement and return the callback that takes the windows done and their number."""
+        before = self._windows
+        self._show(what, "perplexity", before)
+
+        def tell(done: int, total: int) -> None:
+            self._windows = before + done
+            self._estimate.plan("perplexity", max(before + total, self._measurements * total))
+            self._show(what, "perplexity", self._windows)
+
+        return tell
+
+    def prune(self, event: Progress) -> None:
+        """Take what `maskopt.prune` says about itself."""
+        if event.stage == "calibrate":
+            self._finish()
+            self._calibrate(event.name)
+        elif event.stage == "done":
+            self._finish()
+        else:
+            names = tuple(event.name.split(", "))
+            if names != self._names:
+                self._finish()
+                self._names = names
+            costs, before = (self._costs, self._solved) if event.stage == "solve" else (self._proofs, self._proven)
+            self._show(f"{event.stage} {self._called()}", event.stage, before + event.fraction * self._sum(costs))
+
+    def _calibrate(self, block: str) -> None:
+        """Count a run of a block on a batch; once the first block is done, all are taken to need as many."""
+        if block not in self._blocks:
+            self._blocks.append(block)
+        finished = len(self._blocks) - 1
+        if finished:
+            self._estimate.plan("calibrate", self._runs / finished * max(self._stages, finished + 1))
+        self._show(f"calibrate {block}", "calibrate", self._runs)
+        self._runs += 1
+
+    def _finish(self) -> None:
+        """Count the layers that were worked on last as done."""
+        self._solved += self._sum(self._costs)
+        self._proven += self._sum(self._proofs)
+        self._names = ()
+
+    def _sum(self, costs: dict[str, float]) -> float:
+        return sum(costs.get(name, 0.0) for name in self._names)
+
+    def _called(self) -> str:
+        first, *others = (self._short.get(name, name) for name in self._names)
+        return first + (f" and {len(others)} more" if others else "")
+
+    def _show(self, what: str, kind: str, done: float) -> None:
+        self._estimate.reach(kind, done)
+        self._bar.tell(what, self._estimate.fraction, self._estimate.left)

@@ -1,0 +1,69 @@
+"""Bounds on the errors of a model's layers, one layer after the other, within a time limit for all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from maskopt.bounds import BoundKind, MaskBounds, check_bound, mask_bounds
+from maskopt.errors import MaskoptError
+from maskopt.oracles import MaskSet
+from maskopt.problems import LayerReconstruction
+
+__all__ = ["Prover"]
+
+
+class Prover:
+    """Proves bounds for the layers of a model; a time limit is divided among those that are left by what they cost.
+
+    Parameters
+    ----------
+    masks : MaskSet
+    kind : {"shift", "sdp", "cuts"}
+        See `maskopt.bounds.mask_bound`.
+    seconds : float, optional
+        For all layers together.
+    memory : int
+        Bytes the work may take.
+
+    Raises
+    ------
+    MaskoptError
+        If there is no such bound for the set, or the time is not positive.
+    """
+
+    def __init__(self, masks: MaskSet, kind: BoundKind, seconds: float | None, memory: int) -> None:
+        check_bound(masks, kind)
+        if seconds is not None and not seconds > 0:
+            raise MaskoptError(f"The time for certify must be a positive number of seconds; got {seconds:g}.")
+        self._masks, self._kind, self._memory = masks, kind, memory
+        self._left = seconds
+        self._cost = 0.0
+
+    def plan(self, shapes: Iterable[tuple[int, int]]) -> None:
+        """Say for layers of which shapes bounds will be asked."""
+        self._cost = sum(_cost(shape) for shape in shapes)
+
+    def prove(self, problem: LayerReconstruction, progress: Callable[[float], object] | None = None) -> MaskBounds:
+        """Return bounds on the error of every mask of a layer (or of several that read the same input), row by row."""
+        began, own = time.perf_counter(), _cost(problem.shape)
+        fraction = min(1.0, own / self._cost) if self._cost > 0.0 else 1.0
+        self._cost -= own
+        end = None if self._left is None else began + self._left * fraction
+        stop = None if end is None else lambda: time.perf_counter() > end
+
+        def tell(done: float) -> None:
+            assert progress is not None
+            now = time.perf_counter()
+            progress(done if end is None or now >= end else max(done, (now - began) / (end - began)))
+
+        found = mask_bounds(
+            problem, self._masks, self._kind, memory=self._memory, stop=stop, progress=progress and tell
+        )
+        if self._left is not None:
+            self._left = max(0.0, self._left - (time.perf_counter() - began))
+        return found
+
+
+def _cost(shape: tuple[int, int]) -> float:
+    return float(shape[0]) * float(shape[1]) ** 3
