@@ -31,7 +31,7 @@ def block_errors(problem: Problem, masks: MaskSet, mask: Tensor) -> Tensor:
     --------
     >>> import maskopt
     >>> layer = maskopt.synthetic(rows=6, d=8).problem()
-    >>> mask = maskopt.NM(keep=2, group=4).lmo(-layer.weight.abs())
+    >>> mask = maskopt.NM(keep=2, group=4).lmo_mask(-layer.weight.abs())
     >>> [len(block_errors(layer, masks, mask)) for masks in (maskopt.PerRow(0.5), maskopt.Unstructured(0.5))]
     [6, 1]
     """
@@ -53,7 +53,7 @@ def better_of(problem: Problem, masks: MaskSet, one: Tensor, two: Tensor) -> tup
     --------
     >>> import maskopt
     >>> layer, masks = maskopt.synthetic(rows=6, d=8).problem(), maskopt.PerRow(0.5)
-    >>> one, two = masks.lmo(-layer.weight.abs()), masks.lmo(-layer.diagonal())
+    >>> one, two = masks.lmo_mask(-layer.weight.abs()), masks.lmo_mask(-layer.diagonal())
     >>> better, worse = better_of(layer, masks, one, two)
     >>> bool((layer.objective(better) <= layer.objective(worse)).all())
     True

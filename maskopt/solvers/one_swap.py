@@ -81,7 +81,7 @@ def descend(
     assert isinstance(masks, PartitionMatroid)
     search = SwapSearch(problem, masks)
     limit = 10 * problem.shape[1] if max_steps is None else max_steps
-    start, state = mask, SwapState(problem, masks, mask)
+    start, state = mask, SwapState(problem, masks, mask, double=False)
     monitor.counters["products"] += 1
     # Rows whose last search found nothing need none until they change.
     dirty = torch.ones(problem.shape[0], dtype=torch.bool, device=problem.device)

@@ -48,6 +48,7 @@ def test_a_missing_model_is_named(fails, monkeypatch, tmp_path):
     assert str(tmp_path / "model") in fails("demo")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not demo.MODEL.is_dir(), reason="this checkout has no trained demo model")
 def test_better_solvers_reach_lower_perplexity_on_the_shipped_model(monkeypatch):
     monkeypatch.setattr(demo, "SETS", (("per-row", 0.6),))
