@@ -9,7 +9,7 @@ export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/cache/matplotlib
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test quick check format bench clean
 
 help:  ## Say what there is
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -19,6 +19,9 @@ demo: $(VENV)/run.stamp  ## Prune the shipped model by every method and print th
 
 test: $(VENV)/dev.stamp  ## Run all tests
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) tests
+
+quick: $(VENV)/dev.stamp  ## Run one case of every test in less than a minute
+	$(BIN)/python -m pytest -n $(or $(WORKERS),2) --quick tests
 
 check: $(VENV)/dev.stamp  ## Lint, types, import rules
 	$(BIN)/ruff check .

@@ -135,6 +135,8 @@ class MilpFormulation:
         None if there are none, that is, if the mask does not belong to the set. Sums may be off by their rounding.
         """
         flat = np.asarray(mask, dtype=float).ravel()
+        if len(flat) != self.entries:
+            raise MaskoptError(f"This is a formulation of {self.entries} entries; got {len(flat)}.")
         if self.auxiliary == 0:
             return np.zeros(0) if bool(self.members(flat[None])[0]) else None
         own, other = self.matrix[:, : self.entries], self.matrix[:, self.entries :]

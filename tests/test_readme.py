@@ -56,6 +56,7 @@ def test_commands_exist_with_their_options() -> None:
                 assert option in shown.output, f"{words[0]} has no {option}"
 
 
+@pytest.mark.slow
 def test_layer_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maskopt.save_instance(tmp_path / "layer.safetensors", maskopt.synthetic(rows=8, d=16))
     monkeypatch.chdir(tmp_path)

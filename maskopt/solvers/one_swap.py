@@ -105,7 +105,7 @@ def _descended(
     problem: LayerReconstruction, masks: PartitionMatroid, mask: Tensor, monitor: Monitor, limit: int
 ) -> tuple[Tensor, int, bool]:
     """Swap on carried products, in the problem's type, until none improves by more than its rounding."""
-    search, state = SwapSearch(problem, masks), SwapState(problem, masks, mask)
+    search, state = SwapSearch(problem, masks), SwapState(problem, masks, mask, double=False)
     monitor.counters["products"] += 1
     # Rows whose last search found nothing need none until they change.
     dirty = torch.ones(problem.shape[0], dtype=torch.bool, device=problem.device)

@@ -58,7 +58,9 @@ def pair_change(
 class SwapState:
     """A mask of a layer that is changed by swaps, with what makes the change of any swap cheap to know.
 
-    Carries the residual's product with the Gram, so that one swap's change costs O(1) and doing it O(d).
+    Carries the residual's product with the Gram, so that one swap's change costs O(1) and doing it O(d). In float64
+    unless told otherwise: matrix products round by their shape, so that in float32 a swap may look good or bad
+    depending on how many rows are solved together.
 
     Parameters
     ----------
@@ -68,6 +70,8 @@ class SwapState:
         The set of masks.
     mask : Tensor
         Where to start, a member, boolean, shape (rows, d); it is copied.
+    double : bool
+        Whether to compute in float64 rather than in the problem's type.
 
     Attributes
     ----------
@@ -86,12 +90,13 @@ class SwapState:
     >>> swaps = state.random(torch.Generator().manual_seed(0))  # one for each row
     >>> before, change = layer.objective(state.mask), state.change(*swaps)
     >>> state.swap(*swaps)
-    >>> bool(torch.allclose(layer.objective(state.mask) - before, change, rtol=1e-4))
+    >>> bool(torch.allclose(layer.objective(state.mask) - before, change, rtol=1e-9))
     True
     """
 
-    def __init__(self, problem: LayerReconstruction, masks: MaskSet, mask: Tensor) -> None:
-        self.problem, self.masks, self.mask = problem, masks, mask.clone()
+    def __init__(self, problem: LayerReconstruction, masks: MaskSet, mask: Tensor, *, double: bool = True) -> None:
+        self.problem, self.masks, self.mask = problem.double() if double else problem, masks, mask.clone()
+        problem = self.problem
         self.carried = problem.product(self.mask.to(problem.dtype))
         self._own = problem.diagonal()
         self._groups: Tensor | None = None  # filled on demand
@@ -110,7 +115,7 @@ class SwapState:
         Returns
         -------
         Tensor
-            In units of `problem.objective`, float64, shape (number,); as exact as the problem's type.
+            In units of `problem.objective`, float64, shape (number,).
         """
         weight, gram = self.problem.scaled_weight, self.problem.scaled_gram
         add, drop = (rows, keep), (prune_rows, prune)

@@ -69,6 +69,7 @@ def test_the_default_method_is_run_as_prune_runs_it(run, tmp_path, read, model):
     assert row.perplexity == pytest.approx(figures["perplexity"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not demo.MODEL.is_dir(), reason="this checkout has no trained demo model")
 def test_better_solvers_reach_lower_perplexity_on_the_shipped_model(monkeypatch):
     monkeypatch.setattr(demo, "SETS", (("per-row", 0.6),))

@@ -89,6 +89,7 @@ def test_debug_shows_the_traceback(run, tmp_path):
     assert "does not exist" in str(result.exception)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(tmp_path):
     layer = tmp_path / "layer.safetensors"
     save_instance(layer, synthetic(rows=64, d=64))

@@ -30,6 +30,7 @@ def test_help_lists_the_commands(run):
     assert run(code=2).output.split() == text.split()  # nothing asked for: help
 
 
+@pytest.mark.slow
 def test_module_runs_as_a_program_without_loading_transformers(layer):
     # Layer-level commands start in a second because of that.
     code = (

@@ -38,6 +38,7 @@ def test_csv_json_and_result_agree(run: Callable[..., Any], read: Any, layer: Pa
     assert len(figures["wanda"]["iteration"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "magic"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])
 def test_figures(run: Callable[..., Any], layer: Path, tmp_path: Path, kind: str, magic: bytes) -> None:
     out = tmp_path / f"trace.{kind}"

@@ -56,6 +56,7 @@ def test_verdicts(run: Run, layer: Path, read: Any, tmp_path: Path, solver: str,
     assert figures["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_rows_in_processes_are_the_same(run: Run, layer: Path, read: Any, tmp_path: Path) -> None:
     figures = []
     for jobs in (1, 2):

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
 def test_better_masks_give_better_language_models(folder, tmp_path):
     text = TEXT.read_text().replace("\n<|endoftext|>\n", "\n")
