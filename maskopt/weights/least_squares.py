@@ -144,7 +144,7 @@ def exact_weights(
 def polish(
     problem: Problem, masks: MaskSet, system: System, mask: Tensor, v: Tensor, steps: int, watch: Watch, done: int = 0
 ) -> Tensor:
-    """Run `conjugate_gradients` after `done` iterations of a method, until its watch says stop; products are counted.
+    """Run `conjugate_gradients` after `done` iterations of a method, until the solve has to stop; products are counted.
 
     Returns
     -------
