@@ -138,7 +138,7 @@ def prune(
             certify=None if certify is None else certify.value,
             memory=working,
             progress=show if bar.visible else None,
-            on_error="keep",  # the model is given up with the program
+            on_error="keep",  # the program discards the model
         )
         pruned = perplexities("pruned")
     extra = {
