@@ -6,12 +6,12 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from maskopt.errors import MaskoptError
 from maskopt.models.blocks import find_blocks
@@ -147,8 +147,10 @@ def _class_of(name: object, config: Any) -> type[PreTrainedModel]:
 
 def _try(name: object, what: str, load: Any, *args: Any, **options: Any) -> Any:
     """Call a transformers loader; its many exceptions become one sentence."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    loggers = [getLogger(library) for library in ("transformers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(ERROR)
     try:
         with without_bars(), warnings.catch_warnings(action="ignore"):
             return load(*args, **options)
@@ -157,7 +159,8 @@ def _try(name: object, what: str, load: Any, *args: Any, **options: Any) -> Any:
             raise
         raise MaskoptError(f"The model {name} cannot be loaded, {what} failed: {_reason(name, error)}.") from error
     finally:
-        logging.set_verbosity(verbosity)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _reason(name: object, error: Exception) -> str:

@@ -163,7 +163,7 @@ def prune(
         propagation = _propagation(propagate, model, replay, edits, order, stages, memory)
         report = PruneReport(calibration_seconds=time.perf_counter() - began)
         work = Work(masks, solver, starts, memory, progress, prover, stages, propagation, edits, report)
-        with _failing_well(edits, report, on_error):
+        with _restoring(edits, report, on_error):
             work.run()
     report.calibration_seconds += propagation.seconds
     report.left_dense = [*selection.left_dense, *_unreached(replay, selection)]
@@ -258,7 +258,7 @@ def _propagation(
 
 
 @contextmanager
-def _failing_well(edits: Edits, report: PruneReport, on_error: OnError) -> Iterator[None]:
+def _restoring(edits: Edits, report: PruneReport, on_error: OnError) -> Iterator[None]:
     """Leave the model whole where the work fails, or say exactly which layers are pruned."""
     try:
         yield

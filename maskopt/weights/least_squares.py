@@ -154,7 +154,7 @@ def polish(
     monitor: Monitor,
     done: int = 0,
 ) -> Tensor:
-    """Run `conjugate_gradients` after `done` iterations of a method, until its monitor says stop; products are counted.
+    """Run `conjugate_gradients` after `done` iterations of a method, until the solve has to stop; products are counted.
 
     Returns
     -------

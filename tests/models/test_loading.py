@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from logging import getLogger
 from pathlib import Path
 
 import pytest
@@ -282,7 +283,7 @@ def test_configurations_with_odd_values(folder, change, settings):
 ADVICE = re.compile(r"http|pip|weights_only|trust_remote|internet|ignore_mismatched|report|please", re.IGNORECASE)
 
 
-def test_pickles_are_not_run_and_nobody_is_told_to_run_them(folder, tmp_path):
+def test_pickles_are_not_run_and_running_them_is_not_advised(folder, tmp_path):
     class Touch:
         def __reduce__(self):
             return Path.touch, (tmp_path / "touched",)
@@ -296,6 +297,15 @@ def test_pickles_are_not_run_and_nobody_is_told_to_run_them(folder, tmp_path):
             load_model(folder)
         assert not ADVICE.search(str(caught.value))
     assert not (tmp_path / "touched").exists()
+
+
+def test_loggers_of_the_loaders_are_quiet_meanwhile_only(folder, change, capfd):
+    levels = [getLogger(name).level for name in ("transformers", "huggingface_hub")]
+    change(drop=["model.norm.weight"])  # transformers logs a table of it
+    with pytest.raises(MaskoptError, match="lack 1 tensors"):
+        load_model(folder)
+    assert capfd.readouterr().err == ""
+    assert [getLogger(name).level for name in ("transformers", "huggingface_hub")] == levels
 
 
 @pytest.mark.parametrize("name", [None, 3, "", b"model", ["model"]])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AlbertConfig, AlbertModel, ViTConfig, ViTModel
+from transformers import AlbertConfig, AlbertModel, CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from maskopt.errors import MaskoptError
 from maskopt.models import prune, select_layers
@@ -260,6 +260,24 @@ def test_images_calibrate_vision_models(bare, recorder):
     report = prune(ViTModel(config), [pixels if bare else {"pixel_values": pixels}] * 2, PerRow(0.5), recorder)
     assert len(report.layers) == 12
     assert {record.tokens for record in report.layers} == {2 * 3 * 5}  # four patches and a class token
+
+
+def test_both_towers_of_a_dual_encoder_are_pruned():
+    torch.manual_seed(0)
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CLIPConfig(
+        text_config={**tower, "vocab_size": 61, "max_position_embeddings": 16},
+        vision_config={**tower, "image_size": 8, "patch_size": 4},
+        projection_dim=8,
+    )
+    model, ids = CLIPModel(config), torch.randint(3, 60, (2, 9))
+    batch = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8)}
+    report = prune(model, [batch], PerRow(0.5), ContinuationFrankWolfe(iterations=4))
+    tokens = {record.name.split(".")[0]: record.tokens for record in report.layers}
+    assert len(report.layers) == 2 * 2 * 6
+    assert tokens == {"text_model": 2 * 9, "vision_model": 2 * 5}
+    with pytest.raises(MaskoptError, match=r"^The CLIPModel cannot be run on calibration batch 0: [^\n]*\.$"):
+        prune(model, [ids], PerRow(0.5), Wanda())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
