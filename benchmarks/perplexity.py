@@ -33,6 +33,7 @@ from typing import Any
 import joblib
 import report
 import torch
+from grids import GRIDS, parse_tuned, specs
 from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,16 +57,6 @@ from maskopt.oracles import PartitionMatroid, parse_masks
 from maskopt.solvers import Solver, SparseFW
 
 SETS = "per-row:0.5,per-row:0.6,per-row:0.7,2:4,4:8,unstructured:0.6"
-
-# What --tune tries, the published default first. Our own methods run with their defaults.
-GRIDS = {
-    "ria": ("power=0.5", "power=1"),
-    "sparsefw": ("alpha=0", "alpha=0.25", "alpha=0.5", "alpha=0.75", "alpha=0.9"),
-    "sparsegpt": ("ridge=0.01", "ridge=0.001", "ridge=0.1"),
-    "admm": ("ridge=0.1", "ridge=0.01", "ridge=0.3"),
-    "alps": ("ridge=0.01", "ridge=0.1"),
-    "fista": ("threshold=0.3", "threshold=0.1"),
-}
 
 Record = dict[str, Any]
 Set = tuple[str, float | None]
@@ -191,11 +182,10 @@ def pruned(data: Opened, masks: Set, solver: Solver, propagate: str | None, seed
 def variants(method: str, options: argparse.Namespace) -> dict[str, Solver]:
     """Return a method with each setting of its grid if it is one of those to tune, or as it is."""
     keeps = method in options.solvers.split(",")
-    settings = GRIDS[method] if method in options.tune else ("",)
-    specs = {setting: f"{method}:{setting}" if setting else method for setting in settings}
-    if keeps:
-        return {setting: parse_comparison(spec, "keep")[spec] for setting, spec in specs.items()}
-    return {setting: parse_comparison(options.solvers, spec)[spec] for setting, spec in specs.items()}
+    return {
+        setting: parse_comparison(*((spec, "keep") if keeps else (options.solvers, spec)))[spec]
+        for setting, spec in specs(method, options.tune).items()
+    }
 
 
 def distinct(candidates: dict[str, Solver], model: PreTrainedModel, masks: Set) -> dict[str, Solver]:
@@ -307,15 +297,6 @@ def parse_sets(text: str) -> list[Set]:
         pattern, _, sparsity = word.rpartition(":")
         sets.append((word, None) if pattern.isdecimal() else (pattern, float(sparsity)))
     return sets
-
-
-def parse_tuned(text: str) -> list[str]:
-    """Read "sparsefw,ria"; methods without a grid are refused."""
-    names = [name for name in text.split(",") if name]
-    for name in names:
-        if name not in GRIDS:
-            raise argparse.ArgumentTypeError(f"{name!r} has no grid; {', '.join(GRIDS)} have one")
-    return names
 
 
 def by_cell(records: Sequence[Record]) -> Iterator[tuple[tuple[str, str], list[Record]]]:
