@@ -478,9 +478,14 @@ def main() -> None:
         tuple(options.seeds), options.samples, options.batch_size, options.characters, options.validation
     )
     before: list[Record] = []
-    if options.update or options.resume:
-        before = json.loads((report.RESULTS / f"{options.name}.json").read_text())["records"]
-    done = {(r["model"], r["masks"], r.get("method"), r["seed"]) for r in before if options.resume}
+    earlier = report.RESULTS / f"{options.name}.json"
+    if (options.update or options.resume) and earlier.exists():
+        before = json.loads(earlier.read_text())["records"]
+    done = {
+        (record["model"], record["masks"], record.get("method"), record["seed"])
+        for record in before
+        if options.resume and record["calibration"]["samples"] == settings.samples
+    }
     todo = tasks(options)
     todo = [
         (job, masks, method)

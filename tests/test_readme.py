@@ -178,10 +178,26 @@ def _check_perplexities(table: Table, columns: Mapping[str, str], name: str, mod
 
 
 def test_perplexities_of_masks_alone_are_those_of_the_results() -> None:
-    methods = ("dense", "wanda", "sparsefw", "one-swap", "continuation")
-    _check_perplexities(
-        _table("model, masks", "dense", "wanda"), dict(zip(methods, methods, strict=True)), "perplexity"
-    )
+    columns = {
+        "dense": "dense",
+        "Wanda": "wanda",
+        "SparseFW": "sparsefw",
+        "1-swap from Wanda": "one-swap",
+        "maskopt": "continuation",
+    }
+    _check_perplexities(_table("model, masks", "dense", "Wanda"), columns, "perplexity")
+
+
+def test_perplexities_of_a_larger_model_are_those_of_the_results() -> None:
+    columns = {
+        "dense": "dense",
+        "Wanda": "wanda, pruned",
+        "SparseGPT": "sparsegpt, pruned",
+        "ALPS": "alps, pruned",
+        "masks alone": "continuation, corrected",
+        "best": "best, corrected",
+    }
+    _check_perplexities(_table("SmolLM2-135M, masks"), columns, "smollm2", "smollm2")
 
 
 def test_perplexities_of_moved_weights_are_those_of_the_results() -> None:
