@@ -55,7 +55,7 @@ class Bowl(Quadratic):
     def evaluate(self, x: Tensor) -> Point:
         return Point(x, self._product(x) + self.linear)
 
-    def value_after(self, x: Tensor) -> Direction:
+    def hvp(self, x: Tensor) -> Direction:
         return Direction(x, self._product(x))
 
     def _product(self, x: Tensor) -> Tensor:

@@ -263,7 +263,7 @@ class Spying(LayerReconstruction):
         part.seen = []
         return part
 
-    def value_after(self, x: Tensor) -> Direction:
+    def hvp(self, x: Tensor) -> Direction:
         self.seen.append(len(x))
         return super().hvp(x)
 
