@@ -35,12 +35,16 @@ format: $(VENV)/dev.stamp  ## Format and fix what can be fixed
 
 # The settings of the committed results.
 JOINT := --weights keep,lsq,sparsegpt,admm,fista,alps,best
-MASKS_STUDY := --solvers wanda,sparsefw,one-swap,continuation --sets per-row:0.5,per-row:0.6,2:4 --samples 32
+MASKS_STUDY := --solvers wanda,sparsefw,one-swap,continuation --tune sparsefw --sets per-row:0.5,per-row:0.6,2:4 \
+	--samples 32 --seeds 0,1
 WEIGHTS_STUDY := --name weights --only-models --solvers continuation $(JOINT) --propagate default,corrected --seeds 0,1 \
 	--sets per-row:0.5,per-row:0.6,per-row:0.7,2:4,4:8 --samples 20 --characters 60000 --jobs 2
 DEMO_STUDY := --name weights-demo --solvers continuation --weights lsq,admm,alps,fista,best --propagate default,corrected \
 	--sets per-row:0.6,2:4 --samples 10 --characters 40000
-bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS="a.safetensors ..." and MODELS="folder,calibration,text ..." add your own)
+SMOLLM_STUDY := --name smollm2 --only-models --solvers wanda,continuation --weights sparsegpt,alps,best,keep \
+	--propagate default --tune sparsegpt,alps --tune-once --sets per-row:0.5,per-row:0.6,2:4 --samples 32 --batch-size 2 \
+	--characters 250000
+bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOLLM= add to them, see README)
 	$(BIN)/python benchmarks/layers.py $(LAYERS)
 	$(BIN)/python benchmarks/layers.py $(LAYERS) --name joint --solvers continuation $(JOINT)
 	$(BIN)/python benchmarks/directions.py $(LAYERS)
@@ -51,6 +55,7 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS="a.safetensors ...
 	$(BIN)/python benchmarks/perplexity.py $(MODELS) $(MASKS_STUDY)
 	$(if $(MODELS),$(BIN)/python benchmarks/perplexity.py $(MODELS) $(WEIGHTS_STUDY))
 	$(BIN)/python benchmarks/perplexity.py $(DEMO_STUDY)
+	$(if $(SMOLLM),$(BIN)/python benchmarks/perplexity.py $(SMOLLM) $(SMOLLM_STUDY))
 
 clean:  ## Remove the environment and all caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -4,7 +4,8 @@
     python benchmarks/layers.py [INSTANCE ...] --name joint --solvers continuation --weights keep,lsq,alps,best
 
 Without arguments: layers of the shipped demo model and synthetic ones, 50, 60 and 70 % per row and 2:4. Instances given
-are added. Writes benchmarks/results/NAME.{md,json}; the last method is compared with all others.
+are added. Methods of --tune run with every setting of their grid, and the one of lowest error counts, case by case: the
+error is what they minimise. Writes benchmarks/results/NAME.{md,json}; the last method is compared with all others.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import report
+from grids import parse_tuned, specs
 from torch import Tensor
 
 from maskopt.demo.corpus import training_text
@@ -72,6 +74,29 @@ def synthetic_layers(folder: Path) -> list[Path]:
     return paths
 
 
+def at_best(figures: dict[str, Any], methods: list[str], tuned: list[str]) -> None:
+    """Replace the results of a method's settings by the best one under the method's name, in place."""
+    for row in figures["rows"]:
+        results = row["results"]
+        for method in methods:
+            tried = {setting: results.pop(spec) for setting, spec in specs(method, tuned).items()}
+            setting = min(tried, key=lambda name: tried[name]["relative_error"])
+            results[method] = tried[setting]
+            if len(tried) > 1:
+                results[method]["setting"] = setting
+                results[method]["tried"] = {name: found["relative_error"] for name, found in tried.items()}
+
+
+def choices(figures: dict[str, Any], solvers: list[str]) -> str:
+    """Return a table of how often each setting is the best one."""
+    rows = []
+    for solver in solvers:
+        found = [row["results"][solver].get("setting") for row in figures["rows"]]
+        for setting in figures["rows"][0]["results"][solver].get("tried", ()):
+            rows.append([f"{solver}, {setting}", f"{found.count(setting)} of {len(found)}"])
+    return report.table(["method", "best in"], rows)
+
+
 def tables(figures: dict[str, Any], solvers: list[str]) -> str:
     """Return the table of all cells and the summary."""
     lines = []
@@ -105,25 +130,38 @@ def main() -> None:
     parser.add_argument("instances", nargs="*")
     parser.add_argument("--solvers", default="magnitude,wanda,ria,sparsefw,one-swap,continuation")
     parser.add_argument("--weights", default="keep")
+    parser.add_argument(
+        "--tune", type=parse_tuned, default="ria,sparsefw", help="methods to run at their best settings"
+    )
     parser.add_argument("--repeat", default="1")
     parser.add_argument("--name", default="layers")
     options = parser.parse_args()
+    methods = options.solvers.split(",")
+    # Weights that are fitted afterwards are a method of their own: its defaults.
+    tuned = [method for method in methods if method in options.tune and options.weights == "keep"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths = [*map(str, options.instances), *map(str, demo_layers(folder) + synthetic_layers(folder))]
         output = folder / "figures.json"
-        command = [sys.executable, "-m", "maskopt", "compare", *paths, *SETS, "--solvers", options.solvers]
+        command = [sys.executable, "-m", "maskopt", "compare", *paths, *SETS, "--solvers"]
+        command += [",".join(spec for method in methods for spec in specs(method, tuned).values())]
         command += ["--weights", options.weights, "--repeat", options.repeat]
         subprocess.run([*command, "--json", str(output)], check=True)
         figures = json.loads(output.read_text())
+    if tuned:
+        at_best(figures, methods, tuned)
+        del figures["summary"]  # of every setting
     for row in figures["rows"]:
         row["instance"] = Path(row["instance"]).name
     solvers = list(figures["rows"][0]["results"])
+    at_their_best = f", {' and '.join(tuned)} with the best of several settings for each case" if tuned else ""
     text = (
         "Relative error ||WX - VX||^2 / ||WX||^2, V = M*W where weights are kept, and seconds (the median of "
-        f"{options.repeat}), all methods with their defaults (SparseFW: T = 2000), one run.\n\n"
+        f"{options.repeat}), all methods with their defaults (SparseFW: T = 2000){at_their_best}, one run.\n\n"
         f"{tables(figures, solvers)}"
     )
+    if tuned:
+        text += f"\n\nSettings:\n\n{choices(figures, solvers)}"
     report.write(options.name, "Layer errors", text, figures)
 
 

@@ -2,7 +2,11 @@
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -75,3 +79,213 @@ def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:^    |`)make ([a-z]+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+RESULTS = ROOT / "benchmarks" / "results"
+LAYERS = {
+    "attention query": "l1_attn_query",
+    "attention output": "l1_attn_output",
+    "MLP up": "l1_intermediate",
+    "MLP down": "l1_output",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the README: its rows, each with its entries by heading, without bold letters."""
+
+    head: list[str]
+    rows: dict[str, dict[str, str]]
+    bold: dict[str, set[str]]
+    """By row, the headings whose entries are bold."""
+
+
+def _table(*head: str) -> Table:
+    """Return the one table of the README whose head starts like this."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE):
+        lines = [[entry.strip() for entry in line.strip("|").split("|")] for line in block.splitlines()]
+        names = [entry.strip("*") for entry in lines[0]]
+        if tuple(names[: len(head)]) == head:
+            found.append((names, lines[2:]))
+    assert len(found) == 1, head
+    names, lines = found[0]
+    entries = {line[0]: dict(zip(names[1:], line[1:], strict=True)) for line in lines}
+    return Table(
+        names,
+        {row: {name: text.replace("*", "") for name, text in cells.items()} for row, cells in entries.items()},
+        {row: {name for name, text in cells.items() if text.startswith("**")} for row, cells in entries.items()},
+    )
+
+
+def _figures(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _check_layers(table: Table, columns: dict[str, str], name: str) -> None:
+    rows = {(Path(row["instance"]).stem, row["label"]): row["results"] for row in _figures(name)["rows"]}
+    assert len(table.rows) == 4 * 4
+    assert list(columns) == table.head[1:]
+    for row, entries in table.rows.items():
+        words = re.fullmatch(r"(.*) \d+ x \d+, (.*)", row)
+        assert words is not None, row
+        results = rows[LAYERS[words[1]], words[2]]
+        errors = {column: results[method]["relative_error"] for column, method in columns.items()}
+        assert entries == {column: f"{error:.4f}" for column, error in errors.items()}, row
+        assert table.bold[row] == {min(errors, key=lambda column: errors[column])}, row
+
+
+def test_layer_errors_are_those_of_the_results() -> None:
+    columns = {"Wanda": "wanda", "SparseFW": "sparsefw", "1-swap from Wanda": "one-swap", "maskopt": "continuation"}
+    _check_layers(_table("layer, masks", "Wanda"), columns, "layers")
+
+
+def test_layer_errors_of_moved_weights_are_those_of_the_results() -> None:
+    columns = {
+        "mask alone": "continuation",
+        "+ least squares": "continuation + lsq",
+        "SparseGPT": "sparsegpt",
+        "ADMM": "admm",
+        "FISTAPruner": "fista",
+        "ALPS": "alps",
+        "best": "best",
+    }
+    _check_layers(_table("layer, masks", "mask alone"), columns, "joint")
+
+
+def _perplexities(name: str) -> dict[tuple[str, str], dict[str, float]]:
+    """Return the mean perplexity over the seeds, by model and masks and by method, and that of the dense model."""
+    records = _figures(name)["records"]
+    cells: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for record in records:
+        cell = cells.setdefault((record["model"].removesuffix("-llama"), record["masks"]), {})
+        cell.setdefault(record["solver"], []).append(record["perplexity"])
+        cell.setdefault("dense", []).append(record["dense_perplexity"])
+    return {key: {method: fmean(values) for method, values in cell.items()} for key, cell in cells.items()}
+
+
+def _check_perplexities(table: Table, columns: Mapping[str, str], name: str, model: str | None = None) -> None:
+    """Compare a table, whose rows name model and masks (or the masks of `model`), with results."""
+    cells = _perplexities(name)
+    if model is not None:
+        cells = {key: cell for key, cell in cells.items() if key[0] == model}
+    assert len(table.rows) == len(cells)
+    for row, entries in table.rows.items():
+        cell = cells[(model, row) if model is not None else tuple(row.split(", ", 1))]
+        values = {column: cell[method] for column, method in columns.items()}
+        assert entries == {column: f"{value:.2f}" for column, value in values.items()}, row
+        pruned = {column: value for column, value in values.items() if column != "dense"}
+        assert table.bold[row] == {min(pruned, key=lambda column: pruned[column])}, row
+
+
+def test_perplexities_of_masks_alone_are_those_of_the_results() -> None:
+    columns = {
+        "dense": "dense",
+        "Wanda": "wanda",
+        "SparseFW": "sparsefw",
+        "1-swap from Wanda": "one-swap",
+        "maskopt": "continuation",
+    }
+    _check_perplexities(_table("model, masks", "dense", "Wanda"), columns, "perplexity")
+
+
+def test_perplexities_of_a_larger_model_are_those_of_the_results() -> None:
+    columns = {
+        "dense": "dense",
+        "Wanda": "wanda, pruned",
+        "SparseGPT": "sparsegpt, pruned",
+        "ALPS": "alps, pruned",
+        "masks alone": "continuation, corrected",
+        "best": "best, corrected",
+    }
+    _check_perplexities(_table("SmolLM2-135M, masks"), columns, "smollm2", "smollm2")
+
+
+def test_perplexities_of_moved_weights_are_those_of_the_results() -> None:
+    columns = {
+        "dense": "dense",
+        "SparseGPT": "sparsegpt, pruned",
+        "ADMM": "admm, pruned",
+        "FISTAPruner": "fista, corrected",
+        "ALPS": "alps, pruned",
+        "best": "best, corrected",
+        "ALPS, corrected": "alps, corrected",
+    }
+    _check_perplexities(_table("model, masks", "dense", "SparseGPT"), columns, "weights")
+
+
+def test_ratios_in_the_text_are_those_of_the_results() -> None:
+    def rows(name: str, only: str = "") -> list[dict[str, Any]]:
+        return [row["results"] for row in _figures(name)["rows"] if row["instance"].startswith(only)]
+
+    def ratios(results: list[dict[str, Any]], one: str, other: str, figure: str) -> list[float]:
+        return [row[one][figure] / row[other][figure] for row in results]
+
+    text = " ".join(README.split())
+    ours = rows("layers", "l1_")
+    errors = [
+        median(ratios(ours, "continuation", other, "relative_error")) for other in ("wanda", "sparsefw", "one-swap")
+    ]
+    assert (
+        "median error is {:.2f} of Wanda's, {:.2f} of SparseFW's and {:.2f} of that of a proven 1-swap optimum, in "
+        "{:.2f} of SparseFW's time".format(*errors, median(ratios(ours, "continuation", "sparsefw", "seconds")))
+    ) in text
+    best, every = (ratios(rows("joint", only), "best", "alps", "relative_error") for only in ("l1_", ""))
+    seconds = median(ratios(rows("joint", "l1_"), "best", "alps", "seconds"))
+    assert f"errors are {min(best):.2f} to {max(best):.2f} of ALPS's (median {median(best):.3f})" in text
+    assert f"in {seconds:.2f} of its time" in text
+    assert f"over all {len(every)} cases" in text
+    assert f"{min(every):.2f} to {max(every):.2f} (median {median(every):.3f})" in text
+
+
+def test_what_the_text_says_of_best_is_so_in_the_results() -> None:
+    cells = _perplexities("weights")
+    published = ["sparsegpt, pruned", "admm, pruned", "fista, corrected", "alps, pruned"]
+    behind = [min(cell[name] for name in published) / cell["best, corrected"] - 1 for cell in cells.values()]
+    text = " ".join(README.split())
+    assert f"`best` is lowest in {sum(gap > 0 for gap in behind)} of {len(cells)} cases" in text
+    assert f"the best of them being {100 * min(behind):.1f} to {100 * max(behind):.0f} % behind" in text
+    cells = {key: _pruned(cell) for key, cell in cells.items()}
+    gaps = sorted(cell["best, corrected"] / min(cell.values()) - 1 for cell in cells.values())
+    lowest = [min(cell, key=lambda name: cell[name]) for cell in cells.values()]
+    counts = f"{lowest.count('best, corrected')} and ALPS in {lowest.count('alps, corrected')}"
+    largest = f"{100 * gaps[-1]:.1f} %, the next {100 * gaps[-2]:.1f} %"
+    assert f"lowest in {counts}; the largest gap to the lowest is {largest}" in text
+
+
+def _pruned(cell: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in cell.items() if name != "dense"}
+
+
+def test_solved_instances_are_those_of_the_results() -> None:
+    figures = _figures("library")
+    table = _table("solver", "optimum found")
+    names = ("continuation + swaps", "Frank-Wolfe, fully-corrective + swaps", "1-swap from Wanda", "SparseFW", "Wanda")
+    assert len(table.rows) == len(figures["solvers"]) == len(names)
+    for entries, name in zip(table.rows.values(), names, strict=True):
+        found, middle, worst = (figures["solvers"][name][key] for key in ("found", "median", "worst"))
+        assert list(entries.values()) == [f"{found} of {figures['solved']}", f"{middle:.4f}", f"{worst:.3f}"], name
+
+
+def test_bounds_are_those_of_the_results() -> None:
+    fractions = {row[0]: row[1] for row in _figures("bounds")["rows"]}
+    table = _table("layer", "Frank-Wolfe gap")
+    assert len(table.rows) == 3
+    for layer, entries in table.rows.items():
+        methods = ("Frank-Wolfe gap", "semidefinite", "+ Z >= 0, 100 steps")
+        assert list(entries.values()) == [fractions[f"{LAYERS[layer]}, d = 384, {method}"] for method in methods], layer
+
+
+def test_iterations_of_directions_are_those_of_the_results() -> None:
+    runs = _figures("directions")["experiment"]
+    for words, entries in _table("direction", "median iterations").rows.items():
+        for name in words.split(", "):
+            own = runs[{"lazified": "lazy"}.get(name, name.lower().replace(" ", "-"))]
+            if not all(run["converged"] for run in own):
+                assert entries["median iterations"] == "not in 6000"
+                continue
+            iterations = [run["iterations"] for run in own]
+            vertices = [run["vertices"] for run in own if run["vertices"] is not None]
+            assert entries["median iterations"] == f"{median(iterations):.0f}", name
+            assert entries["most"] == str(max(iterations)), name
+            assert entries["vertices kept"] == (f"{median(vertices):.0f}" if vertices else "none"), name
