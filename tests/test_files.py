@@ -265,9 +265,9 @@ def test_unfinished_outputs_can_be_discarded_at_once(tmp_path: Path) -> None:
 )
 def test_files_that_are_no_tensors_are_one_sentence(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(MaskoptError, match=r"^The thing .*x is not a readable safetensors file: [^\n]*\.$"):
-        with open_tensors("thing", tmp_path / "x") as file:
-            file.get_tensor("weight")
+    words = r"^The thing .*x is not a readable safetensors file: [^\n]*\.$"
+    with pytest.raises(MaskoptError, match=words), open_tensors("thing", tmp_path / "x") as file:
+        file.get_tensor("weight")
 
 
 def test_what_is_no_file_is_one_sentence(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ class Scip(Solver):
         check_settings(
             self,
             form=choice(get_args(Form)),
-            time_limit=real(0, infinite=True, optional=True),
+            time_limit=real(0, above=True, infinite=True, optional=True),
             gap=real(0, infinite=True),
             nodes=whole(1, 2**31 - 1, optional=True),
             seed=whole(0, 2**31 - 1),

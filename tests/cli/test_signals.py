@@ -26,7 +26,8 @@ def wait(*args, **kwargs):
 if where == "import":
     import maskopt.cli.signals as signals
     begin = signals.begin
-    Path(sys.argv[-1] + "x.py").write_text("import sys, time; print('now', file=sys.stderr, flush=True); time.sleep(30)")
+    body = "import sys, time; print('now', file=sys.stderr, flush=True); time.sleep(30)"
+    Path(sys.argv[-1] + "x.py").write_text(body)
     sys.path.insert(0, str(Path(sys.argv[-1]).parent))
     signals.begin = lambda: (begin(), __import__(Path(sys.argv[-1]).name + "x"))
 elif where == "solve":
@@ -157,7 +158,8 @@ def test_closed_input_and_error_streams_do_not_matter(layer, tmp_path):
 
 @pytest.mark.parametrize("arguments", [("--help",), ("prune", "--help"), ("verify", "--help"), ("--version",)])
 def test_help_does_not_wait_for_torch(arguments):
-    code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); from maskopt.cli import main; main()"
+    code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+    code += "from maskopt.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False\n")
 

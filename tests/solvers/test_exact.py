@@ -38,7 +38,7 @@ def optimum() -> float:
     ("settings", "status"),
     [
         ({}, Status.OPTIMAL),
-        ({"time_limit": 0.0}, Status.TIME_LIMIT),
+        ({"time_limit": 1e-9}, Status.TIME_LIMIT),
         ({"nodes": 1}, Status.ITERATION_LIMIT),
         ({"gap": 10.0}, Status.WITHIN_GAP),
     ],
@@ -69,7 +69,7 @@ def test_convex_form_proves_more_at_the_root() -> None:
 
 @pytest.mark.parametrize("solver", [Scip(start=Wanda()), BruteForce()])
 def test_time_limits_of_the_whole_solve(solver: Any, optimum: float) -> None:
-    result = solve(problem(), PerRow(0.5), solver, time_limit=0.0)
+    result = solve(problem(), PerRow(0.5), solver, time_limit=1e-9)
     assert result.status is Status.TIME_LIMIT
     assert PerRow(0.5).contains(result.mask)
     assert result.lower_bound is not None

@@ -232,7 +232,7 @@ def test_callbacks_stop_it(name: str, after: int) -> None:
     end = walk(problem, masks, DIRECTIONS[name](), step_for(name), 50, watch=watch)
     assert (end.iterations, end.converged, watch.ended) == (after, False, Status.STOPPED)
     assert calls == list(range(after + 1))
-    result = solve(problem, masks, FrankWolfe(direction=name), time_limit=0)
+    result = solve(problem, masks, FrankWolfe(direction=name), time_limit=1e-9)
     assert result.status is Status.TIME_LIMIT
     assert masks.contains(result.mask)
 
