@@ -26,6 +26,7 @@ from maskopt.models.selection import LeftDense, Selection, select_layers
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers import ContinuationFrankWolfe, GapKind, Result, Solver, State, solve
+from maskopt.solvers.arguments import check_masks, check_solver
 from maskopt.weights import ConditionalADMM, FISTAPruner, Joint, LeastSquares
 
 __all__ = ["Progress", "prune"]
@@ -122,6 +123,8 @@ def prune(
     """
     if propagate is not None and propagate not in get_args(Propagate):
         raise MaskoptError(f"propagate must be one of {', '.join(get_args(Propagate))}; got {propagate!r}.")
+    check_masks(masks)
+    check_solver(solver, optional=True)
     solver = ContinuationFrankWolfe() if solver is None else solver
     if certify is not None:
         if isinstance(solver, Joint):
