@@ -65,6 +65,9 @@ def require_absent(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     _require_free(path)
     folder = path.absolute().parent
+    if any("\ud800" <= letter <= "\udfff" for letter in str(folder / path.name)):
+        # What writes weights takes no other names, and says so after the work.
+        raise MaskoptError(f"The output {path} cannot be written: its name is not text in UTF-8.")
     if not folder.is_dir():
         raise _no_folder(path)
     if not os.access(folder, os.W_OK):

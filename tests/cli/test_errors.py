@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
@@ -78,6 +79,40 @@ def test_bad_layers(fails, tmp_path, change, words):
     assert sorted(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.bool])
+@pytest.mark.parametrize("name", ["weight", "gram"])
+def test_layers_of_other_types(fails, tmp_path, name, dtype):
+    good = synthetic(rows=4, d=8)
+    tensors = {"weight": good.weight, "gram": good.gram}
+    save_file({**tensors, name: tensors[name].to(dtype)}, tmp_path / "bad")
+    assert "must be floating point, of 16, 32 or 64 bits" in fails("solve", tmp_path / "bad", "-s", 0.5)
+
+
+def test_names_and_metadata_that_cannot_be_printed(run, fails, layer, tmp_path):
+    odd = tmp_path / "caf\u00e9\n[red]\x1b"
+    shutil.copy(layer, odd)
+    run("solve", odd, "-s", 0.5, "--solver", "wanda", "--out", tmp_path / "m\n", "--json", tmp_path / "f\n")
+    assert r"\n[red]\x1b has no tensor" in fails("solve", odd, "-s", 0.5, "--start", odd, "--solver", "one-swap")
+    save_file({"weight": torch.ones(2, 4), "gram": torch.eye(4)}, tmp_path / "long", {"tokens": "9" * 5000})
+    run("solve", tmp_path / "long", "-s", 0.5, "--solver", "wanda")
+
+
+@pytest.mark.parametrize("option", ["--out", "--json"])
+def test_names_that_are_not_utf_8_are_found_before_the_work(fails, layer, tmp_path, option):
+    (tmp_path / "full").mkdir()
+    name = tmp_path / "full" / os.fsdecode(b"caf\xe9")
+    said = fails("solve", layer, "-s", 0.5, "--solver", "wanda", option, name)
+    assert r"full/caf\udce9 cannot be written: its name is not text in UTF-8." in said
+    assert list((tmp_path / "full").iterdir()) == []
+    shutil.copy(layer, name)
+    assert r"caf\udce9 is not a readable safetensors file" in fails("solve", name, "-s", 0.5)
+
+
+def test_solvers_without_a_name(fails, layer):
+    assert "One solver has no name" in fails("compare", layer, "-s", 0.5, "--solvers", "wanda,,ria")
+    assert "At least one solver is needed" in fails("compare", layer, "-s", 0.5, "--solvers", "")
+
+
 def test_files_that_are_no_layers(fails, tmp_path):
     assert "does not exist" in fails("solve", tmp_path / "missing.safetensors", "-s", 0.5)
     assert "not a file" in fails("solve", tmp_path, "-s", 0.5)
@@ -109,6 +144,26 @@ def test_files_that_are_no_layers(fails, tmp_path):
         (("-s", "0.5", "--solver", "wanda", "-o", "power=1"), "it has none"),
         (("-s", "0.5", "--memory", "lots"), "such as 500M or 2G"),
         (("-s", "0.5", "--memory", "0"), "such as 500M or 2G"),
+        (("-p", "9" * 5000 + ":4"), "There is no pattern"),
+        (("-s", "0.5", "--memory", "9" * 5000), "such as 500M or 2G"),
+        (("-s", "0.5", "-o", "iterations=" + "9" * 5000), "takes a whole number"),
+        (("-s", "0.5", "-o", "iterations=1_0"), "takes a whole number"),
+        (("-s", "0.5", "-o", "second=nan"), "needs second in [0, 1]; got nan"),
+        (("-s", "0.5", "-o", ""), "key=value"),
+        (("-s", "0.5", "--solver", ""), "no solver ''"),
+        (("-s", "0.5", "--solver", "wanda:"), "key=value"),
+        (("-s", "0.5", "--solver", "ria", "-o", "power=nan"), "needs power in [0, 8]; got nan"),
+        (("-s", "0.5", "--solver", "stochastic:seed=1"), "no setting 'seed'"),
+        (("-s", "0.5", "--solver", "branch-and-bound:nodes=-1"), "needs nodes >= 1"),
+        (("-s", "0.5", "--solver", "branch-and-bound", "-o", "row_block_seconds=nan"), "needs row_block_seconds > 0"),
+        (("-s", "0.5", "--time-limit", "nan"), "time limit must be a positive number of seconds; got nan"),
+        (("-s", "0.5", "--time-limit", "0"), "time limit must be a positive number of seconds; got 0.0"),
+        (("-s", "0.5", "--out", "-"), "Only --json writes to standard output"),
+        (("-s", "0.5", "--json", ""), "needs a name"),
+        *(
+            (("-s", "0.5", "--device", name), f"{name!r} cannot be used")
+            for name in ("hpu", "mtia", "xla", "privateuseone")
+        ),
         (("-s", "0.5", "--device", "quantum"), "device 'quantum' cannot be used"),
         (("-s", "0.5", "--device", "meta"), "device 'meta' cannot be used"),
     ],

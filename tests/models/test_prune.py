@@ -515,3 +515,19 @@ def test_experts_are_pruned_around_when_excluded(mixture, make_batches):
     report = prune(model, make_batches(), PerRow(0.5), Wanda(), exclude=["*.experts*"])
     assert len(report.layers) == 12
     assert sum("stacked matrices" in weight.reason for weight in report.left_dense) == 6
+
+
+@pytest.mark.parametrize(
+    ("masks", "solver", "words"),
+    [
+        ("2:4", None, "parse_masks makes one of '2:4'"),
+        (0.5, None, "set of masks is an object such as"),
+        (PerRow(0.5), "wanda", "make_solver makes one of 'wanda'"),
+        (PerRow(0.5), Wanda, "got the class Wanda"),
+    ],
+)
+def test_words_are_neither_sets_nor_solvers(llama, make_batches, masks, solver, words):
+    before = weights_of(llama)
+    with pytest.raises(MaskoptError, match=words):
+        prune(llama, make_batches(), masks, solver)
+    assert all(torch.equal(before[name], parameter) for name, parameter in llama.named_parameters())

@@ -38,7 +38,7 @@ def optimum() -> float:
     ("settings", "status"),
     [
         ({}, Status.OPTIMAL),
-        ({"time_limit": 0.0}, Status.TIME_LIMIT),
+        ({"time_limit": 1e-9}, Status.TIME_LIMIT),
         ({"nodes": 1}, Status.ITERATION_LIMIT),
         ({"gap": 10.0}, Status.WITHIN_GAP),
     ],

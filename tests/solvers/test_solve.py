@@ -217,7 +217,7 @@ def test_stopping(name: str, set_name: str, after: int) -> None:
         assert float(result.lower_bound.sum()) <= result.total
 
 
-@pytest.mark.parametrize("limit", [0, 0.0, -1.0, 1e-9])
+@pytest.mark.parametrize("limit", [1e-300, 1e-9])
 @pytest.mark.parametrize("memory", [2**30, 1])
 @pytest.mark.parametrize("set_name", SETS)
 @pytest.mark.parametrize("name", ITERATIVE)
@@ -273,7 +273,7 @@ def test_chunked_is_unchunked(name: str, set_name: str) -> None:
     shape = (11, 24)
     problem, masks = layer(*shape), SETS[set_name](shape, 0.5)
     whole = solve(problem, masks, SOLVERS[name])
-    for memory in (0, 1, 24 * 4 * 4 * 20, 24 * 4 * 60):
+    for memory in (1, 24 * 4 * 4 * 20, 24 * 4 * 60):
         parts = solve(problem, masks, SOLVERS[name], memory=memory)
         assert torch.equal(whole.mask, parts.mask)
         torch.testing.assert_close(whole.objective, parts.objective, rtol=1e-12, atol=0.0)
@@ -439,9 +439,9 @@ def test_make_solver() -> None:
         (lambda: make_solver("sparsefw", alpha=1.5), r"SparseFW needs alpha in \[0, 1\].* got 1.5"),
         (lambda: make_solver("sparsefw", alpha=math.nan), r"SparseFW needs alpha in \[0, 1\]"),
         (lambda: make_solver("sparsefw", iterations=0), "iterations >= 1"),
-        (lambda: make_solver("one-swap", max_steps=-1), "OneSwap needs max_steps >= 0; got -1"),
+        (lambda: make_solver("one-swap", max_steps=-1), "OneSwap needs max_steps >= 0, .*; got -1"),
         (lambda: make_solver("continuation", iterations=0), "needs iterations >= 1"),
-        (lambda: make_solver("continuation", second=2.0), r"second and relink in \[0, 1\]"),
+        (lambda: make_solver("continuation", second=2.0), r"needs second in \[0, 1\]"),
         (lambda: make_solver("continuation", relinks=-1), "relinks >= 0"),
         (lambda: make_solver("continuation", relink=-0.1), r"relink in \[0, 1\]"),
     ],
