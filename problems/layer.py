@@ -7,6 +7,7 @@ from torch import Tensor
 
 from maskopt.errors import MaskoptError
 from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
+from maskopt.threads import factor_threads
 
 __all__ = ["LayerReconstruction", "eigenvalue_floor"]
 
@@ -123,7 +124,8 @@ class LayerReconstruction(Quadratic):
         size = diagonal.sqrt()
         # Unit diagonal: outlier channels would spoil the factorisation.
         scaled = wide / size / size.unsqueeze(1)
-        factor = torch.linalg.cholesky(scaled)
+        with factor_threads(len(scaled)):
+            factor = torch.linalg.cholesky(scaled)
         drift = (cross.double() - gram.double()) / size
         step = torch.cholesky_solve((weight.double() @ drift).T, factor).T / size
         dtype = torch.promote_types(weight.dtype, torch.float32)

@@ -13,6 +13,7 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction, Problem
 from maskopt.solvers.base import Monitor, Outcome, Status
+from maskopt.threads import factor_threads
 from maskopt.weights.base import Joint, System
 from maskopt.weights.least_squares import conjugate_gradients
 
@@ -74,7 +75,8 @@ class ALPS(Joint):
         assert isinstance(problem, LayerReconstruction)
         system = System.of(problem, self.ridge)
         w = system.weight
-        values, vectors = torch.linalg.eigh(system.gram)
+        with factor_threads(problem.shape[1]):
+            values, vectors = torch.linalg.eigh(system.gram)
         values.clamp_(min=0.0)
         target = w @ system.gram
         mask = masks.lmo(w.square().neg_()) if start is None else start.to(w.dtype)

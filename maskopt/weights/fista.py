@@ -13,6 +13,7 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction, Problem
 from maskopt.solvers.base import Monitor, Outcome, Status
+from maskopt.threads import factor_threads
 from maskopt.weights.base import Joint
 from maskopt.weights.sparsegpt import SparseGPT
 
@@ -66,7 +67,8 @@ class FISTAPruner(Joint):
         mask, v = self._first(problem, masks, start, monitor)
         minimum, best = _energy(w - v, gram), v
         # A little more than the largest eigenvalue, which is rounded.
-        steepness = 1.001 * float(torch.linalg.eigvalsh(gram)[-1])
+        with factor_threads(len(gram)):
+            steepness = 1.001 * float(torch.linalg.eigvalsh(gram)[-1])
         target = w @ gram
         low, high = (math.log(fraction) for fraction in (_LEAST, 1.0))
         most = float(target.abs().max())

@@ -13,9 +13,10 @@ from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction, Problem
 from maskopt.solvers import ContinuationFrankWolfe
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
+from maskopt.threads import factor_threads
 from maskopt.weights.base import Joint, System
 
-__all__ = ["LeastSquares", "conjugate_gradients", "definite_factor", "exact_weights"]
+__all__ = ["LeastSquares", "conjugate_gradients", "definite_factor", "definite_inverse", "exact_weights"]
 
 _DENSE = 512  # inputs up to which a factorisation per row beats conjugate gradients
 
@@ -168,6 +169,12 @@ def conjugate_gradients(system: System, mask: Tensor, v: Tensor, steps: int) -> 
         last, size = size, torch.linalg.vecdot(r, z)
         p.mul_(torch.where(moves, size / last, 0.0).unsqueeze(1)).add_(z)
     return v
+
+
+def definite_inverse(matrix: Tensor) -> Tensor:
+    """Return the inverse of a symmetric matrix, shape (d, d), after what `definite_factor` adds to its diagonal."""
+    with factor_threads(len(matrix)):
+        return torch.cholesky_inverse(definite_factor(matrix))
 
 
 def definite_factor(matrices: Tensor) -> Tensor:
