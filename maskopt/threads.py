@@ -5,10 +5,13 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["SMALL", "sized_threads"]
+__all__ = ["FACTORED", "SMALL", "factor_threads", "sized_threads"]
 
 SMALL = 2**26
 """Multiplications per operation (a layer: rows x d x d; a model: its parameters) up to which one thread is best."""
+
+FACTORED = 1280
+"""Size of a matrix up to which it is factorised on one thread: a fraction of a second."""
 
 
 @contextmanager
@@ -32,3 +35,19 @@ def sized_threads(multiplications: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def factor_threads(size: int) -> Iterator[None]:
+    """Compute on one thread inside the block if a matrix of this size is factorised there in little time.
+
+    Products and sums are the same on any number of threads, factorisations and eigenvalues are not: their last digits
+    differ, and masks that are chosen from them.
+
+    Parameters
+    ----------
+    size : int
+        Rows of the matrix.
+    """
+    with sized_threads(0 if size <= FACTORED else SMALL + 1):
+        yield

@@ -18,6 +18,7 @@ from maskopt.problems.checks import (
     symmetrised,
 )
 from maskopt.problems.convexity import diagonal_floor, eigenvalue_floor, entry_sizes
+from maskopt.threads import factor_threads
 
 __all__ = ["LayerReconstruction"]
 
@@ -144,7 +145,8 @@ class LayerReconstruction(Quadratic):
         size = diagonal.sqrt()
         # Unit diagonal: outlier channels would spoil the factorisation.
         scaled = wide / size / size.unsqueeze(1)
-        factor = ridged_factor(scaled)
+        with factor_threads(len(scaled)):
+            factor = ridged_factor(scaled)
         drift = (cross.double() - gram.double()) / size
         step = torch.cholesky_solve((weight.double() @ drift).T, factor).T / size
         dtype = torch.promote_types(weight.dtype, torch.float32)

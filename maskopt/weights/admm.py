@@ -13,7 +13,7 @@ from maskopt.oracles.select import smallest
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
 from maskopt.weights.base import Joint, System
-from maskopt.weights.least_squares import definite_factor
+from maskopt.weights.least_squares import definite_inverse
 
 __all__ = ["ADMM"]
 
@@ -59,7 +59,7 @@ class ADMM(Joint):
         w = system.weight
         gram = system.gram  # not used elsewhere, so it may be overwritten
         gram.diagonal().add_(self.ridge + self.penalty)
-        pull = torch.cholesky_inverse(definite_factor(gram)).mul_(self.penalty)
+        pull = definite_inverse(gram).mul_(self.penalty)
         selections = min(self.selections, self.iterations)
         v, near, u, cost = w.clone(), torch.empty_like(w), torch.zeros_like(w), torch.empty_like(w)
         mask, done = torch.ones_like(w), 0

@@ -12,6 +12,7 @@ from maskopt.checks import check_settings, real, reals, whole
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
+from maskopt.threads import factor_threads
 from maskopt.weights.base import Joint, System
 from maskopt.weights.least_squares import polish
 
@@ -71,7 +72,8 @@ class ALPS(Joint):
     def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         system = System.of(problem, self.ridge)
         w = system.weight
-        values, vectors = torch.linalg.eigh(system.gram)
+        with factor_threads(problem.shape[1]):
+            values, vectors = torch.linalg.eigh(system.gram)
         values.clamp_(min=0.0)
         target = w @ system.gram
         mask = masks.lmo(w.square().neg_()) if start is None else start.to(w.dtype)

@@ -14,7 +14,7 @@ from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
 from maskopt.weights.base import Joint, System
-from maskopt.weights.least_squares import definite_factor, polish
+from maskopt.weights.least_squares import definite_inverse, polish
 
 __all__ = ["ConditionalADMM"]
 
@@ -93,7 +93,7 @@ class ConditionalADMM(Joint):
             before, rho = rho, self.penalty[0] * (self.penalty[1] / self.penalty[0]) ** (stage / max(1, stages - 1))
             matrix = gram.clone()
             matrix.diagonal().add_(rho)
-            inverse = torch.cholesky_inverse(definite_factor(matrix))
+            inverse = definite_inverse(matrix)
             constant = target @ inverse
             inverse.mul_(rho)
             end = self.iterations * (stage + 1) // stages
@@ -124,6 +124,6 @@ def _conditional_deviations(gram: Tensor, noise: float) -> Tensor:
     """Return the standard deviation of each input that the others leave unexplained up to noise, shape (d,)."""
     noisy = gram.clone()
     noisy.diagonal().add_(noise)
-    unexplained = torch.cholesky_inverse(definite_factor(noisy)).diagonal().reciprocal().sub_(noise)
+    unexplained = definite_inverse(noisy).diagonal().reciprocal().sub_(noise)
     # What is explained but for a trace of the noise keeps that, or float32 could not hold the metric and the rest.
     return unexplained.clamp_(min=noise / 32).sqrt_()

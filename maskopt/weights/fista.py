@@ -14,6 +14,7 @@ from maskopt.checks import check_settings, real, whole
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
+from maskopt.threads import factor_threads
 from maskopt.weights.base import Joint
 from maskopt.weights.sparsegpt import SparseGPT
 
@@ -68,7 +69,8 @@ class FISTAPruner(Joint):
         mask, v = self._first(problem, masks, start, lambda _: stops(0))
         minimum, best = _energy(w - v, gram), v
         # A little more than the largest eigenvalue, which is rounded.
-        steepness = 1.001 * float(torch.linalg.eigvalsh(gram)[-1])
+        with factor_threads(len(gram)):
+            steepness = 1.001 * float(torch.linalg.eigvalsh(gram)[-1])
         target = w @ gram
         low, high = (math.log(fraction) for fraction in (_SMALLEST, 1.0))
         most = float(target.abs().max())

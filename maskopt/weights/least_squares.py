@@ -16,9 +16,17 @@ from maskopt.problems import LayerReconstruction
 from maskopt.solvers import ContinuationFrankWolfe
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
 from maskopt.solvers.requirements import Requirements
+from maskopt.threads import factor_threads
 from maskopt.weights.base import Joint, System
 
-__all__ = ["LeastSquares", "conjugate_gradients", "definite_factor", "exact_weights", "polish"]
+__all__ = [
+    "LeastSquares",
+    "conjugate_gradients",
+    "definite_factor",
+    "definite_inverse",
+    "exact_weights",
+    "polish",
+]
 
 _DENSE = 512  # inputs up to which a factorisation per row beats conjugate gradients
 
@@ -218,6 +226,12 @@ def conjugate_gradients(
         last, size = size, torch.linalg.vecdot(r, z)
         p.mul_(torch.where(changes, size / last, 0.0).unsqueeze(1)).add_(z)
     return v
+
+
+def definite_inverse(matrix: Tensor) -> Tensor:
+    """Return the inverse of a symmetric matrix, shape (d, d), after what `definite_factor` adds to its diagonal."""
+    with factor_threads(len(matrix)):
+        return torch.cholesky_inverse(definite_factor(matrix))
 
 
 def definite_factor(matrices: Tensor) -> Tensor:

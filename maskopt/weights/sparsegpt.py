@@ -15,6 +15,7 @@ from maskopt.oracles.base import Shape
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
 from maskopt.solvers.requirements import Requirements
+from maskopt.threads import factor_threads
 from maskopt.weights.base import Joint, System
 from maskopt.weights.least_squares import definite_factor
 
@@ -77,8 +78,9 @@ class SparseGPT(Joint):
         system = System.of(problem, self.ridge)
         columns = problem.shape[1]
         # H = R R^T with R upper triangular is the factorisation of H turned by half a circle, and U = R^-1.
-        factor = definite_factor(system.gram.flip((0, 1))).flip((0, 1))
-        push = torch.linalg.solve_triangular(factor, torch.eye(columns).to(factor), upper=True)
+        with factor_threads(columns):
+            factor = definite_factor(system.gram.flip((0, 1))).flip((0, 1))
+            push = torch.linalg.solve_triangular(factor, torch.eye(columns).to(factor), upper=True)
         size = push.diagonal().clone()
         push.div_(size.unsqueeze(1))
         # Inputs first: the pass works on one after the other.
