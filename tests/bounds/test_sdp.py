@@ -55,7 +55,7 @@ class Countdown:
 
 @given(layers(d=(1, 8)), st.integers(0, 12), st.integers(0, 8))
 @examples(250)
-def test_no_mask_is_better_at_any_stop(layer: Layer, steps: int, first: int) -> None:
+def test_bounds_hold_at_every_stop(layer: Layer, steps: int, first: int) -> None:
     problem = layer.problem()
     rows, d = problem.shape
     keep = (first + torch.arange(rows)) % (d + 1)
@@ -101,7 +101,7 @@ def test_multipliers_prove_the_bound_in_rational_numbers(layer: Layer, pruned: i
 
 @given(layers(d=(1, 8)), st.integers(0, 60), st.integers(0, 8), st.integers(1, 30))
 @examples(150)
-def test_no_mask_is_better_with_cuts_at_any_stop(layer: Layer, steps: int, first: int, cuts: int) -> None:
+def test_bounds_with_cuts_hold_at_every_stop(layer: Layer, steps: int, first: int, cuts: int) -> None:
     problem = layer.problem()
     rows, d = problem.shape
     keep = (first + torch.arange(rows)) % (d + 1)
@@ -173,7 +173,7 @@ def relaxation(Q: Tensor, s: int) -> float:
 
 @pytest.mark.parametrize("d", [3, 6, 9])
 @pytest.mark.parametrize("family", ["independent", "correlated"])
-def test_value_of_the_relaxation(family: str, d: int) -> None:
+def test_the_bound_attains_the_value_of_the_relaxation(family: str, d: int) -> None:
     problem = synthetic(family, rows=3, d=d, seed=2).problem().double()
     keep = torch.tensor([d // 2, 1, d - 1])
     found = sdp_bound(problem, keep, accuracy=1e-6)
@@ -184,7 +184,7 @@ def test_value_of_the_relaxation(family: str, d: int) -> None:
         assert float(found.bound[row]) <= other * (1 + 1e-3)
 
 
-def test_stronger_than_the_frank_wolfe_gap() -> None:
+def test_the_bound_is_stronger_than_that_of_frank_wolfe() -> None:
     problem = synthetic("correlated", rows=4, d=24, seed=0).problem()
     found = sdp_bound(problem, torch.full((4,), 12))
     relaxed = solve(problem, PerRow(12), FrankWolfe("conjugate", iterations=300)).lower_bound
@@ -194,7 +194,7 @@ def test_stronger_than_the_frank_wolfe_gap() -> None:
 
 @given(layers(d=(2, 6)), st.integers(1, 5), st.sampled_from([0, 3]))
 @examples(80)
-def test_shift_explains_the_bound(layer: Layer, kept: int, cuts: int) -> None:
+def test_the_shifted_form_is_convex_and_equal_on_masks(layer: Layer, kept: int, cuts: int) -> None:
     problem = layer.problem()
     rows, d = problem.shape
     keep = torch.full((rows,), min(kept, d - 1))
@@ -223,7 +223,7 @@ def four() -> Iterator[tuple[LayerReconstruction, Tensor]]:
 
 
 @pytest.mark.parametrize("factor", [2.0**-300, 2.0**-40, 3.0, 1e30])
-def test_scales(factor: float) -> None:
+def test_the_bound_scales_with_the_data(factor: float) -> None:
     for problem, keep in four():
         plain = sdp_bound(problem, keep)
         scaled = LayerReconstruction(problem.weight * factor, problem.gram / factor)
@@ -253,7 +253,7 @@ def test_order_of_inputs_and_signs_do_not_matter() -> None:
         torch.testing.assert_close(found.bound, plain.bound, rtol=1e-6, atol=1e-6)
 
 
-def test_little_memory_changes_nothing() -> None:
+def test_bounds_do_not_depend_on_the_memory() -> None:
     for problem, keep in four():
         plain, single = sdp_bound(problem, keep), sdp_bound(problem, keep, memory=0)
         torch.testing.assert_close(single.bound, plain.bound, rtol=1e-9, atol=0.0)
@@ -277,7 +277,7 @@ def test_rows_stop_when_the_target_is_settled() -> None:
     assert all(found.bound[row] <= least_error(problem, row, 8) for row in range(6))
 
 
-def test_nothing_to_decide() -> None:
+def test_bounds_of_rows_with_one_mask_are_exact() -> None:
     problem = synthetic("correlated", rows=3, d=8).problem()
     found = sdp_bound(problem, torch.tensor([8, 0, 0]))
     assert found.bound[0] == 0.0
@@ -288,7 +288,7 @@ def test_nothing_to_decide() -> None:
     assert not found.iterations.any()
 
 
-def test_zero_layers() -> None:
+def test_bounds_of_zero_layers_are_zero() -> None:
     for weight, gram in ((torch.zeros(2, 4), torch.eye(4)), (torch.ones(2, 4), torch.zeros(4, 4))):
         found = sdp_bound(LayerReconstruction(weight, gram), torch.tensor([2, 1]))
         assert not found.bound.any()
@@ -305,7 +305,7 @@ def test_one_group_is_a_row_and_groups_are_stronger() -> None:
     assert float(grouped.bound.sum()) <= best.total
 
 
-def test_indefinite_forms_and_linear_terms() -> None:
+def test_bounds_hold_for_indefinite_forms_with_linear_terms() -> None:
     random = torch.Generator().manual_seed(0)
     d, s = 8, 3
     forms = torch.randn(30, d, d, generator=random, dtype=torch.float64)
@@ -334,7 +334,7 @@ def test_indefinite_forms_and_linear_terms() -> None:
     ],
     ids=str,
 )
-def test_refusals(keep: Tensor, group: int | None, words: str) -> None:
+def test_impossible_counts_and_groups_are_refused(keep: Tensor, group: int | None, words: str) -> None:
     with pytest.raises(MaskoptError, match=words):
         sdp_bound(LayerReconstruction(torch.ones(2, 4), torch.eye(4)), keep, group=group)
 

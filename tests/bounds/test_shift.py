@@ -15,7 +15,7 @@ from tests.helpers import Layer, examples, layers
 
 @given(layers(d=(1, 8)), st.integers(0, 8))
 @examples(120)
-def test_shifts_of_ugly_grams(layer: Layer, kept: int) -> None:
+def test_shifts_of_edge_case_grams_are_valid(layer: Layer, kept: int) -> None:
     problem = layer.problem()
     rows, d = problem.shape
     gram = problem.scaled_gram.double()
@@ -68,7 +68,7 @@ def test_plain_relaxation_agrees_with_the_solver() -> None:
     assert float(strong.sum()) > 1.1 * float(plain.sum())
 
 
-def test_zero_gram() -> None:
+def test_a_zero_gram_has_zero_shifts_and_bounds() -> None:
     problem = LayerReconstruction(torch.ones(2, 3), torch.zeros(3, 3))
     assert not layer_shift(problem).any()
     assert not least_eigenvalue(problem).any()

@@ -23,7 +23,9 @@ def mask(run: Run, layer: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("rows", [":", "3:7"])
-def test_figures(run: Run, layer: Path, mask: Path, read: Any, tmp_path: Path, rows: str) -> None:
+def test_figures_agree_with_the_library(
+    run: Run, layer: Path, mask: Path, read: Any, tmp_path: Path, rows: str
+) -> None:
     out = tmp_path / "c.json"
     text = run("certify", layer, "--mask", mask, "-s", 0.5, "--rows", rows, "--json", out).stdout
     index = slice(0, 12) if rows == ":" else slice(3, 7)
@@ -59,7 +61,7 @@ def test_what_keeps_everything_is_proven(run: Run, layer: Path, read: Any, tmp_p
     assert read(out)["layer"]["proven_share"] == 1.0
 
 
-def test_what_is_refused(fails: Callable[..., str], layer: Path, mask: Path, tmp_path: Path) -> None:
+def test_bad_arguments_are_refused(fails: Callable[..., str], layer: Path, mask: Path, tmp_path: Path) -> None:
     def words(*arguments: object) -> str:
         return fails("certify", layer, *arguments)
 

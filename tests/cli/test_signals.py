@@ -71,7 +71,7 @@ def start(layer, where, *arguments, **options):
         (signal.SIGTERM, "Terminated", "between"),
     ],
 )
-def test_signals(layer, tmp_path, number, verb, where):
+def test_signals_end_a_command_without_output(layer, tmp_path, number, verb, where):
     before = sorted(tmp_path.iterdir())
     mask, figures = tmp_path / "mask", tmp_path / "figures"
     process = start(layer, where, "--json", figures, "--out", mask)
@@ -93,7 +93,7 @@ def test_signals(layer, tmp_path, number, verb, where):
     )
 
 
-def test_what_is_complete_is_said(fails, layer, tmp_path, monkeypatch):
+def test_complete_outputs_are_reported(fails, layer, tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
@@ -128,7 +128,7 @@ def test_a_full_standard_output_is_found_before_the_work(layer, tmp_path):
     assert list(tmp_path.iterdir()) == [layer]
 
 
-def test_a_standard_output_that_nobody_reads_is_found_before_the_work(layer, tmp_path):
+def test_a_broken_pipe_is_found_before_the_work(layer, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     try:

@@ -324,7 +324,7 @@ def test_arguments_of_the_wrong_type_are_refused_in_one_sentence(llama, change, 
     assert same(llama, before)
 
 
-def test_arguments_of_the_other_functions(llama, tokenizer):
+def test_bad_arguments_of_the_other_functions_are_refused(llama, tokenizer):
     with pytest.raises(MaskoptError, match="The model must be a transformers PreTrainedModel"):
         perplexity("llama", tokenizer, "abc")
     with pytest.raises(MaskoptError, match="The tokenizer must be one of transformers; got 'gpt2'"):

@@ -88,7 +88,7 @@ def test_the_report_holds_errors_recomputed_from_outputs(architecture, make_batc
 @pytest.mark.parametrize("propagate", ["pruned", "dense"])
 @pytest.mark.parametrize("solver", [ConditionalADMM(), LeastSquares(solver=Wanda())], ids=["joint", "lsq"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_weights_that_move_are_applied_where_the_mask_keeps(build, make_batches, inputs_of, name, solver, propagate):
+def test_updated_weights_are_applied_where_the_mask_keeps(build, make_batches, inputs_of, name, solver, propagate):
     model, follower, batches = build(name), build(name), make_batches(padded=True)
     before = weights_of(model)
     report = prune(model, batches, PerRow(0.5), solver, propagate=propagate)
@@ -134,7 +134,7 @@ def test_half_precision_rounds_the_new_weights(build, make_batches, dtype):
     assert report.mean_relative_error < np.mean([record.kept_error for record in report.layers])
 
 
-def test_in_dense_mode_weights_move_at_the_end_only(build, make_batches):
+def test_in_dense_mode_weights_change_at_the_end_only(build, make_batches):
     model = build("llama")
     before, seen = weights_of(model), []
 
@@ -174,7 +174,7 @@ def test_layers_with_one_input_get_the_weights_of_their_own_rows(build, make_bat
 
 
 @pytest.mark.parametrize("solver", [ConditionalADMM(), ALPS(), LeastSquares()], ids=["ours", "alps", "lsq"])
-def test_bounds_on_masks_are_not_for_weights_that_move(llama, make_batches, solver):
+def test_bounds_on_masks_are_not_reported_for_updated_weights(llama, make_batches, solver):
     before = weights_of(llama)
     with pytest.raises(MaskoptError, match=r"^certify proves bounds on masks whose weights stay; choose a solver that"):
         prune(llama, make_batches(), PerRow(0.5), solver, certify="shift")
@@ -263,7 +263,7 @@ def test_images_calibrate_vision_models(bare, recorder):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_the_dtype_stays(build, make_batches, dtype):
+def test_the_dtype_does_not_change(build, make_batches, dtype):
     model = build("llama").to(dtype)
     report = prune(model, make_batches(), NM(keep=2, group=4), Wanda())
     assert all(parameter.dtype == dtype for parameter in model.parameters())
@@ -271,7 +271,7 @@ def test_the_dtype_stays(build, make_batches, dtype):
     assert report.sparsity == 0.5
 
 
-def test_mode_and_gradients_stay(llama, make_batches):
+def test_mode_and_gradients_do_not_change(llama, make_batches):
     llama.train()
     llama.model.layers[0].eval()
     frozen = llama.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
@@ -349,7 +349,7 @@ def test_layers_with_one_input_are_solved_together_and_alike(build, make_batches
         assert one.relative_error == pytest.approx(two.relative_error, rel=1e-9)
 
 
-def test_the_model_is_moved_where_asked(llama, make_batches):
+def test_the_model_is_put_on_the_device_asked_for(llama, make_batches):
     report = prune(llama, make_batches(), PerRow(0.5), Magnitude(), device="cpu")
     assert report.settings["device"] == "cpu"
 
@@ -376,7 +376,7 @@ def test_batches_that_reach_no_layer_to_prune_are_refused(llama, make_batches):
 
 
 @pytest.mark.parametrize("propagate", ["pruned", "dense"])
-def test_the_long_way_through_a_model_gives_the_same_masks(build, make_batches, monkeypatch, propagate):
+def test_full_forwards_give_the_same_masks(build, make_batches, monkeypatch, propagate):
     reports = []
     for shortcut in (True, False):
         monkeypatch.setattr(Replay, "_reproduces", lambda self, finals, shortcut=shortcut: shortcut)
@@ -442,7 +442,7 @@ IDS = torch.ones(2, 8, dtype=torch.int64)
         ([IDS.repeat(1, 5)], "batch 0 has sequences of 40 tokens, but the model takes at most 32"),
     ],
 )
-def test_bad_batches(llama, batches, sentence):
+def test_bad_batches_are_refused(llama, batches, sentence):
     before = weights_of(llama)
     with pytest.raises(MaskoptError, match=sentence):
         prune(llama, batches, PerRow(0.5), Wanda())
@@ -475,12 +475,12 @@ def test_masks_that_do_not_fit_name_the_layer_before_any_work(llama):
         ({"model.layers.0.mlp.up_proj": torch.ones(24, 16).bool()}, "up_proj cannot be solved: The start must be"),
     ],
 )
-def test_bad_starting_masks(llama, make_batches, start, sentence):
+def test_bad_starting_masks_are_refused(llama, make_batches, start, sentence):
     with pytest.raises(MaskoptError, match=sentence):
         prune(llama, make_batches(), PerRow(0.5), Wanda(), start=start)
 
 
-def test_an_unknown_way_to_propagate_is_refused(llama, make_batches):
+def test_an_unknown_mode_of_propagation_is_refused(llama, make_batches):
     with pytest.raises(MaskoptError, match="must be one of corrected, pruned, dense; got 'sparse'"):
         prune(llama, make_batches(), PerRow(0.5), propagate="sparse")
 

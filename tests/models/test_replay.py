@@ -55,7 +55,7 @@ def test_blocks_one_by_one_reproduce_the_forward(architecture, make_batches, pad
             torch.testing.assert_close(state, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def test_padding_on_the_left(build, make_batches):
+def test_replay_accepts_padding_on_the_left(build, make_batches):
     model, batches = build("llama"), make_batches(True)
     for batch in batches:
         batch["attention_mask"] = batch["attention_mask"].flip(1)
@@ -68,7 +68,7 @@ def test_padding_on_the_left(build, make_batches):
             torch.testing.assert_close(state, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def test_both_stacks_of_an_encoder_decoder(encoder_decoder, make_batches):
+def test_replay_covers_both_stacks_of_an_encoder_decoder(encoder_decoder, make_batches):
     model = encoder_decoder.build()
     batches = [{**batch, "decoder_input_ids": batch["input_ids"][:, :7]} for batch in make_batches()]
     blocks = find_blocks(model)
@@ -91,7 +91,7 @@ def test_gemma_would_show_arguments_of_another_block(build, make_batches):
     assert all((finals[0] - other).norm() > 0.1 * finals[0].norm() for other in finals[1:])
 
 
-def test_blocks_that_run_several_times_are_reached_the_long_way(make_batches):
+def test_blocks_that_run_several_times_use_full_forwards(make_batches):
     torch.manual_seed(0)
     config = AlbertConfig(
         vocab_size=61,
@@ -154,7 +154,7 @@ class LeakyModel(PreTrainedModel):
 
 
 @pytest.mark.parametrize("kind", ["naive", "strict", "remembers"])
-def test_models_that_cannot_skip_blocks_are_run_the_long_way(make_batches, kind):
+def test_models_that_cannot_skip_blocks_use_full_forwards(make_batches, kind):
     torch.manual_seed(0)
     model, batches = LeakyModel(PretrainedConfig(), kind), make_batches()
     blocks = find_blocks(model)

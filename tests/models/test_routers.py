@@ -127,7 +127,7 @@ def experts(count=4):
         (Mixture(forget_gate=Mixture(a=nn.Linear(8, 8)), mlp=Mlp()), set()),
     ],
 )
-def test_roles_rather_than_names(block, routers):
+def test_routers_are_found_by_role_not_by_name(block, routers):
     assert set(find_routers(block)) == routers
 
 

@@ -92,7 +92,7 @@ def test_masks_take_one_bit_per_weight(tmp_path):
     assert (tmp_path / "masks.safetensors").stat().st_size < 256 * 512 / 8 + 600
 
 
-def test_files_that_hold_no_masks(tmp_path):
+def test_files_that_hold_no_masks_are_refused(tmp_path):
     with pytest.raises(MaskoptError, match=r"There is no mask file .*none"):
         load_masks(tmp_path / "none")
     with pytest.raises(MaskoptError, match=r"no mask file .*masks.safetensors"):
@@ -105,7 +105,7 @@ def test_files_that_hold_no_masks(tmp_path):
         load_masks(tmp_path / "broken.safetensors")
 
 
-def test_damaged_masks_are_noticed(tmp_path):
+def test_damaged_masks_are_refused(tmp_path):
     file = tmp_path / "masks.safetensors"
     save_masks(file, {"layer": torch.ones(16, 16).bool()})
     content = bytearray(file.read_bytes())

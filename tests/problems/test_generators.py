@@ -11,7 +11,7 @@ SIZES = [(1, 1), (3, 2), (2, 3), (5, 7), (1, 40), (64, 64), (8, 100)]
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("rows", "d"), SIZES)
-def test_valid_and_deterministic(family: str, rows: int, d: int) -> None:
+def test_instances_are_valid_and_deterministic(family: str, rows: int, d: int) -> None:
     for seed in range(3):
         one, two = (synthetic(family, rows, d, seed=seed) for _ in range(2))
         torch.manual_seed(seed)  # the global generator plays no part
@@ -35,12 +35,12 @@ def test_the_global_generator_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_seeds_and_families_differ(family: str) -> None:
+def test_seeds_give_different_instances(family: str) -> None:
     assert not torch.equal(synthetic(family, 4, 8, seed=0).gram, synthetic(family, 4, 8, seed=1).gram)
     assert not torch.equal(synthetic(family, 4, 8, seed=0).weight, synthetic(family, 4, 8, seed=1).weight)
 
 
-def test_tokens() -> None:
+def test_instances_record_their_tokens() -> None:
     assert synthetic(rows=2, d=6).tokens == 48
     assert synthetic(rows=2, d=6, tokens=5).tokens == 5
     assert synthetic("rank-deficient", rows=2, d=9).tokens == 3
@@ -71,7 +71,7 @@ def test_outliers_stand_out(d: int, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("d", [2, 3, 10, 64])
-def test_rank_deficient_is(d: int, seed: int) -> None:
+def test_rank_deficient_has_the_rank_of_its_tokens(d: int, seed: int) -> None:
     instance = synthetic("rank-deficient", d=d, seed=seed)
     rank = int(torch.linalg.matrix_rank(instance.gram.double(), rtol=1e-6))
     assert rank == instance.tokens == max(1, d // 3) < d
@@ -79,7 +79,7 @@ def test_rank_deficient_is(d: int, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("d", [1, 2, 10, 64, 200])
-def test_dead_channels(d: int, seed: int) -> None:
+def test_about_a_tenth_of_the_channels_is_dead(d: int, seed: int) -> None:
     gram = synthetic("dead", d=d, seed=seed).gram
     dead = gram.diagonal() == 0
     assert max(1, d // 10) <= int(dead.sum()) <= 2 * max(1, d // 10)
@@ -106,6 +106,6 @@ def test_a_tenth_are_copies_of_their_neighbours(d: int) -> None:
         ({"tokens": 0}, "tokens 0"),
     ],
 )
-def test_refused(settings: dict[str, object], sentence: str) -> None:
+def test_bad_settings_are_refused(settings: dict[str, object], sentence: str) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         synthetic(**settings)

@@ -14,7 +14,7 @@ from tests.helpers import errors_of, every_mask, feasible
 INSTANCES = library()
 
 
-def test_size_and_kinds() -> None:
+def test_the_library_covers_many_sizes_and_patterns() -> None:
     assert len(INSTANCES) >= 60
     assert {one.mask.shape[1] for one in INSTANCES} >= {12, 24, 32, 48, 64, 96}
     assert len({(one.pattern, one.sparsity) for one in INSTANCES}) >= 4
@@ -23,7 +23,7 @@ def test_size_and_kinds() -> None:
 
 
 @pytest.mark.parametrize("one", INSTANCES, ids=lambda one: one.name)
-def test_claims(one: SolvedInstance) -> None:
+def test_stored_errors_and_bounds_are_true(one: SolvedInstance) -> None:
     problem, masks = one.problem(), parse_masks(one.pattern, one.sparsity)
     assert isinstance(masks, PartitionMatroid)
     assert feasible(masks, one.mask)
@@ -41,13 +41,13 @@ MIDDLE = [one for one in INSTANCES if one.mask.shape[1] in (24, 32)]
 
 
 @pytest.mark.parametrize("one", MIDDLE[::4], ids=lambda one: one.name)
-def test_proven_again_from_a_worse_start(one: SolvedInstance) -> None:
+def test_optima_are_proven_again_from_a_worse_start(one: SolvedInstance) -> None:
     masks = parse_masks(one.pattern, one.sparsity)
     result = solve(one.problem(), masks, BranchAndBound(start=Wanda()))
     assert result.total <= one.error * (1 + 1e-6)
     assert torch.equal(result.mask, one.mask) or result.total >= one.bound * (1 - 1e-9)
 
 
-def test_a_missing_library() -> None:
+def test_a_missing_library_is_named() -> None:
     with pytest.raises(MaskoptError, match=r"nowhere.safetensors is missing; benchmarks/make_library.py makes it"):
         library(Path("nowhere.safetensors"))

@@ -118,7 +118,7 @@ def test_fixing_never_cuts_off_an_optimum(name: str, data: st.DataObject, seed: 
         assert not bool((good & prune[rows]).any())
 
 
-def test_fixing_sees_no_constant() -> None:
+def test_fixing_does_not_depend_on_a_constant() -> None:
     masks = PartitionMatroid(2, (1, None))
     gradient = torch.tensor([[3.0, -1.0, 0.5, 2.0, -4.0]], dtype=torch.float64)
     fixed = Restricted(masks, torch.zeros(1, 5, dtype=torch.bool))
@@ -130,7 +130,7 @@ def test_fixing_sees_no_constant() -> None:
             assert prune[0].nonzero().flatten().tolist() == pruned
 
 
-def test_limits_and_logs() -> None:
+def test_the_node_limit_ends_the_search_and_logs_are_monotone() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 60, generator=generator, dtype=torch.float64)
     x += 3 * torch.randn(1, 60, generator=generator, dtype=torch.float64)

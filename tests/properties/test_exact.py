@@ -98,7 +98,7 @@ def test_scip_finds_the_optimum(name: str, form: str, data: st.DataObject, layer
 @given(shapes(2, 5), fractions, st.integers(0, 999), st.sampled_from([-1.0, 0.0, 1.0]))
 @pytest.mark.parametrize("form", FORMS)
 @examples(12)
-def test_quadratic_forms_may_bend_either_way(
+def test_exact_solvers_take_quadratic_forms_of_any_curvature(
     form: str, shape: tuple[int, int], fraction: float, seed: int, correct: float
 ) -> None:
     random = torch.Generator().manual_seed(seed)

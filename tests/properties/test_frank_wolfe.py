@@ -76,7 +76,7 @@ def member(masks: MaskSet, mask: Tensor) -> bool:
 @pytest.mark.parametrize("kind", cases())
 @pytest.mark.parametrize("set_name", ALL_SETS)
 @EVERY
-def test_everything_with_everything(name: str, set_name: str, kind: str) -> None:
+def test_every_direction_runs_or_is_refused_on_every_set_and_objective(name: str, set_name: str, kind: str) -> None:
     case, masks, solver = cases()[kind], ALL_SETS[set_name](SHAPE, 0.5), FrankWolfe(direction=name, iterations=3)
     for seen, needs in ((case.problem, NEEDS_OF_PROBLEM), (masks, NEEDS_OF_SET)):
         missing = [verb for verb in needs.get(name, []) if not hasattr(seen, verb)]
@@ -103,7 +103,7 @@ def test_everything_with_everything(name: str, set_name: str, kind: str) -> None
 
 @pytest.mark.parametrize("step", STEPS)
 @EVERY
-def test_every_step_with_every_direction(name: str, step: str) -> None:
+def test_every_step_runs_or_is_refused_with_every_direction(name: str, step: str) -> None:
     """Whether they go together can be read off the two tables; the one other refusal is of stale gradients."""
     if name == "stochastic" and step not in ("open-loop", "log"):
         with pytest.raises(MaskoptError, match=r"keeps no gradient for .*Step.* to look at; choose an open-loop step"):
@@ -181,7 +181,7 @@ def test_sentences_of_sets_name_the_protocol() -> None:
         ({"relative_gap": -1e-9}, "relative_gap >= 0"),
     ],
 )
-def test_refused_settings(settings: dict[str, object], sentence: str) -> None:
+def test_bad_settings_are_refused(settings: dict[str, object], sentence: str) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         FrankWolfe(**settings)
 
@@ -219,7 +219,7 @@ def checked_history(case: Case, masks: MaskSet, solver: FrankWolfe, tolerance: f
     st.data(), layers(rows=(1, 3), d=(1, 6), exact=True), st.sampled_from([0.0, 0.0, 0.3, 1.0, 4.0, -0.5, -3.0, -1e7])
 )
 @examples(25)
-def test_proven_at_every_iteration(
+def test_bounds_hold_at_every_iteration(
     name: str, dtype: torch.dtype, data: st.DataObject, layer: Layer, shift: float
 ) -> None:
     """Integers: the optimum is exact, and so must be the claims. No tolerance."""
@@ -232,7 +232,7 @@ def test_proven_at_every_iteration(
 @EVERY
 @given(st.data(), layers(rows=(1, 3), d=(1, 6), exact=False), st.sampled_from([0.0, 0.0, 0.3, 1.0, -0.5, -1e4]))
 @examples(20)
-def test_proven_at_every_iteration_of_real_data(
+def test_bounds_hold_at_every_iteration_on_real_data(
     name: str, dtype: torch.dtype, data: st.DataObject, layer: Layer, shift: float
 ) -> None:
     assume(layer.weight.numel() <= 12)
@@ -252,7 +252,7 @@ def test_proven_at_every_iteration_of_real_data(
     st.integers(0, 9999),
 )
 @examples(30)
-def test_functions_at_every_iteration(
+def test_bounds_of_functions_hold_at_every_iteration(
     name: str,
     data: st.DataObject,
     kind: str,
@@ -279,7 +279,9 @@ def test_float32_functions_prove_nothing(kind: str, seed: int, coupled: bool) ->
 @given(st.data(), st.integers(0, 999), st.sampled_from([0.0, 0.5, -0.5]))
 @EVERY
 @examples(15)
-def test_ones_own_quadratic(name: str, data: st.DataObject, seed: int, shift: float) -> None:
+def test_bounds_of_a_user_defined_quadratic_hold_at_every_iteration(
+    name: str, data: st.DataObject, seed: int, shift: float
+) -> None:
     """A class of a few lines serves every direction, and proves what it claims."""
     masks, root = data.draw(sets((2, 6))), normal(6, 6, seed=seed)
     bowl = Bowl(root @ root.T, normal(2, 6, seed=seed + 1))
@@ -314,7 +316,9 @@ SENSITIVE = {"pairwise": 1, "blended-pairwise": 1, "dicg": 1, "blended-dicg": 1}
 @EVERY
 @given(st.integers(0, 999), st.floats(-50, 50), st.sampled_from(["per-row", "unstructured", "n:m", "blocks"]))
 @examples(12)
-def test_a_constant_in_the_gradient(name: str, seed: int, constant: float, set_name: str) -> None:
+def test_a_constant_in_the_gradient_shifts_values_and_bounds(
+    name: str, seed: int, constant: float, set_name: str
+) -> None:
     """c * sum(x) is c times the number kept: same masks, and values and bounds that much larger."""
     if name == "boosted":
         return  # pursues the negative gradient itself, of which the constant is a part
@@ -334,7 +338,7 @@ def test_a_constant_in_the_gradient(name: str, seed: int, constant: float, set_n
 @EVERY
 @given(st.integers(0, 999), st.sampled_from(["per-row", "n:m", "row counts", "protected rows"]))
 @examples(10)
-def test_rows_in_another_order(name: str, seed: int, set_name: str) -> None:
+def test_reordering_rows_reorders_the_mask(name: str, seed: int, set_name: str) -> None:
     masks, order = SETS[set_name](SHAPE, 0.5), torch.randperm(4, generator=torch.Generator().manual_seed(seed))
     root = normal(8, 8, seed=seed)
     problem = Steady(root @ root.T, normal(*SHAPE, seed=seed + 1))
@@ -348,7 +352,7 @@ def test_rows_in_another_order(name: str, seed: int, set_name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in DIRECTIONS if name not in ("block-coordinate", "stochastic")])
 @given(st.integers(0, 999))
 @examples(10)
-def test_groups_in_another_order(name: str, seed: int) -> None:
+def test_reordering_groups_reorders_the_mask(name: str, seed: int) -> None:
     """Inputs permuted by whole groups (block-coordinate takes turns by position, samples are of columns)."""
     masks = SETS["n:m"](SHAPE, 0.5)
     layer = plain_layer(seed)
@@ -382,7 +386,7 @@ def test_powers_of_two_scale_everything(name: str, dtype: torch.dtype, seed: int
 @given(st.data(), layers(rows=(1, 4), d=(1, 10)))
 @EVERY
 @examples(4)
-def test_twice_is_the_same(name: str, data: st.DataObject, layer: Layer) -> None:
+def test_runs_are_deterministic(name: str, data: st.DataObject, layer: Layer) -> None:
     masks = data.draw(sets(layer.shape))
     for dtype in (torch.float64, torch.float32):
         one, two = (solve(layer.problem(dtype), masks, FRANK_WOLFE[name]) for _ in range(2))
@@ -393,7 +397,7 @@ def test_twice_is_the_same(name: str, data: st.DataObject, layer: Layer) -> None
 
 
 @EVERY
-def test_inputs_stay_as_they_are(name: str) -> None:
+def test_inputs_are_not_modified(name: str) -> None:
     layer = plain_layer(0)
     problem = layer.problem()
     weight, gram = problem.weight.clone(), problem.gram.clone()
@@ -468,7 +472,7 @@ class Counting(Diary):
     ("name", "most"),
     [("dicg", 250), ("pairwise", 450), ("away", 800), ("blended-pairwise", 850), ("fully-corrective", 60)],
 )
-def test_iterations_to_a_gap_of_1e_8(name: str, most: int) -> None:
+def test_linearly_convergent_directions_reach_a_gap_of_1e_8(name: str, most: int) -> None:
     """Keep 24 of 60 at random convex quadratics with exact steps: linear convergence, and how fast."""
     counting = Counting(DIRECTIONS[name]())
     solver = FrankWolfe(direction=counting, step="exact", gap=1e-8, relative_gap=0.0, iterations=6000)
@@ -480,6 +484,6 @@ def test_iterations_to_a_gap_of_1e_8(name: str, most: int) -> None:
         assert float(counting.active.double().quantile(0.5)) <= 40
 
 
-def test_vanilla_does_not_get_there() -> None:
+def test_vanilla_does_not_reach_a_gap_of_1e_8() -> None:
     solver = FrankWolfe(step="exact", gap=1e-8, relative_gap=0.0, iterations=6000)
     assert solve(hard_bowls(1), PerRow(24), solver, record=0).status is Status.ITERATION_LIMIT

@@ -67,7 +67,7 @@ def test_lmo_is_the_sorted_answer(name: str, dtype: torch.dtype, data: st.DataOb
 @given(st.data())
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
 @examples(40)
-def test_lmo_of_integers(kind: torch.dtype, data: st.DataObject) -> None:
+def test_lmo_accepts_integers(kind: torch.dtype, data: st.DataObject) -> None:
     shape = data.draw(shapes(4, 20))
     masks = data.draw(sets(shape))
     entries = st.lists(st.integers(0, 3), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1])
@@ -217,7 +217,7 @@ def test_round_is_the_projection(name: str, data: st.DataObject) -> None:
 @given(st.data())
 @pytest.mark.parametrize("name", EVERY)
 @examples(50)
-def test_contains_says_what_enumeration_says(name: str, data: st.DataObject) -> None:
+def test_contains_agrees_with_enumeration(name: str, data: st.DataObject) -> None:
     shape = data.draw(shapes(3, 5))
     masks = data.draw(sets(shape, [name]))
     near = masks.lmo_mask(data.draw(costs(shape, infinite=False))).contiguous()
@@ -228,7 +228,7 @@ def test_contains_says_what_enumeration_says(name: str, data: st.DataObject) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8], ids=str)
 @pytest.mark.parametrize("name", EVERY)
-def test_contains_wants_booleans(name: str, dtype: torch.dtype) -> None:
+def test_contains_refuses_other_types_than_bool(name: str, dtype: torch.dtype) -> None:
     masks = ALL_SETS[name]((4, 8), 0.5)
     mask = masks.lmo_mask(torch.ones(4, 8))
     assert masks.contains(mask)
@@ -238,7 +238,7 @@ def test_contains_wants_booleans(name: str, dtype: torch.dtype) -> None:
 @given(st.data())
 @pytest.mark.parametrize("name", EVERY)
 @examples(20)
-def test_enumerate_and_count(name: str, data: st.DataObject) -> None:
+def test_enumerate_and_count_agree_with_all_patterns(name: str, data: st.DataObject) -> None:
     shape = data.draw(shapes(3, 4))
     masks = data.draw(sets(shape, [name]))
     listed = list(masks.enumerate(shape))
@@ -303,7 +303,7 @@ def test_center_is_the_mean_of_all_masks(name: str, data: st.DataObject) -> None
 @given(st.data())
 @pytest.mark.parametrize("name", FREE_SETS)
 @examples(30)
-def test_groups_and_back(name: str, data: st.DataObject) -> None:
+def test_ungroup_inverts_groups(name: str, data: st.DataObject) -> None:
     shape = data.draw(shapes(9, 12))
     masks = data.draw(sets(shape, [name]))
     matrix = torch.arange(shape[0] * shape[1]).view(shape)

@@ -218,7 +218,7 @@ def test_wanda_is_the_error_of_one_entry(layer: Layer) -> None:
 
 @given(layers(rows=(1, 5), d=(1, 7)))
 @examples(100)
-def test_ria_by_loops(layer: Layer) -> None:
+def test_ria_agrees_with_loops(layer: Layer) -> None:
     scores = Saliency.ria(layer.weight, layer.gram, power=0.5).scores
     size = layer.weight.abs().tolist()
     for i, row in enumerate(size):

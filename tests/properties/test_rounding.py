@@ -214,7 +214,7 @@ def test_gradient_of_no_weight_is_top_k(data: st.DataObject, seed: int, ties: bo
 
 @given(st.data(), layers(rows=(1, 6), d=(1, 8), exact=True), seeds, st.integers(1, 6))
 @examples(100)
-def test_the_best_is_chosen_by_bands(data: st.DataObject, layer: object, seed: int, number: int) -> None:
+def test_the_best_is_chosen_in_every_row_block(data: st.DataObject, layer: object, seed: int, number: int) -> None:
     masks, problem = data.draw(sets(layer.shape)), layer.problem()
     candidates = members(masks, layer.shape, seed, number)
     copy = candidates.clone()

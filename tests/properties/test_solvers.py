@@ -130,7 +130,7 @@ def test_no_swap_improves(name: str, dtype: torch.dtype, data: st.DataObject, la
 @given(st.data(), layers(rows=(1, 5), d=(1, 24)), st.integers(0, 999))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @examples(60)
-def test_swaps_never_harm(dtype: torch.dtype, data: st.DataObject, layer: Layer, seed: int) -> None:
+def test_swaps_never_increase_the_error(dtype: torch.dtype, data: st.DataObject, layer: Layer, seed: int) -> None:
     masks, problem = data.draw(sets(layer.shape)), layer.problem(dtype)
     start = masks.lmo_mask(torch.rand(layer.shape, generator=torch.Generator().manual_seed(seed)))
     before, copy = problem.objective(start), start.clone()
@@ -167,7 +167,7 @@ def test_a_batch_is_a_loop_over_rows(name: str, data: st.DataObject, rows: int, 
 @given(st.data(), layers(rows=(1, 4), d=(1, 12)))
 @pytest.mark.parametrize("name", SOLVERS)
 @examples(15)
-def test_twice_is_the_same(name: str, data: st.DataObject, layer: Layer) -> None:
+def test_solvers_are_deterministic(name: str, data: st.DataObject, layer: Layer) -> None:
     masks = data.draw(sets(layer.shape))
     for dtype in DTYPES:
         one, two = (solve(layer.problem(dtype), masks, SOLVERS[name]) for _ in range(2))

@@ -69,7 +69,9 @@ def agree(atoms: Atoms, dense: Dense) -> None:
 
 @given(st.integers(0, 9999), st.integers(1, 4), st.integers(1, 7), st.booleans(), st.integers(1, 25))
 @examples(150)
-def test_atoms_are_a_dictionary(seed: int, blocks: int, entries: int, equal: bool, rounds: int) -> None:
+def test_atoms_agree_with_a_dictionary_of_weights(
+    seed: int, blocks: int, entries: int, equal: bool, rounds: int
+) -> None:
     """Few entries, so that vertices come back: adding, emptying, scaling, growing, taking, in any order."""
     first = vertices_of(seed, blocks, entries, equal)
     atoms, dense = Atoms(first), Dense(first)
@@ -132,7 +134,7 @@ def test_slots_are_reused() -> None:
     assert int(atoms.active) == 1
 
 
-def test_a_slot_whatever_the_weight() -> None:
+def test_where_reserves_a_slot_at_zero_weight() -> None:
     atoms = Atoms(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     vertices = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
     slot = atoms.add(vertices, torch.zeros(2), where=torch.ones(2, dtype=torch.bool))
@@ -143,7 +145,7 @@ def test_a_slot_whatever_the_weight() -> None:
 
 @given(st.integers(0, 999), st.integers(1, 5))
 @examples(40)
-def test_inner_products_move_with_their_atoms(seed: int, blocks: int) -> None:
+def test_inner_products_follow_their_atoms(seed: int, blocks: int) -> None:
     atoms, entries = Atoms(vertices_of(seed, blocks, 6)), 6
     correct = normal(entries, entries, seed=seed)
     correct = correct @ correct.T
@@ -167,7 +169,7 @@ def test_inner_products_move_with_their_atoms(seed: int, blocks: int) -> None:
     torch.testing.assert_close(atoms.take(part).matrix, atoms.matrix[part])
 
 
-def test_weights_of_no_size_are_settled() -> None:
+def test_settle_drops_negligible_weights() -> None:
     atoms = Atoms(torch.tensor([[1.0, 0.0]]))
     atoms.add(torch.tensor([[0.0, 1.0]]), torch.tensor([1e-15]))
     atoms.settle()

@@ -73,7 +73,7 @@ def problems(seed: int, shape: tuple[int, int] = SHAPE) -> list[Problem]:
 
 @pytest.mark.parametrize("set_name", ALL_SETS)
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_ways_stay_in_the_hull_up_to_their_limit(name: str, set_name: str) -> None:
+def test_points_stay_in_the_hull_up_to_the_maximal_step(name: str, set_name: str) -> None:
     masks = ALL_SETS[set_name](SHAPE, 0.5)
     if not fits(name, masks):
         pytest.skip("the set has no such verbs")
@@ -91,7 +91,7 @@ def test_ways_stay_in_the_hull_up_to_their_limit(name: str, set_name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["dicg", "blended-dicg"])
-def test_the_limit_is_where_the_hull_ends(name: str) -> None:
+def test_the_maximal_step_ends_at_the_boundary(name: str) -> None:
     """A little further and the point is outside."""
     masks, tight = SETS["per-row"](SHAPE, 0.5), 0
     for seed in range(3):
@@ -109,7 +109,7 @@ def test_the_limit_is_where_the_hull_ends(name: str) -> None:
 
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "protected blocks"])
 @pytest.mark.parametrize("name", [name for name in DIRECTIONS if name not in OPEN_LOOP])
-def test_ways_lead_downhill_while_there_is_a_gap(name: str, set_name: str) -> None:
+def test_directions_descend_while_the_gap_is_positive(name: str, set_name: str) -> None:
     masks = SETS[set_name](SHAPE, 0.5)
     for problem in problems(1)[:2]:
         diary = Diary(DIRECTIONS[name]())
@@ -162,7 +162,7 @@ def test_points_are_combinations_of_their_atoms(name: str, set_name: str) -> Non
 @given(layers(rows=(1, 4), d=(1, 8)), st.sampled_from(sorted(SETS)), st.floats(0, 1), st.sampled_from([0.0, -1.0, 2.0]))
 @pytest.mark.parametrize("name", ACTIVE)
 @examples(40)
-def test_ugly_combinations(name: str, layer: Layer, set_name: str, step_size: float, amount: float) -> None:
+def test_edge_case_combinations(name: str, layer: Layer, set_name: str, step_size: float, amount: float) -> None:
     base = layer.problem()
     problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, step_size)
     watched = Watched(DIRECTIONS[name]())
@@ -170,7 +170,7 @@ def test_ugly_combinations(name: str, layer: Layer, set_name: str, step_size: fl
 
 
 @pytest.mark.parametrize("name", ["away", "pairwise", "blended-pairwise"])
-def test_combinations_of_functions_too(name: str) -> None:
+def test_points_of_functions_are_combinations_of_their_atoms(name: str) -> None:
     for coupled in (False, True):
         problem = function_case("logistic", SHAPE, coupled=coupled).problem
         watched = Watched(DIRECTIONS[name]())
@@ -203,7 +203,9 @@ def test_fully_corrective_points_are_the_best_of_their_atoms(set_name: str) -> N
     st.sampled_from([0.0, -1.0, 1.0, 3.0]),
 )
 @examples(120)
-def test_fully_corrective_never_climbs(layer: Layer, set_name: str, step_size: float, amount: float) -> None:
+def test_fully_corrective_never_increases_the_objective(
+    layer: Layer, set_name: str, step_size: float, amount: float
+) -> None:
     """Also where the objective is flat or concave along some ways, and from any mask."""
     base = layer.problem()
     problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, step_size)
@@ -217,7 +219,7 @@ def test_fully_corrective_never_climbs(layer: Layer, set_name: str, step_size: f
     assert bool((values.diff(dim=0) <= 1e-9 * size).all())
 
 
-def test_fully_corrective_on_linear_objectives() -> None:
+def test_fully_corrective_solves_linear_objectives() -> None:
     masks = SETS["n:m"](SHAPE, 0.5)
     for seed in range(5):
         problem = Bowl(torch.zeros(8, 8, dtype=torch.float64), normal(*SHAPE, seed=seed))
@@ -318,7 +320,7 @@ def test_away_vertices_lie_on_the_face(set_name: str) -> None:
 
 @given(st.integers(0, 999), st.sampled_from(["per-row", "unstructured", "n:m", "blocks"]), st.integers(0, 12))
 @examples(60)
-def test_boosted_ways_point_no_worse_than_vanilla_ones(seed: int, set_name: str, iterations: int) -> None:
+def test_boosted_directions_are_no_worse_aligned_than_vanilla_ones(seed: int, set_name: str, iterations: int) -> None:
     masks, problem = SETS[set_name](SHAPE, 0.5), plain_layer(seed).problem()
     x = run_loop(problem, masks, Vanilla(), ExactStep(), iterations).point.x
     state = state_at(problem, masks, x)
@@ -330,7 +332,7 @@ def test_boosted_ways_point_no_worse_than_vanilla_ones(seed: int, set_name: str,
     assert bool((cosines[0] >= cosines[1] - 1e-12).all())
 
 
-def test_boosting_helps() -> None:
+def test_more_boosting_rounds_improve_the_alignment() -> None:
     masks, problem, better = SETS["per-row"](SHAPE, 0.5), plain_layer(0).problem(), 0
     x = run_loop(problem, masks, Vanilla(), ExactStep(), 3).point.x
     state = state_at(problem, masks, x)
@@ -351,7 +353,7 @@ def test_boosting_helps() -> None:
 @pytest.mark.parametrize("together", [False, True], ids=["rows apart", "rows together"])
 @given(st.integers(0, 999), st.sampled_from([0.0, 0.5, 1.0, 2.0]), st.sampled_from([0.0, 0.2, 0.9]))
 @examples(200)
-def test_conjugate_moves_are_conjugate(together: bool, seed: int, amount: float, slack: float) -> None:
+def test_corrected_directions_are_conjugate(together: bool, seed: int, amount: float, slack: float) -> None:
     base = plain_layer(seed).problem()
     problem, row_blocks = base.shifted(base.diagonal(), amount), RowBlocks(SHAPE[0] if together else 1)
     one, two = 2 * random(*SHAPE, seed=seed) - 1, 2 * random(*SHAPE, seed=seed + 1000) - 1
@@ -377,7 +379,7 @@ def test_conjugate_moves_are_conjugate(together: bool, seed: int, amount: float,
     assert bool(((root <= 1e-6) | (root >= 1 - slack - 1e-6))[at_zero | ~inside].all())
 
 
-def test_conjugate_without_a_past_is_vanilla() -> None:
+def test_the_first_conjugate_direction_is_vanilla() -> None:
     problem, masks = plain_layer(3).problem(), SETS["per-row"](SHAPE, 0.5)
     state = state_at(problem, masks, random(*SHAPE))
     rule = Conjugate().begin(state)
@@ -388,7 +390,7 @@ def test_conjugate_without_a_past_is_vanilla() -> None:
     assert torch.equal(direction.vector, before)
 
 
-def test_conjugate_of_a_past_that_stood_still() -> None:
+def test_after_a_full_step_nothing_is_corrected() -> None:
     problem, masks = plain_layer(3).problem(), SETS["per-row"](SHAPE, 0.5)
     state = state_at(problem, masks, random(*SHAPE))
     rule, ones = Conjugate().begin(state), torch.ones(SHAPE[0], dtype=torch.float64)
@@ -399,7 +401,7 @@ def test_conjugate_of_a_past_that_stood_still() -> None:
 
 
 @pytest.mark.parametrize("set_name", FREE_SETS)
-def test_the_past_points_to_where_it_would_have_ended(set_name: str) -> None:
+def test_the_previous_direction_ends_where_its_full_step_would_have(set_name: str) -> None:
     """Points stay in the hull because the previous way, from here on, ends where it would have ended at full length."""
     masks, ends = SETS[set_name](SHAPE, 0.4), []
 
@@ -440,7 +442,7 @@ class Counted(PartitionMatroid):
 
 
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "blocks"])
-def test_lazy_asks_less_often(set_name: str) -> None:
+def test_lazy_calls_the_oracle_less_often(set_name: str) -> None:
     masks, problem = Counted(SETS[set_name](SHAPE, 0.5)), plain_layer(0).problem()
     end = run_loop(problem, masks, Lazy(), ExactStep(), 2000)
     rows = sum(len(cost) for cost in masks.asked)
@@ -451,7 +453,7 @@ def test_lazy_asks_less_often(set_name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_lazy_certifies_where_there_is_nothing_to_do(dtype: torch.dtype) -> None:
+def test_lazy_converges_when_the_first_gap_is_zero(dtype: torch.dtype) -> None:
     """Keeping all, or a row of noughts: the first gap is zero, or a little less by rounding."""
     weight = normal(*SHAPE)
     weight[1] = 0.0
@@ -481,7 +483,7 @@ def test_lazy_forgets_when_its_memory_is_full() -> None:
 
 @pytest.mark.parametrize("set_name", ["n:m", "blocks", "columns", "block counts", "per-row", "unstructured"])
 @pytest.mark.parametrize("blocks", [1, 2, 3, 100])
-def test_block_coordinate_moves_its_groups_only(blocks: int, set_name: str) -> None:
+def test_block_coordinate_changes_each_group_once_per_round(blocks: int, set_name: str) -> None:
     masks, problem = SETS[set_name](SHAPE, 0.5), plain_layer(1).problem()
     diary = Diary(BlockCoordinate(blocks=blocks))
     run_loop(problem, masks, diary, OpenLoopStep(), 12)
@@ -507,7 +509,7 @@ def test_block_coordinate_moves_its_groups_only(blocks: int, set_name: str) -> N
 
 
 @pytest.mark.parametrize("name", OPEN_LOOP)
-def test_gaps_are_taken_with_true_gradients(name: str) -> None:
+def test_certified_gaps_use_true_gradients(name: str) -> None:
     """Every gap that a rule hands on is that of the gradient at its point, computed from scratch."""
     masks, problem = SETS["n:m"](SHAPE, 0.5), plain_layer(0).problem()
     rule, handed = {"momentum": Momentum(check=4), "stochastic": Stochastic(check=4)}[name], []
@@ -528,7 +530,7 @@ def test_gaps_are_taken_with_true_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_handed_gaps_are_gaps(name: str) -> None:
+def test_certified_gaps_are_never_below_the_gap(name: str) -> None:
     """The same for every rule: what the loop stops by is never less than the gap (to rounding)."""
     problem, handed = plain_layer(4).problem(), []
     for set_name in ("per-row", "unstructured", "n:m"):
@@ -562,7 +564,7 @@ def test_samples_have_the_gradient_as_their_mean() -> None:
         assert torch.allclose(problem.sampled(x, 1.0, random_), true, rtol=1e-9, atol=1e-9)
 
 
-def test_momentum_averages() -> None:
+def test_momentum_averages_gradients_by_the_recurrence() -> None:
     """By the recurrence: a_t = a_{t-1} + 2 / (t + 2) (g_t - a_{t-1}), and the way leads to its vertex."""
     masks, diary = SETS["per-row"](SHAPE, 0.5), Diary(Momentum())
     run_loop(plain_layer(0).problem(), masks, diary, OpenLoopStep(), 25)
@@ -572,7 +574,7 @@ def test_momentum_averages() -> None:
         torch.testing.assert_close(event.x + event.search, masks.lmo(average), rtol=0, atol=1e-12)
 
 
-def test_stochastic_seeds() -> None:
+def test_equal_seeds_give_equal_stochastic_runs() -> None:
     masks, problem = SETS["per-row"](SHAPE, 0.5), plain_layer(0).problem()
     ends = [run_loop(problem, masks, Stochastic(seed=seed), OpenLoopStep(), 20).point.x for seed in (0, 0, 1)]
     assert torch.equal(ends[0], ends[1])
@@ -593,7 +595,7 @@ def test_a_rule_forgets_its_last_run(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_nothing_to_choose(name: str) -> None:
+def test_a_set_of_one_mask_leaves_the_point_unchanged(name: str) -> None:
     """One mask only: the way has no size, and the point stays."""
     for keep in (0.0, 1.0):
         masks = SETS["per-row"](SHAPE, keep)
@@ -602,7 +604,7 @@ def test_nothing_to_choose(name: str) -> None:
             assert torch.equal(end, masks.center(SHAPE, problem.dtype, CPU))
 
 
-def test_starts_at_vertices() -> None:
+def test_active_set_rules_start_at_vertices() -> None:
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
     for name, rule in DIRECTIONS.items():
         assert rule().from_vertex == (name in ACTIVE)
@@ -614,7 +616,7 @@ def test_starts_at_vertices() -> None:
             rule.search_direction(state_at(problem, masks, random(*SHAPE)))
 
 
-def test_the_work_is_counted() -> None:
+def test_oracle_calls_and_products_are_counted() -> None:
     """Oracle calls and products of ten iterations, gradients carried."""
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
     expected = {

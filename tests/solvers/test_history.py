@@ -36,7 +36,7 @@ def falls(column: list[float]) -> bool:
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "blocks", "protected rows"])
 @pytest.mark.parametrize("record", [1, 3, "doubling"])
 @pytest.mark.parametrize("memory", [2**30, 1])
-def test_columns(set_name: str, record: object, memory: int) -> None:
+def test_history_columns_are_consistent(set_name: str, record: object, memory: int) -> None:
     problem, masks = plain_layer(1).problem(), SETS[set_name](SHAPE, 0.5)
     solver = FrankWolfe(direction="conjugate", iterations=20, relative_gap=0.0)
     result = solve(problem, masks, solver, record=record, memory=memory)
@@ -59,7 +59,7 @@ def test_columns(set_name: str, record: object, memory: int) -> None:
     assert set(result.sources) <= {"round", "vertex", "gradient", "swap", "polish"}
 
 
-def test_figures_of_a_point_are_those_of_its_tangent() -> None:
+def test_figures_of_a_point_are_those_of_its_linear_model() -> None:
     problem, masks = plain_layer(1).problem(torch.float32), SETS["blocks"](SHAPE, 0.5)
     row_blocks = RowBlocks(masks.row_block(SHAPE))
     recorder = Recorder(problem, masks, row_blocks, 1)
@@ -84,7 +84,7 @@ def test_figures_of_a_point_are_those_of_its_tangent() -> None:
     assert torch.equal(recorder.bound, torch.maximum(*single))
 
 
-def test_the_incumbent_is_the_best_of_every_band() -> None:
+def test_the_incumbent_is_the_best_of_every_row_block() -> None:
     """Offered masks are mixed row block by row block, and each row block remembers its source."""
     case, masks = layer_case(plain_layer(2, (6, 4))), SETS["row blocks"]((6, 4), 0.5)
     row_blocks = RowBlocks(masks.row_block((6, 4)))
@@ -100,7 +100,7 @@ def test_the_incumbent_is_the_best_of_every_band() -> None:
     assert recorder.sources == Counter("odd" if number % 2 else "even" for number in best)
 
 
-def test_ties_stay_with_the_first() -> None:
+def test_of_equal_masks_the_first_is_kept() -> None:
     problem, masks = Function(lambda x: 0 * x.sum(1), (2, 4)), SETS["per-row"]((2, 4), 0.5)
     recorder = Recorder(problem, masks, RowBlocks(1), 1)
     first, second = masks.lmo_mask(normal(2, 4)), masks.lmo_mask(-normal(2, 4))
@@ -110,7 +110,7 @@ def test_ties_stay_with_the_first() -> None:
     assert recorder.sources == {"first": 2}
 
 
-def test_what_is_due() -> None:
+def test_iterations_are_recorded_as_planned() -> None:
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
 
     def due(record: object) -> list[int]:
@@ -123,7 +123,7 @@ def test_what_is_due() -> None:
     assert due(6) == [0, 6, 12, 18]
 
 
-def test_nothing_recorded_nothing_said() -> None:
+def test_without_a_record_there_is_no_history() -> None:
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
     result = solve(problem, masks, FrankWolfe(iterations=10, polish=False), record=0)
     assert (result.history, result.sources, result.lower_bound) == ({}, {}, None)
@@ -169,7 +169,7 @@ def test_greedy_solvers_have_one_row() -> None:
     assert result.sources == {"solver": 4}
 
 
-def test_recorded_seconds_are_the_solvers() -> None:
+def test_recording_does_not_use_up_the_time_limit() -> None:
     """A recorder that takes long does not use up the time limit."""
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
     result = solve(problem, masks, FrankWolfe(iterations=50, relative_gap=0.0), record=1, time_limit=60)
@@ -177,7 +177,7 @@ def test_recorded_seconds_are_the_solvers() -> None:
     assert result.history["seconds"][-1] <= result.seconds
 
 
-def test_merged_histories() -> None:
+def test_merged_histories_add_up() -> None:
     def history(iterations: list[int], incumbents: list[float]) -> dict[str, list[float]]:
         columns: dict[str, list[float]] = {name: [1.0] * len(iterations) for name in COLUMNS}
         return columns | {"iteration": list(map(float, iterations)), "incumbent": incumbents}
@@ -191,7 +191,7 @@ def test_merged_histories() -> None:
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_bounds_of_functions_are_the_callers_word(declared: bool) -> None:
+def test_functions_have_bounds_only_where_declared_convex(declared: bool) -> None:
     for coupled in (False, True):
         case = function_case("softplus", SHAPE, coupled=coupled, declared=declared)
         for set_name in ("per-row", "unstructured"):
@@ -202,7 +202,7 @@ def test_bounds_of_functions_are_the_callers_word(declared: bool) -> None:
             assert not any(map(math.isnan, result.history["gap"][:-1]))
 
 
-def test_a_recorder_looks_at_copies() -> None:
+def test_recording_does_not_change_the_run() -> None:
     """What is recorded changes nothing of the walk."""
     problem, masks, ends = plain_layer(0).problem(), SETS["n:m"](SHAPE, 0.5), []
     for record in (0, 1):

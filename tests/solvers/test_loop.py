@@ -84,7 +84,7 @@ def best_of_function(kind: str, set_name: str, coupled: bool) -> float:
 
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "blocks"])
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_it_approaches_the_relaxed_optimum(name: str, set_name: str) -> None:
+def test_every_direction_approaches_the_relaxed_optimum(name: str, set_name: str) -> None:
     accuracy = {"momentum": 1e-2, "stochastic": 6e-2, "vanilla": 3e-3, "lazy": 3e-3, "boosted": 2e-3}
     problem, masks = plain_layer(1).problem(), SETS[set_name](SHAPE, 0.5)
     best, scale = best_of_layer(1, set_name), float(problem.scale().sum())
@@ -127,7 +127,7 @@ def test_functions_approach_the_relaxed_optimum(name: str, coupled: bool) -> Non
 
 @pytest.mark.parametrize("set_name", FREE_SETS)
 @pytest.mark.parametrize("name", ["vanilla", "conjugate", "away", "dicg", "fully-corrective", "boosted"])
-def test_exact_steps_never_climb(name: str, set_name: str) -> None:
+def test_exact_steps_never_increase_the_objective(name: str, set_name: str) -> None:
     problem, masks = plain_layer(5).problem(), SETS[set_name](SHAPE, 0.4)
     diary = Diary(DIRECTIONS[name]())
     run_loop(problem, masks, diary, ExactStep(), 60)
@@ -146,7 +146,7 @@ def test_open_loop_forgets_its_start() -> None:
     assert float((after - after.round()).abs().max()) <= 1e-15
 
 
-def test_a_schedule_of_shifts() -> None:
+def test_steps_are_exact_for_a_schedule_of_shifts() -> None:
     """Objectives that change with the iteration: each step is exact for its own."""
     base, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
     shifts = [base.shifted(base.diagonal(), t / 20) for t in range(20)]
@@ -171,7 +171,7 @@ def test_a_schedule_of_shifts() -> None:
         assert bool((values[0] <= torch.minimum(values[1], values[2]) + 1e-12).all())
 
 
-def test_refreshed_gradients_are_new() -> None:
+def test_refreshing_makes_gradients_more_accurate() -> None:
     problem, masks = plain_layer(0).problem(torch.float32), SETS["per-row"](SHAPE, 0.5)
     ends = [run_loop(problem, masks, Vanilla(), OpenLoopStep(), 301, refresh=refresh).point for refresh in (0, 100)]
     errors = [float((end.gradient - problem.evaluate(end.x).gradient).abs().max()) for end in ends]
@@ -208,7 +208,7 @@ def test_converged_means_a_small_gap(name: str, set_name: str, dtype: torch.dtyp
     assert stopped >= (0 if name == "stochastic" else 1)
 
 
-def test_no_tolerance_no_end() -> None:
+def test_without_a_tolerance_all_iterations_run() -> None:
     problem = plain_layer(0).problem()
     for name in ("vanilla", "away", "dicg"):
         result = solve(
@@ -231,7 +231,7 @@ def test_absolute_gaps_are_those_of_the_objective() -> None:
 
 @pytest.mark.parametrize("after", [0, 1, 7])
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_callbacks_stop_it(name: str, after: int) -> None:
+def test_callbacks_and_time_limits_end_the_loop(name: str, after: int) -> None:
     calls = []
 
     def stop(state: State) -> Stop | None:
@@ -277,7 +277,7 @@ EXACT = [name for name in DIRECTIONS if name != "stochastic"]
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_finished_rows_leave(name: str) -> None:
+def test_finished_rows_leave_the_batch(name: str) -> None:
     problem, masks, points = Spying.of(easy_and_hard()), SETS["per-row"]((8, 12), 0.5), []
     hull = Hull(masks, (8, 12))
     tolerance = 1e-3 * problem.scale()
@@ -310,7 +310,7 @@ def alone(problem: Problem, masks: object, blocks: int, row_block: int) -> list[
 
 @pytest.mark.parametrize("set_name", ["per-row", "n:m", "blocks", "row blocks", "protected rows"])
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_a_batch_is_its_rows_alone(name: str, set_name: str) -> None:
+def test_a_batch_gives_the_points_of_its_rows_alone(name: str, set_name: str) -> None:
     """Row blocks stop on their own, stand still from then on, and leave; none notices the others."""
     problem, masks = steady(), SETS[set_name]((8, 12), 0.5)
     row_block, iterations = masks.row_block((8, 12)), 120
@@ -326,7 +326,7 @@ def test_a_batch_is_its_rows_alone(name: str, set_name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["softplus", "powers"])
-def test_a_batch_of_functions_is_its_rows_alone(kind: str) -> None:
+def test_a_batch_of_functions_gives_the_points_of_its_rows_alone(kind: str) -> None:
     problem, masks = function_case(kind, (6, 8)).problem, SETS["n:m"]((6, 8), 0.5)
     tolerance = torch.full((6,), 1e-3, dtype=torch.float64) * 10.0 ** torch.arange(6).double().neg().add(3)
     for name in ("vanilla", "pairwise", "dicg", "lazy", "momentum", "block-coordinate"):
@@ -338,7 +338,7 @@ def test_a_batch_of_functions_is_its_rows_alone(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_finished_rows_stand_still(name: str) -> None:
+def test_finished_rows_do_not_change(name: str) -> None:
     """From the first iteration at which a row's gap is seen to be small enough, also between later looks."""
     problem, masks, points = easy_and_hard(), SETS["per-row"]((8, 12), 0.5), []
     tolerance = 2e-2 * problem.scale()
@@ -356,7 +356,7 @@ def test_finished_rows_stand_still(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_blocks_of_rows_change_nothing(name: str) -> None:
+def test_the_memory_limit_changes_no_result(name: str) -> None:
     """Memory decides how many rows are solved at a time."""
     problem, shape = steady(), (8, 12)
     for set_name in ("per-row", "n:m", "blocks"):
@@ -371,7 +371,7 @@ def test_blocks_of_rows_change_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "blocks"])
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_a_start_is_where_it_starts(name: str, set_name: str) -> None:
+def test_the_loop_starts_at_the_given_mask(name: str, set_name: str) -> None:
     problem, masks, first = plain_layer(0).problem(), SETS[set_name](SHAPE, 0.5), []
     mask = masks.lmo_mask(normal(*SHAPE, seed=4))
 

@@ -63,7 +63,7 @@ SMALL = [
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("masks", SMALL, ids=repr)
-def test_means_and_correlations(masks: PartitionMatroid, seed: int) -> None:
+def test_dependent_rounding_has_the_promised_means_and_correlations(masks: PartitionMatroid, seed: int) -> None:
     x = hull(masks, (2, 6), seed)
     order = None if seed else torch.randn(2, 6, generator=seeded(9))
     drawn = rounding.dependent(masks, x, seeded(seed), samples=6000, order=order)
@@ -74,7 +74,7 @@ def test_means_and_correlations(masks: PartitionMatroid, seed: int) -> None:
 
 @pytest.mark.parametrize("keep", [1, 3, 6])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_many_equal_rows(keep: int, dtype: torch.dtype) -> None:
+def test_rows_are_drawn_independently(keep: int, dtype: torch.dtype) -> None:
     """Rows draw apart from each other: 200 000 of them make narrow intervals."""
     masks = PerRow(keep)
     one = hull(masks, (1, 7), keep).to(dtype)
@@ -86,14 +86,14 @@ def test_many_equal_rows(keep: int, dtype: torch.dtype) -> None:
     assert float((both - one[0].double() ** 2).abs().max()) <= width(100_000, 7)
 
 
-def test_all_masks_come_up() -> None:
+def test_every_mask_has_positive_probability() -> None:
     masks = PerRow(2)
     drawn = rounding.dependent(masks, masks.center((5000, 4), torch.float32, torch.device("cpu")), seeded(0))
     assert len(drawn.unique(dim=0)) == 6
 
 
 @pytest.mark.parametrize("d", [2, 5, 8, 33])
-def test_neighbours_in_a_given_order_meet_first(d: int) -> None:
+def test_neighbours_in_a_given_order_are_paired_first(d: int) -> None:
     masks, order = Unstructured(0.5), torch.randperm(2 * d, generator=seeded(d)).view(2, d)
     x = torch.full((2, d), 0.5)
     for mask in rounding.dependent(masks, x, seeded(1), samples=20, order=order):
@@ -102,7 +102,7 @@ def test_neighbours_in_a_given_order_meet_first(d: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_large_groups_whose_sum_is_off(dtype: torch.dtype) -> None:
+def test_large_groups_with_inexact_sums_give_members(dtype: torch.dtype) -> None:
     masks = Unstructured(0.37)
     x = hull(masks, (300, 400), 0).to(dtype)
     mask = rounding.dependent(masks, x, seeded(0))
@@ -112,7 +112,7 @@ def test_large_groups_whose_sum_is_off(dtype: torch.dtype) -> None:
     assert float(by_rows.max()) <= 400 * width(400, 300)
 
 
-def test_a_sum_that_is_off_is_made_up_for_by_large_entries() -> None:
+def test_an_inexact_sum_keeps_the_largest_entries() -> None:
     x = torch.tensor([[0.0, 1.0, 0.0, 0.4, 0.0, 1.0, 1.0, 0.0]])
     drawn = rounding.dependent(PerRow(5), x, seeded(0), samples=50)
     assert bool(drawn[:, 0, [1, 3, 5, 6]].all())
@@ -122,7 +122,7 @@ def test_a_sum_that_is_off_is_made_up_for_by_large_entries() -> None:
     assert not bool(rounding.dependent(PerRow(4), x, seeded(0), samples=50)[:, 0, 0].any())
 
 
-def test_entries_off_by_rounding_are_decided() -> None:
+def test_entries_within_rounding_of_zero_and_one_are_decided() -> None:
     """Two million rows: an entry that were drawn with its own probability would change sides."""
     x = torch.tensor([[1 - 1.8e-6, 1.8e-6, 0.5, 0.5]]).expand(2_000_000, -1)
     drawn = rounding.dependent(PerRow(2), x, seeded(0))
@@ -168,7 +168,7 @@ class AtMostInGroups(AtMost):
 @pytest.mark.parametrize(
     "one", [[0.5, 0.25, 0.125, 0.0], [0.75, 0.75, 1.0, 0.25], [0.75, 0.75, 0.75, 0.75], [0.0, 0.0, 0.0, 0.0]]
 )
-def test_groups_that_need_not_be_full(one: list[float]) -> None:
+def test_groups_below_their_count_are_rounded(one: list[float]) -> None:
     x, masks = torch.tensor([one], dtype=torch.float64), AtMostInGroups(3)
     drawn = rounding.dependent(masks, x.expand(100_000, -1), seeded(3))
     assert masks.contains(drawn)
@@ -180,7 +180,7 @@ def test_groups_that_need_not_be_full(one: list[float]) -> None:
     assert masks.contains(rounding.dependent(masks, (x + 0.1).expand(1000, -1), seeded(4)))
 
 
-def test_sets_without_groups_are_told_what_is_missing() -> None:
+def test_sets_without_groups_are_refused_with_what_is_missing() -> None:
     with pytest.raises(MaskoptError, match=r"AtMost does not have groups and ungroup\."):
         rounding.dependent(AtMost(2), torch.full((2, 4), 0.5), seeded(0))
 
@@ -209,7 +209,7 @@ def test_more_samples_are_never_worse() -> None:
     assert float(many.sum()) < float(nearest.sum())
 
 
-def test_entries_that_are_missed_stay() -> None:
+def test_gradient_aware_rounding_keeps_the_costliest_entries() -> None:
     """Three entries share two places equally; the gradient knows whose removal costs most."""
     x = torch.tensor([[2 / 3, 2 / 3, 2 / 3, 0.0], [1.0, 0.5, 0.0, 0.5]])
     gradient = torch.tensor([[-1.0, -5.0, -3.0, -100.0], [50.0, 1.0, -50.0, 0.0]])

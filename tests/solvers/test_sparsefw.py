@@ -63,7 +63,7 @@ def test_gap_shrinks_with_iterations(masks: PartitionMatroid) -> None:
     assert bounds[-1] > 0.2 * result.total  # and it is not the trivial bound
 
 
-def test_a_bound_on_every_method() -> None:
+def test_no_solver_is_below_the_bound() -> None:
     """Whatever finds a mask, it is not below what SparseFW proves."""
     for seed in range(5):
         problem = synthetic("rank-deficient", *SHAPE, seed=seed).problem()
@@ -85,7 +85,7 @@ def test_it_improves_on_its_start_in_total(masks: PartitionMatroid) -> None:
 
 @SET
 @pytest.mark.parametrize("solver", [Magnitude(), Wanda(), RIA(), RIA(power=1.0)], ids=repr)
-def test_scores_keep_the_best(masks: PartitionMatroid, solver: object) -> None:
+def test_scores_keep_the_largest_of_every_group(masks: PartitionMatroid, solver: object) -> None:
     problem = synthetic("outliers", *SHAPE).problem()
     result = solve(problem, masks, solver)
     scores = {

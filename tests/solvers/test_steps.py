@@ -125,7 +125,7 @@ def test_smoothness_bounds_every_curvature(layer: Layer, amount: float) -> None:
 
 @BANDS
 @pytest.mark.parametrize("name", STEPS)
-def test_a_move_of_no_size_stays(name: str, together: bool) -> None:
+def test_a_zero_direction_has_a_zero_step(name: str, together: bool) -> None:
     nothing = torch.zeros(SHAPE, dtype=torch.float64)
     for problem in (plain_layer(0).problem(), function_case("softplus", SHAPE).problem):
         if name in ("exact", "short") and isinstance(problem, Function):
@@ -140,7 +140,7 @@ def test_a_move_of_no_size_stays(name: str, together: bool) -> None:
 
 @BANDS
 @pytest.mark.parametrize("name", STEPS)
-def test_no_room_no_step(name: str, together: bool) -> None:
+def test_a_maximal_step_of_zero_gives_a_zero_step(name: str, together: bool) -> None:
     x, search = random(*SHAPE), normal(*SHAPE)
     for problem in (plain_layer(0).problem(), function_case("softplus", SHAPE).problem):
         if name in ("exact", "short") and isinstance(problem, Function):
@@ -150,7 +150,7 @@ def test_no_room_no_step(name: str, together: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["exact", "short", "secant", "adaptive", "monotone"])
-def test_uphill_stays(name: str) -> None:
+def test_ascent_directions_have_a_zero_step(name: str) -> None:
     max_step = torch.ones(4, dtype=torch.float64)
     for seed in range(5):
         for problem in (plain_layer(seed).problem(), function_case("softplus", SHAPE, seed).problem):
@@ -162,7 +162,7 @@ def test_uphill_stays(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["exact", "short", "secant", "adaptive"])
-def test_a_linear_objective_goes_all_the_way(name: str) -> None:
+def test_linear_objectives_take_the_maximal_step(name: str) -> None:
     problem = Bowl(torch.zeros(8, 8, dtype=torch.float64), normal(*SHAPE))
     max_step = torch.tensor([1.0, 0.25, 0.0, 3.0], dtype=torch.float64)
     step_size = step_size_of(STEPS[name](), problem, random(*SHAPE), -problem.linear, max_step)
@@ -170,7 +170,7 @@ def test_a_linear_objective_goes_all_the_way(name: str) -> None:
     assert step_size_of(STEPS[name](), problem, random(*SHAPE), problem.linear.clone(), max_step).tolist() == [0.0] * 4
 
 
-def test_open_loop_step() -> None:
+def test_open_loop_steps_follow_the_formula() -> None:
     problem = plain_layer(0).problem()
     x, direction = random(*SHAPE), problem.hvp(random(*SHAPE))
     max_step = torch.tensor([1.0, 0.6, 0.1, 0.0], dtype=torch.float64)
@@ -182,7 +182,7 @@ def test_open_loop_step() -> None:
         assert OpenLoopStep(offset=4).step_size(state, direction, max_step).tolist() == expected
 
 
-def test_log_step() -> None:
+def test_log_steps_follow_the_formula() -> None:
     problem = plain_layer(0).problem()
     x, direction, max_step = random(*SHAPE), problem.hvp(random(*SHAPE)), torch.tensor([1.0, 0.6, 0.1, 0.0])
     for t in (0, 1, 2, 5, 1000):
@@ -239,7 +239,7 @@ def test_secant_is_exact_for_convex_quadratics(together: bool, layer: Layer, amo
 @BANDS
 @pytest.mark.parametrize("name", ["secant", "adaptive", "monotone"])
 @pytest.mark.parametrize("kind", [*CONVEX, "layer", "concave"])
-def test_steps_that_look_do_not_climb(kind: str, name: str, together: bool) -> None:
+def test_steps_with_evaluations_never_increase_the_objective(kind: str, name: str, together: bool) -> None:
     """One rule through a walk of ways, as its memory makes later steps differ; the default number of evaluations."""
     for seed in range(4):
         if kind in CONVEX:
@@ -271,7 +271,7 @@ def test_steps_that_look_do_not_climb(kind: str, name: str, together: bool) -> N
 
 @pytest.mark.parametrize("kind", WAVY)
 @pytest.mark.parametrize("name", ["secant", "adaptive", "monotone"])
-def test_functions_that_are_not_convex_do_not_stop_a_step(kind: str, name: str) -> None:
+def test_steps_are_positive_on_functions_that_are_not_convex(kind: str, name: str) -> None:
     """Where the curvature is negative first and positive later, a downhill way leads somewhere."""
     going = 0
     for seed in range(10):
@@ -300,7 +300,7 @@ def test_adaptive_steps_recover_from_any_estimate() -> None:
 
 @pytest.mark.parametrize("kind", ["softplus", "powers", "waves"])
 @pytest.mark.parametrize("name", ["secant", "adaptive", "monotone"])
-def test_steps_stay_where_functions_are_defined(kind: str, name: str) -> None:
+def test_steps_evaluate_points_of_the_segment_only(kind: str, name: str) -> None:
     """However little room there is, nothing is evaluated outside the segment from x to x + limit * way."""
     case = function_case(kind, SHAPE)
     x = random(*SHAPE)
@@ -336,7 +336,7 @@ def test_a_rule_forgets_its_last_run(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["short", "adaptive", "monotone"])
-def test_what_a_rule_remembers_goes_with_its_rows(name: str) -> None:
+def test_taken_rows_keep_the_estimates_of_their_rule(name: str) -> None:
     """Two iterations, some rows taken, a third: as if these rows had been alone from the start."""
     problem, rows = plain_layer(3).problem(), torch.tensor([3, 1])
     alone = problem.rows(rows)
@@ -356,7 +356,7 @@ def test_what_a_rule_remembers_goes_with_its_rows(name: str) -> None:
     torch.testing.assert_close(*fractions, rtol=1e-12, atol=0)
 
 
-def test_monotone_halves_for_good() -> None:
+def test_monotone_steps_stay_halved() -> None:
     """f = x^2 / 2 from x = 1 along -4: half of the open-loop step overshoots, a quarter does not."""
     problem = Bowl(torch.eye(1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64))
     state = state_of(problem, torch.ones(1, 1, dtype=torch.float64), False)

@@ -77,7 +77,7 @@ def test_members_with_finite_weights_and_no_worse_than_kept(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ALL_SETS)
-def test_every_kind_of_set(name: str, dtype: torch.dtype) -> None:
+def test_results_are_valid_on_every_set(name: str, dtype: torch.dtype) -> None:
     instance = synthetic(rows=8, d=12)
     problem = LayerReconstruction(instance.weight.to(dtype), instance.gram.to(dtype))
     for fraction in (0.0, 0.5, 1.0):
@@ -105,7 +105,7 @@ def test_fixed_entries_stay(base: PartitionMatroid) -> None:
 
 
 @pytest.mark.parametrize("masks", [PerRow(0.5), Unstructured(0.4)], ids=repr)
-def test_stops_when_told_with_a_member(masks: PartitionMatroid) -> None:
+def test_a_callback_ends_it_with_a_member(masks: PartitionMatroid) -> None:
     problem = synthetic(rows=6, d=16).problem()
     late = solve(problem, masks, METHOD, time_limit=0.0)
     checked(problem, masks, late)
@@ -128,7 +128,7 @@ def test_stops_when_told_with_a_member(masks: PartitionMatroid) -> None:
     assert (whole.status, whole.iterations, whole.lower_bound) == (Status.COMPLETED, 52, None)
 
 
-def test_starts_where_told() -> None:
+def test_it_starts_from_the_given_mask() -> None:
     problem = synthetic(rows=6, d=16).problem()
     start = PerRow(0.5).lmo_mask(problem.diagonal())  # the worst
     for from_start in (start, Wanda()):
@@ -235,7 +235,7 @@ def test_rows_of_zeros_and_dead_inputs_do_no_harm() -> None:
 
 
 @pytest.mark.parametrize("ridge", [0.01, 1e-6])
-def test_ill_conditioned_layers_in_float32(ridge: float) -> None:
+def test_float32_is_as_good_as_float64_on_ill_conditioned_layers(ridge: float) -> None:
     random = torch.Generator().manual_seed(5)
     x = torch.randn((96, 40), generator=random, dtype=torch.float64)
     x *= torch.logspace(-2, 2, 96, dtype=torch.float64)[torch.randperm(96, generator=random)].unsqueeze(1)
@@ -281,7 +281,7 @@ def test_independent_inputs_are_pruned_by_size() -> None:
     assert solve(problem, PerRow(0.5), METHOD).total <= 1.1 * float(problem.objective(best).sum())
 
 
-def test_it_settles_where_the_mask_is_its_own_answer() -> None:
+def test_it_converges_to_a_stationary_point() -> None:
     """A mask of a fixed point: dual and weights say the same as it, as the stationarity of the penalty asks."""
     problem = normal(6, 16, 1)
     long = ConditionalADMM(iterations=4000, polish=0, stages=1, penalty=(8.0, 8.0))
@@ -360,7 +360,7 @@ def test_problems_without_weights_are_refused() -> None:
 
 
 @pytest.mark.parametrize("masks", [PerRow(0.5), PerRow(0.3), Unstructured(0.5), NM(keep=2, group=4)], ids=repr)
-def test_below_the_published_methods_on_average(masks: PartitionMatroid) -> None:
+def test_errors_are_below_those_of_the_published_methods_on_average(masks: PartitionMatroid) -> None:
     others = {"alps": ALPS(), "admm": ADMM(), "sparsegpt": SparseGPT(), "lsq": LeastSquares()}
     ratios: dict[str, dict[str, float]] = {name: {} for name in others}
     for family in FAMILIES:
@@ -376,7 +376,7 @@ def test_below_the_published_methods_on_average(masks: PartitionMatroid) -> None
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.25])
-def test_between_the_optimum_and_little_above_it(fraction: float) -> None:
+def test_errors_are_between_the_optimum_and_little_above_it(fraction: float) -> None:
     """Enumeration of all masks with the best weights on each, rows of eight inputs."""
     method, ratios = ConditionalADMM(ridge=0.0, polish=50), []
     for seed in range(6):

@@ -103,7 +103,7 @@ def test_converged_conjugate_gradients_find_the_same(drawn: tuple[LayerReconstru
 
 @given(problems(), st.sampled_from([0.0, 0.01]))
 @examples(60)
-def test_memory_changes_nothing(drawn: tuple[LayerReconstruction, Tensor], ridge: float) -> None:
+def test_weights_do_not_depend_on_the_memory(drawn: tuple[LayerReconstruction, Tensor], ridge: float) -> None:
     problem, mask = drawn
     system = System.of(problem, ridge)
     whole = errors(system, exact_weights(system, mask))
@@ -140,7 +140,7 @@ def test_rows_of_their_own_matrices_fit_the_memory(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (7, 1), (3, 5)])
-def test_nothing_and_everything(shape: tuple[int, int], fraction: float) -> None:
+def test_keeping_nothing_or_all_gives_zero_or_the_weight(shape: tuple[int, int], fraction: float) -> None:
     system = System.of(synthetic(rows=shape[0], d=shape[1]).problem(), 0.01)
     mask = torch.full(shape, bool(fraction))
     for v in (exact_weights(system, mask), conjugate_gradients(system, mask, system.weight * mask, 9)):
@@ -199,7 +199,7 @@ def test_factors_are_shifted_only_where_needed(number: int, d: int, seed: int, d
         assert shift <= shifts[works.index(True)] * (1 + eps) + rounding
 
 
-def test_the_least_shift_on_known_eigenvalues() -> None:
+def test_the_smallest_shift_is_found_on_known_eigenvalues() -> None:
     below = torch.tensor([1.0, 1.0, -3.0 * 8**6 * EPS], dtype=torch.float64).diag()
     fine = torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64).diag()
     factor = definite_factor(torch.stack([fine, below, fine]))
@@ -312,7 +312,7 @@ def test_wide_layers_use_conjugate_gradients() -> None:
     assert none.relative_error == pytest.approx(none.kept_error, rel=1e-6)
 
 
-def test_needs_are_those_of_the_solver() -> None:
+def test_requirements_are_those_of_the_solver() -> None:
     problem, budget = synthetic(rows=4, d=8).problem(), Budget(torch.ones(4, 8), 16.0)
     for solver in (OneSwap(), FrankWolfe("dicg"), Wanda(), SparseGPT()):
         requirements = LeastSquares(solver=solver).requirements
@@ -335,7 +335,7 @@ def test_needs_are_those_of_the_solver() -> None:
         solve(form, PerRow(0.5), LeastSquares())
 
 
-def test_starts_where_the_solver_would_or_is_told() -> None:
+def test_it_starts_like_its_solver_or_from_the_given_mask() -> None:
     problem = synthetic(rows=6, d=16).problem()
     start = PerRow(0.5).lmo_mask(problem.diagonal())  # the worst
     pair = LeastSquares(solver=OneSwap(max_steps=0))
@@ -365,7 +365,7 @@ def test_bad_settings_are_refused_in_one_sentence(settings: dict[str, object]) -
 
 @given(st.data(), layers(rows=(1, 4), d=(1, 8)))
 @examples(60)
-def test_every_set_that_the_solver_takes(data: st.DataObject, layer: Layer) -> None:
+def test_weights_are_refitted_on_every_set(data: st.DataObject, layer: Layer) -> None:
     masks = data.draw(sets(layer.shape, list(ALL_SETS)))
     pair = LeastSquares(solver=ContinuationFrankWolfe(iterations=5, polish=False))
     for dtype in (torch.float32, torch.float64):

@@ -80,7 +80,7 @@ def test_members_with_finite_weights_and_no_worse_than_kept(
 @given(st.data(), layers(rows=(1, 4), d=(1, 12)))
 @pytest.mark.parametrize("name", METHODS)
 @examples(30)
-def test_no_ridge_is_fine(name: str, data: st.DataObject, layer: Layer) -> None:
+def test_methods_work_without_a_ridge(name: str, data: st.DataObject, layer: Layer) -> None:
     method = type(METHODS[name])(ridge=0.0)
     masks = data.draw(sets(layer.shape, known(method)))
     for dtype in DTYPES:
@@ -123,7 +123,7 @@ def test_powers_of_two_change_no_digit(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_ill_conditioned_layers_in_float32(name: str) -> None:
+def test_float32_is_as_good_as_float64_on_ill_conditioned_layers(name: str) -> None:
     random = torch.Generator().manual_seed(5)
     x = torch.randn((96, 40), generator=random, dtype=torch.float64)
     x *= torch.logspace(-2, 2, 96, dtype=torch.float64)[torch.randperm(96, generator=random)].unsqueeze(1)
@@ -138,7 +138,7 @@ def test_ill_conditioned_layers_in_float32(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
-def test_nothing_and_everything(name: str, fraction: float) -> None:
+def test_keeping_nothing_or_all_has_the_known_error(name: str, fraction: float) -> None:
     problem = synthetic(rows=5, d=12).problem()
     result = solve(problem, PerRow(fraction), METHODS[name])
     assert float(result.mask.double().mean()) == fraction
@@ -172,7 +172,7 @@ def test_fixed_entries_stay(name: str, base: PartitionMatroid) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("masks", [PerRow(0.5), Unstructured(0.4)], ids=repr)
-def test_stops_when_told_with_a_member(name: str, masks: PartitionMatroid) -> None:
+def test_a_callback_ends_every_method_with_a_member(name: str, masks: PartitionMatroid) -> None:
     problem = synthetic(rows=6, d=16).problem()
     late = solve(problem, masks, METHODS[name], time_limit=0.0)
     checked(problem, masks, late)
@@ -211,7 +211,7 @@ def test_a_batch_is_a_loop_over_rows(name: str, data: st.DataObject, rows: int, 
 
 
 @pytest.mark.parametrize("masks", [PerRow(0.5), Unstructured(0.5), NM(keep=2, group=4)], ids=repr)
-def test_moving_weights_beats_keeping_them(masks: PartitionMatroid) -> None:
+def test_updating_weights_beats_keeping_them(masks: PartitionMatroid) -> None:
     problem = synthetic("correlated", rows=24, d=64, seed=2).problem()
     wanda = solve(problem, masks, Wanda()).relative_error
     error = {name: solve(problem, masks, method).relative_error for name, method in METHODS.items()}
@@ -338,7 +338,7 @@ def test_alps_polishes_to_least_squares_on_its_mask() -> None:
     assert float(problem.error(rough).sum()) > float(problem.error(weight).sum())
 
 
-def test_alps_starts_where_told() -> None:
+def test_alps_starts_from_the_given_mask() -> None:
     problem = synthetic(rows=6, d=16).problem()
     start = PerRow(0.5).lmo_mask(problem.weight.abs())
     result = solve(problem, PerRow(0.5), ALPS(), start=start, time_limit=0.0)

@@ -112,7 +112,7 @@ def test_sparsegpt_stops_between_inputs(clock: Clock, block: int, limit: float) 
     assert PerRow(0.5).contains(result.mask)
 
 
-def test_sparsegpt_stopped_midway_has_made_up_for_what_it_pruned() -> None:
+def test_sparsegpt_stopped_midway_has_corrected_for_what_it_pruned() -> None:
     """Stopped after k inputs, the weights are those of a pass that prunes the first k inputs only."""
     layer = synthetic(rows=3, d=12, seed=5).problem()
     masks = PerRow(0.5)
