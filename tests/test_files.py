@@ -1,4 +1,4 @@
-"""Outputs are whole or absent, and nothing that exists is touched."""
+"""Outputs are complete or absent, and existing files are not changed."""
 
 import os
 import subprocess
@@ -210,7 +210,7 @@ def test_a_killed_process_leaves_a_folder_that_the_next_one_removes(tmp_path: Pa
     (hidden,) = tmp_path.iterdir()
     require_absent(target)
     remove_stale(tmp_path)
-    assert (hidden / "new" / "out" / "half").read_text() == "half"  # alive: not ours to remove
+    assert (hidden / "new" / "out" / "half").read_text() == "half"  # its process is alive: it is not removed
     process.kill()
     process.wait()
     process.stdout.close()

@@ -1,4 +1,4 @@
-"""Semidefinite bounds against enumeration, at every stop; and that they are worth what the relaxation is worth."""
+"""Semidefinite bounds against enumeration, at every stop; they attain the value of the relaxation."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ def indicators(d: int, s: int, group: int | None = None) -> Tensor:
     return every[(parts == s * (group or d) / d).all(1)]
 
 
-def least_error(problem: LayerReconstruction, row: int, s: int, group: int | None = None) -> float:
+def minimum_error(problem: LayerReconstruction, row: int, s: int, group: int | None = None) -> float:
     """Return the smallest error of a row of which s entries are pruned, summed in long doubles."""
     pruned = indicators(problem.shape[1], s, group).numpy().astype(np.longdouble)
     vectors = pruned * problem.weight[row].double().numpy().astype(np.longdouble)
@@ -38,7 +38,7 @@ def least_error(problem: LayerReconstruction, row: int, s: int, group: int | Non
 
 
 def slack(problem: LayerReconstruction) -> float:
-    """Return what the rounding of the float32 Gram may take from an error that is zero."""
+    """Return by how much the rounding of the float32 Gram may reduce an error of zero."""
     return 1e-12 * float(problem.double().scale().max())
 
 
@@ -63,11 +63,11 @@ def test_bounds_hold_at_every_stop(layer: Layer, steps: int, first: int) -> None
     assert (found.bound >= 0.0).all()
     assert (found.iterations <= steps).all()
     for row in range(rows):
-        assert found.bound[row] <= least_error(problem, row, d - int(keep[row])) * (1 + 1e-13)
+        assert found.bound[row] <= minimum_error(problem, row, d - int(keep[row])) * (1 + 1e-13)
 
 
 class Exact:
-    """A symmetric matrix of fractions, as much of a tensor as the exact check looks at."""
+    """A symmetric matrix of fractions, with the tensor methods that the exact check needs."""
 
     def __init__(self, rows: list[list[Fraction]]) -> None:
         self.rows = rows
@@ -108,7 +108,7 @@ def test_bounds_with_cuts_hold_at_every_stop(layer: Layer, steps: int, first: in
     found = sdp_bound(problem, keep, cuts=cuts, stop=Countdown(steps))
     assert (found.bound >= found.shifted).all()
     for row in range(rows):
-        assert found.bound[row] <= least_error(problem, row, d - int(keep[row])) * (1 + 1e-13)
+        assert found.bound[row] <= minimum_error(problem, row, d - int(keep[row])) * (1 + 1e-13)
 
 
 @pytest.mark.parametrize(("group", "fraction"), [(None, 0.4), (4, 0.7), (2, 0.85)])
@@ -116,17 +116,17 @@ def test_cuts_close_much_of_the_gap(group: int | None, fraction: float) -> None:
     problem = synthetic("correlated", rows=8, d=12, seed=1).problem()
     keep = torch.full((8,), 6)
     found = sdp_bound(problem, keep, group=group, accuracy=1e-5, cuts=100)
-    best = torch.tensor([least_error(problem, row, 6, group) for row in range(8)], dtype=torch.float64)
+    best = torch.tensor([minimum_error(problem, row, 6, group) for row in range(8)], dtype=torch.float64)
     assert (found.bound <= best).all()
     assert float((found.bound - found.shifted).sum()) > fraction * float((best - found.shifted).sum())
 
 
 def test_cuts_prove_something_where_the_relaxation_proves_nothing() -> None:
-    # The semidefinite relaxation of a singular Gram is often worth zero.
+    # The value of the semidefinite relaxation of a singular Gram is often zero.
     problem = synthetic("rank-deficient", rows=24, d=9, seed=0).problem()
     keep = torch.full((24,), 6)
     found = sdp_bound(problem, keep, accuracy=1e-5, cuts=100)
-    minimum = torch.tensor([least_error(problem, row, 3) for row in range(24)], dtype=torch.float64)
+    minimum = torch.tensor([minimum_error(problem, row, 3) for row in range(24)], dtype=torch.float64)
     nothing = found.shifted < 1e-6 * minimum
     assert nothing.any()
     assert (found.bound[nothing] > 0.02 * minimum[nothing]).any()
@@ -145,7 +145,7 @@ def test_bounds_grow_and_end_near_the_relaxation(family: str, d: int, group: int
         assert (found.bound >= best).all()
         best = found.bound
         for row in range(6):
-            assert found.bound[row] <= least_error(problem, row, d - int(keep[row]), group) + slack(problem)
+            assert found.bound[row] <= minimum_error(problem, row, d - int(keep[row]), group) + slack(problem)
     scale = problem.scale()
     assert (found.primal - found.bound <= 1.1e-5 * found.primal + 1e-6 * scale).all()
 
@@ -210,7 +210,7 @@ def test_the_shifted_form_is_convex_and_equal_on_masks(layer: Layer, kept: int, 
         error = torch.einsum("pi,ij,pj->p", pruned, Q, pruned)
         there = torch.einsum("pi,ij,pj->p", pruned, C, pruned) + found.shifted[row]
         torch.testing.assert_close(there, error, rtol=1e-11, atol=1e-12 * d * d * size + 1e-300)
-        # The diagonal form of the same, convex along differences of masks.
+        # The diagonal form of the same, convex in directions that are differences of masks.
         product = (
             torch.einsum("pi,ij,pj->p", pruned, Q - torch.diag(found.shift[row]), pruned) + pruned @ found.shift[row]
         )
@@ -270,11 +270,11 @@ def test_rows_stop_when_the_target_is_settled() -> None:
         assert torch.equal(found.bound >= target, torch.full((6,), factor < 1.0))
         assert (found.bound <= plain.primal).all()
         assert (found.iterations < plain.iterations).all()
-    # What the relaxation alone cannot prove, cuts may.
+    # Cuts may prove what the relaxation alone cannot.
     target = plain.bound * 1.02
     found = sdp_bound(problem, keep, target=target, cuts=50)
     assert (found.bound >= target).sum() >= 3
-    assert all(found.bound[row] <= least_error(problem, row, 8) for row in range(6))
+    assert all(found.bound[row] <= minimum_error(problem, row, 8) for row in range(6))
 
 
 def test_bounds_of_rows_with_one_mask_are_exact() -> None:
@@ -317,7 +317,7 @@ def test_bounds_hold_for_indefinite_forms_with_linear_terms() -> None:
     minimum = (torch.einsum("pi,bij,pj->bp", p, forms, p) + linear @ p.T).amin(1)
     assert (found.bound <= minimum).all()
     assert (found.primal - found.bound <= 2e-5 * found.primal.abs().clamp_min(1e-2)).all()
-    # Of values about -10 the worst may be off by 3, and several are met.
+    # The values are about -10: the largest gap may be 3, and several bounds are tight.
     assert (minimum - found.bound).median() < 1.0
     assert (minimum - found.bound < 1e-3).sum() >= 5
 

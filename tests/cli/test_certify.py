@@ -1,4 +1,4 @@
-"""`maskopt certify`: figures against the library's, and what it refuses."""
+"""`maskopt certify`: figures against the library's, and refused arguments."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def mask(run: Run, layer: Path, tmp_path: Path) -> Path:
-    """Of the layer, half of every row kept."""
+    """A mask of the layer that keeps half of every row."""
     path = tmp_path / "mask.safetensors"
     run("solve", layer, "-s", 0.5, "--solver", "wanda", "--out", path)
     return path

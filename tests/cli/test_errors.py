@@ -1,4 +1,4 @@
-"""Bad input: one sentence that names the culprit, exit code 2, nothing written."""
+"""Bad input: one sentence that names the cause, exit code 2, no output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Failures of the machine and interrupts while saving: nothing half-written, existing files as they were."""
+"""Failures of the machine and interrupts while saving: no partial outputs, existing files unchanged."""
 
 from __future__ import annotations
 

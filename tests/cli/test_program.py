@@ -27,7 +27,7 @@ def test_help_shows_an_example(run, command):
 def test_help_lists_the_commands(run):
     text = run("--help").stdout
     assert all(command in text for command in COMMANDS)
-    assert run(code=2).output.split() == text.split()  # nothing asked for: help
+    assert run(code=2).output.split() == text.split()  # no arguments: help
 
 
 def test_module_runs_as_a_program_without_loading_transformers(layer):

@@ -123,7 +123,7 @@ def test_updated_weights_are_written_and_reproduce_the_error(run, layer, tmp_pat
     assert figures["relative_error"] == figures["objective"] / scale < figures["kept_error"]
     line = f"{figures['relative_error']:.6g} ({figures['kept_error']:.6g} with the weights as they were)"
     assert line in " ".join(result.stdout.split())
-    # And it is a mask to start from, like any other.
+    # The mask written can be used as a start.
     run("solve", layer, "-s", 0.5, "--solver", "one-swap", "--start", out)
 
 

@@ -1,4 +1,4 @@
-"""`maskopt trace`: the figures in its outputs, the figure, and what it refuses."""
+"""`maskopt trace`: the figures in its outputs, the plot, and refused arguments."""
 
 import csv
 import xml.etree.ElementTree as ET

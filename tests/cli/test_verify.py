@@ -1,4 +1,4 @@
-"""`maskopt verify`: its verdicts against brute force, and what it refuses."""
+"""`maskopt verify`: its verdicts against brute force, and refused arguments."""
 
 import json
 import math
@@ -79,7 +79,7 @@ def test_rows_that_the_set_couples_are_one(run: Run, layer: Path) -> None:
 
 @pytest.mark.parametrize(("iterations", "word"), [(1, "unknown"), (500, "within")])
 def test_without_a_proof_none_is_claimed(run: Run, layer: Path, iterations: int, word: str) -> None:
-    """A weak judge: its bound is far off, and its own mask worse."""
+    """A weak reference solver: its bound is loose, and its own mask is worse."""
     settings = ("--exact", "sparsefw", "-o", f"iterations={iterations}")
     arguments: tuple[object, ...] = ("--rows", "0:4", "-s", 0.5, *settings, "--json", "-")
     for row in json.loads(run("verify", layer, *arguments).stdout)["rows"]:

@@ -46,7 +46,7 @@ def test_every_linear_layer_gets_exactly_the_pattern(architecture, make_batches,
 @pytest.mark.parametrize("propagate", ["pruned", "dense"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_grams_are_those_of_the_model_they_claim(architecture, make_batches, inputs_of, recorder, propagate, padded):
-    """Block by block: in "pruned" mode layers see the pruned blocks before their own, else the dense model."""
+    """In "pruned" mode the inputs of a layer come from the pruned blocks before its own, else from the dense model."""
     model, dense, batches = architecture.build(), architecture.build(), make_batches(padded)
     report = prune(model, batches, PerRow(0.5), recorder, propagate=propagate)
     names = [record.name for record in report.layers]
@@ -61,7 +61,7 @@ def test_grams_are_those_of_the_model_they_claim(architecture, make_batches, inp
             torch.testing.assert_close(problems[name].gram.double() / scale, x.T @ x / scale, rtol=0, atol=2e-6)
             assert problems[name].tokens == records[name].tokens == len(x)
         if propagate == "pruned":
-            for name in inside:  # `dense` follows: its blocks so far are pruned as the report says
+            for name in inside:  # `dense` follows: its earlier blocks are pruned as in the report
                 weight = dense.get_submodule(name).weight
                 weight.data *= report.masks[name]
 
@@ -111,7 +111,7 @@ def test_updated_weights_are_applied_where_the_mask_keeps(build, make_batches, i
                 error = (outputs - x @ layer.oriented(weight).double().T).square().sum()
                 assert figure == pytest.approx(float(error / outputs.square().sum()), rel=2e-3, abs=1e-6)
             assert record.relative_error < record.kept_error
-        if propagate == "pruned":  # later blocks see what the new weights give out
+        if propagate == "pruned":  # the inputs of later blocks are outputs of the new weights
             for inner in inside:
                 layers[inner].weight.data.copy_(after[f"{inner}.weight"])
     others = before.keys() - {f"{inner}.weight" for inner in layers}

@@ -1,4 +1,4 @@
-"""Layers that decide stay dense unless they are named."""
+"""Routers stay dense unless they are named."""
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ class Mlp(nn.Module):
 
 
 class Mixture(nn.Module):
-    """A mixture as a model that transformers does not know might be written."""
+    """A mixture as in a model that is not part of transformers."""
 
     def __init__(self, **children: nn.Module) -> None:
         super().__init__()

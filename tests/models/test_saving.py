@@ -1,4 +1,4 @@
-"""Pruned models survive a round trip, and nothing half-written is left behind."""
+"""Pruned models survive a round trip, and no partial output is left behind."""
 
 import json
 import resource
@@ -53,7 +53,7 @@ def test_the_whole_checkpoint_survives(build, make_batches, tokenizer, tmp_path)
     assert type(again) is type(model)
     assert again.generation_config.temperature == 0.7
     assert words("Hello, fox")["input_ids"] == tokenizer("Hello, fox")["input_ids"]
-    # What was saved can be pruned further, from its own masks.
+    # A saved model can be pruned further, from its own masks.
     more = prune(again, make_batches(), PerRow(0.5), Wanda(), start=load_masks(tmp_path / "out"))
     assert more.sparsity == 0.5
 
@@ -255,7 +255,7 @@ def test_a_full_disk_or_an_interrupt_leaves_nothing(pruned, tokenizer, tmp_path,
 
 
 def test_a_file_size_limit_while_the_weights_are_written_leaves_nothing(pruned, tokenizer, tmp_path):
-    """The weights are written by native code, whose errors are of another kind."""
+    """The weights are written by native code, whose errors are of another class."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:

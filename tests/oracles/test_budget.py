@@ -1,4 +1,4 @@
-"""Budgets: exact where they say so, bounded elsewhere, never overdrawn."""
+"""Budgets: exact if small, bounded otherwise, never exceeded."""
 
 import math
 from fractions import Fraction
@@ -67,7 +67,7 @@ def test_large_budgets_are_bounded(kind: str, seed: int, fraction: float) -> Non
             relaxed, left = relaxed + part * worth, left - part * price
     assert relaxed == pytest.approx(bound, abs=1e-9 * scale) or masks.exact
     assert bound <= value + 1e-12 * scale
-    # At most what one entry is worth.
+    # At most the cost of one entry.
     assert value - relaxed <= -float(torch.where(able, cost, 0.0).min()) + 1e-9 * scale
 
 

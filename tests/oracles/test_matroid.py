@@ -1,4 +1,4 @@
-"""Partition matroids: known answers, counts from fractions, and every sentence."""
+"""Partition matroids: known answers, counts from fractions, and every error message."""
 
 import math
 from fractions import Fraction
@@ -107,7 +107,7 @@ def test_reprs_show_the_settings() -> None:
     assert repr(PerRow(torch.tensor([1, 2, 3]))) == "PerRow(keep=3 counts)"
 
 
-# Sentences
+# Error messages
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_impossible_sets_are_refused(make: object, sentence: str) -> None:
 )
 def test_sets_that_do_not_fit_are_refused(masks: PartitionMatroid, shape: tuple[int, int], sentence: str) -> None:
     cpu = torch.device("cpu")
-    for verb in (
+    for call in (
         lambda: masks.lmo_mask(torch.zeros(shape)),
         lambda: masks.lmo(torch.zeros(shape)),
         lambda: masks.round(torch.zeros(shape)),
@@ -168,7 +168,7 @@ def test_sets_that_do_not_fit_are_refused(masks: PartitionMatroid, shape: tuple[
         lambda: masks.rowwise(shape),
     ):
         with pytest.raises(MaskoptError, match=sentence):
-            verb()
+            call()
 
 
 def test_nm_takes_keywords_only() -> None:

@@ -1,4 +1,4 @@
-"""The words people type."""
+"""Patterns of the command line."""
 
 import math
 

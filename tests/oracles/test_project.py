@@ -1,4 +1,4 @@
-"""Projection onto capped simplices of some size, against plain bisection."""
+"""Projection onto capped simplices of large rows, against bisection."""
 
 import numpy as np
 import pytest

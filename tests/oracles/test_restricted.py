@@ -1,4 +1,4 @@
-"""Fixed entries: what the wrapper promises beyond the set it wraps."""
+"""Fixed entries: properties of the wrapper."""
 
 import math
 
@@ -97,9 +97,9 @@ def test_a_restriction_of_nothing_is_refused() -> None:
 
 def test_weights_of_another_shape_are_refused() -> None:
     masks = PerRow(2).restrict(held((2, 4), (0, 0)))
-    for verb in (lambda: masks.check((3, 4)), lambda: masks.lmo(torch.zeros(3, 4))):
+    for call in (lambda: masks.check((3, 4)), lambda: masks.lmo(torch.zeros(3, 4))):
         with pytest.raises(MaskoptError, match=r"fixes entries of a weight of shape \(2, 4\); got \(3, 4\)"):
-            verb()
+            call()
     with pytest.raises(MaskoptError, match="divisible by 4"):
         NM(keep=2, group=4).restrict(held((2, 6), (0, 0)))
 

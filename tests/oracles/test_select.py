@@ -29,7 +29,7 @@ def ties(rows: int, size: int, dtype: torch.dtype, levels: int = 5) -> Tensor:
 
 @pytest.fixture(params=["quickselect", "topk"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to find the k-th entry; the second is the one accelerators take."""
+    """Both algorithms for the k-th entry; the second is used on accelerators."""
     if request.param == "topk":
 
         def forbidden(*_: object, **__: object) -> None:
@@ -41,7 +41,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def _topk_branch(kth: object) -> object:
-    """Return the function seeing a device that is not the CPU."""
+    """Return the function as it runs on a device other than the CPU."""
 
     class Elsewhere:
         type = "cuda"

@@ -35,7 +35,7 @@ def drawn(kind: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def minimum(masks: TransposableNM, cost: Tensor, lower: Tensor | None = None, upper: Tensor | None = None) -> float:
-    """Return the optimum of the LP formulation, costs scaled to what HiGHS's absolute tolerances suit."""
+    """Return the optimum of the LP formulation, with costs scaled to suit the absolute tolerances of HiGHS."""
     scale = float(cost.abs().max()) or 1.0
     low = np.zeros(cost.numel()) if lower is None else lower.flatten().double().numpy()
     high = np.ones(cost.numel()) if upper is None else upper.flatten().double().numpy()
@@ -133,7 +133,7 @@ def test_infinite_costs_decide_their_entries(group: int) -> None:
     good[member], bad[~member] = -math.inf, math.inf
     assert torch.equal(masks.lmo_mask(good), member)
     assert torch.equal(masks.lmo_mask(bad), member)
-    # Fixed entries go before infinite ones.
+    # Fixed entries take precedence over infinite costs.
     other = masks.lmo_mask(-member.double())
     assert torch.equal(masks.restrict(kept=~member & other).lmo_mask(good) & other, other)
 

@@ -1,4 +1,4 @@
-"""Units of entries that stand or fall together: known answers and sentences."""
+"""Units of entries that are kept or pruned together: known answers and error messages."""
 
 import pytest
 import torch

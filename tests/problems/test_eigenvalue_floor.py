@@ -1,4 +1,4 @@
-"""`eigenvalue_floor` is a proven lower bound; proofs leave no room for tolerances, so spectra are known exactly."""
+"""`eigenvalue_floor` is a proven lower bound; it is tested without tolerances, on spectra that are known exactly."""
 
 from fractions import Fraction
 
@@ -52,7 +52,7 @@ def test_floor_of_edge_case_grams_is_a_tight_bound(dtype: torch.dtype, layer: La
     assert floor <= 0.0
     gram = problem.scaled_gram.double()
     assert below_every_eigenvalue(gram, floor)
-    assert floor >= -1e-6 * float(torch.linalg.matrix_norm(gram)) - 1e-300  # and it is not a useless bound
+    assert floor >= -1e-6 * float(torch.linalg.matrix_norm(gram)) - 1e-300  # and the bound is tight
 
 
 @given(st.integers(1, 40), st.integers(-30, -6), st.integers(0, 99))

@@ -175,7 +175,7 @@ def test_bad_functions_are_refused(call: object, sentence: str) -> None:
     ids=["log", "root", "pole"],
 )
 def test_functions_that_are_not_finite_inside_are_refused(term: object, coupled: bool) -> None:
-    """They pass the first look, at the mask that keeps all; the sentence comes when it happens, whatever the rule."""
+    """They are finite at the mask that keeps all, which is checked first; the error comes later, with every rule."""
     problem = Function(lambda x: term(x).sum() if coupled else term(x).sum(1), SHAPE)
     for direction in ("vanilla", "away", "dicg"):
         with pytest.raises(MaskoptError, match="must be finite on the unit cube"):

@@ -1,4 +1,4 @@
-"""Synthetic layers: the same for the same seed, valid, and with the property their family promises."""
+"""Synthetic layers: the same for the same seed, valid, and with the property of their family."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SIZES = [(1, 1), (3, 2), (2, 3), (5, 7), (1, 40), (64, 64), (8, 100)]
 def test_instances_are_valid_and_deterministic(family: str, rows: int, d: int) -> None:
     for seed in range(3):
         one, two = (synthetic(family, rows, d, seed=seed) for _ in range(2))
-        torch.manual_seed(seed)  # the global generator plays no part
+        torch.manual_seed(seed)  # the global generator is not used
         assert torch.equal(one.weight, two.weight)
         assert torch.equal(one.gram, two.gram)
         assert one.metadata == two.metadata
@@ -57,8 +57,8 @@ def test_correlated_is_ill_conditioned(seed: int) -> None:
     gram = synthetic("correlated", d=48, seed=seed).gram.double()
     eigenvalues = torch.linalg.eigvalsh(gram)
     assert float(eigenvalues[-1] / eigenvalues[0]) > 100
-    off = gram - torch.diag(gram.diagonal())
-    assert float(off.square().sum() / gram.square().sum()) > 0.3
+    off_diagonal = gram - torch.diag(gram.diagonal())
+    assert float(off_diagonal.square().sum() / gram.square().sum()) > 0.3
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -134,7 +134,7 @@ def test_saving_into_a_missing_folder_is_refused(tmp_path: Path) -> None:
 
 @contextmanager
 def disk_of(size: int) -> Iterator[None]:
-    """Let no file grow beyond `size` bytes, as a full disk would."""
+    """Limit files to `size` bytes, as a full disk would."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

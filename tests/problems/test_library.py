@@ -31,7 +31,7 @@ def test_stored_errors_and_bounds_are_true(one: SolvedInstance) -> None:
     assert abs(float(problem.objective(one.mask).sum()) - one.error) <= 1e-9 * one.error + 1e-13 * scale
     assert 0.0 <= one.bound <= one.error * (1 + 1e-9) + 1e-13 * scale
     assert one.instance.metadata["origin"]
-    if one.mask.shape[1] <= 12:  # small enough to look at every mask
+    if one.mask.shape[1] <= 12:  # small enough for enumeration
         errors = errors_of(problem.weight, problem.gram, every_mask(masks, problem.shape)).sum(1)
         assert one.error <= float(errors.min()) * (1 + 1e-6) + 1e-12 * scale
         assert one.bound <= float(errors.min()) + 1e-13 * scale

@@ -1,4 +1,4 @@
-"""What a layer refuses, in one sentence, and what it must not refuse."""
+"""Data that a layer refuses, in one sentence, and data that it accepts."""
 
 import math
 
@@ -57,7 +57,7 @@ def broken(matrix: Tensor, row: int, column: int, value: float) -> Tensor:
         (torch.ones(1, 2), torch.tensor([[1.0, 2.0], [2.0, 1.0]]), "but it is indefinite, smallest eigenvalue -1; is"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, about complex to real
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own warning, about complex to real
 def test_bad_layers_are_refused(weight: Tensor, gram: Tensor, sentence: str) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         LayerReconstruction(weight, gram)

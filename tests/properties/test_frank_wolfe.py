@@ -1,4 +1,4 @@
-"""Every direction on every set and objective: against enumeration at every iteration, and what may not matter."""
+"""Every direction on every set and objective: against enumeration at every iteration, and invariances."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ACTIVE = ["away", "pairwise", "blended-pairwise", "fully-corrective"]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 EVERY = pytest.mark.parametrize("name", DIRECTIONS)
 
-# What each rule needs, written down by hand.
+# The requirements of each rule, listed by hand.
 NEEDS_OF_SET = {
     "dicg": ["inface", "max_step"],
     "blended-dicg": ["inface", "max_step"],
@@ -70,7 +70,7 @@ def member(masks: MaskSet, mask: Tensor) -> bool:
     return formulation.contains(mask.numpy()) and feasible(masks, mask)
 
 
-# Everything with everything
+# All combinations
 
 
 @pytest.mark.parametrize("kind", cases())
@@ -79,7 +79,7 @@ def member(masks: MaskSet, mask: Tensor) -> bool:
 def test_every_direction_runs_or_is_refused_on_every_set_and_objective(name: str, set_name: str, kind: str) -> None:
     case, masks, solver = cases()[kind], ALL_SETS[set_name](SHAPE, 0.5), FrankWolfe(direction=name, iterations=3)
     for seen, needs in ((case.problem, NEEDS_OF_PROBLEM), (masks, NEEDS_OF_SET)):
-        missing = [verb for verb in needs.get(name, []) if not hasattr(seen, verb)]
+        missing = [method for method in needs.get(name, []) if not hasattr(seen, method)]
         if missing:
             with pytest.raises(MaskoptError) as error:
                 solve(case.problem, masks, solver)
@@ -104,7 +104,7 @@ def test_every_direction_runs_or_is_refused_on_every_set_and_objective(name: str
 @pytest.mark.parametrize("step", STEPS)
 @EVERY
 def test_every_step_runs_or_is_refused_with_every_direction(name: str, step: str) -> None:
-    """Whether they go together can be read off the two tables; the one other refusal is of stale gradients."""
+    """The two tables decide which are compatible; the only other refusal is of stale gradients."""
     if name == "stochastic" and step not in ("open-loop", "log"):
         with pytest.raises(MaskoptError, match=r"keeps no gradient for .*Step.* to look at; choose an open-loop step"):
             FrankWolfe(direction=name, step=step)
@@ -112,9 +112,9 @@ def test_every_step_runs_or_is_refused_with_every_direction(name: str, step: str
     solver = FrankWolfe(direction=name, step=step, iterations=4)
     for kind, case in cases().items():
         missing = [
-            verb
-            for verb in (*NEEDS_OF_PROBLEM.get(name, []), *NEEDS_OF_PROBLEM.get(step, []))
-            if not hasattr(case.problem, verb)
+            method
+            for method in (*NEEDS_OF_PROBLEM.get(name, []), *NEEDS_OF_PROBLEM.get(step, []))
+            if not hasattr(case.problem, method)
         ]
         masks = SETS["n:m" if len(kind) % 2 else "unstructured"](SHAPE, 0.5)
         if missing:
@@ -129,7 +129,7 @@ def test_every_step_runs_or_is_refused_with_every_direction(name: str, step: str
 
 def test_sentences_of_sets_name_the_protocol() -> None:
     class Bare(MaskSet):
-        """A set with the verbs that every set has, and no more."""
+        """A set with only the methods that every set has."""
 
         def __init__(self) -> None:
             self.inner = PerRow(0.5)
@@ -156,17 +156,17 @@ def test_sentences_of_sets_name_the_protocol() -> None:
     for name in DIRECTIONS:
         solver = FrankWolfe(direction=name, iterations=5)
         if name not in NEEDS_OF_SET:
-            result = solve(problem, Bare(), solver)  # rows are then taken to be coupled, and nothing is swapped
+            result = solve(problem, Bare(), solver)  # rows are then taken to be coupled, and there are no swaps
             assert PerRow(0.5).contains(result.mask)
             assert result.lower_bound.shape == (1,)
             continue
-        verbs = ", ".join(NEEDS_OF_SET[name])
+        methods = ", ".join(NEEDS_OF_SET[name])
         kind = "HasGroups" if name == "block-coordinate" else "HasFaces"
         with pytest.raises(MaskoptError) as error:
             solve(problem, Bare(), solver)
         assert str(error.value) == (
-            f"Bare() is not compatible with FrankWolfe with {DIRECTIONS[name]()}: it must implement {verbs}; "
-            f"missing: {verbs} (see maskopt.oracles.{kind})."
+            f"Bare() is not compatible with FrankWolfe with {DIRECTIONS[name]()}: it must implement {methods}; "
+            f"missing: {methods} (see maskopt.oracles.{kind})."
         )
 
 
@@ -190,9 +190,9 @@ def test_bad_settings_are_refused(settings: dict[str, object], sentence: str) ->
 
 
 def checked_history(case: Case, masks: MaskSet, solver: FrankWolfe, tolerance: float) -> None:
-    """Compare every iteration with the optimum; `tolerance` times the size is what the enumeration may be off by."""
+    """Compare every iteration with the optimum; `tolerance` times the size bounds the rounding of the enumeration."""
     result = solve(case.problem, masks, solver, record=1)
-    best, size = case.lmo_bound(masks)
+    best, size = case.minimum(masks)
     total, slack = float(best.sum()), tolerance * size
     history = result.history
     for bound, rounded, incumbent in zip(history["bound"], history["rounded"], history["incumbent"], strict=True):
@@ -222,7 +222,7 @@ def checked_history(case: Case, masks: MaskSet, solver: FrankWolfe, tolerance: f
 def test_bounds_hold_at_every_iteration(
     name: str, dtype: torch.dtype, data: st.DataObject, layer: Layer, shift: float
 ) -> None:
-    """Integers: the optimum is exact, and so must be the claims. No tolerance."""
+    """With integers the optimum is exact, so bounds must hold without a tolerance."""
     assume(layer.weight.numel() <= 12)
     masks = data.draw(sets(layer.shape))
     checked_history(layer_case(layer, shift, dtype), masks, FrankWolfe(direction=name, iterations=9), 0.0)
@@ -265,7 +265,7 @@ def test_bounds_of_functions_hold_at_every_iteration(
     assume(shape[0] * shape[1] <= 12)
     masks = data.draw(sets(shape))
     case = function_case(kind, shape, seed, coupled=coupled, declared=declared, shift=shift)
-    # Functions' own rounding has an allowance in the bound; the enumeration rounds by a few units of its terms.
+    # The bound accounts for the rounding of the function; the enumeration rounds by a few units of its terms.
     checked_history(case, masks, FrankWolfe(direction=name, iterations=7), 2e-15)
 
 
@@ -282,7 +282,7 @@ def test_float32_functions_prove_nothing(kind: str, seed: int, coupled: bool) ->
 def test_bounds_of_a_user_defined_quadratic_hold_at_every_iteration(
     name: str, data: st.DataObject, seed: int, shift: float
 ) -> None:
-    """A class of a few lines serves every direction, and proves what it claims."""
+    """A class of a few lines works with every direction, and its bounds hold."""
     masks, root = data.draw(sets((2, 6))), normal(6, 6, seed=seed)
     bowl = Bowl(root @ root.T, normal(2, 6, seed=seed + 1))
 
@@ -297,7 +297,7 @@ def test_bounds_of_a_user_defined_quadratic_hold_at_every_iteration(
 
 @EVERY
 def test_scores_are_solved_at_once(name: str) -> None:
-    """A linear objective: the first vertex is the answer, and the bound says so."""
+    """For a linear objective the first vertex is optimal, and the bound is tight."""
     for seed in range(3):
         problem, masks = Saliency(normal(*SHAPE, seed=seed)), SETS["n:m"](SHAPE, 0.5)
         for start in (None, masks.lmo_mask(normal(*SHAPE, seed=seed + 9))):
@@ -306,10 +306,10 @@ def test_scores_are_solved_at_once(name: str) -> None:
             assert result.gap == pytest.approx(0.0, abs=1e-9)
 
 
-# What may not matter
+# Invariances
 
-# Exact steps make the slopes of two vertices, or entries, equal, and rounding decides which is next. These are compared
-# while nothing has been decided by rounding.
+# Exact steps make the slopes of two vertices, or entries, equal, and rounding then decides which is next. Runs are
+# compared only as long as rounding has decided nothing.
 SENSITIVE = {"pairwise": 1, "blended-pairwise": 1, "dicg": 1, "blended-dicg": 1}
 
 
@@ -321,7 +321,7 @@ def test_a_constant_in_the_gradient_shifts_values_and_bounds(
 ) -> None:
     """c * sum(x) is c times the number kept: same masks, and values and bounds that much larger."""
     if name == "boosted":
-        return  # pursues the negative gradient itself, of which the constant is a part
+        return  # it approximates the negative gradient itself, which contains the constant
     root, linear, masks = normal(8, 8, seed=seed), normal(*SHAPE, seed=seed + 1), SETS[set_name](SHAPE, 0.5)
     solver = FrankWolfe(direction=name, iterations=SENSITIVE.get(name, 2), gap=1e-9)
     results = [
@@ -369,7 +369,7 @@ def test_reordering_groups_reorders_the_mask(name: str, seed: int) -> None:
 @given(st.integers(0, 999), st.integers(-12, 12), st.sampled_from(["per-row", "unstructured", "n:m"]))
 @examples(4)
 def test_powers_of_two_scale_everything(name: str, dtype: torch.dtype, seed: int, power: int, set_name: str) -> None:
-    """To the last digit, in every column."""
+    """Every column scales exactly."""
     layer, masks = plain_layer(seed), SETS[set_name](SHAPE, 0.5)
     big = Layer(layer.weight * 2.0**power, layer.x, "")
     solver = FrankWolfe(direction=name, iterations=8)
@@ -415,7 +415,7 @@ def test_inputs_are_not_modified(name: str) -> None:
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_solver_takes_shifted_problems(name: str) -> None:
-    """No mask sees a shift: solvers that do not relax answer as without, the others with a mask as good as theirs."""
+    """Shifts keep the errors of masks: solvers without a relaxation return the same mask, the others one as good."""
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
     solver = SOLVERS[name]
     for amount in (0.7, -3.0):
@@ -425,7 +425,7 @@ def test_every_solver_takes_shifted_problems(name: str) -> None:
         if not solver.relaxes:
             assert torch.equal(plain.mask, shifted.mask)
         if shifted.lower_bound is not None:
-            best, size = layer_case(plain_layer(0)).lmo_bound(masks)
+            best, size = layer_case(plain_layer(0)).minimum(masks)
             assert bool((shifted.lower_bound <= best + 1e-14 * size).all())
 
 
@@ -444,16 +444,16 @@ def hard_bowls(seeds: int, n: int = 60) -> Bowl:
 
 
 class Counting(Diary):
-    """Counts the iterations that every row moved in, and its active vertices after the last one."""
+    """Counts the iterations that changed every row, and its active vertices after the last one."""
 
     def begin(self, state: IterationState) -> DirectionRule:
         self.ids = torch.arange(len(state.x))
-        self.moves, self.active = torch.zeros(len(state.x)), torch.zeros(len(state.x), dtype=torch.int64)
+        self.changes, self.active = torch.zeros(len(state.x)), torch.zeros(len(state.x), dtype=torch.int64)
         return super().begin(state)
 
     def update(self, state: IterationState, direction: Direction, step_size: Tensor, max_step: Tensor) -> None:
         self.rule.update(state, direction, step_size, max_step)
-        self.moves[self.ids] += (step_size > 0).float()
+        self.changes[self.ids] += (step_size > 0).float()
         if hasattr(self.rule, "atoms"):
             self.active[self.ids] = self.rule.atoms.active
 
@@ -473,13 +473,13 @@ class Counting(Diary):
     [("dicg", 250), ("pairwise", 450), ("away", 800), ("blended-pairwise", 850), ("fully-corrective", 60)],
 )
 def test_linearly_convergent_directions_reach_a_gap_of_1e_8(name: str, most: int) -> None:
-    """Keep 24 of 60 at random convex quadratics with exact steps: linear convergence, and how fast."""
+    """Keep 24 of 60 at random convex quadratics with exact steps: linear convergence at the expected rate."""
     counting = Counting(DIRECTIONS[name]())
     solver = FrankWolfe(direction=counting, step="exact", gap=1e-8, relative_gap=0.0, iterations=6000)
     result = solve(hard_bowls(12), PerRow(24), solver, record=0)
     assert result.status is Status.CONVERGED
-    assert 10 <= float(counting.moves.quantile(0.5)) <= most
-    assert result.iterations >= float(counting.moves.max())
+    assert 10 <= float(counting.changes.quantile(0.5)) <= most
+    assert result.iterations >= float(counting.changes.max())
     if name == "blended-pairwise":
         assert float(counting.active.double().quantile(0.5)) <= 40
 

@@ -208,7 +208,7 @@ def test_round_is_the_projection(name: str, data: st.DataObject) -> None:
     x = torch.tensor(data.draw(st.lists(st.integers(0, 16), min_size=size, max_size=size))).view(shape).double() / 16
     distance = (every_mask(masks, shape).double() - x).square().sum((1, 2))
     rounded = masks.round(x)
-    # Protected entries must stay, whatever x says of them; among members the nearest is chosen.
+    # Protected entries are kept whatever their value in x; among members the nearest is chosen.
     assert feasible(masks, rounded)
     if masks.exact:
         assert float((rounded.double() - x).square().sum()) == float(distance.min())
@@ -254,7 +254,7 @@ def test_enumerate_and_count_agree_with_all_patterns(name: str, data: st.DataObj
 @pytest.mark.parametrize("name", EVERY)
 @examples(15)
 def test_members_are_as_registered(name: str, data: st.DataObject) -> None:
-    """Of one size, or closed under pruning, if the registry says so."""
+    """Members are of one size, or closed under pruning, if the registry claims it."""
     shape = data.draw(shapes(3, 4))
     members = every_mask(data.draw(sets(shape, [name])), shape).flatten(1)
     if name in EQUAL_SETS:
@@ -276,7 +276,7 @@ def test_center_is_in_the_relative_interior(name: str, data: st.DataObject) -> N
     masks = data.draw(sets(shape, [name]))
     members = every_mask(masks, shape).flatten(1).double().numpy()
     center = masks.center(shape, torch.float64, torch.device("cpu")).flatten().numpy()
-    # How far one can go on beyond it, coming from the mean of all members: t > 0, as long as the mean is not there.
+    # The largest step past the point, from the mean of all members: t > 0 unless the point is the mean.
     mean = members.mean(0)
     ahead = center - mean
     weights = np.vstack((members.T, np.ones(len(members))))
@@ -296,7 +296,7 @@ def test_center_is_the_mean_of_all_masks(name: str, data: st.DataObject) -> None
     masks = data.draw(sets(shape, [name]))
     center = masks.center(shape, torch.float64, torch.device("cpu"))
     torch.testing.assert_close(center, every_mask(masks, shape).double().mean(0), rtol=1e-12, atol=1e-12)
-    center[0, 0] = 7.0  # it is nobody else's memory
+    center[0, 0] = 7.0  # the center is a new tensor
     assert float((center == 7.0).sum()) == 1.0
 
 
@@ -370,7 +370,7 @@ def test_rowwise_spreads_evenly(name: str, data: st.DataObject) -> None:
 @given(st.integers(1, 5000), fractions)
 @examples(300)
 def test_fraction_of_a_row_is_exact(d: int, keep: float) -> None:
-    # A fraction is meant to twelve digits: 1 - 0.7 is 0.3.
+    # Fractions are rounded to twelve digits: 1 - 0.7 is 0.3.
     (count,) = PerRow(keep).kept_per_group((1, d)).tolist()
     assert count - 1 < keep * d <= count + 1e-9
     assert 0 <= count <= d

@@ -17,15 +17,15 @@ from tests.helpers import (
     examples,
     feasible,
     layers,
-    least_errors,
     magnitudes,
+    minimum_errors,
     sets,
 )
 from tests.loop_runs import layer_case
 
 DTYPES = [torch.float64, torch.float32]
 # What rounding may cost, as a fraction of the sum of all terms' sizes.
-ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-13}  # objectives are evaluated in float64 either way
+ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-13}  # objectives are always evaluated in float64
 
 
 def total_size(layer: Layer, masks: PartitionMatroid) -> Tensor:
@@ -86,7 +86,7 @@ def test_bounds_are_below_the_optimum_of_every_row(
     masks, problem = SETS["per-row"](layer.shape, fraction), layer.problem(dtype)
     result = solve(problem, masks, SparseFW(iterations=iterations))
     assert result.gap_kind is GapKind.PROVEN
-    best = least_errors(problem.weight, problem.gram, masks)
+    best = minimum_errors(problem.weight, problem.gram, masks)
     assert bool((result.lower_bound <= best + 1e-14 * magnitudes(layer.weight, layer.gram)).all())
 
 
@@ -94,10 +94,10 @@ def test_bounds_are_below_the_optimum_of_every_row(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @examples(60)
 def test_proven_bounds_need_no_tolerance(dtype: torch.dtype, layer: Layer, fraction: float, iterations: int) -> None:
-    """Integers: the optimum is exact, and so must be the claim."""
+    """With integers the optimum is exact, so bounds must hold without a tolerance."""
     masks, problem = SETS["per-row"](layer.shape, fraction), layer.problem(dtype)
     result = solve(problem, masks, SparseFW(iterations=iterations))
-    best = least_errors(problem.weight, problem.gram, masks)
+    best = minimum_errors(problem.weight, problem.gram, masks)
     assert bool((result.lower_bound <= best).all()), float((result.lower_bound - best).max())
 
 

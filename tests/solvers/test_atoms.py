@@ -1,4 +1,4 @@
-"""Active vertices as indices, against dense matrices kept beside them."""
+"""Active vertices stored as indices, against dense vertices in dictionaries."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def vertices_of(seed: int, blocks: int, entries: int, equal: bool = False) -> Te
 
 
 class Dense:
-    """The same by a dictionary per row block: vertex -> weight."""
+    """The reference: a dictionary vertex -> weight per row block."""
 
     def __init__(self, vertices: Tensor) -> None:
         self.weight = [{tuple(row): 1.0} for row in vertices.tolist()]
@@ -52,7 +52,7 @@ def contents(atoms: Atoms) -> list[dict[tuple[float, ...], float]]:
         rows = atoms.dense(torch.full((atoms.blocks,), slot), torch.float64).tolist()
         for row_block, weight in enumerate(atoms.weight[:, slot].tolist()):
             if weight > 0:
-                assert tuple(rows[row_block]) not in found[row_block]  # duplicates share a slot
+                assert tuple(rows[row_block]) not in found[row_block]  # duplicates are in one slot
                 found[row_block][tuple(rows[row_block])] = weight
     return found
 
@@ -72,7 +72,7 @@ def agree(atoms: Atoms, dense: Dense) -> None:
 def test_atoms_agree_with_a_dictionary_of_weights(
     seed: int, blocks: int, entries: int, equal: bool, rounds: int
 ) -> None:
-    """Few entries, so that vertices come back: adding, emptying, scaling, growing, taking, in any order."""
+    """Few entries, so that vertices recur: adding, emptying, scaling, growing, taking, in any order."""
     first = vertices_of(seed, blocks, entries, equal)
     atoms, dense = Atoms(first), Dense(first)
     for turn in range(rounds):
@@ -140,20 +140,20 @@ def test_where_reserves_a_slot_at_zero_weight() -> None:
     slot = atoms.add(vertices, torch.zeros(2), where=torch.ones(2, dtype=torch.bool))
     assert torch.equal(atoms.dense(slot, torch.float32), vertices)
     assert atoms.active.tolist() == [1, 1]
-    assert slot.tolist()[1] == 0  # the one it has
+    assert slot.tolist()[1] == 0  # the slot that holds the vertex already
 
 
 @given(st.integers(0, 999), st.integers(1, 5))
 @examples(40)
 def test_inner_products_follow_their_atoms(seed: int, blocks: int) -> None:
     atoms, entries = Atoms(vertices_of(seed, blocks, 6)), 6
-    correct = normal(entries, entries, seed=seed)
-    correct = correct @ correct.T
+    hessian = normal(entries, entries, seed=seed)
+    hessian = hessian @ hessian.T
 
     def products(these: Atoms) -> Tensor:
         slots = range(these.weight.shape[1])
         dense = torch.stack([these.dense(torch.full((these.blocks,), slot), torch.float64) for slot in slots], 1)
-        return dense @ correct @ dense.mT
+        return dense @ hessian @ dense.mT
 
     atoms.matrix = products(atoms)
     for turn in range(10):

@@ -1,4 +1,4 @@
-"""Direction rules: ways inside the hull, combinations of atoms, faces, angles, and which gradients certify."""
+"""Direction rules: directions inside the hull, combinations of atoms, faces, angles, and certified gaps."""
 
 from collections import Counter
 
@@ -68,7 +68,7 @@ def problems(seed: int, shape: tuple[int, int] = SHAPE) -> list[Problem]:
     return [base, base.shifted(base.diagonal(), -0.5), base.shifted(base.diagonal(), 2.0)]
 
 
-# Ways
+# Directions
 
 
 @pytest.mark.parametrize("set_name", ALL_SETS)
@@ -76,7 +76,7 @@ def problems(seed: int, shape: tuple[int, int] = SHAPE) -> list[Problem]:
 def test_points_stay_in_the_hull_up_to_the_maximal_step(name: str, set_name: str) -> None:
     masks = ALL_SETS[set_name](SHAPE, 0.5)
     if not fits(name, masks):
-        pytest.skip("the set has no such verbs")
+        pytest.skip("the set lacks methods of the rule")
     hull = Hull(masks, SHAPE)
     for problem in problems(3):
         diary = Diary(DIRECTIONS[name]())
@@ -92,7 +92,7 @@ def test_points_stay_in_the_hull_up_to_the_maximal_step(name: str, set_name: str
 
 @pytest.mark.parametrize("name", ["dicg", "blended-dicg"])
 def test_the_maximal_step_ends_at_the_boundary(name: str) -> None:
-    """A little further and the point is outside."""
+    """A step slightly longer leaves the hull."""
     masks, tight = SETS["per-row"](SHAPE, 0.5), 0
     for seed in range(3):
         diary = Diary(DIRECTIONS[name]())
@@ -101,8 +101,8 @@ def test_the_maximal_step_ends_at_the_boundary(name: str) -> None:
             for row in range(SHAPE[0]):
                 search, max_step = event.search[row], float(event.max_step[row])
                 if float(search.abs().max()) > 1e-6 and max_step > 1e-9:
-                    beyond = event.x[row] + search * (max_step * 1.001 + 1e-6)
-                    assert float(beyond.min()) < -1e-9 or float(beyond.max()) > 1 + 1e-9
+                    outside = event.x[row] + search * (max_step * 1.001 + 1e-6)
+                    assert float(outside.min()) < -1e-9 or float(outside.max()) > 1 + 1e-9
                     tight += 1
     assert tight > 50
 
@@ -127,7 +127,7 @@ def test_directions_descend_while_the_gap_is_positive(name: str, set_name: str) 
 # Atoms
 
 
-class Watched(Diary):
+class AtomsChecked(Diary):
     """Also compares the point with its atoms after every iteration."""
 
     def __init__(self, rule: DirectionRule) -> None:
@@ -154,27 +154,27 @@ class Watched(Diary):
 def test_points_are_combinations_of_their_atoms(name: str, set_name: str) -> None:
     masks = ALL_SETS[set_name](SHAPE, 0.5)
     for problem in problems(2):
-        watched = Watched(DIRECTIONS[name]())
-        run_loop(problem, masks, watched, ExactStep(), 24)
-        assert len(watched.ends) == 24
+        checked_run = AtomsChecked(DIRECTIONS[name]())
+        run_loop(problem, masks, checked_run, ExactStep(), 24)
+        assert len(checked_run.ends) == 24
 
 
 @given(layers(rows=(1, 4), d=(1, 8)), st.sampled_from(sorted(SETS)), st.floats(0, 1), st.sampled_from([0.0, -1.0, 2.0]))
 @pytest.mark.parametrize("name", ACTIVE)
 @examples(40)
-def test_edge_case_combinations(name: str, layer: Layer, set_name: str, step_size: float, amount: float) -> None:
+def test_edge_case_combinations(name: str, layer: Layer, set_name: str, fraction: float, amount: float) -> None:
     base = layer.problem()
-    problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, step_size)
-    watched = Watched(DIRECTIONS[name]())
-    run_loop(problem, masks, watched, ExactStep(), 12)
+    problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, fraction)
+    checked_run = AtomsChecked(DIRECTIONS[name]())
+    run_loop(problem, masks, checked_run, ExactStep(), 12)
 
 
 @pytest.mark.parametrize("name", ["away", "pairwise", "blended-pairwise"])
 def test_points_of_functions_are_combinations_of_their_atoms(name: str) -> None:
     for coupled in (False, True):
         problem = function_case("logistic", SHAPE, coupled=coupled).problem
-        watched = Watched(DIRECTIONS[name]())
-        run_loop(problem, SETS["n:m"](SHAPE, 0.5), watched, OpenLoopStep(), 30)
+        checked_run = AtomsChecked(DIRECTIONS[name]())
+        run_loop(problem, SETS["n:m"](SHAPE, 0.5), checked_run, OpenLoopStep(), 30)
 
 
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "blocks", "protected rows"])
@@ -183,9 +183,9 @@ def test_fully_corrective_points_are_the_best_of_their_atoms(set_name: str) -> N
     masks = SETS[set_name](SHAPE, 0.5)
     for seed in range(4):
         for problem in problems(seed)[:2]:
-            watched = Watched(FullyCorrective())
-            run_loop(problem, masks, watched, ExactStep(), 15)
-            for x, active, atoms in watched.ends:
+            checked_run = AtomsChecked(FullyCorrective())
+            run_loop(problem, masks, checked_run, ExactStep(), 15)
+            for x, active, atoms in checked_run.ends:
                 gradient = problem.gradient(problem.evaluate(x.clone()))
                 row_blocks = RowBlocks(masks.row_block(SHAPE))
                 flat = row_blocks.flat(gradient)
@@ -204,11 +204,11 @@ def test_fully_corrective_points_are_the_best_of_their_atoms(set_name: str) -> N
 )
 @examples(120)
 def test_fully_corrective_never_increases_the_objective(
-    layer: Layer, set_name: str, step_size: float, amount: float
+    layer: Layer, set_name: str, fraction: float, amount: float
 ) -> None:
-    """Also where the objective is flat or concave along some ways, and from any mask."""
+    """Also if the objective is flat or concave in some directions, and from any mask."""
     base = layer.problem()
-    problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, step_size)
+    problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, fraction)
     start = masks.lmo(normal(*layer.shape, seed=5))
     diary = Diary(FullyCorrective())
     end = run_loop(problem, masks, diary, ExactStep(), 10, start=start).point.x
@@ -229,10 +229,10 @@ def test_fully_corrective_solves_linear_objectives() -> None:
 
 
 def test_away_leaves_the_worst_atom() -> None:
-    """Every way of a run, by the definition: the atoms are read slot by slot."""
+    """Every direction of a run against the definition: the atoms are read slot by slot."""
     masks, seen = SETS["per-row"](SHAPE, 0.5), Counter()
 
-    class Checked(Watched):
+    class Checked(AtomsChecked):
         def search_direction(self, state: IterationState) -> SearchDirection:
             atoms = self.rule.atoms
             slots = range(atoms.weight.shape[1])
@@ -247,7 +247,7 @@ def test_away_leaves_the_worst_atom() -> None:
                 rounding = 1e-9 * float(gradient.abs().sum())
                 if here - minimum < rounding or abs(worst - here - (here - minimum)) < rounding:
                     continue  # nothing to gain, or equal gains: rounding decides
-                # An exact step makes slopes equal: any of the worst will do.
+                # An exact step makes slopes equal: any of the worst atoms is right.
                 directions = [(state.vertex[row] - state.x[row], 1.0, "toward")]
                 tied = [s for s, score in scores.items() if score >= worst - rounding]
                 if isinstance(self.checked, Pairwise):
@@ -279,9 +279,9 @@ def test_blended_pairwise_keeps_the_fewest_atoms() -> None:
     most = {}
     for rule in (Away(), Pairwise(), BlendedPairwise()):
         problem = plain_layer(0, (8, 24)).problem()
-        watched = Watched(rule)
-        run_loop(problem, masks, watched, ExactStep(), 120)
-        most[type(rule).__name__] = float(watched.ends[-1][1].double().mean())
+        checked_run = AtomsChecked(rule)
+        run_loop(problem, masks, checked_run, ExactStep(), 120)
+        most[type(rule).__name__] = float(checked_run.ends[-1][1].double().mean())
     assert most["BlendedPairwise"] <= most["Pairwise"]
     assert most["BlendedPairwise"] <= most["Away"]
 
@@ -328,7 +328,7 @@ def test_boosted_directions_are_no_worse_aligned_than_vanilla_ones(seed: int, se
     for rule in (Boosted(), Vanilla()):
         search = rule.begin(state).search_direction(state).vector
         lengths = state.dot(search, search).sqrt() * state.dot(state.gradient, state.gradient).sqrt()
-        cosines.append((-state.dot(search, state.gradient) / lengths).nan_to_num(0.0))  # nan where the row is solved
+        cosines.append((-state.dot(search, state.gradient) / lengths).nan_to_num(0.0))  # nan if the row is solved
     assert bool((cosines[0] >= cosines[1] - 1e-12).all())
 
 
@@ -359,10 +359,10 @@ def test_corrected_directions_are_conjugate(together: bool, seed: int, amount: f
     one, two = 2 * random(*SHAPE, seed=seed) - 1, 2 * random(*SHAPE, seed=seed + 1000) - 1
     state = state_at(problem, SETS["per-row"](SHAPE, 0.5), random(*SHAPE), row_block=row_blocks.row_block)
     rule, still = Conjugate(slack).begin(state), torch.zeros(SHAPE[0], dtype=torch.float64)
-    rule.update(state, problem.hvp(one.clone()), still, still + 1)  # the past: stood still, so that it is whole
+    rule.update(state, problem.hvp(one.clone()), still, still + 1)  # after a zero step all of it remains
     vertex, previous = problem.hvp(two.clone()), problem.hvp(one.clone())
     chosen = rule.correct(state, vertex)
-    # The move is (1 - a) vertex + a previous, with one a for each row, or for all.
+    # The direction is (1 - a) vertex + a previous, with one a for each row, or for all.
     a = vecdot(chosen.vector - two, one - two) / vecdot(one - two, one - two)
     torch.testing.assert_close(chosen.vector, torch.lerp(two, one, a.unsqueeze(1)), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(chosen.product, problem.hvp(chosen.vector.clone()).product, rtol=1e-9, atol=1e-9)
@@ -373,7 +373,7 @@ def test_corrected_directions_are_conjugate(together: bool, seed: int, amount: f
     cross, size = row_blocks(vecdot(product, chosen.vector)), row_blocks((product.abs() * chosen.vector.abs()).sum(1))
     inside = (a > 1e-9) & (a < 1 - slack - 1e-9)
     assert bool((cross.abs() <= 1e-9 * size)[inside].all())
-    # At an end of the range, no inner share would have made them conjugate.
+    # At an end of the range of a, no inner value makes them conjugate.
     ahead, back = row_blocks(vecdot(product, one)), row_blocks(vecdot(product, two))
     at_zero, root = a <= 1e-9, back / (back - ahead)
     assert bool(((root <= 1e-6) | (root >= 1 - slack - 1e-6))[at_zero | ~inside].all())
@@ -394,7 +394,7 @@ def test_after_a_full_step_nothing_is_corrected() -> None:
     problem, masks = plain_layer(3).problem(), SETS["per-row"](SHAPE, 0.5)
     state = state_at(problem, masks, random(*SHAPE))
     rule, ones = Conjugate().begin(state), torch.ones(SHAPE[0], dtype=torch.float64)
-    rule.update(state, problem.hvp(random(*SHAPE)), ones, ones)  # all the way: nothing of it is left
+    rule.update(state, problem.hvp(random(*SHAPE)), ones, ones)  # a full step: nothing of the direction remains
     direction = problem.hvp(random(*SHAPE))
     before = direction.vector.clone()
     assert torch.equal(rule.correct(state, direction).vector, before)
@@ -402,7 +402,7 @@ def test_after_a_full_step_nothing_is_corrected() -> None:
 
 @pytest.mark.parametrize("set_name", FREE_SETS)
 def test_the_previous_direction_ends_where_its_full_step_would_have(set_name: str) -> None:
-    """Points stay in the hull because the previous way, from here on, ends where it would have ended at full length."""
+    """Points stay in the hull: from the new point, the previous direction ends where its full step would have ended."""
     masks, ends = SETS[set_name](SHAPE, 0.4), []
 
     class Spy(Diary):
@@ -425,7 +425,7 @@ def test_the_previous_direction_ends_where_its_full_step_would_have(set_name: st
 
 
 class Counted(PartitionMatroid):
-    """A set that counts the row blocks its oracle was asked for, and keeps every question."""
+    """A set that records every cost its oracle was called with."""
 
     def __init__(self, masks: PartitionMatroid) -> None:
         super().__init__(masks.keep, masks.tile, masks.name)
@@ -454,7 +454,7 @@ def test_lazy_calls_the_oracle_less_often(set_name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_lazy_converges_when_the_first_gap_is_zero(dtype: torch.dtype) -> None:
-    """Keeping all, or a row of noughts: the first gap is zero, or a little less by rounding."""
+    """If all entries are kept or a row is zero, the first gap is zero, or slightly negative by rounding."""
     weight = normal(*SHAPE)
     weight[1] = 0.0
     problem = Layer(weight, normal(8, 20), "").problem(dtype)
@@ -489,30 +489,30 @@ def test_block_coordinate_changes_each_group_once_per_round(blocks: int, set_nam
     run_loop(problem, masks, diary, OpenLoopStep(), 12)
     within = masks.groups(torch.zeros(SHAPE)).shape[0] * masks.row_block(SHAPE) // SHAPE[0]  # groups of one row block
     turns = min(blocks, within)
-    moves = []
+    rounds = []
     for event in diary.events:
         whole = masks.groups(masks.lmo(event.gradient) - event.x)
         groups = masks.groups(event.search)
-        moved = groups.abs().amax(1) > 0
-        assert torch.equal(groups[moved], whole[moved])
-        still = (whole.abs().amax(1) == 0) & ~moved
-        moves.append((moved.view(-1, within), still.view(-1, within)))
-        assert bool((moves[-1][0].sum(1) <= -(-within // turns)).all())
-    # In any round of turns every group moves just once, unless it has nowhere to go.
+        changed = groups.abs().amax(1) > 0
+        assert torch.equal(groups[changed], whole[changed])
+        still = (whole.abs().amax(1) == 0) & ~changed
+        rounds.append((changed.view(-1, within), still.view(-1, within)))
+        assert bool((rounds[-1][0].sum(1) <= -(-within // turns)).all())
+    # In any round of turns every group changes once, unless it is at its vertex already.
     for first in range(0, 12 - turns + 1, turns):
-        moved, still = (torch.stack(part).sum(0) for part in zip(*moves[first : first + turns], strict=True))
-        assert bool((moved <= 1).all())
-        assert bool(((moved == 1) | (still > 0)).all())
+        changed, still = (torch.stack(part).sum(0) for part in zip(*rounds[first : first + turns], strict=True))
+        assert bool((changed <= 1).all())
+        assert bool(((changed == 1) | (still > 0)).all())
 
 
-# Averages certify nothing
+# Certified gaps
 
 
 @pytest.mark.parametrize("name", OPEN_LOOP)
 def test_certified_gaps_use_true_gradients(name: str) -> None:
-    """Every gap that a rule hands on is that of the gradient at its point, computed from scratch."""
+    """Every gap that a rule reports is that of the gradient at its point, recomputed."""
     masks, problem = SETS["n:m"](SHAPE, 0.5), plain_layer(0).problem()
-    rule, handed = {"momentum": Momentum(check=4), "stochastic": Stochastic(check=4)}[name], []
+    rule, certified = {"momentum": Momentum(check=4), "stochastic": Stochastic(check=4)}[name], []
 
     class Spy(Diary):
         def search_direction(self, state: IterationState) -> SearchDirection:
@@ -522,17 +522,17 @@ def test_certified_gaps_use_true_gradients(name: str) -> None:
                 true = problem.gradient(problem.evaluate(state.x.clone()))
                 expected = vecdot(true, state.x - masks.lmo(true))
                 torch.testing.assert_close(gap, expected, rtol=1e-9, atol=1e-9 * float(true.abs().sum()))
-                handed.append(state.iteration)
+                certified.append(state.iteration)
             return search
 
     run_loop(problem, masks, Spy(rule), OpenLoopStep(), 21, tolerance=1e-30)
-    assert handed == [0, 4, 8, 12, 16, 20]
+    assert certified == [0, 4, 8, 12, 16, 20]
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_certified_gaps_are_never_below_the_gap(name: str) -> None:
-    """The same for every rule: what the loop stops by is never less than the gap (to rounding)."""
-    problem, handed = plain_layer(4).problem(), []
+    """For every rule: the gap that ends the loop is no less than the true gap (up to rounding)."""
+    problem, certified = plain_layer(4).problem(), []
     for set_name in ("per-row", "unstructured", "n:m"):
         masks = SETS[set_name](SHAPE, 0.5)
         row_blocks = RowBlocks(masks.row_block(SHAPE))
@@ -545,11 +545,11 @@ def test_certified_gaps_are_never_below_the_gap(name: str) -> None:
                     true = problem.gradient(problem.evaluate(state.x.clone()))
                     expected = row_blocks(vecdot(true, state.x - masks.lmo(true)))  # noqa: B023
                     assert bool((gap >= expected - 1e-9 * float(true.abs().sum())).all())
-                    handed.append(gap)
+                    certified.append(gap)
                 return search
 
         run_loop(problem, masks, Spy(DIRECTIONS[name]()), step_for(name), 40)
-    assert len(handed) >= 3
+    assert len(certified) >= 3
 
 
 def test_samples_have_the_gradient_as_their_mean() -> None:
@@ -565,7 +565,7 @@ def test_samples_have_the_gradient_as_their_mean() -> None:
 
 
 def test_momentum_averages_gradients_by_the_recurrence() -> None:
-    """By the recurrence: a_t = a_{t-1} + 2 / (t + 2) (g_t - a_{t-1}), and the way leads to its vertex."""
+    """By the recurrence: a_t = a_{t-1} + 2 / (t + 2) (g_t - a_{t-1}), and the direction ends at its vertex."""
     masks, diary = SETS["per-row"](SHAPE, 0.5), Diary(Momentum())
     run_loop(plain_layer(0).problem(), masks, diary, OpenLoopStep(), 25)
     average = torch.zeros(SHAPE, dtype=torch.float64)
@@ -581,7 +581,7 @@ def test_equal_seeds_give_equal_stochastic_runs() -> None:
     assert not torch.equal(ends[0], ends[2])
 
 
-# All
+# All rules
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)
@@ -596,7 +596,7 @@ def test_a_rule_forgets_its_last_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_a_set_of_one_mask_leaves_the_point_unchanged(name: str) -> None:
-    """One mask only: the way has no size, and the point stays."""
+    """If the set has one mask, the direction is zero and the point does not change."""
     for keep in (0.0, 1.0):
         masks = SETS["per-row"](SHAPE, keep)
         for problem in (plain_layer(0).problem(), Layer(torch.zeros(SHAPE), torch.ones(8, 2), "").problem()):

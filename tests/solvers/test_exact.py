@@ -1,4 +1,4 @@
-"""What exact solvers say when they are stopped, and what they refuse."""
+"""Results of exact solvers that are stopped, and refused problems."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMS = ["convex", "raw"]
 
 
 def problem(rows: int = 2, d: int = 20, seed: int = 0) -> LayerReconstruction:
-    """A layer with correlated inputs, which is hard."""
+    """A layer with correlated inputs."""
     random = torch.Generator().manual_seed(seed)
     weight, mixing, x = (
         torch.randn(shape, generator=random, dtype=torch.float64) for shape in ((rows, d), (d, d), (d, d))
@@ -29,7 +29,7 @@ def problem(rows: int = 2, d: int = 20, seed: int = 0) -> LayerReconstruction:
 
 @pytest.fixture(scope="module")
 def optimum() -> float:
-    """Of the layer above, half of every row kept."""
+    """The optimum of `problem()`, half of every row kept."""
     return solve(problem(), PerRow(0.5), BruteForce()).total
 
 
@@ -131,7 +131,7 @@ def test_interrupts_end_scip() -> None:
 
     def interrupt(state: State) -> None:
         calls.append(state)
-        if len(calls) == 3:  # SCIP is running and has taken the signal over
+        if len(calls) == 3:  # SCIP is running and handles the signal
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):

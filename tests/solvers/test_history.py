@@ -1,4 +1,4 @@
-"""What is recorded: columns, the best mask with where it came from, and histories of blocks added up."""
+"""Recorded histories: columns, the best mask and its source, and histories of chunks added up."""
 
 import itertools
 import math
@@ -48,7 +48,7 @@ def test_history_columns_are_consistent(set_name: str, record: object, memory: i
     assert history["iteration"] == sorted(history["iteration"])
     assert set(history["iteration"]) >= set(planned)
     late = {t for t in history["iteration"] if t < result.iterations - 1} - set(planned)
-    assert memory == 1 or not late  # then come the last point, the swaps and the answer
+    assert memory == 1 or not late  # the last rows are the last point, the swaps and the answer
     assert falls([-t for t in history["seconds"]])
     assert falls(history["incumbent"])
     assert falls([-bound for bound in history["bound"]])
@@ -128,13 +128,8 @@ def test_without_a_record_there_is_no_history() -> None:
     result = solve(problem, masks, FrankWolfe(iterations=10, polish=False), record=0)
     assert (result.history, result.sources, result.lower_bound) == ({}, {}, None)
     assert result.gap_kind is GapKind.NONE
-    assert solve(problem, masks, FrankWolfe(iterations=10)).history["iteration"][:5] == [
-        0,
-        1,
-        2,
-        4,
-        8,
-    ]  # its own choice
+    default = solve(problem, masks, FrankWolfe(iterations=10))
+    assert default.history["iteration"][:5] == [0, 1, 2, 4, 8]
     assert solve(problem, masks, SparseFW(iterations=10)).history == {}
 
 
@@ -144,11 +139,11 @@ def test_without_a_record_there_is_no_history() -> None:
     "solver", [SparseFW(iterations=12), OneSwap(), ContinuationFrankWolfe(iterations=20)], ids=repr
 )
 def test_any_iterative_solver_can_be_recorded(solver: object, set_name: str, memory: int) -> None:
-    """The result is the best mask seen, never worse than without; bounds hold where the objective was shifted too."""
+    """The result is the best mask seen, no worse than without recording; bounds also hold for shifted objectives."""
     case, masks = layer_case(plain_layer(3, (2, 6))), SETS[set_name]((2, 6), 0.5)
     plain = solve(case.problem, masks, solver, memory=memory)
     result = solve(case.problem, masks, solver, record=1, memory=memory)
-    best, size = case.lmo_bound(masks)
+    best, size = case.minimum(masks)
     assert result.total <= plain.total
     assert result.status is plain.status
     history = result.history
@@ -170,7 +165,7 @@ def test_greedy_solvers_have_one_row() -> None:
 
 
 def test_recording_does_not_use_up_the_time_limit() -> None:
-    """A recorder that takes long does not use up the time limit."""
+    """The time that recording takes does not count."""
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
     result = solve(problem, masks, FrankWolfe(iterations=50, relative_gap=0.0), record=1, time_limit=60)
     assert result.status is not Status.TIME_LIMIT
@@ -203,7 +198,7 @@ def test_functions_have_bounds_only_where_declared_convex(declared: bool) -> Non
 
 
 def test_recording_does_not_change_the_run() -> None:
-    """What is recorded changes nothing of the walk."""
+    """The last point is the same with and without recording."""
     problem, masks, ends = plain_layer(0).problem(), SETS["n:m"](SHAPE, 0.5), []
     for record in (0, 1):
         last: list[Tensor] = []

@@ -37,7 +37,7 @@ def test_units_change_no_mask(name: str, dtype: torch.dtype, weight_unit: float,
 @pytest.mark.parametrize("powers", [(60, -100), (-60, 100), (1, 0), (-100, -20), (61, 5)])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_powers_of_two_change_no_digit(name: str, powers: tuple[int, int]) -> None:
-    # Ordinary data are not divided, so both have to be far from it for equal arithmetic; objectives scale anyway.
+    # Data of ordinary size are not rescaled: for equal arithmetic both sizes are far from it. Objectives scale anyway.
     instance = synthetic(rows=SHAPE[0], d=SHAPE[1])
     plain = instance.problem()
     scaled = LayerReconstruction(instance.weight * 2.0 ** powers[0], instance.gram * 2.0 ** powers[1])

@@ -1,4 +1,4 @@
-"""Dependent rounding draws what it promises: means, correlations, counts, orders."""
+"""Dependent rounding has the promised means, correlations, counts and orders."""
 
 import math
 
@@ -14,7 +14,7 @@ from maskopt.problems import synthetic
 from maskopt.solvers import rounding
 from tests.helpers import feasible, groups_of
 
-FAILURE = 1e-10  # of all comparisons of a test together
+FAILURE = 1e-10  # for all comparisons of a test together
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -33,7 +33,7 @@ def hull(masks: MaskSet, shape: tuple[int, int], seed: int) -> Tensor:
 
 
 def check_moments(x: Tensor, drawn: Tensor, groups: list[list[int]]) -> None:
-    """Compare draws (number, entries) with the promise: mean x, and no pair of a group together too often."""
+    """Check that draws (number, entries) have mean x and that no pair of a group is positively correlated."""
     near = width(len(drawn), x.numel() + sum(len(group) ** 2 for group in groups))
     assert float((drawn.double().mean(0) - x.flatten()).abs().max()) <= near
     for group in groups:
@@ -75,7 +75,7 @@ def test_dependent_rounding_has_the_promised_means_and_correlations(masks: Parti
 @pytest.mark.parametrize("keep", [1, 3, 6])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_rows_are_drawn_independently(keep: int, dtype: torch.dtype) -> None:
-    """Rows draw apart from each other: 200 000 of them make narrow intervals."""
+    """200 000 equal rows, drawn independently, give narrow confidence intervals."""
     masks = PerRow(keep)
     one = hull(masks, (1, 7), keep).to(dtype)
     drawn = rounding.dependent(masks, one.expand(200_000, -1), seeded(keep))
@@ -107,7 +107,7 @@ def test_large_groups_with_inexact_sums_give_members(dtype: torch.dtype) -> None
     x = hull(masks, (300, 400), 0).to(dtype)
     mask = rounding.dependent(masks, x, seeded(0))
     assert feasible(masks, mask)
-    # Negatively correlated entries keep to Hoeffding's interval for independent ones.
+    # Hoeffding's interval for independent entries holds for negatively correlated ones.
     by_rows = (mask.double() - x.double()).sum(1).abs()
     assert float(by_rows.max()) <= 400 * width(400, 300)
 
@@ -123,7 +123,7 @@ def test_an_inexact_sum_keeps_the_largest_entries() -> None:
 
 
 def test_entries_within_rounding_of_zero_and_one_are_decided() -> None:
-    """Two million rows: an entry that were drawn with its own probability would change sides."""
+    """Two million rows: entries drawn with their own probability would be wrong in some of them."""
     x = torch.tensor([[1 - 1.8e-6, 1.8e-6, 0.5, 0.5]]).expand(2_000_000, -1)
     drawn = rounding.dependent(PerRow(2), x, seeded(0))
     assert bool(drawn[:, 0].all())
@@ -131,7 +131,7 @@ def test_entries_within_rounding_of_zero_and_one_are_decided() -> None:
 
 
 class AtMost(MaskSet):
-    """At most `keep` entries of each row, with no more verbs than dependent rounding asks for."""
+    """At most `keep` entries of each row, with only the methods that dependent rounding needs."""
 
     at_most = True
 
@@ -176,7 +176,7 @@ def test_groups_below_their_count_are_rounded(one: list[float]) -> None:
     assert int(counts.min()) == math.floor(sum(one))
     assert int(counts.max()) == math.ceil(sum(one))
     check_moments(x, drawn, [list(range(4))])
-    # The sum of a full group may come out too large; the set then says no.
+    # Rounding may make the sum of a full group too large; such a mask is no member.
     assert masks.contains(rounding.dependent(masks, (x + 0.1).expand(1000, -1), seeded(4)))
 
 
@@ -205,12 +205,12 @@ def test_more_samples_are_never_worse() -> None:
     assert torch.equal(rounding.best_of(problem, masks, x, 0, seeded(0)), rounding.top_k(masks, x))
     few, many = (problem.objective(rounding.best_of(problem, masks, x, samples, seeded(0))) for samples in (8, 64))
     assert bool((few <= nearest).all())
-    assert bool((many <= few).all())  # the same draws and more
+    assert bool((many <= few).all())  # the larger sample contains the smaller
     assert float(many.sum()) < float(nearest.sum())
 
 
 def test_gradient_aware_rounding_keeps_the_costliest_entries() -> None:
-    """Three entries share two places equally; the gradient knows whose removal costs most."""
+    """Two of three equal entries are kept; the gradient tells which removal costs most."""
     x = torch.tensor([[2 / 3, 2 / 3, 2 / 3, 0.0], [1.0, 0.5, 0.0, 0.5]])
     gradient = torch.tensor([[-1.0, -5.0, -3.0, -100.0], [50.0, 1.0, -50.0, 0.0]])
     mask = rounding.gradient_aware(PerRow(2), x, gradient)

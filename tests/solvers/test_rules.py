@@ -1,4 +1,4 @@
-"""What rules see: row blocks, and views that ask the oracle no sooner than needed."""
+"""What rules read: row blocks, and iteration states that call the oracle only when needed."""
 
 from collections import Counter
 
@@ -18,15 +18,15 @@ SHAPE = (4, 8)
 @examples(60)
 def test_row_blocks_agree_with_loops(blocks: int, row_block: int, d: int, seed: int) -> None:
     row_blocks, values = RowBlocks(row_block), normal(blocks * row_block, seed=seed)
-    sums, leasts = row_blocks(values), row_blocks.minimum(values)
+    sums, minima = row_blocks(values), row_blocks.minimum(values)
     for row, value in enumerate(values.tolist()):
         own = values[row // row_block * row_block : row // row_block * row_block + row_block].tolist()
         assert float(sums[row]) == pytest.approx(sum(own), abs=1e-12)
-        assert float(leasts[row]) == min(own)
+        assert float(minima[row]) == min(own)
         assert row_block > 1 or float(sums[row]) == value
-    per_band = row_blocks.first(sums)
-    assert per_band.shape == (blocks,)
-    assert torch.equal(row_blocks.spread(per_band), sums)
+    per_block = row_blocks.first(sums)
+    assert per_block.shape == (blocks,)
+    assert torch.equal(row_blocks.spread(per_block), sums)
     matrix = normal(blocks * row_block, d, seed=seed)
     assert torch.equal(row_blocks.flat(matrix), matrix.reshape(blocks, row_block * d))
     chosen = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))[: 1 + seed % blocks]
@@ -77,7 +77,7 @@ def test_take_selects_rows_of_a_search_direction() -> None:
 
 
 def test_rules_compare_hash_and_print_by_their_settings() -> None:
-    """Equal settings, equal rules: they can be compared, hashed and printed."""
+    """Rules with equal settings are equal; rules can be compared, hashed and printed."""
     for registry in (DIRECTIONS, STEPS):
         for make in registry.values():
             assert make() == make()

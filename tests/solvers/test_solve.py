@@ -1,4 +1,4 @@
-"""`solve`: starts, callbacks, limits, blocks of rows, reports and sentences."""
+"""`solve`: starts, callbacks, limits, chunks of rows, reports and error messages."""
 
 import json
 import math
@@ -179,11 +179,11 @@ def test_callbacks_see_the_state(name: str, set_name: str) -> None:
         with pytest.raises(AttributeError):  # read only
             state.iteration = 3
 
-    plain, watched = solve(problem, masks, SOLVERS[name]), solve(problem, masks, SOLVERS[name], callback=look)
-    assert len(seen) >= max(3, watched.iterations)
+    plain, observed = solve(problem, masks, SOLVERS[name]), solve(problem, masks, SOLVERS[name], callback=look)
+    assert len(seen) >= max(3, observed.iterations)
     assert [s[2] for s in seen] == sorted(s[2] for s in seen)
-    assert torch.equal(plain.mask, watched.mask)
-    assert watched.status is plain.status
+    assert torch.equal(plain.mask, observed.mask)
+    assert observed.status is plain.status
 
 
 @pytest.mark.parametrize("memory", [2**30, 1])
@@ -212,7 +212,7 @@ def test_a_callback_stops_every_iterative_solver(name: str, set_name: str, after
     assert torch.equal(result.objective, problem.objective(result.mask))
     if len(calls) > after:
         assert result.status is Status.STOPPED
-        assert len(calls) == after + 1  # nobody calls again
+        assert len(calls) == after + 1  # it is not called again
     if result.lower_bound is not None:
         assert float(result.lower_bound.sum()) <= result.total
 
@@ -264,7 +264,7 @@ def test_an_exception_in_a_callback_comes_out() -> None:
         solve(layer(), PerRow(0.5), SOLVERS["sparsefw"], callback=broken)
 
 
-# Blocks of rows
+# Chunks of rows
 
 
 @pytest.mark.parametrize("set_name", ["per-row", "n:m", "row counts", "protected rows"])
@@ -378,7 +378,7 @@ def test_keeping_nothing_or_all_gives_the_only_mask(name: str, d: int, keep: flo
 
 @pytest.mark.parametrize("name", ["one-swap", "continuation"])
 def test_wanda_is_optimal_on_inputs_without_correlation(name: str) -> None:
-    """Wanda is optimal, so that no swap can improve."""
+    """Every solver returns the mask of Wanda, which is optimal."""
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     problem = LayerReconstruction(weight, torch.eye(32))
     result = solve(problem, PerRow(0.5), SOLVERS[name])
@@ -397,14 +397,14 @@ def test_a_diagonal_negative_by_rounding_is_accepted(name: str) -> None:
     assert result.total <= solve(problem, masks, Wanda()).total
 
 
-# Sentences
+# Error messages
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_what_a_problem_lacks_is_named(name: str) -> None:
     problem, refusing = Saliency(torch.ones(2, 4)), SOLVERS[name]
     while refusing is not None and not refusing.requirements.problem:
-        refusing = refusing.start  # it takes any objective; what makes its first mask need not
+        refusing = refusing.start  # it takes any objective, but not all solvers that make its first mask do
     if refusing is None:
         assert feasible(PerRow(0.5), solve(problem, PerRow(0.5), SOLVERS[name]).mask)
         return

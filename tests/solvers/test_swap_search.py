@@ -58,7 +58,7 @@ def test_the_best_swap_of_every_row_is_found(d: int, width: int, family: str, dt
         assert torch.equal(rows, swaps[2])
         assert len(rows.unique()) == len(rows)
         assert bool(((change - best)[rows].abs() <= tolerance[rows]).all())
-        # Rows without a swap have none, but for the margin of a millionth of their error.
+        # Rows without a swap have no improving swap, up to a margin of a millionth of their error.
         idle = torch.ones(9, dtype=torch.bool)
         idle[rows] = False
         assert bool((best >= -3e-6 * problem.objective(kept) - tolerance)[idle].all())
@@ -95,7 +95,7 @@ def test_rows_that_are_clean_are_left_alone(family: str) -> None:
 def test_swaps_across_rows_are_feasible_and_lower_the_error(
     masks: PartitionMatroid, family: str, dtype: torch.dtype
 ) -> None:
-    """Every round is feasible, changes a row once and lowers the error; the last leaves nothing to find."""
+    """Every round is feasible, changes a row once and lowers the error; after the last no swap improves."""
     problem, kept, carried, dirty = setting(family, 6, 48, masks, dtype)
     search = SwapSearch(problem, masks)
     for _ in range(600):

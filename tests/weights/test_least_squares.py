@@ -1,4 +1,4 @@
-"""Least squares on a mask: the best weights, whatever the layer looks like, and the pair of a solver and it."""
+"""Least squares on a mask: the best weights on edge-case layers, and `LeastSquares` with a solver."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ UNITS = [(1.0, 1.0), (1e20, 1e-10), (1e-20, 1e20), (1e-30, 1e-30)]
 
 @st.composite
 def problems(draw: st.DrawFn, d: tuple[int, int] = (1, 10)) -> tuple[LayerReconstruction, Tensor]:
-    """An ugly layer in float64, in large, small or no units, and any mask: rows may keep nothing or all."""
+    """An edge-case layer in float64, in large, small or no units, and any mask: rows may keep nothing or all."""
     layer = draw(layers(d=d))
     weight_unit, root_unit = draw(st.sampled_from(UNITS))
     problem = Layer(layer.weight * weight_unit, layer.x * root_unit, layer.name).problem()
@@ -48,25 +48,25 @@ def problems(draw: st.DrawFn, d: tuple[int, int] = (1, 10)) -> tuple[LayerRecons
 
 def errors(system: System, v: Tensor) -> Tensor:
     """Return (w - v) H (w - v) of each row."""
-    off = system.weight - v
-    return ((off @ system.gram) * off).sum(1)
+    difference = system.weight - v
+    return ((difference @ system.gram) * difference).sum(1)
 
 
 def minimum(system: System, mask: Tensor) -> Tensor:
-    """Return the least error of each row on its mask: numpy's least squares with a root of H."""
+    """Return the minimum error of each row on its mask: numpy's least squares with a root of H."""
     values, vectors = np.linalg.eigh(system.gram.numpy())
     root = np.sqrt(values.clip(0))[:, None] * vectors.T
-    rest = []
+    found = []
     for w, kept in zip(system.weight.numpy(), mask.numpy(), strict=True):
         v = np.linalg.lstsq(root[:, kept], root @ w, rcond=1e-10)[0]
-        rest.append(np.square(root @ w - root[:, kept] @ v).sum())
-    return torch.tensor(rest, dtype=torch.float64)
+        found.append(np.square(root @ w - root[:, kept] @ v).sum())
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def sizes(system: System, v: Tensor) -> Tensor:
     """Return the size of the terms that a row's error is summed from."""
-    off = system.weight.abs() + v.abs()
-    return ((off @ system.gram.abs()) * off).sum(1)
+    total = system.weight.abs() + v.abs()
+    return ((total @ system.gram.abs()) * total).sum(1)
 
 
 # The weights
@@ -130,7 +130,7 @@ def test_rows_of_their_own_matrices_fit_the_memory(monkeypatch: pytest.MonkeyPat
         exact_weights(system, mask, memory)
         assert sum(number for number, *_ in seen) == 40
         assert all(number == 1 or number * kept**2 * 8 <= memory for number, kept, _ in seen)
-        # Rows that keep about as many go together: padding is not to the largest of all.
+        # Rows with similar counts are batched: they are not padded to the largest count of all.
         assert len(seen) == 1 or seen[0][1] < seen[-1][1] == int(counts.max())
         assert len(seen) == {1: 40, 2**28: 1}.get(memory, len(seen))
     seen.clear()
@@ -190,7 +190,7 @@ def test_factors_are_shifted_only_where_needed(number: int, d: int, seed: int, d
             assert torch.equal(factor, known)
             continue
         off = factor @ factor.T - matrix
-        # One shift, the first of its sequence with which the factorisation exists.
+        # The shift is the first of its sequence for which the factorisation exists.
         shift = float(off.diagonal().mean())
         rounding = 4 * eps * float(matrix.abs().max())
         torch.testing.assert_close(off, shift * torch.eye(d, dtype=dtype), rtol=0.0, atol=rounding + 0.01 * abs(shift))
@@ -216,7 +216,7 @@ def test_no_factor_of_a_batch_with_what_is_not_finite(value: float) -> None:
         definite_factor(matrices)
 
 
-# The pair
+# The method with a solver
 
 
 @given(st.data(), layers(rows=(1, 4), d=(1, 10)))
@@ -237,7 +237,7 @@ def test_the_solvers_mask_with_no_larger_error(name: str, data: st.DataObject, l
         assert bool((result.objective <= result.kept_objective).all())
         assert not bool(result.weight[~result.mask].any())
         assert torch.equal(problem.error(result.weight), result.objective)
-        # What was proven of the mask with its weights as they were is not of the new ones.
+        # Proofs for a mask with unchanged weights do not hold for new weights.
         proven = alone.status in (Status.OPTIMAL, Status.WITHIN_GAP, Status.LOCAL_OPTIMUM)
         assert proven or result.status is alone.status
         assert not proven or result.status in (Status.COMPLETED, Status.CONVERGED, Status.ITERATION_LIMIT)
@@ -257,7 +257,7 @@ def test_the_best_mask_recorded_is_the_one_refitted(solver: Solver) -> None:
             assert torch.equal(alone.mask, pair.mask)
             assert alone.history.keys() == pair.history.keys()
             assert alone.sources == pair.sources
-            # A bound on masks is none on weights.
+            # A bound on masks with unchanged weights is no bound on updated weights.
             assert (pair.lower_bound, pair.gap) == (None, None)
             assert pair.gap_kind is not GapKind.PROVEN
 
