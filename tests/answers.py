@@ -1,4 +1,4 @@
-"""Independent answers: loops and enumeration, nothing of the package but a set's definition."""
+"""Independent reference answers by loops and enumeration; of the package they use only a set's definition."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def counts_of(masks: PartitionMatroid, shape: Shape) -> list[int]:
     if isinstance(masks.keep, Tensor):
         return masks.keep.tolist()
     if isinstance(masks.keep, float):
-        # Exact, but for the twelfth digit: 1 - 0.7 is meant to be 0.3.
+        # Exact to twelve digits: 1 - 0.7 is taken as 0.3.
         fraction = Fraction(masks.keep) * (1 - Fraction(1, 10**12))
         return [math.ceil(fraction * len(group)) for group in groups]
     return [masks.keep] * len(groups)
@@ -51,11 +51,11 @@ def banned_of(masks: MaskSet) -> set[int]:
     return _places(masks.forbidden)
 
 
-# Which patterns, boolean, shape (number, rows, d), belong to a set, by its definition; fixed entries are apart.
+# Which patterns, boolean, shape (number, rows, d), belong to a set, by its definition, without its fixed entries.
 
 
 def keeps_counts(masks: PartitionMatroid, patterns: Tensor) -> Tensor:
-    """Which keep in every tile what it keeps, or at most that."""
+    """Patterns whose tiles keep the count of the set, or at most that."""
     shape, flat = (patterns.shape[1], patterns.shape[2]), patterns.flatten(1)
     member = torch.ones(len(patterns), dtype=torch.bool)
     for group, keep in zip(groups_of(masks, shape), counts_of(masks, shape), strict=True):
@@ -65,7 +65,7 @@ def keeps_counts(masks: PartitionMatroid, patterns: Tensor) -> Tensor:
 
 
 def keeps_lines(masks: TransposableNM, patterns: Tensor) -> Tensor:
-    """Which keep the same number in every row and every column of every tile."""
+    """Patterns that keep the same number in every row and every column of every tile."""
     size, member = masks.group, torch.ones(len(patterns), dtype=torch.bool)
     for top in range(0, patterns.shape[1], size):
         for left in range(0, patterns.shape[2], size):
@@ -76,7 +76,7 @@ def keeps_lines(masks: TransposableNM, patterns: Tensor) -> Tensor:
 
 
 def costs_little(masks: Budget, patterns: Tensor) -> Tensor:
-    """Which keep entries whose prices, added up exactly, stay within the budget."""
+    """Patterns that keep entries whose prices, added up exactly, stay within the budget."""
     # Floats are fractions of a power of two: multiplied by it, they are whole.
     prices = [Fraction(price) for price in masks.price.flatten().tolist()]
     unit = math.lcm(*(price.denominator for price in prices), Fraction(masks.budget).denominator)
@@ -85,15 +85,15 @@ def costs_little(masks: Budget, patterns: Tensor) -> Tensor:
 
 
 def uses_few_columns(masks: MaskSet, patterns: Tensor) -> Tensor:
-    """Which keep at most `entries` entries in at most `columns` columns."""
+    """Patterns that keep at most `entries` entries in at most `columns` columns."""
     return (patterns.sum((1, 2)) <= masks.entries) & (patterns.any(1).sum(1) <= masks.columns)
 
 
 def cheapest(masks: PartitionMatroid, cost: Tensor) -> Tensor:
-    """Return the member of least cost, ties to the lower index, by sorting."""
+    """Return the member of minimum cost, ties to the lower index, by sorting."""
     shape = (cost.shape[0], cost.shape[1])
     held, banned = held_of(masks), banned_of(masks)
-    if held or banned:  # where entries are fixed, infinity is the largest number
+    if held or banned:  # with fixed entries, infinity counts as the largest number
         cost = cost.clamp(torch.finfo(cost.dtype).min, torch.finfo(cost.dtype).max)
     costs = cost.flatten().tolist()
     mask = torch.zeros(cost.numel(), dtype=torch.bool)

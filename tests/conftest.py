@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Several workers share the cores; threads that wait for each other would make them many times slower.
+# Several workers run at once; more threads than cores would make them many times slower.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for programs that tests start
 

@@ -1,4 +1,4 @@
-"""What the registries say of a set or a solver; tests derive from it what has to hold."""
+"""The entries of the registries of sets and solvers; tests derive from them what must hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["SetEntry", "SolverEntry"]
 class SetEntry:
     """A set of masks to test.
 
-    Every test of sets and of solvers runs on it. What it claims beyond is tested too; by default it claims nothing.
+    Every test of sets and of solvers runs on it. Properties that it claims are tested too; by default it claims none.
 
     Attributes
     ----------
@@ -53,11 +53,11 @@ class SolverEntry:
     ----------
     solver : Solver
     iterative : bool
-        It iterates and calls `stops` each time: callbacks, limits and starts are tested.
+        It iterates and calls `stops` in each iteration: callbacks, limits and starts are tested.
     bounded : bool
         Its results carry a proven lower bound.
     swap_optimal : bool
-        Its masks are 1-swap optima, at least as good as Wanda's.
+        Its masks are 1-swap optima, no worse than Wanda's.
     keeps_start : bool
         Stopped at once, it returns a mask no worse than the one that its `start` makes, if it has one.
     chaotic : bool

@@ -1,4 +1,4 @@
-"""What the suites share: inputs that are hard, how many of them, and the names of tests.registry and tests.answers."""
+"""Common to all suites: edge-case inputs, numbers of examples, and the names of tests.registry and tests.answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.answers import (
     held_of,
     magnitudes,
 )
-from tests.members import belong, every_mask, feasible, least_errors
+from tests.members import belong, every_mask, feasible, minimum_errors
 from tests.registry import (
     ALL_SETS,
     DOWN_CLOSED_SETS,
@@ -75,8 +75,8 @@ __all__ = [
     "groups_of",
     "held_of",
     "layers",
-    "least_errors",
     "magnitudes",
+    "minimum_errors",
     "sets",
     "shapes",
 ]
@@ -98,12 +98,12 @@ def examples(count: int) -> settings:
     return settings(max_examples=count, deadline=None, suppress_health_check=_HEALTH, derandomize=True, database=None)
 
 
-# Ugly inputs
+# Edge-case inputs
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight and the inputs its Gram is made from, float64; `name` says what is ugly about them."""
+    """A weight and the inputs its Gram is made from, float64; `name` says which edge cases they contain."""
 
     weight: Tensor
     x: Tensor
@@ -197,7 +197,7 @@ fractions = st.one_of(st.sampled_from([0.0, 1.0, 0.5, 1 / 3, 0.29]), st.floats(0
 
 
 def sets(shape: Shape, names: list[str] | None = None) -> st.SearchStrategy[PartitionMatroid]:
-    """Sets that fit a shape, of the kinds named (by default those of `SETS`) and any share."""
+    """Sets that fit a shape, of the kinds named (by default those of `SETS`) and any fraction."""
     return st.builds(
         lambda name, fraction: ALL_SETS[name](shape, fraction), st.sampled_from(names or list(SETS)), fractions
     )

@@ -1,4 +1,4 @@
-"""What the suites of the Frank-Wolfe loop share: objectives with an independent evaluation, and walks that tell all."""
+"""Common to the suites of the Frank-Wolfe loop: objectives with an independent evaluation, and recorded runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 class Bowl(Quadratic):
-    """x^T Q x / 2 + c^T x for every row x: an objective of one's own takes no more than this.
+    """x^T Q x / 2 + c^T x for every row x: the smallest class that defines an objective.
 
     Q has shape (d, d), or (rows, d, d) where each row has its own.
     """
@@ -89,7 +89,7 @@ class Bowl(Quadratic):
 
 
 class Steady(Bowl):
-    """A bowl whose rows are computed alike however many there are: a matrix product rounds by its shape."""
+    """A bowl whose rows do not depend on the batch: the rounding of a matrix product depends on its shape."""
 
     def _product(self, x: Tensor) -> Tensor:
         return torch.stack([row.unsqueeze(1).mul(self.matrix).sum(0) for row in x])
@@ -117,11 +117,11 @@ class Case:
     ----------
     problem : Problem
     errors : callable
-        Each row's objective (in full) of masks of shape (number, rows, d), float64; one column where rows share one.
+        Each row's objective (in full) of masks of shape (number, rows, d), float64; one column if rows are coupled.
     size : Tensor
-        What is added up in each row: rounding is measured by it.
+        The size of the terms of each row's sum: tolerances for rounding are relative to it.
     bounded : bool
-        Whether solvers are to prove bounds for it.
+        Whether solvers must prove bounds for it.
     """
 
     problem: Problem
@@ -129,7 +129,7 @@ class Case:
     size: Tensor
     bounded: bool
 
-    def lmo_bound(self, masks: MaskSet) -> tuple[Tensor, Tensor]:
+    def minimum(self, masks: MaskSet) -> tuple[Tensor, Tensor]:
         """Return the optimum of every row block by enumeration, and the size of what was added up."""
         rows, d = self.problem.shape
         row_block = row_block_of(self.problem, masks)
@@ -144,7 +144,7 @@ class Case:
 
 
 def _at_rows(chosen: Tensor, first: int, rows: int) -> Tensor:
-    """Return masks of all rows that are `chosen` from row `first` on; what the others are does not matter."""
+    """Return masks of all rows that are `chosen` from row `first` on; the other rows are arbitrary."""
     whole = torch.ones((len(chosen), rows, chosen.shape[2]), dtype=torch.bool)
     whole[:, first : first + chosen.shape[1]] = chosen
     return whole
@@ -188,8 +188,8 @@ def function_case(
     shift: float = 0.0,
     dtype: torch.dtype = torch.float64,
 ) -> Case:
-    """Return a function of linear maps of the mask as a torch callable; bounds are due where it is declared convex."""
-    call, dense_copy = _TERMS[kind]
+    """Return a torch callable of linear maps of the mask; if it is declared convex, solvers must prove bounds."""
+    call, reference = _TERMS[kind]
     rows, d = shape
     maps, offset = normal(rows, d, 3, seed=seed), normal(rows, 1, 3, seed=seed + 1)
     maps, offset = maps.to(dtype), offset.to(dtype)
@@ -201,9 +201,9 @@ def function_case(
     def errors(chosen: Tensor) -> Tensor:
         z = np.einsum("nrd,rdk->nrk", chosen.double().numpy(), maps.double().numpy()) + offset.double().numpy()[:, 0]
         values = (
-            dense_copy(z.reshape(len(z), -1))[:, None]
+            reference(z.reshape(len(z), -1))[:, None]
             if coupled
-            else np.stack([dense_copy(z[:, r]) for r in range(rows)], 1)
+            else np.stack([reference(z[:, r]) for r in range(rows)], 1)
         )
         return torch.from_numpy(values)
 
@@ -214,7 +214,7 @@ def function_case(
     return Case(problem, errors, size, declared and kind in CONVEX and dtype == torch.float64)
 
 
-# Views and walks
+# States and runs of the loop
 
 
 def state_at(
@@ -226,7 +226,7 @@ def state_at(
 
 @dataclass
 class Event:
-    """One iteration of a walk: where it was, the way it chose, the limit, and the share it went."""
+    """One iteration of a run: its point, gradient, search direction, maximal step and step size."""
 
     x: Tensor
     gradient: Tensor
@@ -236,7 +236,7 @@ class Event:
 
 
 class Diary(DirectionRule):
-    """A direction that writes down what another one does; `rule` is the one that is running."""
+    """A direction rule that records what another rule, `rule`, does."""
 
     def __init__(self, rule: DirectionRule, events: list[Event] | None = None) -> None:
         self.rule, self.events = rule, [] if events is None else events
@@ -257,9 +257,9 @@ class Diary(DirectionRule):
         return search
 
     def correct(self, state: IterationState, direction: Direction) -> Direction:
-        product = self.rule.correct(state, direction)
-        self.events[-1].search = product.vector.clone()
-        return product
+        corrected = self.rule.correct(state, direction)
+        self.events[-1].search = corrected.vector.clone()
+        return corrected
 
     def update(self, state: IterationState, direction: Direction, step_size: Tensor, max_step: Tensor) -> None:
         self.events[-1].step_size = step_size.clone()
@@ -316,10 +316,10 @@ class Hull:
         self.size = 1.0 + np.abs(self.matrix).sum(1)
 
     def holds(self, x: Tensor, tolerance: float = 1e-9) -> bool:
-        """Whether a relaxed mask fulfils them, with some values of the auxiliary variables."""
+        """Whether a relaxed mask satisfies them for some values of the auxiliary variables."""
         flat, entries = x.double().flatten().numpy(), self.formulation.entries
-        left, room = self.matrix[:, :entries] @ flat, tolerance * self.size
-        low, high = self.low - left - room, self.high - left + room
+        left, margin = self.matrix[:, :entries] @ flat, tolerance * self.size
+        low, high = self.low - left - margin, self.high - left + margin
         inside = flat.min() >= -tolerance and flat.max() <= 1 + tolerance
         if self.formulation.auxiliary:
             other = LinearConstraint(self.matrix[:, entries:], low, high)
@@ -329,7 +329,7 @@ class Hull:
 
 
 def relaxed_optimum(problem: Problem, masks: MaskSet) -> float:
-    """Solve min f(x) over the set's LP formulation by a method that knows nothing of Frank-Wolfe."""
+    """Solve min f(x) over the set's LP formulation by SLSQP, independently of the loop."""
     shape = problem.shape
     rule = masks.formulation(shape).constraints
 

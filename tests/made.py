@@ -1,4 +1,4 @@
-"""Sets of masks that exist for the tests alone."""
+"""Sets of masks that only the tests use."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def every_mask(masks: MaskSet, shape: Shape) -> Tensor:
     return patterns[belong(masks, patterns)]
 
 
-def least_errors(weight: Tensor, gram: Tensor, masks: PartitionMatroid) -> Tensor:
+def minimum_errors(weight: Tensor, gram: Tensor, masks: PartitionMatroid) -> Tensor:
     """Return the optimum by enumeration: of each row where rows are independent, else one entry."""
     rows, d = weight.shape
     if masks.tile[0] != 1:

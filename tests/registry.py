@@ -1,7 +1,7 @@
 """The registries of sets and solvers: one entry each, and every test of its kind runs on it.
 
-Entries come from three places: the dictionaries below; the how-to pages, whose classes have to pass what ours pass; and
-files named in the environment variable MASKOPT_REGISTER, which define `SETS` or `SOLVERS` in the same way:
+Entries come from three places: the dictionaries below; the how-to pages, whose classes must pass the tests of ours; and
+files named in the environment variable MASKOPT_REGISTER, which define `SETS` or `SOLVERS` likewise:
 
     MASKOPT_REGISTER=my_set.py python -m pytest tests -k "my-set"
 """
@@ -225,7 +225,7 @@ SET_ENTRIES: dict[str, SetEntry] = {
         costs_little,
         down_closed=True,
     ),
-    # Nothing but constraints and membership: everything else is a default of `MaskSet`.
+    # It defines constraints and membership only: all other methods are defaults of `MaskSet`.
     "few columns": SetEntry(
         lambda shape, fraction: FewColumns(round(fraction * shape[0] * shape[1]), (shape[1] + 1) // 2),
         uses_few_columns,
@@ -245,7 +245,7 @@ def _named(where: Callable[[SetEntry], bool]) -> list[str]:
 
 
 def _free_of(kind: str) -> Callable[[SetEntry], bool]:
-    """Whether a set fixes no entry in this way, "protected" or "forbidden"."""
+    """Whether a set has no fixed entries of this kind, "protected" or "forbidden"."""
     return lambda entry: getattr(entry.make((4, 4), 0.5), kind) is None
 
 

@@ -1,4 +1,4 @@
-"""The how-to pages are run, block after block, and so are the examples of docstrings, so that they cannot rot."""
+"""The how-to pages are run, block after block, and so are the examples of docstrings, so that they stay correct."""
 
 import doctest
 import importlib

@@ -1,4 +1,4 @@
-"""Outputs are whole or absent, and nothing that exists is touched."""
+"""Outputs are complete or absent, and existing files are not changed."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ KINDS = [write_file, write_folder]
 
 @pytest.mark.parametrize("write", KINDS)
 @pytest.mark.parametrize("as_text", [False, True])
-def test_success(tmp_path: Path, write: Callable[[Path], None], as_text: bool) -> None:
+def test_an_output_appears_when_its_block_ends(tmp_path: Path, write: Callable[[Path], None], as_text: bool) -> None:
     target = tmp_path / "out"
     with atomic_path(str(target) if as_text else target) as aside:
         assert aside.name == "out"
@@ -52,7 +52,9 @@ def test_success(tmp_path: Path, write: Callable[[Path], None], as_text: bool) -
 
 
 @pytest.mark.parametrize("write", KINDS)
-def test_relative_paths(tmp_path: Path, write: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_are_written(
+    tmp_path: Path, write: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with atomic_path("out") as aside:
         write(aside)
@@ -78,7 +80,7 @@ def test_an_os_error_is_a_sentence(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_a_block_that_writes_nothing(tmp_path: Path) -> None:
+def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(MaskoptError, match="could not be written"), atomic_path(tmp_path / "out"):
         pass
     assert os.listdir(tmp_path) == []
@@ -109,21 +111,21 @@ def test_an_output_that_appears_meanwhile_stays(
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_no_parent(tmp_path: Path) -> None:
+def test_a_missing_parent_is_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for target in (tmp_path / "no" / "out", tmp_path / "file" / "out"):
         with pytest.raises(MaskoptError, match=r"the folder .* does not exist"), atomic_path(target):
             raise AssertionError("the block must not run")
 
 
-def test_require_absent(tmp_path: Path) -> None:
+def test_require_absent_refuses_existing_paths(tmp_path: Path) -> None:
     assert require_absent(str(tmp_path / "out")) == tmp_path / "out"
     for path in ("", ".", "..", "/", tmp_path):
         with pytest.raises(MaskoptError):
             require_absent(path)
 
 
-def test_names_up_to_what_the_file_system_allows(tmp_path: Path) -> None:
+def test_long_names_are_written_up_to_the_limit_of_the_file_system(tmp_path: Path) -> None:
     for length in (100, 230):
         with atomic_path(tmp_path / ("n" * length)) as aside:
             write_file(aside)
@@ -136,7 +138,7 @@ def test_the_longest_legal_name(tmp_path: Path) -> None:
         write_file(aside)
 
 
-def test_many_writers_one_winner(tmp_path: Path) -> None:
+def test_only_one_of_many_writers_succeeds(tmp_path: Path) -> None:
     target, ready, won, refused = tmp_path / "out", threading.Barrier(8), [], []
 
     def work(number: int) -> None:
@@ -208,7 +210,7 @@ def test_a_killed_process_leaves_a_folder_that_the_next_one_removes(tmp_path: Pa
     (hidden,) = tmp_path.iterdir()
     require_absent(target)
     remove_stale(tmp_path)
-    assert (hidden / "new" / "out" / "half").read_text() == "half"  # alive: not ours to remove
+    assert (hidden / "new" / "out" / "half").read_text() == "half"  # its process is alive: it is not removed
     process.kill()
     process.wait()
     process.stdout.close()

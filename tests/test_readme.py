@@ -1,4 +1,4 @@
-"""What the README and the contributing guide say is run here, so that it cannot rot."""
+"""The examples of the README and the contributing guide are run here, so that they stay correct."""
 
 import json
 import re

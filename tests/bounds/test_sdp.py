@@ -1,4 +1,4 @@
-"""Semidefinite bounds against enumeration, at every stop; and that they are worth what the relaxation is worth."""
+"""Semidefinite bounds against enumeration, at every stop; they attain the value of the relaxation."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ def indicators(d: int, s: int, group: int | None = None) -> Tensor:
     return every[(parts == s * (group or d) / d).all(1)]
 
 
-def least_error(problem: LayerReconstruction, row: int, s: int, group: int | None = None) -> float:
+def minimum_error(problem: LayerReconstruction, row: int, s: int, group: int | None = None) -> float:
     """Return the smallest error of a row of which s entries are pruned, summed in long doubles."""
     pruned = indicators(problem.shape[1], s, group).numpy().astype(np.longdouble)
     vectors = pruned * problem.weight[row].double().numpy().astype(np.longdouble)
@@ -38,7 +38,7 @@ def least_error(problem: LayerReconstruction, row: int, s: int, group: int | Non
 
 
 def slack(problem: LayerReconstruction) -> float:
-    """Return what the rounding of the float32 Gram may take from an error that is zero."""
+    """Return by how much the rounding of the float32 Gram may reduce an error of zero."""
     return 1e-12 * float(problem.double().scale().max())
 
 
@@ -55,7 +55,7 @@ class Countdown:
 
 @given(layers(d=(1, 8)), st.integers(0, 12), st.integers(0, 8))
 @examples(250)
-def test_no_mask_is_better_at_any_stop(layer: Layer, steps: int, first: int) -> None:
+def test_bounds_hold_at_every_stop(layer: Layer, steps: int, first: int) -> None:
     problem = layer.problem()
     rows, d = problem.shape
     keep = (first + torch.arange(rows)) % (d + 1)
@@ -63,11 +63,11 @@ def test_no_mask_is_better_at_any_stop(layer: Layer, steps: int, first: int) -> 
     assert (found.bound >= 0.0).all()
     assert (found.iterations <= steps).all()
     for row in range(rows):
-        assert found.bound[row] <= least_error(problem, row, d - int(keep[row])) * (1 + 1e-13)
+        assert found.bound[row] <= minimum_error(problem, row, d - int(keep[row])) * (1 + 1e-13)
 
 
 class Exact:
-    """A symmetric matrix of fractions, as much of a tensor as the exact check looks at."""
+    """A symmetric matrix of fractions, with the tensor methods that the exact check needs."""
 
     def __init__(self, rows: list[list[Fraction]]) -> None:
         self.rows = rows
@@ -101,14 +101,14 @@ def test_multipliers_prove_the_bound_in_rational_numbers(layer: Layer, pruned: i
 
 @given(layers(d=(1, 8)), st.integers(0, 60), st.integers(0, 8), st.integers(1, 30))
 @examples(150)
-def test_no_mask_is_better_with_cuts_at_any_stop(layer: Layer, steps: int, first: int, cuts: int) -> None:
+def test_bounds_with_cuts_hold_at_every_stop(layer: Layer, steps: int, first: int, cuts: int) -> None:
     problem = layer.problem()
     rows, d = problem.shape
     keep = (first + torch.arange(rows)) % (d + 1)
     found = sdp_bound(problem, keep, cuts=cuts, stop=Countdown(steps))
     assert (found.bound >= found.shifted).all()
     for row in range(rows):
-        assert found.bound[row] <= least_error(problem, row, d - int(keep[row])) * (1 + 1e-13)
+        assert found.bound[row] <= minimum_error(problem, row, d - int(keep[row])) * (1 + 1e-13)
 
 
 @pytest.mark.parametrize(("group", "fraction"), [(None, 0.4), (4, 0.7), (2, 0.85)])
@@ -116,17 +116,17 @@ def test_cuts_close_much_of_the_gap(group: int | None, fraction: float) -> None:
     problem = synthetic("correlated", rows=8, d=12, seed=1).problem()
     keep = torch.full((8,), 6)
     found = sdp_bound(problem, keep, group=group, accuracy=1e-5, cuts=100)
-    best = torch.tensor([least_error(problem, row, 6, group) for row in range(8)], dtype=torch.float64)
+    best = torch.tensor([minimum_error(problem, row, 6, group) for row in range(8)], dtype=torch.float64)
     assert (found.bound <= best).all()
     assert float((found.bound - found.shifted).sum()) > fraction * float((best - found.shifted).sum())
 
 
 def test_cuts_prove_something_where_the_relaxation_proves_nothing() -> None:
-    # The semidefinite relaxation of a singular Gram is often worth zero.
+    # The value of the semidefinite relaxation of a singular Gram is often zero.
     problem = synthetic("rank-deficient", rows=24, d=9, seed=0).problem()
     keep = torch.full((24,), 6)
     found = sdp_bound(problem, keep, accuracy=1e-5, cuts=100)
-    minimum = torch.tensor([least_error(problem, row, 3) for row in range(24)], dtype=torch.float64)
+    minimum = torch.tensor([minimum_error(problem, row, 3) for row in range(24)], dtype=torch.float64)
     nothing = found.shifted < 1e-6 * minimum
     assert nothing.any()
     assert (found.bound[nothing] > 0.02 * minimum[nothing]).any()
@@ -145,7 +145,7 @@ def test_bounds_grow_and_end_near_the_relaxation(family: str, d: int, group: int
         assert (found.bound >= best).all()
         best = found.bound
         for row in range(6):
-            assert found.bound[row] <= least_error(problem, row, d - int(keep[row]), group) + slack(problem)
+            assert found.bound[row] <= minimum_error(problem, row, d - int(keep[row]), group) + slack(problem)
     scale = problem.scale()
     assert (found.primal - found.bound <= 1.1e-5 * found.primal + 1e-6 * scale).all()
 
@@ -173,7 +173,7 @@ def relaxation(Q: Tensor, s: int) -> float:
 
 @pytest.mark.parametrize("d", [3, 6, 9])
 @pytest.mark.parametrize("family", ["independent", "correlated"])
-def test_value_of_the_relaxation(family: str, d: int) -> None:
+def test_the_bound_attains_the_value_of_the_relaxation(family: str, d: int) -> None:
     problem = synthetic(family, rows=3, d=d, seed=2).problem().double()
     keep = torch.tensor([d // 2, 1, d - 1])
     found = sdp_bound(problem, keep, accuracy=1e-6)
@@ -184,7 +184,7 @@ def test_value_of_the_relaxation(family: str, d: int) -> None:
         assert float(found.bound[row]) <= other * (1 + 1e-3)
 
 
-def test_stronger_than_the_frank_wolfe_gap() -> None:
+def test_the_bound_is_stronger_than_that_of_frank_wolfe() -> None:
     problem = synthetic("correlated", rows=4, d=24, seed=0).problem()
     found = sdp_bound(problem, torch.full((4,), 12))
     relaxed = solve(problem, PerRow(12), FrankWolfe("conjugate", iterations=300)).lower_bound
@@ -194,7 +194,7 @@ def test_stronger_than_the_frank_wolfe_gap() -> None:
 
 @given(layers(d=(2, 6)), st.integers(1, 5), st.sampled_from([0, 3]))
 @examples(80)
-def test_shift_explains_the_bound(layer: Layer, kept: int, cuts: int) -> None:
+def test_the_shifted_form_is_convex_and_equal_on_masks(layer: Layer, kept: int, cuts: int) -> None:
     problem = layer.problem()
     rows, d = problem.shape
     keep = torch.full((rows,), min(kept, d - 1))
@@ -210,7 +210,7 @@ def test_shift_explains_the_bound(layer: Layer, kept: int, cuts: int) -> None:
         error = torch.einsum("pi,ij,pj->p", pruned, Q, pruned)
         there = torch.einsum("pi,ij,pj->p", pruned, C, pruned) + found.shifted[row]
         torch.testing.assert_close(there, error, rtol=1e-11, atol=1e-12 * d * d * size + 1e-300)
-        # The diagonal form of the same, convex along differences of masks.
+        # The diagonal form of the same, convex in directions that are differences of masks.
         product = (
             torch.einsum("pi,ij,pj->p", pruned, Q - torch.diag(found.shift[row]), pruned) + pruned @ found.shift[row]
         )
@@ -223,7 +223,7 @@ def four() -> Iterator[tuple[LayerReconstruction, Tensor]]:
 
 
 @pytest.mark.parametrize("factor", [2.0**-300, 2.0**-40, 3.0, 1e30])
-def test_scales(factor: float) -> None:
+def test_the_bound_scales_with_the_data(factor: float) -> None:
     for problem, keep in four():
         plain = sdp_bound(problem, keep)
         scaled = LayerReconstruction(problem.weight * factor, problem.gram / factor)
@@ -253,7 +253,7 @@ def test_order_of_inputs_and_signs_do_not_matter() -> None:
         torch.testing.assert_close(found.bound, plain.bound, rtol=1e-6, atol=1e-6)
 
 
-def test_little_memory_changes_nothing() -> None:
+def test_bounds_do_not_depend_on_the_memory() -> None:
     for problem, keep in four():
         plain, single = sdp_bound(problem, keep), sdp_bound(problem, keep, memory=1)
         torch.testing.assert_close(single.bound, plain.bound, rtol=1e-9, atol=0.0)
@@ -270,14 +270,14 @@ def test_rows_stop_when_the_target_is_settled() -> None:
         assert torch.equal(found.bound >= target, torch.full((6,), factor < 1.0))
         assert (found.bound <= plain.primal).all()
         assert (found.iterations < plain.iterations).all()
-    # What the relaxation alone cannot prove, cuts may.
+    # Cuts may prove what the relaxation alone cannot.
     target = plain.bound * 1.02
     found = sdp_bound(problem, keep, target=target, cuts=50)
     assert (found.bound >= target).sum() >= 3
-    assert all(found.bound[row] <= least_error(problem, row, 8) for row in range(6))
+    assert all(found.bound[row] <= minimum_error(problem, row, 8) for row in range(6))
 
 
-def test_nothing_to_decide() -> None:
+def test_bounds_of_rows_with_one_mask_are_exact() -> None:
     problem = synthetic("correlated", rows=3, d=8).problem()
     found = sdp_bound(problem, torch.tensor([8, 0, 0]))
     assert found.bound[0] == 0.0
@@ -288,7 +288,7 @@ def test_nothing_to_decide() -> None:
     assert not found.iterations.any()
 
 
-def test_zero_layers() -> None:
+def test_bounds_of_zero_layers_are_zero() -> None:
     for weight, gram in ((torch.zeros(2, 4), torch.eye(4)), (torch.ones(2, 4), torch.zeros(4, 4))):
         found = sdp_bound(LayerReconstruction(weight, gram), torch.tensor([2, 1]))
         assert not found.bound.any()
@@ -305,7 +305,7 @@ def test_one_group_is_a_row_and_groups_are_stronger() -> None:
     assert float(grouped.bound.sum()) <= best.total
 
 
-def test_indefinite_forms_and_linear_terms() -> None:
+def test_bounds_hold_for_indefinite_forms_with_linear_terms() -> None:
     random = torch.Generator().manual_seed(0)
     d, s = 8, 3
     forms = torch.randn(30, d, d, generator=random, dtype=torch.float64)
@@ -317,7 +317,7 @@ def test_indefinite_forms_and_linear_terms() -> None:
     minimum = (torch.einsum("pi,bij,pj->bp", p, forms, p) + linear @ p.T).amin(1)
     assert (found.bound <= minimum).all()
     assert (found.primal - found.bound <= 2e-5 * found.primal.abs().clamp_min(1e-2)).all()
-    # Of values about -10 the worst may be off by 3, and several are met.
+    # The values are about -10: the largest gap may be 3, and several bounds are tight.
     assert (minimum - found.bound).median() < 1.0
     assert (minimum - found.bound < 1e-3).sum() >= 5
 
@@ -334,7 +334,7 @@ def test_indefinite_forms_and_linear_terms() -> None:
     ],
     ids=str,
 )
-def test_refusals(keep: Tensor, group: int | None, words: str) -> None:
+def test_impossible_counts_and_groups_are_refused(keep: Tensor, group: int | None, words: str) -> None:
     with pytest.raises(MaskoptError, match=words):
         sdp_bound(LayerReconstruction(torch.ones(2, 4), torch.eye(4)), keep, group=group)
 

@@ -1,4 +1,4 @@
-"""Diagonals shared by a layer: valid, of largest trace, and what they prove holds for every mask."""
+"""Diagonals shared by a layer: they are valid, of largest trace, and their bounds hold for every mask."""
 
 import pytest
 import torch
@@ -9,13 +9,13 @@ from maskopt import PerRow, solve, synthetic
 from maskopt.bounds import layer_shift, least_eigenvalue, shifted_bound
 from maskopt.problems import FAMILIES, LayerReconstruction
 from maskopt.solvers import FrankWolfe
-from tests.bounds.test_sdp import least_error
+from tests.bounds.test_sdp import minimum_error
 from tests.helpers import Layer, examples, layers
 
 
 @given(layers(d=(1, 8)), st.integers(0, 8))
 @examples(120)
-def test_shifts_of_ugly_grams(layer: Layer, kept: int) -> None:
+def test_shifts_of_edge_case_grams_are_valid(layer: Layer, kept: int) -> None:
     problem = layer.problem()
     rows, d = problem.shape
     gram = problem.scaled_gram.double()
@@ -26,7 +26,7 @@ def test_shifts_of_ugly_grams(layer: Layer, kept: int) -> None:
         assert float(torch.linalg.eigvalsh(gram - torch.diag(diagonal))[0]) >= -1e-13 * d * d * size
         bound = shifted_bound(problem, keep, diagonal, iterations=30)
         for row in range(rows):
-            assert bound[row] <= least_error(problem, row, d - int(keep[0])) * (1 + 1e-13)
+            assert bound[row] <= minimum_error(problem, row, d - int(keep[0])) * (1 + 1e-13)
 
 
 @pytest.mark.parametrize("family", ["independent", "correlated", "outliers"])
@@ -50,7 +50,7 @@ def test_diagonals_strengthen_the_relaxation(family: str) -> None:
     problem = synthetic(family, rows=3, d=10, seed=1).problem()
     keep = torch.tensor([5, 2, 9])
     plain = shifted_bound(problem, keep, torch.zeros(10, dtype=torch.float64), iterations=2000)
-    best = torch.tensor([least_error(problem, row, 10 - int(keep[row])) for row in range(3)], dtype=torch.float64)
+    best = torch.tensor([minimum_error(problem, row, 10 - int(keep[row])) for row in range(3)], dtype=torch.float64)
     slack = 1e-3 * best + 1e-12 * problem.scale()
     for diagonal in (least_eigenvalue(problem), layer_shift(problem)):
         shifted = shifted_bound(problem, keep, diagonal, iterations=2000)
@@ -68,7 +68,7 @@ def test_plain_relaxation_agrees_with_the_solver() -> None:
     assert float(strong.sum()) > 1.1 * float(plain.sum())
 
 
-def test_zero_gram() -> None:
+def test_a_zero_gram_has_zero_shifts_and_bounds() -> None:
     problem = LayerReconstruction(torch.ones(2, 3), torch.zeros(3, 3))
     assert not layer_shift(problem).any()
     assert not least_eigenvalue(problem).any()

@@ -1,4 +1,4 @@
-"""Layers, a tiny language model on disk, texts, and a way to run commands."""
+"""Layers, a tiny language model on disk, texts, and fixtures that run commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONTEXT = 32
 
 @pytest.fixture
 def run() -> Callable[..., Any]:
-    """Run `maskopt` with arguments; unless told otherwise it must succeed."""
+    """Run `maskopt` with arguments; by default it must succeed."""
 
     def invoke(*args: object, code: int = 0) -> Any:
         result = CliRunner().invoke(app, [str(arg) for arg in args])
@@ -53,7 +53,7 @@ def layer(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def read() -> Callable[[Path], Any]:
-    """Read JSON as strictly as others do."""
+    """Read JSON strictly, without NaN and infinities."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")

@@ -1,4 +1,4 @@
-"""`maskopt certify`: figures against the library's, and what it refuses."""
+"""`maskopt certify`: figures against the library's, and refused arguments."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +16,16 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def mask(run: Run, layer: Path, tmp_path: Path) -> Path:
-    """Of the layer, half of every row kept."""
+    """A mask of the layer that keeps half of every row."""
     path = tmp_path / "mask.safetensors"
     run("solve", layer, "-s", 0.5, "--solver", "wanda", "--out", path)
     return path
 
 
 @pytest.mark.parametrize("rows", [":", "3:7"])
-def test_figures(run: Run, layer: Path, mask: Path, read: Any, tmp_path: Path, rows: str) -> None:
+def test_figures_agree_with_the_library(
+    run: Run, layer: Path, mask: Path, read: Any, tmp_path: Path, rows: str
+) -> None:
     out = tmp_path / "c.json"
     text = run("certify", layer, "--mask", mask, "-s", 0.5, "--rows", rows, "--json", out).stdout
     index = slice(0, 12) if rows == ":" else slice(3, 7)
@@ -79,7 +81,7 @@ def test_a_time_limit_yields_what_is_proven_by_then(
     assert sum(found[1e-9]) < sum(found[3600])
 
 
-def test_what_is_refused(fails: Callable[..., str], layer: Path, mask: Path, tmp_path: Path) -> None:
+def test_bad_arguments_are_refused(fails: Callable[..., str], layer: Path, mask: Path, tmp_path: Path) -> None:
     def words(*arguments: object) -> str:
         return fails("certify", layer, *arguments)
 

@@ -105,7 +105,7 @@ def test_joint_methods_alone_leave_the_solvers_out(run, layers, tmp_path, read):
         ("lsq:solver=ria", "The method lsq has no setting 'solver'"),
     ],
 )
-def test_bad_weights(fails, layers, weights, words, monkeypatch):
+def test_bad_weights_are_refused(fails, layers, weights, words, monkeypatch):
     monkeypatch.setattr("maskopt.solvers.solve", lambda *args, **kwargs: pytest.fail("work has begun"))
     assert words in fails("compare", layers[0], "-s", 0.5, "--solvers", "wanda", "--weights", weights)
 
@@ -155,5 +155,5 @@ def test_a_bad_layer_is_named_before_any_work(fails, layers, tmp_path, monkeypat
         ("sparsefw:iterations", "key=value"),
     ],
 )
-def test_bad_solver_lists(fails, layers, solvers, words):
+def test_bad_solver_lists_are_refused(fails, layers, solvers, words):
     assert words in fails("compare", layers[0], "-s", 0.5, "--solvers", solvers)

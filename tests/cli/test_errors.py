@@ -1,4 +1,4 @@
-"""Bad input: one sentence that names the culprit, exit code 2, nothing written."""
+"""Bad input: one sentence that names the cause, exit code 2, no output."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def no_gram(tensors):
         (no_gram, "no tensor named gram"),
     ],
 )
-def test_bad_layers(fails, tmp_path, change, words):
+def test_damaged_layers_are_refused(fails, tmp_path, change, words):
     path, out = tmp_path / "bad.safetensors", tmp_path / "mask.safetensors"
     save_file(damaged(change), path)
     sentence = fails("solve", path, "--sparsity", 0.5, "--out", out)
@@ -113,7 +113,7 @@ def test_solvers_without_a_name(fails, layer):
     assert "At least one solver is needed" in fails("compare", layer, "-s", 0.5, "--solvers", "")
 
 
-def test_files_that_are_no_layers(fails, tmp_path):
+def test_files_that_are_no_layers_are_refused(fails, tmp_path):
     assert "does not exist" in fails("solve", tmp_path / "missing.safetensors", "-s", 0.5)
     assert "not a file" in fails("solve", tmp_path, "-s", 0.5)
     text = tmp_path / "text.txt"
@@ -168,12 +168,12 @@ def test_files_that_are_no_layers(fails, tmp_path):
         (("-s", "0.5", "--device", "meta"), "device 'meta' cannot be used"),
     ],
 )
-def test_bad_arguments(fails, layer, arguments, words):
+def test_bad_arguments_are_refused(fails, layer, arguments, words):
     assert words in fails("solve", layer, *arguments)
 
 
 @pytest.mark.parametrize("arguments", [("solve",), ("solve", "x", "--sparsity", "half"), ("sovle", "x"), ("--oops",)])
-def test_usage_errors(run, arguments):
+def test_usage_errors_have_no_traceback(run, arguments):
     assert "Traceback" not in run(*arguments, code=2).stderr
 
 
@@ -189,7 +189,7 @@ def test_existing_outputs_are_refused_before_any_work_and_kept(fails, layer, tmp
     assert sorted(tmp_path.iterdir()) == [layer, taken]
 
 
-def test_calibration_texts(fails, model, tmp_path):
+def test_bad_calibration_texts_are_refused(fails, model, tmp_path):
     def words(content: bytes, name: str = "text.txt", *options: object) -> str:
         (tmp_path / name).write_bytes(content)
         return fails("prune", model, tmp_path / "out", "--calibration", tmp_path / name, "-s", 0.5, *options)
@@ -203,7 +203,7 @@ def test_calibration_texts(fails, model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_model_folders(fails, model, text, tmp_path):
+def test_incomplete_model_folders_are_refused(fails, model, text, tmp_path):
     def words(folder) -> str:
         return fails("prune", folder, tmp_path / "out", "--calibration", text, "-s", 0.5)
 
@@ -217,7 +217,7 @@ def test_model_folders(fails, model, text, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_prune_settings(fails, model, text, tmp_path):
+def test_bad_prune_settings_are_refused(fails, model, text, tmp_path):
     def words(*options: object) -> str:
         return fails("prune", model, tmp_path / "out", "--calibration", text, *options)
 
@@ -231,14 +231,14 @@ def test_prune_settings(fails, model, text, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluate_input(fails, model, text, tmp_path):
+def test_bad_evaluate_inputs_are_refused(fails, model, text, tmp_path):
     assert "at most 32 tokens" in fails("evaluate", model, "--text", text, "--seqlen", 64)
     assert "does not exist" in fails("evaluate", model, "--text", tmp_path / "no")
     assert "There is no model folder" in fails("evaluate", tmp_path / "no", "--text", text)
 
 
 @pytest.mark.parametrize("command", ["prune", "evaluate", "demo"])
-def test_missing_transformers(fails, command, text, tmp_path, monkeypatch):
+def test_the_extra_is_named_where_transformers_is_missing(fails, command, text, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     arguments = {
         "prune": ("model", tmp_path / "out", "--calibration", text, "-s", 0.5),

@@ -1,4 +1,4 @@
-"""Failures of the machine and interrupts while saving: nothing half-written, existing files as they were."""
+"""Failures of the machine and interrupts while saving: no partial outputs, existing files unchanged."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def untouched(tmp_path, layer, text):
     ],
 )
 @pytest.mark.parametrize("place", ["maskopt.cli.solve.mask_bytes", "maskopt.solvers.solve"])
-def test_solve(fails, layer, tmp_path, untouched, monkeypatch, place, error, code, words):
+def test_a_failure_of_solve_leaves_nothing(fails, layer, tmp_path, untouched, monkeypatch, place, error, code, words):
     monkeypatch.setattr(place, raising(error))
     outputs = ("--out", tmp_path / "mask", "--json", tmp_path / "figures")
     assert words in fails("solve", layer, "-s", 0.5, *outputs, code=code)
@@ -56,7 +56,7 @@ def test_solve(fails, layer, tmp_path, untouched, monkeypatch, place, error, cod
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (FULL, 1)])
-def test_json_of_compare(run, layer, tmp_path, untouched, monkeypatch, error, code):
+def test_a_failure_of_compare_leaves_nothing(run, layer, tmp_path, untouched, monkeypatch, error, code):
     monkeypatch.setattr(Path, "write_text", raising(error))
     run("compare", layer, "-s", 0.5, "--solvers", "wanda", "--json", tmp_path / "figures", code=code)
     untouched()
@@ -64,7 +64,7 @@ def test_json_of_compare(run, layer, tmp_path, untouched, monkeypatch, error, co
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (FULL, 1)])
 @pytest.mark.parametrize("place", ["maskopt.models.saving.save_masks", "maskopt.solvers.base.Monitor.block"])
-def test_prune(fails, model, text, tmp_path, untouched, monkeypatch, place, error, code):
+def test_a_failure_of_prune_leaves_nothing(fails, model, text, tmp_path, untouched, monkeypatch, place, error, code):
     monkeypatch.setattr(place, raising(error))
     arguments = ("--calibration", text, "-s", 0.5, "--solver", "wanda", "--samples", 2)
     fails("prune", model, tmp_path / "pruned", *arguments, "--json", tmp_path / "figures", code=code)
@@ -90,7 +90,7 @@ def test_debug_shows_the_traceback(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_really_full(tmp_path):
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path):
     layer = tmp_path / "layer.safetensors"
     save_instance(layer, synthetic(rows=64, d=64))
     command = ["solve", layer, "-s", "0.5", "--solver", "wanda", "--out", tmp_path / "mask.safetensors"]

@@ -13,7 +13,7 @@ from maskopt.solvers import RIA, OneSwap, SparseFW, Wanda
 COMMANDS = ("solve", "compare", "trace", "verify", "certify", "prune", "evaluate", "demo")
 
 
-def test_version(run):
+def test_version_is_printed(run):
     assert run("--version").stdout == f"maskopt {maskopt.__version__}\n"
 
 
@@ -27,7 +27,7 @@ def test_help_shows_an_example(run, command):
 def test_help_lists_the_commands(run):
     text = run("--help").stdout
     assert all(command in text for command in COMMANDS)
-    assert run(code=2).output.split() == text.split()  # nothing asked for: help
+    assert run(code=2).output.split() == text.split()  # no arguments: help
 
 
 @pytest.mark.slow
@@ -49,7 +49,7 @@ def test_module_runs_as_a_program_without_loading_transformers(layer):
     ("text", "size"),
     [("1", 1), ("500M", 500 * 2**20), ("2G", 2**31), ("1.5GiB", 3 * 2**29), ("64kB", 2**16), (" 1T ", 2**40)],
 )
-def test_memory_sizes(text, size):
+def test_memory_sizes_are_parsed(text, size):
     assert parse_memory(text) == size
 
 
@@ -64,5 +64,5 @@ def test_memory_sizes(text, size):
         ("one-swap:max_steps=none", (), OneSwap()),
     ],
 )
-def test_solver_specs(spec, settings, solver):
+def test_solver_specs_are_parsed(spec, settings, solver):
     assert parse_solver(spec, settings) == solver

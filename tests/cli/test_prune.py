@@ -88,7 +88,7 @@ def test_the_saved_weights_are_those_of_the_same_run_in_python(pruned, model, te
         (("--weights", "alps:iterations=9"), "alps:iterations=9", ALPS(iterations=9)),
     ],
 )
-def test_what_becomes_of_the_weights(run, model, text, tmp_path, read, options, treatment, solver):
+def test_options_choose_how_weights_are_updated(run, model, text, tmp_path, read, options, treatment, solver):
     few = ("--include", "*.0.*.q_proj", "--include", "*.0.*.up_proj", "--samples", 2)
     result = run("prune", model, tmp_path / "out", "--calibration", text, "-s", 0.5, *few, *options)
     report = read(tmp_path / "out" / "report.json")
@@ -117,12 +117,12 @@ def test_what_becomes_of_the_weights(run, model, text, tmp_path, read, options, 
         (("--weights", "sparsegpt", "-p", "columns"), "SparseGPT chooses block by block"),
     ],
 )
-def test_bad_weights(fails, model, text, tmp_path, options, words):
+def test_bad_weights_are_refused(fails, model, text, tmp_path, options, words):
     assert words in fails("prune", model, tmp_path / "out", "--calibration", text, "-s", 0.5, "--samples", 2, *options)
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluate_agrees(pruned, run, text, tmp_path, read):
+def test_evaluate_agrees_with_the_report(pruned, run, text, tmp_path, read):
     _, out, figures = pruned
     result = run("evaluate", out, "--text", text, "--json", tmp_path / "e.json", "--batch-size", 4)
     evaluation = read(tmp_path / "e.json")
@@ -134,7 +134,7 @@ def test_evaluate_agrees(pruned, run, text, tmp_path, read):
     assert json.loads(run("evaluate", out, "--text", text, "--seqlen", 16, "--json", "-").stdout)["windows"] == 126
 
 
-def test_patterns_and_propagation(run, model, text, tmp_path, read):
+def test_options_reach_prune(run, model, text, tmp_path, read):
     options = ("--pattern", "2:4", "--solver", "wanda", "--include", "*_proj", "--exclude", "*.mlp.*")
     more = ("--propagate", "dense", "--samples", 4, "--seqlen", 16, "--batch-size", 2, "--memory", "64M")
     run("prune", model, tmp_path / "out", "--calibration", text, *options, *more)

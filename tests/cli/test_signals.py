@@ -1,4 +1,4 @@
-"""Signals and streams: whatever ends a command, what it says is true and nothing half-written is left."""
+"""Signals and streams: however a command ends, its messages are true and no partial output is left."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def start(layer, where, *arguments, **options):
 
 
 @pytest.mark.parametrize(
-    ("number", "verb", "where"),
+    ("number", "message", "where"),
     [
         (signal.SIGINT, "Interrupted", "import"),
         (signal.SIGTERM, "Terminated", "solve"),
@@ -71,7 +71,7 @@ def start(layer, where, *arguments, **options):
         (signal.SIGTERM, "Terminated", "between"),
     ],
 )
-def test_signals(layer, tmp_path, number, verb, where):
+def test_signals_end_a_command_without_output(layer, tmp_path, number, message, where):
     before = sorted(tmp_path.iterdir())
     mask, figures = tmp_path / "mask", tmp_path / "figures"
     process = start(layer, where, "--json", figures, "--out", mask)
@@ -87,13 +87,13 @@ def test_signals(layer, tmp_path, number, verb, where):
         return
     out, said = process.communicate(timeout=60)
     assert (process.returncode, out) == (128 + number, "")
-    assert said == f"{verb}; nothing was written.\n"
+    assert said == f"{message}; nothing was written.\n"
     assert (
         sorted(path for path in tmp_path.iterdir() if "x.py" not in path.name and path.name != "__pycache__") == before
     )
 
 
-def test_what_is_complete_is_said(fails, layer, tmp_path, monkeypatch):
+def test_complete_outputs_are_reported(fails, layer, tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
@@ -128,7 +128,7 @@ def test_a_full_standard_output_is_found_before_the_work(layer, tmp_path):
     assert list(tmp_path.iterdir()) == [layer]
 
 
-def test_a_standard_output_that_nobody_reads_is_found_before_the_work(layer, tmp_path):
+def test_a_broken_pipe_is_found_before_the_work(layer, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     try:

@@ -53,7 +53,7 @@ def test_json_on_standard_output_is_alone_there(run, layer):
 
 
 @pytest.mark.parametrize("pattern", ["per-row", "unstructured", "2:4", "1:8"])
-def test_patterns(run, layer, pattern, tmp_path, read):
+def test_patterns_give_their_sparsity(run, layer, pattern, tmp_path, read):
     sparsity = () if ":" in pattern else ("--sparsity", 0.75)
     run("solve", layer, "--pattern", pattern, *sparsity, "--solver", "wanda", "--json", tmp_path / "f.json")
     assert read(tmp_path / "f.json")["sparsity"] == {"2:4": 0.5, "1:8": 0.875}.get(pattern, 0.75)
@@ -90,14 +90,14 @@ def test_options_reach_the_solver(run, layer, tmp_path, read):
     assert figures["solver"] == "SparseFW(iterations=7, alpha=0.25, start=RIA(power=0.5))"
 
 
-def test_time_limit(run, layer, tmp_path, read):
+def test_a_time_limit_ends_the_solver(run, layer, tmp_path, read):
     arguments = ("--solver", "sparsefw", "-o", "iterations=1000000", "--time-limit", 0.05)
     run("solve", layer, "--sparsity", 0.5, *arguments, "--json", tmp_path / "f.json")
     assert read(tmp_path / "f.json")["status"] == "TIME_LIMIT"
 
 
 @pytest.mark.parametrize("weights", list(WEIGHTS))
-def test_weights_that_moved_are_written_and_reproduce_the_error(run, layer, tmp_path, read, weights):
+def test_updated_weights_are_written_and_reproduce_the_error(run, layer, tmp_path, read, weights):
     out, figures_file = tmp_path / "out.safetensors", tmp_path / "f.json"
     result = run("solve", layer, "-s", 0.5, "--weights", weights, "--out", out, "--json", figures_file)
     figures = read(figures_file)
@@ -123,7 +123,7 @@ def test_weights_that_moved_are_written_and_reproduce_the_error(run, layer, tmp_
     assert figures["relative_error"] == figures["objective"] / scale < figures["kept_error"]
     line = f"{figures['relative_error']:.6g} ({figures['kept_error']:.6g} with the weights as they were)"
     assert line in " ".join(result.stdout.split())
-    # And it is a mask to start from, like any other.
+    # The mask written can be used as a start.
     run("solve", layer, "-s", 0.5, "--solver", "one-swap", "--start", out)
 
 

@@ -1,4 +1,4 @@
-"""`maskopt trace`: the figures in its outputs, the figure, and what it refuses."""
+"""`maskopt trace`: the figures in its outputs, the plot, and refused arguments."""
 
 import csv
 import xml.etree.ElementTree as ET
@@ -40,7 +40,9 @@ def test_csv_json_and_result_agree(run: Callable[..., Any], read: Any, layer: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "magic"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])
-def test_figures(run: Callable[..., Any], layer: Path, tmp_path: Path, kind: str, magic: bytes) -> None:
+def test_plots_are_written_in_every_format(
+    run: Callable[..., Any], layer: Path, tmp_path: Path, kind: str, magic: bytes
+) -> None:
     out = tmp_path / f"trace.{kind}"
     run("trace", layer, "-s", 0.5, "--solvers", "away,wanda", "--rows", ":3", "--out", out)
     assert out.read_bytes().startswith(magic)
@@ -56,7 +58,9 @@ def test_svg_shows_every_solver(run: Callable[..., Any], layer: Path, tmp_path: 
         assert f"<!-- {label} -->" in text
 
 
-def test_every_doubles_unless_said(run: Callable[..., Any], read: Any, layer: Path, tmp_path: Path) -> None:
+def test_the_default_interval_of_records_doubles(
+    run: Callable[..., Any], read: Any, layer: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "trace.json"
     run("trace", layer, "-s", 0.5, "--solvers", "vanilla:iterations=20", "--json", out, code=2)
     run("trace", layer, "-s", 0.5, "--solvers", "frank-wolfe:iterations=20;relative_gap=0;polish=no", "--json", out)
@@ -88,11 +92,11 @@ def test_rows_mean_what_they_mean_in_other_commands(
         (["--solvers", "stochastic:step=exact"], "choose an open-loop step"),
     ],
 )
-def test_what_is_refused(fails: Callable[..., str], layer: Path, arguments: list[str], sentence: str) -> None:
+def test_bad_arguments_are_refused(fails: Callable[..., str], layer: Path, arguments: list[str], sentence: str) -> None:
     assert sentence in fails("trace", layer, "-s", 0.5, *arguments)
 
 
-def test_nothing_to_lose(fails: Callable[..., str], tmp_path: Path) -> None:
+def test_zero_layers_are_refused(fails: Callable[..., str], tmp_path: Path) -> None:
     path = tmp_path / "zero.safetensors"
     save_instance(path, Instance(synthetic().weight * 0, synthetic().gram))
     assert "has no output to lose" in fails("trace", path, "-s", 0.5)

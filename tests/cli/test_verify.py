@@ -1,4 +1,4 @@
-"""`maskopt verify`: its verdicts against brute force, and what it refuses."""
+"""`maskopt verify`: its verdicts against brute force, and refused arguments."""
 
 import json
 import math
@@ -27,7 +27,9 @@ def cut(path: Path, rows: slice, columns: int) -> LayerReconstruction:
 
 @pytest.mark.parametrize("solver", ["wanda", "continuation"])
 @pytest.mark.parametrize("exact", ["scip", "brute-force"])
-def test_verdicts(run: Run, layer: Path, read: Any, tmp_path: Path, solver: str, exact: str) -> None:
+def test_verdicts_agree_with_brute_force(
+    run: Run, layer: Path, read: Any, tmp_path: Path, solver: str, exact: str
+) -> None:
     out = tmp_path / "v.json"
     arguments = ("--rows", "2:6", "--columns", 10, "-s", 0.5, "--solver", solver, "--exact", exact)
     text = run("verify", layer, *arguments, "--json", out).stdout
@@ -87,8 +89,8 @@ def test_the_exact_solver_is_branch_and_bound_where_the_set_allows_it(
 
 
 @pytest.mark.parametrize(("iterations", "word"), [(1, "unknown"), (500, "within")])
-def test_what_is_not_proven_is_not_said(run: Run, layer: Path, iterations: int, word: str) -> None:
-    """A weak judge: its bound is far off, and its own mask worse."""
+def test_without_a_proof_none_is_claimed(run: Run, layer: Path, iterations: int, word: str) -> None:
+    """A weak reference solver: its bound is loose, and its own mask is worse."""
     settings = ("--exact", "sparsefw", "-o", f"iterations={iterations}")
     arguments: tuple[object, ...] = ("--rows", "0:4", "-s", 0.5, *settings, "--json", "-")
     for row in json.loads(run("verify", layer, *arguments).stdout)["rows"]:
@@ -105,7 +107,7 @@ def test_what_proves_nothing_cannot_be_exact(fails: Callable[..., str], layer: P
     )
 
 
-def test_nothing_to_lose(run: Run, tmp_path: Path) -> None:
+def test_zero_rows_are_proven_optimal(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "zero.safetensors"
     save_instance(path, Instance(torch.tensor([[0.0, 0.0], [1.0, 2.0]]), torch.eye(2)))
     rows = json.loads(run("verify", path, "--rows", ":", "-s", 0.5, "--json", "-").stdout)["rows"]
@@ -128,7 +130,7 @@ def test_nothing_to_lose(run: Run, tmp_path: Path) -> None:
         ((), "needs a sparsity"),
     ],
 )
-def test_what_is_refused(fails: Callable[..., str], layer: Path, arguments: Any, words: str) -> None:
+def test_bad_arguments_are_refused(fails: Callable[..., str], layer: Path, arguments: Any, words: str) -> None:
     assert words in fails("verify", layer, *arguments)
 
 
@@ -150,11 +152,11 @@ def test_interrupts_leave_nothing(fails: Callable[..., str], layer: Path, tmp_pa
 @pytest.mark.parametrize(
     ("text", "rows"), [("2:6", (2, 6)), (":6", (0, 6)), ("2:", (2, 9)), (":", (0, 9)), ("8", (8, 9)), (" 0 ", (0, 1))]
 )
-def test_rows(text: str, rows: tuple[int, int]) -> None:
+def test_row_ranges_are_parsed(text: str, rows: tuple[int, int]) -> None:
     assert parse_rows(text, 9) == slice(*rows)
 
 
 @pytest.mark.parametrize("text", ["", "9", "4:2", "0:10", "-1", "-1:", "1:2:3", "1.5", "x"])
-def test_no_rows(text: str) -> None:
+def test_bad_row_ranges_are_refused(text: str) -> None:
     with pytest.raises(MaskoptError):
         parse_rows(text, 9)

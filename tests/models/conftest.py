@@ -20,7 +20,7 @@ from maskopt.solvers.base import Monitor, Outcome, Status
 
 VOCABULARY = 61
 
-# What every tiny transformer needs; weights of this size make attention matter, so that wrong masks show.
+# What every tiny transformer needs; with weights of this size attention has an effect, so that wrong masks are found.
 _SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -73,7 +73,7 @@ _BART = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to build a tiny model, and what is known about it."""
+    """A function that builds a tiny model, and properties of the model."""
 
     name: str
     model: str
@@ -202,7 +202,7 @@ def recorder() -> Recorder:
 
 @pytest.fixture
 def inputs_of() -> Callable[..., dict[str, Tensor]]:
-    """Run a model as it is and return the inputs its linear layers see at unpadded positions, float64, (tokens, d)."""
+    """Run a model as it is and return the inputs of its linear layers at unpadded positions, float64, (tokens, d)."""
 
     def collect(
         model: PreTrainedModel, batches: list[dict[str, Tensor]], names: list[str], **extra: Any

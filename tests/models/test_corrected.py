@@ -1,4 +1,4 @@
-"""Pruning on the inputs that pruned layers make, with the dense model's outputs as the aim."""
+"""Pruning on the inputs that pruned layers make, with the dense model's outputs as the target."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from maskopt.weights import ALPS, ConditionalADMM, FISTAPruner, LeastSquares
 def test_inputs_are_those_of_the_pruned_model_and_targets_those_of_the_dense(
     build, make_batches, inputs_of, recorder, padded
 ):
-    """What a layer is calibrated on is what it sees in the end: all layers before it have their final weights."""
+    """Every layer is calibrated on its final inputs: all layers before it have their final weights."""
     for name in ("llama", "gpt2"):
         recorder.problems.clear()
         model, dense, batches = build(name), build(name), make_batches(padded)

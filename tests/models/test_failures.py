@@ -26,7 +26,7 @@ def same(model, before):
 
 
 def pruned_layers(model):
-    """The layers that are pruned to one half, by looking."""
+    """The layers of which half of the weights are zero."""
     return {
         layer.name
         for layer in select_layers(model).layers
@@ -213,7 +213,7 @@ def test_buffers_that_are_not_finite_are_refused(llama, make_batches, value):
     llama.model.layers[1].register_buffer("running", torch.tensor([1.0, value]))
     with pytest.raises(MaskoptError, match=r"^The model's model.layers.1.running has NaN or infinite entries"):
         prune(llama, make_batches(), PerRow(0.5), Wanda())
-    # What is not saved, and single bounds that are never reached, may be infinite.
+    # Buffers that are not saved, and bounds that are never reached, may be infinite.
     llama.model.layers[1].register_buffer("running", torch.tensor([1.0, value]), persistent=False)
     llama.model.layers[2].register_buffer("bound", torch.tensor(float("inf")))
     assert len(prune(llama, make_batches(), PerRow(0.5), Wanda()).layers) == 21
@@ -324,7 +324,7 @@ def test_arguments_of_the_wrong_type_are_refused_in_one_sentence(llama, change, 
     assert same(llama, before)
 
 
-def test_arguments_of_the_other_functions(llama, tokenizer):
+def test_bad_arguments_of_the_other_functions_are_refused(llama, tokenizer):
     with pytest.raises(MaskoptError, match="The model must be a transformers PreTrainedModel"):
         perplexity("llama", tokenizer, "abc")
     with pytest.raises(MaskoptError, match="The tokenizer must be one of transformers; got 'gpt2'"):

@@ -109,7 +109,7 @@ def test_a_layer_that_is_never_called_is_named(tensors):
 
 
 @pytest.mark.parametrize("calls", ["other tensor", "not at all", "the first not at all"])
-def test_layers_that_share_in_one_batch_only_are_refused(tensors, calls):
+def test_layers_with_one_input_in_some_batches_only_are_refused(tensors, calls):
     class Fickle(nn.Module):
         def __init__(self):
             super().__init__()
@@ -131,7 +131,7 @@ def test_layers_that_share_in_one_batch_only_are_refused(tensors, calls):
         run()
 
 
-def test_layers_that_start_to_share_later_keep_sums_of_their_own(tensors):
+def test_layers_that_get_one_input_later_keep_sums_of_their_own(tensors):
     class Late(nn.Module):
         def __init__(self):
             super().__init__()

@@ -60,14 +60,14 @@ def test_the_class_must_be_known(folder, architectures, sentence):
         load_model(folder)
 
 
-def test_no_progress_bar_is_left_in_the_way(folder, capfd):
+def test_loading_shows_no_progress_bar(folder, capfd):
     assert logging.is_progress_bar_enabled()
     load_model(folder)
     assert capfd.readouterr().err == ""
     assert logging.is_progress_bar_enabled()
 
 
-def test_missing_folders(folder):
+def test_missing_folders_are_refused(folder):
     with pytest.raises(MaskoptError, match=r"There is no model folder .*none"):
         load_model(folder.parent / "none")
     with pytest.raises(MaskoptError, match=r"There is no model folder \./none"):
@@ -76,26 +76,26 @@ def test_missing_folders(folder):
         load_model(folder / "config.json")
 
 
-def test_a_folder_without_configuration(folder):
+def test_a_folder_without_configuration_is_refused(folder):
     (folder / "config.json").unlink()
     with pytest.raises(MaskoptError, match=r"holds no config.json"):
         load_model(folder)
 
 
-def test_a_folder_without_tokenizer(folder):
+def test_a_folder_without_tokenizer_is_refused(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(MaskoptError, match="holds no tokenizer"):
         load_model(folder)
 
 
-def test_a_folder_without_weights(folder):
+def test_a_folder_without_weights_is_refused(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(MaskoptError, match=r"holds no weights \(such as model.safetensors\)"):
         load_model(folder)
 
 
-def test_damaged_weights(folder):
+def test_damaged_weights_are_refused(folder):
     whole = (folder / "model.safetensors").read_bytes()
     for content in (b"", b"abc", whole[:-7], whole[:40], b"\xff" * 500):
         (folder / "model.safetensors").write_bytes(content)
@@ -115,14 +115,14 @@ def test_damaged_weights(folder):
         ({"model_type": "t5"}, "is an encoder-decoder"),
     ],
 )
-def test_unknown_architectures(folder, config, sentence):
+def test_unknown_architectures_are_refused(folder, config, sentence):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(MaskoptError, match=sentence) as caught:
         load_model(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_broken_configuration(folder):
+def test_a_broken_configuration_is_refused(folder):
     for content in (b"{", b"", b"[]", b"3", b"\xff\xfe", b"[" * 10**5):
         (folder / "config.json").write_bytes(content)
         with pytest.raises(
@@ -155,7 +155,7 @@ def change(folder):
         "lm_head.weight",
     ],
 )
-def test_weights_that_are_missing_anywhere(folder, change, name):
+def test_missing_weights_are_named(folder, change, name):
     change(drop=[name])
     with pytest.raises(MaskoptError, match=f"lack 1 tensors, such as {name}"):
         load_model(folder)
@@ -176,7 +176,7 @@ def test_a_tied_head_may_be_missing_but_not_what_it_is_tied_to(build, tokenizer,
         load_model(folder)
 
 
-def test_weights_of_another_shape_than_the_configuration_says(folder, change):
+def test_weights_of_another_shape_than_the_configuration_says_are_refused(folder, change):
     change({"model.norm.weight": torch.ones(15)})
     with pytest.raises(
         MaskoptError, match=r"do not fit .*: model.norm.weight has shape \(15,\), not \(16,\) \(one of 1"
@@ -189,7 +189,7 @@ def test_weights_of_another_shape_than_the_configuration_says(folder, change):
         load_model(folder)
 
 
-def test_blocks_that_the_configuration_does_not_know_of(folder, change):
+def test_blocks_beyond_the_configuration_are_refused(folder, change):
     change(num_hidden_layers=2)
     with pytest.raises(MaskoptError, match=r"hold 9 tensors of blocks that .* not know of, such as model.layers.2"):
         load_model(folder)
@@ -199,7 +199,7 @@ def test_blocks_that_the_configuration_does_not_know_of(folder, change):
 @pytest.mark.parametrize(
     "name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
 )
-def test_weights_that_are_not_finite_anywhere(folder, change, name, value):
+def test_weights_that_are_not_finite_are_refused(folder, change, name, value):
     tensor = load_file(folder / "model.safetensors")[name]
     tensor.view(-1)[3] = value
     change({name: tensor})
@@ -210,7 +210,7 @@ def test_weights_that_are_not_finite_anywhere(folder, change, name, value):
 @pytest.mark.parametrize(
     "dtype", [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2], ids=str
 )
-def test_weights_that_are_no_plain_numbers(folder, change, dtype):
+def test_weights_that_are_no_plain_numbers_are_refused(folder, change, dtype):
     tensor = load_file(folder / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
     change({"model.layers.1.mlp.up_proj.weight": tensor.to(dtype)})
     with pytest.raises(MaskoptError, match=r"holds model.layers.1.mlp.up_proj.weight as .*; only plain floating-point"):
@@ -218,7 +218,7 @@ def test_weights_that_are_no_plain_numbers(folder, change, dtype):
 
 
 @pytest.mark.parametrize("settings", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "nope"}, {}, "x"])
-def test_quantised_models(folder, change, settings):
+def test_quantised_models_are_refused(folder, change, settings):
     change(quantization_config=settings)
     with pytest.raises(MaskoptError, match=r"are quantised .*; dequantise and save them first"):
         load_model(folder)
@@ -239,7 +239,7 @@ def test_quantised_models(folder, change, settings):
         ([], "it holds no JSON object"),
     ],
 )
-def test_an_index_that_points_nowhere(folder, index, sentence):
+def test_a_broken_index_is_refused(folder, index, sentence):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(MaskoptError, match=sentence):
@@ -248,7 +248,7 @@ def test_an_index_that_points_nowhere(folder, index, sentence):
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("content", ["{", "[]", "null", "", '{"added_tokens": 3, "tokenizer_class": 3}'])
-def test_damaged_tokenizers(folder, name, content):
+def test_damaged_tokenizers_are_refused(folder, name, content):
     (folder / name).write_text(content)
     with pytest.raises(MaskoptError, match=r"^[^\n]*\.$"):
         load_model(folder)
@@ -270,7 +270,7 @@ def test_damaged_tokenizers(folder, name, content):
     ],
     ids=str,
 )
-def test_configurations_with_odd_values(folder, change, settings):
+def test_configurations_with_odd_values_are_refused(folder, change, settings):
     change(**settings)
     with pytest.raises(
         MaskoptError, match=r"^The model .* cannot be loaded, its (configuration|weights) failed: .*\.$"
@@ -283,7 +283,7 @@ def test_configurations_with_odd_values(folder, change, settings):
 ADVICE = re.compile(r"http|pip|weights_only|trust_remote|internet|ignore_mismatched|report|please", re.IGNORECASE)
 
 
-def test_pickles_are_not_run_and_running_them_is_not_advised(folder, tmp_path):
+def test_pickles_are_refused_without_advice_to_run_them(folder, tmp_path):
     class Touch:
         def __reduce__(self):
             return Path.touch, (tmp_path / "touched",)
@@ -309,18 +309,18 @@ def test_loggers_of_the_loaders_are_quiet_meanwhile_only(folder, change, capfd):
 
 
 @pytest.mark.parametrize("name", [None, 3, "", b"model", ["model"]])
-def test_names_that_are_none(name):
+def test_names_of_the_wrong_type_are_refused(name):
     with pytest.raises(MaskoptError, match="must be a folder or an id on the hub; got"):
         load_model(name)
 
 
 @pytest.mark.parametrize("name", ["a b", "model?", "x" * 5000, "a\0b", "Qwen/Qwen3 0.6B"])
-def test_names_that_no_model_can_have(name):
+def test_impossible_names_are_refused(name):
     with pytest.raises(MaskoptError, match=r"^There is no model folder [^\n]*\.$"):
         load_model(name)
 
 
-def test_devices_that_are_none(folder):
+def test_unknown_devices_are_refused(folder):
     for device in ("nope", "cuda:99", "meta", 3.5):
         with pytest.raises(MaskoptError, match=r"^The model cannot be moved to the device"):
             load_model(folder, device=device)

@@ -46,7 +46,7 @@ def test_every_linear_layer_gets_exactly_the_pattern(architecture, make_batches,
 @pytest.mark.parametrize("propagate", ["pruned", "dense"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_grams_are_those_of_the_model_they_claim(architecture, make_batches, inputs_of, recorder, propagate, padded):
-    """Block by block: in "pruned" mode layers see the pruned blocks before their own, else the dense model."""
+    """In "pruned" mode the inputs of a layer come from the pruned blocks before its own, else from the dense model."""
     model, dense, batches = architecture.build(), architecture.build(), make_batches(padded)
     report = prune(model, batches, PerRow(0.5), recorder, propagate=propagate)
     names = [record.name for record in report.layers]
@@ -61,7 +61,7 @@ def test_grams_are_those_of_the_model_they_claim(architecture, make_batches, inp
             torch.testing.assert_close(problems[name].gram.double() / scale, x.T @ x / scale, rtol=0, atol=2e-6)
             assert problems[name].tokens == records[name].tokens == len(x)
         if propagate == "pruned":
-            for name in inside:  # `dense` follows: its blocks so far are pruned as the report says
+            for name in inside:  # `dense` follows: its earlier blocks are pruned as in the report
                 weight = dense.get_submodule(name).weight
                 weight.data *= report.masks[name]
 
@@ -88,7 +88,7 @@ def test_the_report_holds_errors_recomputed_from_outputs(architecture, make_batc
 @pytest.mark.parametrize("propagate", ["pruned", "dense"])
 @pytest.mark.parametrize("solver", [ConditionalADMM(), LeastSquares(solver=Wanda())], ids=["joint", "lsq"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_weights_that_move_are_applied_where_the_mask_keeps(build, make_batches, inputs_of, name, solver, propagate):
+def test_updated_weights_are_applied_where_the_mask_keeps(build, make_batches, inputs_of, name, solver, propagate):
     model, follower, batches = build(name), build(name), make_batches(padded=True)
     before = weights_of(model)
     report = prune(model, batches, PerRow(0.5), solver, propagate=propagate)
@@ -111,7 +111,7 @@ def test_weights_that_move_are_applied_where_the_mask_keeps(build, make_batches,
                 error = (outputs - x @ layer.oriented(weight).double().T).square().sum()
                 assert figure == pytest.approx(float(error / outputs.square().sum()), rel=2e-3, abs=1e-6)
             assert record.relative_error < record.kept_error
-        if propagate == "pruned":  # later blocks see what the new weights give out
+        if propagate == "pruned":  # the inputs of later blocks are outputs of the new weights
             for inner in inside:
                 layers[inner].weight.data.copy_(after[f"{inner}.weight"])
     others = before.keys() - {f"{inner}.weight" for inner in layers}
@@ -134,7 +134,7 @@ def test_half_precision_rounds_the_new_weights(build, make_batches, dtype):
     assert report.mean_relative_error < np.mean([record.kept_error for record in report.layers])
 
 
-def test_in_dense_mode_weights_move_at_the_end_only(build, make_batches):
+def test_in_dense_mode_weights_change_at_the_end_only(build, make_batches):
     model = build("llama")
     before, seen = weights_of(model), []
 
@@ -174,7 +174,7 @@ def test_layers_with_one_input_get_the_weights_of_their_own_rows(build, make_bat
 
 
 @pytest.mark.parametrize("solver", [ConditionalADMM(), ALPS(), LeastSquares()], ids=["ours", "alps", "lsq"])
-def test_bounds_on_masks_are_not_for_weights_that_move(llama, make_batches, solver):
+def test_bounds_on_masks_are_not_reported_for_updated_weights(llama, make_batches, solver):
     before = weights_of(llama)
     with pytest.raises(MaskoptError, match=r"^certify proves bounds on masks whose weights stay; choose a solver that"):
         prune(llama, make_batches(), PerRow(0.5), solver, certify="shift")
@@ -281,7 +281,7 @@ def test_both_towers_of_a_dual_encoder_are_pruned():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_the_dtype_stays(build, make_batches, dtype):
+def test_the_dtype_does_not_change(build, make_batches, dtype):
     model = build("llama").to(dtype)
     report = prune(model, make_batches(), NM(keep=2, group=4), Wanda())
     assert all(parameter.dtype == dtype for parameter in model.parameters())
@@ -289,7 +289,7 @@ def test_the_dtype_stays(build, make_batches, dtype):
     assert report.sparsity == 0.5
 
 
-def test_mode_and_gradients_stay(llama, make_batches):
+def test_mode_and_gradients_do_not_change(llama, make_batches):
     llama.train()
     llama.model.layers[0].eval()
     frozen = llama.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
@@ -367,7 +367,7 @@ def test_layers_with_one_input_are_solved_together_and_alike(build, make_batches
         assert one.relative_error == pytest.approx(two.relative_error, rel=1e-9)
 
 
-def test_the_model_is_moved_where_asked(llama, make_batches):
+def test_the_model_is_put_on_the_device_asked_for(llama, make_batches):
     report = prune(llama, make_batches(), PerRow(0.5), Magnitude(), device="cpu")
     assert report.settings["device"] == "cpu"
 
@@ -394,7 +394,7 @@ def test_batches_that_reach_no_layer_to_prune_are_refused(llama, make_batches):
 
 
 @pytest.mark.parametrize("propagate", ["pruned", "dense"])
-def test_the_long_way_through_a_model_gives_the_same_masks(build, make_batches, monkeypatch, propagate):
+def test_full_forwards_give_the_same_masks(build, make_batches, monkeypatch, propagate):
     reports = []
     for shortcut in (True, False):
         monkeypatch.setattr(Replay, "_reproduces", lambda self, finals, shortcut=shortcut: shortcut)
@@ -460,7 +460,7 @@ IDS = torch.ones(2, 8, dtype=torch.int64)
         ([IDS.repeat(1, 5)], "batch 0 has sequences of 40 tokens, but the model takes at most 32"),
     ],
 )
-def test_bad_batches(llama, batches, sentence):
+def test_bad_batches_are_refused(llama, batches, sentence):
     before = weights_of(llama)
     with pytest.raises(MaskoptError, match=sentence):
         prune(llama, batches, PerRow(0.5), Wanda())
@@ -493,12 +493,12 @@ def test_masks_that_do_not_fit_name_the_layer_before_any_work(llama):
         ({"model.layers.0.mlp.up_proj": torch.ones(24, 16).bool()}, "up_proj cannot be solved: The start must be"),
     ],
 )
-def test_bad_starting_masks(llama, make_batches, start, sentence):
+def test_bad_starting_masks_are_refused(llama, make_batches, start, sentence):
     with pytest.raises(MaskoptError, match=sentence):
         prune(llama, make_batches(), PerRow(0.5), Wanda(), start=start)
 
 
-def test_an_unknown_way_to_propagate_is_refused(llama, make_batches):
+def test_an_unknown_mode_of_propagation_is_refused(llama, make_batches):
     with pytest.raises(MaskoptError, match="must be one of corrected, pruned, dense; got 'sparse'"):
         prune(llama, make_batches(), PerRow(0.5), propagate="sparse")
 

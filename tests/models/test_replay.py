@@ -11,7 +11,7 @@ from maskopt.models.batches import prepare_batches
 from maskopt.models.replay import Replay, evaluation_mode
 
 
-def monitor(modules, record):
+def record_outputs(modules, record):
     """Record every call's hidden states, in order."""
 
     def hook(module, args, output):
@@ -22,7 +22,7 @@ def monitor(modules, record):
 
 def states_of_forward(model, blocks, batches):
     states = []
-    handles = monitor([block.module for block in blocks], states)
+    handles = record_outputs([block.module for block in blocks], states)
     for batch in batches:
         model(**batch)
     for handle in handles:
@@ -34,7 +34,7 @@ def states_of_replay(replay, count):
     states = []
     for position in range(len(replay.order)):
         record = []
-        (handle,) = monitor([replay.order[position].module], record)
+        (handle,) = record_outputs([replay.order[position].module], record)
         replay.run(position, store=True)
         handle.remove()
         assert len(record) == count  # no block but this one was computed
@@ -55,7 +55,7 @@ def test_blocks_one_by_one_reproduce_the_forward(architecture, make_batches, pad
             torch.testing.assert_close(state, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def test_padding_on_the_left(build, make_batches):
+def test_replay_accepts_padding_on_the_left(build, make_batches):
     model, batches = build("llama"), make_batches(True)
     for batch in batches:
         batch["attention_mask"] = batch["attention_mask"].flip(1)
@@ -68,7 +68,7 @@ def test_padding_on_the_left(build, make_batches):
             torch.testing.assert_close(state, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def test_both_stacks_of_an_encoder_decoder(encoder_decoder, make_batches):
+def test_replay_covers_both_stacks_of_an_encoder_decoder(encoder_decoder, make_batches):
     model = encoder_decoder.build()
     batches = [{**batch, "decoder_input_ids": batch["input_ids"][:, :7]} for batch in make_batches()]
     blocks = find_blocks(model)
@@ -82,7 +82,7 @@ def test_both_stacks_of_an_encoder_decoder(encoder_decoder, make_batches):
 
 
 def test_gemma_would_show_arguments_of_another_block(build, make_batches):
-    """The replay test is sharp: a window for all blocks, or for none, gives other states."""
+    """The replay test is sensitive: a window for all blocks, or for none, gives other states."""
     ids = make_batches()[0]["input_ids"]
     finals = []
     for kinds in (["sliding_attention", "full_attention"] * 2, ["sliding_attention"] * 4, ["full_attention"] * 4):
@@ -91,7 +91,7 @@ def test_gemma_would_show_arguments_of_another_block(build, make_batches):
     assert all((finals[0] - other).norm() > 0.1 * finals[0].norm() for other in finals[1:])
 
 
-def test_blocks_that_run_several_times_are_reached_the_long_way(make_batches):
+def test_blocks_that_run_several_times_use_full_forwards(make_batches):
     torch.manual_seed(0)
     config = AlbertConfig(
         vocab_size=61,
@@ -106,7 +106,7 @@ def test_blocks_that_run_several_times_are_reached_the_long_way(make_batches):
         replay = Replay(model, find_blocks(model), prepare_batches(model, batches))
         assert not replay.shortcut
         states = []
-        handles = monitor([replay.order[0].module], states)
+        handles = record_outputs([replay.order[0].module], states)
         replay.run(0, store=True)
         assert len(states) == 4 * len(batches)
         assert handles[0].remove() is None
@@ -127,7 +127,7 @@ class Leaky(nn.Module):
 
 
 class LeakyModel(PreTrainedModel):
-    """Embedding and leaky blocks; some notice skipped blocks, and some remember earlier batches."""
+    """Embedding and leaky blocks; some detect skipped blocks, and some keep the state of earlier batches."""
 
     config_class = PretrainedConfig
 
@@ -154,7 +154,7 @@ class LeakyModel(PreTrainedModel):
 
 
 @pytest.mark.parametrize("kind", ["naive", "strict", "remembers"])
-def test_models_that_cannot_skip_blocks_are_run_the_long_way(make_batches, kind):
+def test_models_that_cannot_skip_blocks_use_full_forwards(make_batches, kind):
     torch.manual_seed(0)
     model, batches = LeakyModel(PretrainedConfig(), kind), make_batches()
     blocks = find_blocks(model)
@@ -164,7 +164,7 @@ def test_models_that_cannot_skip_blocks_are_run_the_long_way(make_batches, kind)
         expected = states_of_forward(model, blocks, batches)
         for position, block in enumerate(replay.order):
             states = []
-            (handle,) = monitor([block.module], states)
+            (handle,) = record_outputs([block.module], states)
             replay.run(position, store=True)
             handle.remove()
             for index, state in enumerate(states):
@@ -226,6 +226,6 @@ def test_hidden_states_changed_in_place_do_not_spoil_the_stored_ones(make_batche
         replay.run(1)
         replay.run(1, store=True)
         states = []
-        monitor([blocks[2].module], states)
+        record_outputs([blocks[2].module], states)
         replay.run(2)
         assert torch.equal(states[0], expected[2])

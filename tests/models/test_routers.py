@@ -1,4 +1,4 @@
-"""Layers that decide stay dense unless they are named."""
+"""Routers stay dense unless they are named."""
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ class Mlp(nn.Module):
 
 
 class Mixture(nn.Module):
-    """A mixture as a model that transformers does not know might be written."""
+    """A mixture as in a model that is not part of transformers."""
 
     def __init__(self, **children: nn.Module) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def experts(count=4):
         (Mixture(forget_gate=Mixture(a=nn.Linear(8, 8)), mlp=Mlp()), set()),
     ],
 )
-def test_roles_rather_than_names(block, routers):
+def test_routers_are_found_by_role_not_by_name(block, routers):
     assert set(find_routers(block)) == routers
 
 

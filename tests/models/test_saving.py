@@ -1,4 +1,4 @@
-"""Pruned models survive a round trip, and nothing half-written is left behind."""
+"""Pruned models survive a round trip, and no partial output is left behind."""
 
 import json
 import resource
@@ -53,7 +53,7 @@ def test_the_whole_checkpoint_survives(build, make_batches, tokenizer, tmp_path)
     assert type(again) is type(model)
     assert again.generation_config.temperature == 0.7
     assert words("Hello, fox")["input_ids"] == tokenizer("Hello, fox")["input_ids"]
-    # What was saved can be pruned further, from its own masks.
+    # A saved model can be pruned further, from its own masks.
     more = prune(again, make_batches(), PerRow(0.5), Wanda(), start=load_masks(tmp_path / "out"))
     assert more.sparsity == 0.5
 
@@ -92,7 +92,7 @@ def test_masks_take_one_bit_per_weight(tmp_path):
     assert (tmp_path / "masks.safetensors").stat().st_size < 256 * 512 / 8 + 600
 
 
-def test_files_that_hold_no_masks(tmp_path):
+def test_files_that_hold_no_masks_are_refused(tmp_path):
     with pytest.raises(MaskoptError, match=r"There is no mask file .*none"):
         load_masks(tmp_path / "none")
     with pytest.raises(MaskoptError, match=r"no mask file .*masks.safetensors"):
@@ -105,7 +105,7 @@ def test_files_that_hold_no_masks(tmp_path):
         load_masks(tmp_path / "broken.safetensors")
 
 
-def test_damaged_masks_are_noticed(tmp_path):
+def test_damaged_masks_are_refused(tmp_path):
     file = tmp_path / "masks.safetensors"
     save_masks(file, {"layer": torch.ones(16, 16).bool()})
     content = bytearray(file.read_bytes())
@@ -255,7 +255,7 @@ def test_a_full_disk_or_an_interrupt_leaves_nothing(pruned, tokenizer, tmp_path,
 
 
 def test_a_file_size_limit_while_the_weights_are_written_leaves_nothing(pruned, tokenizer, tmp_path):
-    """The weights are written by native code, whose errors are of another kind."""
+    """The weights are written by native code, whose errors are of another class."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:

@@ -1,4 +1,4 @@
-"""Corrected runs of models whose blocks share weights: what is called dense is dense in all blocks."""
+"""Corrected runs of models whose blocks have common weights: the dense model is dense in all blocks."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from maskopt.problems import LayerReconstruction
 from maskopt.solvers import Wanda
 
 
-def share_modules(model):
+def with_shared_modules(model):
     """One nn.Linear, and one MLP, in several blocks."""
     layers = model.model.layers
     layers[2].self_attn.o_proj = layers[0].self_attn.o_proj
@@ -23,7 +23,7 @@ def share_modules(model):
     return model
 
 
-def share_parameters(model):
+def with_shared_parameters(model):
     """Parameters of different modules that are one."""
     layers = model.model.layers
     for name in ("mlp.down_proj", "self_attn.q_proj"):
@@ -58,16 +58,16 @@ def zamba():
 
 @pytest.fixture(params=["modules", "parameters", "zamba"])
 def shared(request, build):
-    """Builds the same model with shared weights again and again."""
+    """A function that builds the same model with shared weights."""
     if request.param == "zamba":
         return zamba
-    fraction = share_modules if request.param == "modules" else share_parameters
-    return lambda: fraction(build("llama"))
+    change = with_shared_modules if request.param == "modules" else with_shared_parameters
+    return lambda: change(build("llama"))
 
 
 @pytest.mark.parametrize("memory", [2**30, 1])
 def test_the_dense_stream_is_that_of_the_dense_model(shared, make_batches, monkeypatch, memory):
-    """What `Corrected` calls the dense model's inputs, layer by layer, is what an untouched model's layers see."""
+    """The dense model's inputs of `Corrected`, layer by layer, are the inputs of an unpruned model's layers."""
     model, untouched, batches = shared(), shared(), make_batches()
     batches = prepare_batches(model, batches)
     expected = []
@@ -118,8 +118,12 @@ def same(states, expected):
 
 
 def test_targets_aim_at_the_dense_model(build, make_batches, inputs_of, recorder):
-    """Of a layer of the last block that shares nothing itself, behind blocks that do."""
-    model, dense, batches = share_parameters(build("llama")), share_parameters(build("llama")), make_batches()
+    """Of a layer without shared weights in the last block, behind blocks with them."""
+    model, dense, batches = (
+        with_shared_parameters(build("llama")),
+        with_shared_parameters(build("llama")),
+        make_batches(),
+    )
     prune(model, batches, PerRow(0.5), recorder, propagate="corrected")
     name = "model.layers.2.self_attn.v_proj"
     y, x = inputs_of(model, batches, [name])[name], inputs_of(dense, batches, [name])[name]
@@ -148,7 +152,7 @@ def test_shared_weights_are_pruned_once_and_stay_shared(shared, make_batches):
 
 
 def test_only_what_later_blocks_use_is_remembered(build, make_batches):
-    model = share_parameters(build("llama"))
+    model = with_shared_parameters(build("llama"))
     model.lm_head.weight = nn.Parameter(model.model.layers[1].self_attn.o_proj.weight.detach().clone())
     model.lm_head.weight = model.model.layers[1].self_attn.o_proj.weight
     with evaluation_mode(model):
@@ -172,7 +176,7 @@ def test_only_what_later_blocks_use_is_remembered(build, make_batches):
 
 
 def test_the_dense_block_runs_once_where_its_inputs_fit(build, make_batches, monkeypatch):
-    """And every turn anew where they do not, with the same masks."""
+    """If they do not fit, it runs again in every turn, with the same masks."""
     results = []
     for memory in (2**30, 1):
         model, calls = build("llama"), []

@@ -75,7 +75,7 @@ def test_documents_are_tokenised_one_by_one(tokenizer, unmarked, tmp_path):
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else repr(value)[:20],
 )
-def test_bad_text_files(tokenizer, tmp_path, name, content, sentence):
+def test_bad_text_files_are_refused(tokenizer, tmp_path, name, content, sentence):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(MaskoptError, match=sentence):
         tokenize(tokenizer, tmp_path / name)
@@ -98,7 +98,7 @@ def test_line_ends_and_byte_order_marks_are_no_tokens(tokenizer, llama, tmp_path
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.json", "a.Json"])
-def test_json_lines_in_any_case(tokenizer, tmp_path, name):
+def test_json_lines_are_read_whatever_the_case_of_the_name(tokenizer, tmp_path, name):
     records = [{"text": "ab\r\nc", "id": 1}, {"text": "d"}]
     a, b, c, d, end = tokenizer.convert_tokens_to_ids(["a", "b", "c", "d", "\n"])
     for joint, mark in (("\n", ""), ("\r\n", "\ufeff")):
@@ -126,12 +126,12 @@ def test_the_beginning_of_documents_is_tokenised_like_all_of_them(unmarked, tmp_
     assert read_text("abc").opening(2).documents == ("ab",)
 
 
-def test_texts_with_half_a_surrogate_pair(tokenizer):
+def test_texts_with_half_a_surrogate_pair_are_refused(tokenizer):
     with pytest.raises(MaskoptError, match="The text holds half of a surrogate pair at character 2"):
         tokenize(tokenizer, "ab\ud800")
 
 
-def test_files_that_cannot_be_read(tokenizer, tmp_path):
+def test_files_that_cannot_be_read_are_refused(tokenizer, tmp_path):
     with pytest.raises(MaskoptError, match=r"none.txt cannot be read: No such file"):
         tokenize(tokenizer, tmp_path / "none.txt")
     with pytest.raises(MaskoptError, match="cannot be read: Is a directory"):
@@ -157,7 +157,7 @@ def test_windows_are_pieces_of_the_text(tokenizer, samples, seqlen, size, seed):
     assert torch.equal(torch.cat(again.batches), torch.cat(calibration.batches))
 
 
-def test_calibration_says_where_it_came_from(tokenizer):
+def test_calibration_records_its_source(tokenizer):
     calibration = calibration_batches(tokenizer, TEXT, samples=5, seqlen=16, seed=3)
     other = calibration_batches(tokenizer, TEXT, samples=5, seqlen=16, seed=4)
     assert not torch.equal(calibration.batches[0], other.batches[0])
@@ -172,7 +172,7 @@ def test_calibration_says_where_it_came_from(tokenizer):
     }
 
 
-def test_text_that_is_too_short(tokenizer, llama):
+def test_text_that_is_too_short_is_refused(tokenizer, llama):
     with pytest.raises(MaskoptError, match="The text holds 4 tokens, but at least 16 are needed"):
         calibration_batches(tokenizer, "abc", seqlen=16)
     with pytest.raises(MaskoptError, match="The text holds 4 tokens, but at least 32 are needed"):

@@ -1,4 +1,4 @@
-"""Really trained models react to pruning as the literature says."""
+"""Trained models react to pruning as in the literature."""
 
 import os
 from copy import deepcopy

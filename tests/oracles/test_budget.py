@@ -1,4 +1,4 @@
-"""Budgets: exact where they say so, bounded elsewhere, never overdrawn."""
+"""Budgets: exact if small, bounded otherwise, never exceeded."""
 
 import math
 from fractions import Fraction
@@ -36,7 +36,7 @@ KINDS = ["whole", "float", "tenths", "wide", "equal"]
 
 @given(st.sampled_from(KINDS), st.integers(0, 2**16), st.floats(0, 1))
 @examples(100)
-def test_small_ones_are_exact(kind: str, seed: int, fraction: float) -> None:
+def test_small_budgets_are_exact(kind: str, seed: int, fraction: float) -> None:
     masks, cost = made(kind, (3, 4), seed, fraction)
     assert masks.exact
     chosen = masks.lmo_mask(cost)
@@ -48,7 +48,7 @@ def test_small_ones_are_exact(kind: str, seed: int, fraction: float) -> None:
 
 @given(st.sampled_from(KINDS), st.integers(0, 2**16), st.floats(0, 1))
 @examples(60)
-def test_large_ones_are_bounded(kind: str, seed: int, fraction: float) -> None:
+def test_large_budgets_are_bounded(kind: str, seed: int, fraction: float) -> None:
     masks, cost = made(kind, (20, 30), seed, fraction)
     able = masks.price <= masks.budget
     assert masks.exact == (kind == "equal" or int((able & (masks.price > 0)).sum()) <= 20)
@@ -67,11 +67,11 @@ def test_large_ones_are_bounded(kind: str, seed: int, fraction: float) -> None:
             relaxed, left = relaxed + part * worth, left - part * price
     assert relaxed == pytest.approx(bound, abs=1e-9 * scale) or masks.exact
     assert bound <= value + 1e-12 * scale
-    # At most what one entry is worth.
+    # At most the cost of one entry.
     assert value - relaxed <= -float(torch.where(able, cost, 0.0).min()) + 1e-9 * scale
 
 
-def test_a_big_one_against_integer_programming() -> None:
+def test_a_big_budget_agrees_with_integer_programming() -> None:
     masks, cost = made("whole", (10, 12), 5, 0.3)
     answer = milp(
         cost.flatten().numpy(),
@@ -93,7 +93,7 @@ def test_equal_prices_spend_the_last_bit() -> None:
     assert float(masks.price[masks.lmo_mask(-masks.price)].sum()) == 7.75
 
 
-def test_known_answers() -> None:
+def test_the_oracle_gives_known_answers() -> None:
     price = torch.tensor([[4.0, 3.0, 3.0, 0.0], [9.0, 0.0, 1.0, 2.0]])
     masks = Budget(price, 6.0)
     cost = torch.tensor([[-5.0, -3.0, -3.0, -0.1], [-99.0, 0.1, 2.0, 0.0]])
@@ -132,6 +132,6 @@ def test_faces_are_not_offered() -> None:
         ),
     ],
 )
-def test_sentences(make: object, sentence: str) -> None:
+def test_bad_budgets_are_refused(make: object, sentence: str) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         make()

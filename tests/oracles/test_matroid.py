@@ -1,4 +1,4 @@
-"""Partition matroids: known answers, counts from fractions, and every sentence."""
+"""Partition matroids: known answers, counts from fractions, and every error message."""
 
 import math
 from fractions import Fraction
@@ -31,7 +31,7 @@ COST = torch.tensor([[3.0, 1.0, 2.0, 1.0], [0.0, 9.0, 1.0, 1.0]])
     ],
     ids=repr,
 )
-def test_known_answers(masks: PartitionMatroid, kept: list[list[int]]) -> None:
+def test_the_oracle_gives_known_answers(masks: PartitionMatroid, kept: list[list[int]]) -> None:
     assert masks.lmo_mask(COST).int().tolist() == kept
 
 
@@ -63,13 +63,13 @@ def test_prunes_floor_of_sparsity_times_d(sparsity: str, d: int) -> None:
 
 
 @pytest.mark.parametrize("d", range(1, 60))
-def test_thirds_and_sevenths(d: int) -> None:
+def test_thirds_and_sevenths_are_pruned_exactly(d: int) -> None:
     for numerator, denominator in ((1, 3), (2, 3), (1, 7), (5, 7)):
         pruned = d * numerator // denominator
         assert PerRow(1 - numerator / denominator).kept_per_group((1, d)).tolist() == [d - pruned]
 
 
-def test_an_honest_tiny_fraction_keeps_one() -> None:
+def test_tiny_fractions_keep_one_entry() -> None:
     assert PerRow(1e-9).kept_per_group((1, 10)).tolist() == [1]
     assert PerRow(1 - 1e-9).kept_per_group((1, 10)).tolist() == [10]
     assert Unstructured(0.5 + 1e-8).kept_per_group((4096, 4096)).tolist() == [2**23 + 1]
@@ -80,7 +80,7 @@ def test_counts_are_exact_for_big_sets() -> None:
     assert Unstructured(0).count((5, 5)) == Unstructured(25).count((5, 5)) == 1
 
 
-def test_order_of_enumeration() -> None:
+def test_enumeration_is_lexicographic() -> None:
     kept = [mask.flatten().nonzero().flatten().tolist() for mask in PerRow(2).enumerate((1, 4))]
     assert kept == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
 
@@ -93,7 +93,7 @@ def test_center_has_the_type_asked_for(name: str, dtype: torch.dtype) -> None:
     assert center.shape == (4, 12)
 
 
-def test_separable_sets() -> None:
+def test_sets_with_tiles_of_one_row_are_separable() -> None:
     assert PerRow(0.5).separable
     assert NM(keep=2, group=4).separable
     assert not Unstructured(0.5).separable
@@ -101,13 +101,13 @@ def test_separable_sets() -> None:
     assert not PartitionMatroid(2, (None, 1)).separable
 
 
-def test_names() -> None:
+def test_reprs_show_the_settings() -> None:
     assert repr(PerRow(0.5)) == "PerRow(keep=0.5)"
     assert repr(NM(keep=2, group=4)) == "NM(keep=2, group=4)"
     assert repr(PerRow(torch.tensor([1, 2, 3]))) == "PerRow(keep=3 counts)"
 
 
-# Sentences
+# Error messages
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_names() -> None:
         (lambda: NM(keep=True, group=4), "got keep=True"),
     ],
 )
-def test_impossible_sets(make: object, sentence: str) -> None:
+def test_impossible_sets_are_refused(make: object, sentence: str) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         make()
 
@@ -153,9 +153,9 @@ def test_impossible_sets(make: object, sentence: str) -> None:
     ],
     ids=str,
 )
-def test_sets_that_do_not_fit(masks: PartitionMatroid, shape: tuple[int, int], sentence: str) -> None:
+def test_sets_that_do_not_fit_are_refused(masks: PartitionMatroid, shape: tuple[int, int], sentence: str) -> None:
     cpu = torch.device("cpu")
-    for verb in (
+    for call in (
         lambda: masks.lmo_mask(torch.zeros(shape)),
         lambda: masks.lmo(torch.zeros(shape)),
         lambda: masks.round(torch.zeros(shape)),
@@ -168,7 +168,7 @@ def test_sets_that_do_not_fit(masks: PartitionMatroid, shape: tuple[int, int], s
         lambda: masks.rowwise(shape),
     ):
         with pytest.raises(MaskoptError, match=sentence):
-            verb()
+            call()
 
 
 def test_nm_takes_keywords_only() -> None:
@@ -176,13 +176,13 @@ def test_nm_takes_keywords_only() -> None:
         NM(2, 4)
 
 
-def test_nm_wants_a_count() -> None:
+def test_nm_refuses_fractions() -> None:
     for keep, group in ((0.5, 4), (1.0, 4), (2.0, 4), (2, 4.0)):
         with pytest.raises(MaskoptError, match="NM needs whole numbers"):
             NM(keep=keep, group=group)
 
 
-def test_at_most_takes_what_pays() -> None:
+def test_at_most_keeps_entries_of_negative_cost_only() -> None:
     cost = torch.tensor([[-3.0, 1.0, 0.0, -1.0], [-1.0, -1.0, -1.0, -2.0]])
     assert AtMost(PerRow(2)).lmo_mask(cost).int().tolist() == [[1, 0, 0, 1], [1, 0, 0, 1]]
     assert AtMost(Unstructured(1)).lmo_mask(cost).int().tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
@@ -199,6 +199,6 @@ def test_at_most_counts_and_averages() -> None:
         torch.testing.assert_close(center, torch.full_like(center, float(mean)), rtol=1e-10, atol=0)
 
 
-def test_the_center_of_a_big_matrix() -> None:
+def test_the_center_of_a_big_matrix_is_near_one_half() -> None:
     fraction = AtMost(Unstructured(0.5)).center((2048, 2048), torch.float64, torch.device("cpu"))[0, 0]
     assert 0.4995 < float(fraction) < 0.5

@@ -1,4 +1,4 @@
-"""The words people type."""
+"""Patterns of the command line."""
 
 import math
 
@@ -36,7 +36,7 @@ from maskopt.oracles import PartitionMatroid, parse_masks
         ("at-most-2:4", None, [2] * 6),
     ],
 )
-def test_good_words(pattern: str, sparsity: float | None, kept: list[int]) -> None:
+def test_patterns_give_their_counts(pattern: str, sparsity: float | None, kept: list[int]) -> None:
     masks = parse_masks(pattern, sparsity)
     assert isinstance(masks, PartitionMatroid)
     assert masks.kept_per_group((3, 8)).tolist() == kept
@@ -54,12 +54,12 @@ def test_good_words(pattern: str, sparsity: float | None, kept: list[int]) -> No
         ("transposable-1:2", None, 2**8),
     ],
 )
-def test_words_for_other_sets(pattern: str, sparsity: float | None, number: int) -> None:
+def test_patterns_of_other_sets_are_parsed(pattern: str, sparsity: float | None, number: int) -> None:
     assert parse_masks(pattern, sparsity).count((4, 8)) == number
 
 
 @pytest.mark.parametrize("third", ["1:3", "2:3", "3:7"])
-def test_a_sparsity_that_is_no_binary_number(third: str) -> None:
+def test_decimal_sparsities_of_a_pattern_are_accepted(third: str) -> None:
     keep, group = map(int, third.split(":"))
     assert parse_masks(third, 1 - keep / group).kept_per_group((1, group)).tolist() == [keep]
 
@@ -104,6 +104,6 @@ def test_a_sparsity_that_is_no_binary_number(third: str) -> None:
         (":", None, "There is no pattern"),
     ],
 )
-def test_bad_words(pattern: str, sparsity: float | None, sentence: str) -> None:
+def test_bad_patterns_are_refused(pattern: str, sparsity: float | None, sentence: str) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         parse_masks(pattern, sparsity)

@@ -1,4 +1,4 @@
-"""Projection onto capped simplices of some size, against plain bisection."""
+"""Projection onto capped simplices of large rows, against bisection."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,9 @@ def bisected(y: np.ndarray, keep: int) -> np.ndarray:
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @examples(100)
-def test_against_bisection(dtype: torch.dtype, seed: int, size: int, scale: float, grid: float | None) -> None:
+def test_projection_agrees_with_bisection(
+    dtype: torch.dtype, seed: int, size: int, scale: float, grid: float | None
+) -> None:
     random = np.random.default_rng(seed)
     y = random.standard_normal((5, size)) * scale
     y = torch.from_numpy(y if grid is None else np.round(y / grid) * grid).to(dtype)
@@ -52,7 +54,7 @@ def test_a_big_matrix_sums_to_its_count() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype: torch.dtype) -> None:
+def test_half_precision_points_are_projected(dtype: torch.dtype) -> None:
     nearest = PerRow(2).project(torch.tensor([[3.0, 0.5, 0.5, -7.0]], dtype=dtype))
     assert nearest.dtype == dtype
     assert nearest.tolist() == [[1.0, 0.5, 0.5, 0.0]]

@@ -1,4 +1,4 @@
-"""Fixed entries: what the wrapper promises beyond the set it wraps."""
+"""Fixed entries: properties of the wrapper."""
 
 import math
 
@@ -23,7 +23,7 @@ def test_protected_entries_stay_whatever_they_cost() -> None:
     assert not masks.contains(PerRow(2).lmo_mask(cost))
 
 
-def test_all_kept_entries_protected() -> None:
+def test_protecting_all_kept_entries_leaves_one_mask() -> None:
     protected = held((2, 4), (0, 1), (0, 2), (1, 0), (1, 3))
     masks = Protected(PerRow(2), protected)
     assert torch.equal(masks.lmo_mask(torch.randn(2, 4)), protected)
@@ -47,7 +47,9 @@ def test_nothing_protected_is_the_set_itself() -> None:
     ],
     ids=str,
 )
-def test_too_many_protected(base: PartitionMatroid, entries: list[tuple[int, int]], sentence: str) -> None:
+def test_too_many_protected_entries_are_refused(
+    base: PartitionMatroid, entries: list[tuple[int, int]], sentence: str
+) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         Protected(base, held((2, 4), *entries))
 
@@ -67,7 +69,7 @@ def test_rowwise_spreads_evenly() -> None:
     assert masks.rowwise((4, 4)).kept_per_group((4, 4)).tolist() == [2, 2, 2, 2]
 
 
-def test_the_name_says_protected() -> None:
+def test_the_repr_names_the_protection() -> None:
     assert "rotected" in repr(Protected(PerRow(2), held((1, 4), (0, 3))))
 
 
@@ -80,22 +82,24 @@ def test_the_name_says_protected() -> None:
     ],
     ids=str,
 )
-def test_too_many_forbidden(base: PartitionMatroid, entries: list[tuple[int, int]], sentence: str) -> None:
+def test_too_many_forbidden_entries_are_refused(
+    base: PartitionMatroid, entries: list[tuple[int, int]], sentence: str
+) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         base.restrict(pruned=held((2, 4), *entries))
     assert AtMost(base).restrict(pruned=held((2, 4), *entries)).count((2, 4)) > 0
 
 
-def test_a_restriction_restricts_something() -> None:
+def test_a_restriction_of_nothing_is_refused() -> None:
     with pytest.raises(MaskoptError, match="got neither"):
         Restricted(PerRow(2))
 
 
-def test_a_restriction_has_a_shape() -> None:
+def test_weights_of_another_shape_are_refused() -> None:
     masks = PerRow(2).restrict(held((2, 4), (0, 0)))
-    for verb in (lambda: masks.check((3, 4)), lambda: masks.lmo(torch.zeros(3, 4))):
+    for call in (lambda: masks.check((3, 4)), lambda: masks.lmo(torch.zeros(3, 4))):
         with pytest.raises(MaskoptError, match=r"fixes entries of a weight of shape \(2, 4\); got \(3, 4\)"):
-            verb()
+            call()
     with pytest.raises(MaskoptError, match="divisible by 4"):
         NM(keep=2, group=4).restrict(held((2, 6), (0, 0)))
 
@@ -106,6 +110,6 @@ def test_at_most_of_a_restriction_stays_restricted() -> None:
     assert masks.count((1, 4)) == 3
 
 
-def test_rowwise_of_fixed_rows() -> None:
+def test_rowwise_counts_fixed_entries() -> None:
     masks = Unstructured(4).restrict(held((2, 4), (0, 0), (0, 1), (0, 2)), held((2, 4), (1, 3)))
     assert masks.rowwise((2, 4)).kept_per_group((2, 4)).sum() == 4

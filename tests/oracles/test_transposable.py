@@ -35,7 +35,7 @@ def drawn(kind: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def minimum(masks: TransposableNM, cost: Tensor, lower: Tensor | None = None, upper: Tensor | None = None) -> float:
-    """Return the optimum of the LP formulation, costs scaled to what HiGHS's absolute tolerances suit."""
+    """Return the optimum of the LP formulation, with costs scaled to suit the absolute tolerances of HiGHS."""
     scale = float(cost.abs().max()) or 1.0
     low = np.zeros(cost.numel()) if lower is None else lower.flatten().double().numpy()
     high = np.ones(cost.numel()) if upper is None else upper.flatten().double().numpy()
@@ -48,7 +48,9 @@ def minimum(masks: TransposableNM, cost: Tensor, lower: Tensor | None = None, up
 @given(st.sampled_from(KINDS), st.integers(0, 2**16), st.integers(1, 3), st.data())
 @pytest.mark.parametrize("group", [3, 4, 5, 6, 8, 16])
 @examples(25)
-def test_exact_for_every_group(group: int, kind: str, seed: int, across: int, data: st.DataObject) -> None:
+def test_the_oracle_is_exact_for_every_group(
+    group: int, kind: str, seed: int, across: int, data: st.DataObject
+) -> None:
     masks = TransposableNM(keep=data.draw(st.integers(0, group)), group=group)
     cost = drawn(kind, (group * 2, group * across), seed)
     chosen = masks.lmo_mask(cost)
@@ -61,7 +63,7 @@ def test_exact_for_every_group(group: int, kind: str, seed: int, across: int, da
 
 @given(st.sampled_from(KINDS), st.integers(0, 2**16), st.sampled_from([0, 1, 2, 3, 4]))
 @examples(20)
-def test_four_by_four_against_enumeration(kind: str, seed: int, keep: int) -> None:
+def test_the_oracle_agrees_with_enumeration_of_4_by_4_tiles(kind: str, seed: int, keep: int) -> None:
     masks = TransposableNM(keep=keep, group=4)
     cost = drawn(kind, (4, 4), seed)
     totals = [math.fsum(cost[member].tolist()) for member in every_mask(masks, (4, 4))]
@@ -101,7 +103,9 @@ def test_tiles_are_solved_apart(block: int, monkeypatch: pytest.MonkeyPatch) -> 
 @given(st.sampled_from(KINDS), st.integers(0, 2**16), st.floats(0, 1), st.data())
 @pytest.mark.parametrize("group", [4, 6, 8])
 @examples(25)
-def test_fixed_entries_of_larger_tiles(group: int, kind: str, seed: int, fraction: float, data: st.DataObject) -> None:
+def test_larger_tiles_with_fixed_entries_are_exact(
+    group: int, kind: str, seed: int, fraction: float, data: st.DataObject
+) -> None:
     masks = TransposableNM(keep=data.draw(st.integers(0, group)), group=group)
     cost = drawn(kind, (group, group * 2), seed)
     member = masks.lmo_mask(drawn("normal", (group, group * 2), seed + 1))
@@ -121,7 +125,7 @@ def test_fixed_entries_of_larger_tiles(group: int, kind: str, seed: int, fractio
 
 
 @pytest.mark.parametrize("group", [4, 5, 8])
-def test_infinite_costs(group: int) -> None:
+def test_infinite_costs_decide_their_entries(group: int) -> None:
     masks = TransposableNM(keep=2, group=group)
     cost = drawn("normal", (group, group), 0)
     good, bad = cost.clone(), cost.clone()
@@ -129,7 +133,7 @@ def test_infinite_costs(group: int) -> None:
     good[member], bad[~member] = -math.inf, math.inf
     assert torch.equal(masks.lmo_mask(good), member)
     assert torch.equal(masks.lmo_mask(bad), member)
-    # Fixed entries go before infinite ones.
+    # Fixed entries take precedence over infinite costs.
     other = masks.lmo_mask(-member.double())
     assert torch.equal(masks.restrict(kept=~member & other).lmo_mask(good) & other, other)
 
@@ -145,7 +149,7 @@ def test_ties_go_to_the_first_matrix() -> None:
     ("size", "keep", "number"),
     [(2, 1, 2), (3, 1, 6), (4, 1, 24), (4, 2, 90), (5, 2, 2040), (6, 3, 297200), (8, 4, 116963796250), (7, 7, 1)],
 )
-def test_known_counts(size: int, keep: int, number: int) -> None:
+def test_counts_are_those_of_regular_matrices(size: int, keep: int, number: int) -> None:
     assert count_regular(size, keep) == number
     assert count_regular(size, size - keep) == number
     assert TransposableNM(keep=keep, group=size).count((2 * size, size)) == number**2
@@ -156,7 +160,7 @@ def test_known_counts(size: int, keep: int, number: int) -> None:
 
 
 @pytest.mark.parametrize("group", [4, 5, 6])
-def test_center_of_fixed_tiles(group: int) -> None:
+def test_the_center_of_fixed_tiles_is_in_the_relative_interior(group: int) -> None:
     masks = TransposableNM(keep=2, group=group)
     shape = (group, group)
     kept, pruned = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
@@ -185,11 +189,11 @@ def test_center_of_fixed_tiles(group: int) -> None:
         (lambda: TransposableNM(keep=1, group=2).restrict(torch.eye(2) > 0).check((4, 4)), "fixes entries of shape"),
     ],
 )
-def test_sentences(make: object, sentence: str) -> None:
+def test_impossible_sets_are_refused(make: object, sentence: str) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         make()
 
 
-def test_keywords_only() -> None:
+def test_transposable_takes_keywords_only() -> None:
     with pytest.raises(TypeError):
         TransposableNM(2, 4)

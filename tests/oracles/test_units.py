@@ -1,4 +1,4 @@
-"""Units of entries that stand or fall together: known answers and sentences."""
+"""Units of entries that are kept or pruned together: known answers and error messages."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ COST = torch.tensor([[3.0, 1.0, 2.0, 1.0], [0.0, 9.0, 1.0, 1.0]])
     ],
     ids=str,
 )
-def test_known_answers(masks: Units, kept: list[list[int]]) -> None:
+def test_the_oracle_gives_known_answers(masks: Units, kept: list[list[int]]) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         chosen = masks.lmo(COST.to(dtype))
         assert chosen.dtype == dtype
@@ -40,7 +40,7 @@ def test_single_entries_cannot_be_exchanged() -> None:
     assert isinstance(Columns(2), HasFaces)
 
 
-def test_names() -> None:
+def test_reprs_name_the_units() -> None:
     assert "columns" in repr(Columns(2))
     assert "rows" in repr(Rows(2))
     assert "2 x all" in repr(Units(PerRow(1), (2, None)))
@@ -59,6 +59,6 @@ def test_names() -> None:
         (lambda: Columns(1).restrict(torch.eye(2, 4) > 0), "protects 1 more entries"),
     ],
 )
-def test_sentences(make: object, sentence: str) -> None:
+def test_units_that_do_not_fit_are_refused(make: object, sentence: str) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         make()

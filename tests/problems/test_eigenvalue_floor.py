@@ -1,4 +1,4 @@
-"""`eigenvalue_floor` is a proven lower bound; proofs leave no room for tolerances, so spectra are known exactly."""
+"""`eigenvalue_floor` is a proven lower bound; it is tested without tolerances, on spectra that are known exactly."""
 
 from fractions import Fraction
 
@@ -35,7 +35,7 @@ def below_every_eigenvalue(gram: Tensor, floor: float) -> bool:
     return True
 
 
-def test_the_check_itself() -> None:
+def test_the_exact_check_is_right_on_small_grams() -> None:
     gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     assert below_every_eigenvalue(gram, 1.0)
     assert not below_every_eigenvalue(gram, 1.0 + 2.0**-50)
@@ -46,18 +46,18 @@ def test_the_check_itself() -> None:
 @given(layers(d=(1, 7)))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @examples(150)
-def test_floor_of_ugly_grams(dtype: torch.dtype, layer: Layer) -> None:
+def test_floor_of_edge_case_grams_is_a_tight_bound(dtype: torch.dtype, layer: Layer) -> None:
     problem = layer.problem(dtype)
     floor = problem.eigenvalue_floor()
     assert floor <= 0.0
     gram = problem.scaled_gram.double()
     assert below_every_eigenvalue(gram, floor)
-    assert floor >= -1e-6 * float(torch.linalg.matrix_norm(gram)) - 1e-300  # and it is not a useless bound
+    assert floor >= -1e-6 * float(torch.linalg.matrix_norm(gram)) - 1e-300  # and the bound is tight
 
 
 @given(st.integers(1, 40), st.integers(-30, -6), st.integers(0, 99))
 @examples(100)
-def test_floor_of_grams_indefinite_by_rounding(d: int, digits: int, seed: int) -> None:
+def test_floor_is_below_eigenvalues_negative_by_rounding(d: int, digits: int, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(d, max(1, d // 2), generator=random, dtype=torch.float64)
     gram = x @ x.T
@@ -84,7 +84,7 @@ def test_floor_of_grams_indefinite_by_rounding(d: int, digits: int, seed: int) -
     ],
     ids=str,
 )
-def test_floor_of_known_spectra(gram: Tensor, lowest: float) -> None:
+def test_floor_is_near_known_smallest_eigenvalues(gram: Tensor, lowest: float) -> None:
     for dtype in (torch.float64, torch.float32):
         floor = floor_of(gram.to(dtype), check=False)
         assert floor <= lowest

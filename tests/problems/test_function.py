@@ -47,7 +47,9 @@ def test_gradients_are_finite_differences(kind: str, coupled: bool, shift: float
 
 @given(st.sampled_from(KINDS), st.booleans(), st.sampled_from([0.0, 0.7, -2.0]), st.integers(0, 99), st.floats(0, 1))
 @examples(100)
-def test_moves_go_where_they_say(kind: str, coupled: bool, shift: float, seed: int, size: float) -> None:
+def test_change_slope_and_advance_agree_with_evaluation(
+    kind: str, coupled: bool, shift: float, seed: int, size: float
+) -> None:
     problem = function_case(kind, SHAPE, seed, coupled=coupled, shift=shift).problem
     x, search = random(*SHAPE, seed=seed), normal(*SHAPE, seed=seed + 1) * 0.1
     step_size = torch.full((3,), size, dtype=torch.float64) * (
@@ -85,7 +87,7 @@ def test_masks_see_no_shift_and_values_agree(kind: str, shift: float, seed: int)
 
 @given(st.sampled_from(KINDS), st.sampled_from([0.0, 0.7]), st.integers(0, 99), st.data())
 @examples(80)
-def test_rows_are_parts(kind: str, shift: float, seed: int, data: st.DataObject) -> None:
+def test_rows_of_a_function_are_slices(kind: str, shift: float, seed: int, data: st.DataObject) -> None:
     whole = function_case(kind, (5, 4), seed, shift=shift).problem
     chosen = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True))
     index = data.draw(st.sampled_from([torch.tensor(chosen), slice(min(chosen), max(chosen) + 1)]))
@@ -101,12 +103,12 @@ def test_rows_are_parts(kind: str, shift: float, seed: int, data: st.DataObject)
     torch.testing.assert_close(last.objective(mask[index][-1:]), part.objective(mask[index])[-1:])
 
 
-def test_coupled_rows_have_no_parts() -> None:
+def test_coupled_rows_cannot_be_taken_apart() -> None:
     with pytest.raises(ValueError, match="no rows to solve apart"):
         function_case("root", SHAPE, coupled=True).problem.rows(slice(0, 1))
 
 
-def test_one_row_of_one_number() -> None:
+def test_a_vector_of_length_one_is_not_coupled() -> None:
     """A vector of length one is one number per row; a number couples rows, if only one."""
     by_row = Function(lambda x: (x * x).sum(1), (1, 3))
     in_all = Function(lambda x: (x * x).sum(), (1, 3))
@@ -132,7 +134,7 @@ def test_calls_have_the_type_they_were_given(dtype: torch.dtype) -> None:
     assert problem.double() is problem
 
 
-def test_gradients_where_none_are_recorded() -> None:
+def test_gradients_are_computed_under_no_grad() -> None:
     problem = Function(lambda x: x.square().sum(1), SHAPE)
     with torch.no_grad():
         x = random(*SHAPE)
@@ -161,7 +163,7 @@ def test_module_parameters_get_no_gradients() -> None:
         (lambda x: (x - 2).sqrt().sum(1), "must be finite on the unit cube"),
     ],
 )
-def test_refused_functions(call: object, sentence: str) -> None:
+def test_bad_functions_are_refused(call: object, sentence: str) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         Function(call, SHAPE)
 
@@ -172,8 +174,8 @@ def test_refused_functions(call: object, sentence: str) -> None:
     [lambda x: (x - 0.5).log(), lambda x: (x - 0.7).sqrt(), lambda x: 1 / (x - 0.4)],
     ids=["log", "root", "pole"],
 )
-def test_functions_that_are_not_finite_inside(term: object, coupled: bool) -> None:
-    """They pass the first look, at the mask that keeps all; the sentence comes when it happens, whatever the rule."""
+def test_functions_that_are_not_finite_inside_are_refused(term: object, coupled: bool) -> None:
+    """They are finite at the mask that keeps all, which is checked first; the error comes later, with every rule."""
     problem = Function(lambda x: term(x).sum() if coupled else term(x).sum(1), SHAPE)
     for direction in ("vanilla", "away", "dicg"):
         with pytest.raises(MaskoptError, match="must be finite on the unit cube"):

@@ -1,4 +1,4 @@
-"""Synthetic layers: the same for the same seed, valid, and with the property their family promises."""
+"""Synthetic layers: the same for the same seed, valid, and with the property of their family."""
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ SIZES = [(1, 1), (3, 2), (2, 3), (5, 7), (1, 40), (64, 64), (8, 100)]
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("rows", "d"), SIZES)
-def test_valid_and_deterministic(family: str, rows: int, d: int) -> None:
+def test_instances_are_valid_and_deterministic(family: str, rows: int, d: int) -> None:
     for seed in range(3):
         one, two = (synthetic(family, rows, d, seed=seed) for _ in range(2))
-        torch.manual_seed(seed)  # the global generator plays no part
+        torch.manual_seed(seed)  # the global generator is not used
         assert torch.equal(one.weight, two.weight)
         assert torch.equal(one.gram, two.gram)
         assert one.metadata == two.metadata
@@ -35,12 +35,12 @@ def test_the_global_generator_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_seeds_and_families_differ(family: str) -> None:
+def test_seeds_give_different_instances(family: str) -> None:
     assert not torch.equal(synthetic(family, 4, 8, seed=0).gram, synthetic(family, 4, 8, seed=1).gram)
     assert not torch.equal(synthetic(family, 4, 8, seed=0).weight, synthetic(family, 4, 8, seed=1).weight)
 
 
-def test_tokens() -> None:
+def test_instances_record_their_tokens() -> None:
     assert synthetic(rows=2, d=6).tokens == 48
     assert synthetic(rows=2, d=6, tokens=5).tokens == 5
     assert synthetic("rank-deficient", rows=2, d=9).tokens == 3
@@ -57,8 +57,8 @@ def test_correlated_is_ill_conditioned(seed: int) -> None:
     gram = synthetic("correlated", d=48, seed=seed).gram.double()
     eigenvalues = torch.linalg.eigvalsh(gram)
     assert float(eigenvalues[-1] / eigenvalues[0]) > 100
-    off = gram - torch.diag(gram.diagonal())
-    assert float(off.square().sum() / gram.square().sum()) > 0.3
+    off_diagonal = gram - torch.diag(gram.diagonal())
+    assert float(off_diagonal.square().sum() / gram.square().sum()) > 0.3
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -71,7 +71,7 @@ def test_outliers_stand_out(d: int, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("d", [2, 3, 10, 64])
-def test_rank_deficient_is(d: int, seed: int) -> None:
+def test_rank_deficient_has_the_rank_of_its_tokens(d: int, seed: int) -> None:
     instance = synthetic("rank-deficient", d=d, seed=seed)
     rank = int(torch.linalg.matrix_rank(instance.gram.double(), rtol=1e-6))
     assert rank == instance.tokens == max(1, d // 3) < d
@@ -79,7 +79,7 @@ def test_rank_deficient_is(d: int, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("d", [1, 2, 10, 64, 200])
-def test_dead_channels(d: int, seed: int) -> None:
+def test_about_a_tenth_of_the_channels_is_dead(d: int, seed: int) -> None:
     gram = synthetic("dead", d=d, seed=seed).gram
     dead = gram.diagonal() == 0
     assert max(1, d // 10) <= int(dead.sum()) <= 2 * max(1, d // 10)
@@ -106,6 +106,6 @@ def test_a_tenth_are_copies_of_their_neighbours(d: int) -> None:
         ({"tokens": 0}, "tokens 0"),
     ],
 )
-def test_refused(settings: dict[str, object], sentence: str) -> None:
+def test_bad_settings_are_refused(settings: dict[str, object], sentence: str) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         synthetic(**settings)

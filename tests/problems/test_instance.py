@@ -23,7 +23,7 @@ def small(**metadata: str) -> Instance:
 
 @pytest.mark.parametrize("weight", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gram", [torch.float32, torch.float64], ids=str)
-def test_round_trip(tmp_path: Path, weight: torch.dtype, gram: torch.dtype) -> None:
+def test_saved_instances_load_unchanged(tmp_path: Path, weight: torch.dtype, gram: torch.dtype) -> None:
     instance = synthetic(rows=3, d=5)
     instance = Instance(instance.weight.to(weight), instance.gram.to(gram), {"tokens": "40", "origin": "höhe \u2603"})
     save_instance(tmp_path / "layer.safetensors", instance)
@@ -36,7 +36,7 @@ def test_round_trip(tmp_path: Path, weight: torch.dtype, gram: torch.dtype) -> N
     assert os.listdir(tmp_path) == ["layer.safetensors"]
 
 
-def test_round_trip_of_strided_and_tracked_tensors(tmp_path: Path) -> None:
+def test_strided_and_tracked_tensors_load_unchanged(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.arange(6.0).view(3, 2)).T
     save_instance(tmp_path / "a", Instance(weight, torch.eye(6)[::2, ::2]))
     loaded = load_instance(tmp_path / "a")
@@ -57,13 +57,13 @@ def test_any_text_is_metadata(tmp_path_factory: pytest.TempPathFactory, metadata
 @pytest.mark.parametrize(
     ("text", "tokens"), [("17", 17), ("", None), ("many", None), ("-3", None), ("1.5", None), (" 7", None)]
 )
-def test_tokens(text: str, tokens: int | None) -> None:
+def test_tokens_are_read_from_the_metadata(text: str, tokens: int | None) -> None:
     assert small(tokens=text).tokens == tokens
     assert small().tokens is None
     assert small(tokens="9").problem().tokens == 9
 
 
-def test_tokens_that_only_look_like_a_number() -> None:
+def test_malformed_tokens_are_none() -> None:
     assert small(tokens="²").tokens is None
 
 
@@ -77,21 +77,21 @@ def test_the_problem_is_checked() -> None:
 # Bad files
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_missing_files_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", tmp_path, tmp_path / "a" / "b"):
         with pytest.raises(MaskoptError, match="does not exist or is not a file"):
             load_instance(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"hello" * 20, b"\xff" * 64, b"\x08\0\0\0\0\0\0\0{}      "], ids=repr)
-def test_no_safetensors(tmp_path: Path, content: bytes) -> None:
+def test_files_of_other_formats_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a"
     path.write_bytes(content)
     with pytest.raises(MaskoptError, match=r"The instance .*a (is not a readable safetensors file|has no tensor)"):
         load_instance(path)
 
 
-def test_cut_off_anywhere(tmp_path: Path) -> None:
+def test_truncated_files_are_refused(tmp_path: Path) -> None:
     save_instance(tmp_path / "whole", small(tokens="3"))
     content = (tmp_path / "whole").read_bytes()
     for length in range(0, len(content), 7):
@@ -104,7 +104,7 @@ def test_cut_off_anywhere(tmp_path: Path) -> None:
     ("names", "missing"),
     [(["weight"], "no tensor named gram;"), (["gram"], "named weight;"), (["other"], "named gram nor weight;")],
 )
-def test_missing_tensors(tmp_path: Path, names: list[str], missing: str) -> None:
+def test_missing_tensors_are_named(tmp_path: Path, names: list[str], missing: str) -> None:
     save_file({name: torch.eye(2) for name in names}, tmp_path / "a")
     with pytest.raises(MaskoptError, match=missing):
         load_instance(tmp_path / "a")
@@ -127,14 +127,14 @@ def test_an_existing_file_stays(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_no_folder_to_save_in(tmp_path: Path) -> None:
+def test_saving_into_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MaskoptError, match=r"the folder .* does not exist"):
         save_instance(tmp_path / "nowhere" / "a", small())
 
 
 @contextmanager
 def disk_of(size: int) -> Iterator[None]:
-    """Let no file grow beyond `size` bytes, as a full disk would."""
+    """Limit files to `size` bytes, as a full disk would."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -165,12 +165,12 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert os.listdir(tmp_path) == []
 
 
-def test_tensors_that_share_memory(tmp_path: Path) -> None:
+def test_tensors_in_the_same_memory_are_saved(tmp_path: Path) -> None:
     both = torch.eye(4)
     save_instance(tmp_path / "a", Instance(both, both))
     assert torch.equal(load_instance(tmp_path / "a").gram, torch.eye(4))
 
 
-def test_metadata_that_is_no_text(tmp_path: Path) -> None:
+def test_metadata_that_is_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MaskoptError):
         save_instance(tmp_path / "a", Instance(torch.ones(1, 2), torch.eye(2), {"tokens": 3}))

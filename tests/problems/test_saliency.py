@@ -8,15 +8,15 @@ WEIGHT = torch.tensor([[1.0, -2.0], [3.0, 0.0]])
 GRAM = torch.tensor([[4.0, 1.0], [1.0, 16.0]])
 
 
-def test_magnitude() -> None:
+def test_magnitude_scores_are_absolute_weights() -> None:
     assert Saliency.magnitude(WEIGHT).scores.tolist() == [[1.0, 2.0], [3.0, 0.0]]
 
 
-def test_wanda() -> None:
+def test_wanda_scores_are_weights_times_input_norms() -> None:
     assert Saliency.wanda(WEIGHT, GRAM).scores.tolist() == [[2.0, 8.0], [6.0, 0.0]]
 
 
-def test_ria() -> None:
+def test_ria_scores_follow_the_formula() -> None:
     # |w| over row sums 3, 3 and column sums 4, 2; times the roots of the norms 2 and 4.
     expected = torch.tensor([[1 / 3 + 1 / 4, 2 / 3 + 2 / 2], [3 / 3 + 3 / 4, 0.0]]) * torch.tensor([2.0, 4.0]).sqrt()
     torch.testing.assert_close(Saliency.ria(WEIGHT, GRAM).scores, expected)
@@ -34,14 +34,14 @@ def test_rows_and_columns_of_zeros_score_zero() -> None:
     assert bool(torch.isfinite(scores).all())
 
 
-def test_a_diagonal_negative_by_rounding() -> None:
+def test_a_diagonal_negative_by_rounding_scores_zero() -> None:
     gram = torch.diag(torch.tensor([1.0, -1e-9]))
     for scores in (Saliency.wanda(WEIGHT, gram).scores, Saliency.ria(WEIGHT, gram).scores):
         assert bool(torch.isfinite(scores).all())
         assert scores[:, 1].tolist() == [0.0, 0.0]
 
 
-def test_inputs_stay() -> None:
+def test_inputs_are_not_modified() -> None:
     weight, gram = WEIGHT.clone(), GRAM.clone()
     problem = Saliency.ria(weight, gram)
     problem.evaluate(torch.zeros(2, 2))

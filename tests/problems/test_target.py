@@ -1,4 +1,4 @@
-"""Layers that aim at the output of other weights than their own, as those behind pruned layers do."""
+"""Layers whose target is the output of other weights than their own, as behind pruned layers."""
 
 import numpy as np
 import pytest

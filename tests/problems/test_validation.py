@@ -1,4 +1,4 @@
-"""What a layer refuses, in one sentence, and what it must not refuse."""
+"""Data that a layer refuses, in one sentence, and data that it accepts."""
 
 import math
 
@@ -57,8 +57,8 @@ def broken(matrix: Tensor, row: int, column: int, value: float) -> Tensor:
         (torch.ones(1, 2), torch.tensor([[1.0, 2.0], [2.0, 1.0]]), "but it is indefinite, smallest eigenvalue -1; is"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, about complex to real
-def test_refused(weight: Tensor, gram: Tensor, sentence: str) -> None:
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own warning, about complex to real
+def test_bad_layers_are_refused(weight: Tensor, gram: Tensor, sentence: str) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         LayerReconstruction(weight, gram)
 
@@ -100,7 +100,7 @@ def test_a_long_float32_sum_is_accepted() -> None:
 
 @pytest.mark.parametrize("d", [1, 2, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_nothing_at_all_is_accepted(d: int, dtype: torch.dtype) -> None:
+def test_zero_layers_are_accepted(d: int, dtype: torch.dtype) -> None:
     problem = LayerReconstruction(torch.zeros(2, d, dtype=dtype), torch.zeros(d, d, dtype=dtype))
     assert problem.objective(torch.zeros(2, d, dtype=torch.bool)).tolist() == [0.0, 0.0]
 
@@ -128,19 +128,19 @@ def test_half_precision_is_widened(weight: torch.dtype, gram: torch.dtype, expec
     assert problem.objective(torch.zeros(3, 4, dtype=torch.bool)).dtype == torch.float64
 
 
-def test_parameters_are_welcome() -> None:
+def test_parameters_are_accepted() -> None:
     weight = torch.nn.Parameter(normal(3, 4))
     problem = LayerReconstruction(weight, gram_of(4, 9))
     assert not problem.weight.requires_grad
     assert not problem.objective(torch.zeros(3, 4, dtype=torch.bool)).requires_grad
 
 
-def test_unchecked_data_are_not_looked_at() -> None:
+def test_unchecked_data_are_not_validated() -> None:
     LayerReconstruction(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [2.0, 1.0]]), check=False)
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-12, 1e12, 1e30, 1e38])
-def test_sizes_at_the_ends_of_float32(size: float) -> None:
+def test_sizes_at_the_ends_of_float32_are_accepted(size: float) -> None:
     weight, gram = normal(3, 4), gram_of(4, 9)
     plain = LayerReconstruction(weight, gram)
     mask = torch.eye(3, 4, dtype=torch.bool)
@@ -153,7 +153,7 @@ def test_sizes_at_the_ends_of_float32(size: float) -> None:
         assert bool(torch.isfinite(problem.evaluate(torch.zeros(3, 4)).gradient).all())
 
 
-def test_errors_beyond_float64() -> None:
+def test_errors_beyond_float64_are_refused() -> None:
     weight, gram = normal(2, 3, dtype=torch.float64), gram_of(3, 9).double()
     with pytest.raises(MaskoptError, match="exceeds float64; scale them down"):
         LayerReconstruction(weight * 1e200, gram)

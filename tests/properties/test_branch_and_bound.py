@@ -74,7 +74,7 @@ def test_bounds_hold_whenever_it_is_stopped(layer: Layer, fraction: float, batch
 @pytest.mark.parametrize("name", MATROIDS)
 @examples(250)
 def test_fixing_never_cuts_off_an_optimum(name: str, data: st.DataObject, seed: int, constant: float) -> None:
-    """The tangent of a convex quadratic at a random point, a constant added to its linear term."""
+    """The bound is the linear model of a convex quadratic at a random point; a constant is added to its linear term."""
     shape = data.draw(st.sampled_from([(1, 6), (2, 4), (2, 6), (1, 9), (3, 4)]))
     masks = ALL_SETS[name](shape, data.draw(fractions))
     members = every_mask(masks, shape)
@@ -87,7 +87,7 @@ def test_fixing_never_cuts_off_an_optimum(name: str, data: st.DataObject, seed: 
     x = torch.einsum("n,nrd->rd", torch.rand(3, generator=random, dtype=torch.float64).softmax(0), chosen)
     height = masks.row_block(shape)
 
-    def per_band(rows: torch.Tensor) -> torch.Tensor:
+    def per_block(rows: torch.Tensor) -> torch.Tensor:
         return rows.view(-1, height).sum(1)
 
     free = PartitionMatroid(masks.keep, masks.tile, at_most=masks.at_most)
@@ -102,14 +102,14 @@ def test_fixing_never_cuts_off_an_optimum(name: str, data: st.DataObject, seed: 
     point = problem.evaluate(x)
     gradient = problem.gradient(point)
     vertex = fixed.lmo(gradient)
-    bound = per_band(problem.value(point) + (gradient * (vertex - x)).sum(1))
-    errors = torch.stack([per_band(problem.objective(mask)) for mask in members])
+    bound = per_block(problem.value(point) + (gradient * (vertex - x)).sum(1))
+    errors = torch.stack([per_block(problem.objective(mask)) for mask in members])
     best = errors.amin(0)
-    # Anything between the optimum and the worst mask may be what is known.
+    # The incumbent may have any error between the optimum and the worst mask.
     known = best + data.draw(st.sampled_from([0.0, 0.1, 1.0])) * (errors.amax(0) - best)
     slack = (known - bound).repeat_interleave(height)
     keep, prune = fixable(free, gradient, vertex, fixed, slack)
-    # The rounding of values is of this size: only masks clearly as good as what is known have to survive.
+    # Values are rounded by this much: only masks clearly as good as the incumbent must survive.
     size = 1e-12 * (1 + abs(constant)) * shape[0] * shape[1] * (1 + float(errors.abs().max()))
     for row_block in range(len(best)):
         rows = slice(row_block * height, (row_block + 1) * height)
@@ -118,7 +118,7 @@ def test_fixing_never_cuts_off_an_optimum(name: str, data: st.DataObject, seed: 
         assert not bool((good & prune[rows]).any())
 
 
-def test_fixing_sees_no_constant() -> None:
+def test_fixing_does_not_depend_on_a_constant() -> None:
     masks = PartitionMatroid(2, (1, None))
     gradient = torch.tensor([[3.0, -1.0, 0.5, 2.0, -4.0]], dtype=torch.float64)
     fixed = Restricted(masks, torch.zeros(1, 5, dtype=torch.bool))
@@ -130,7 +130,7 @@ def test_fixing_sees_no_constant() -> None:
             assert prune[0].nonzero().flatten().tolist() == pruned
 
 
-def test_limits_and_logs() -> None:
+def test_the_node_limit_ends_the_search_and_logs_are_monotone() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 60, generator=generator, dtype=torch.float64)
     x += 3 * torch.randn(1, 60, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Exact solvers against enumeration of all patterns, on every set and on ugly layers."""
+"""Exact solvers against enumeration of all patterns, on every set and on edge-case layers."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tests.helpers import (
 )
 
 FORMS = ["convex", "raw"]
-# Sets whose groups lie in row-major order, so that brute force meets masks in the order of their flat entries.
+# Sets whose groups are in row-major order, so that brute force enumerates masks in the order of their flat entries.
 ORDERED = ["per-row", "n:m", "unstructured", "row counts", "protected rows", "at most rows", "restricted at most"]
 SMALL = 12  # entries, all patterns of which are tried
 
 
 def minima(values: Tensor, row_block: int) -> Tensor:
-    """Return the least value of each row block, given those of every member and row, shape (members, rows)."""
+    """Return the minimum of each row block, given those of every member and row, shape (members, rows)."""
     return values.view(len(values), -1, row_block).sum(2).amin(0)
 
 
@@ -41,7 +41,7 @@ def sizes(layer: Layer, gram: Tensor, row_block: int) -> Tensor:
 
 
 def holds(problem: Problem, masks: MaskSet, result: Result, best: Tensor, loss: Tensor) -> None:
-    """Insist on a member that is optimal but for `loss` in each row block, and on a bound below the optimum."""
+    """Check for a member that is optimal up to `loss` in each row block, and on a bound below the optimum."""
     assert result.status is Status.OPTIMAL
     assert feasible(masks, result.mask)
     assert torch.equal(result.objective, problem.objective(result.mask))
@@ -98,12 +98,12 @@ def test_scip_finds_the_optimum(name: str, form: str, data: st.DataObject, layer
 @given(shapes(2, 5), fractions, st.integers(0, 999), st.sampled_from([-1.0, 0.0, 1.0]))
 @pytest.mark.parametrize("form", FORMS)
 @examples(12)
-def test_quadratic_forms_may_bend_either_way(
-    form: str, shape: tuple[int, int], fraction: float, seed: int, correct: float
+def test_exact_solvers_take_quadratic_forms_of_any_curvature(
+    form: str, shape: tuple[int, int], fraction: float, seed: int, curvature: float
 ) -> None:
     random = torch.Generator().manual_seed(seed)
     matrix = torch.randn((shape[1], shape[1]), generator=random, dtype=torch.float64)
-    quadratic = matrix + matrix.T if correct == 0.0 else correct * matrix @ matrix.T
+    quadratic = matrix + matrix.T if curvature == 0.0 else curvature * matrix @ matrix.T
     problem = QuadraticForm(quadratic, torch.randn(shape, generator=random, dtype=torch.float64))
     masks = ALL_SETS["at most rows"](shape, fraction)
     every = every_mask(masks, shape)

@@ -1,4 +1,4 @@
-"""Every direction on every set and objective: against enumeration at every iteration, and what may not matter."""
+"""Every direction on every set and objective: against enumeration at every iteration, and invariances."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ACTIVE = ["away", "pairwise", "blended-pairwise", "fully-corrective"]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 EVERY = pytest.mark.parametrize("name", DIRECTIONS)
 
-# What each rule needs, written down by hand.
+# The requirements of each rule, listed by hand.
 NEEDS_OF_SET = {
     "dicg": ["inface", "max_step"],
     "blended-dicg": ["inface", "max_step"],
@@ -70,16 +70,16 @@ def member(masks: MaskSet, mask: Tensor) -> bool:
     return formulation.contains(mask.numpy()) and feasible(masks, mask)
 
 
-# Everything with everything
+# All combinations
 
 
 @pytest.mark.parametrize("kind", cases())
 @pytest.mark.parametrize("set_name", ALL_SETS)
 @EVERY
-def test_everything_with_everything(name: str, set_name: str, kind: str) -> None:
+def test_every_direction_runs_or_is_refused_on_every_set_and_objective(name: str, set_name: str, kind: str) -> None:
     case, masks, solver = cases()[kind], ALL_SETS[set_name](SHAPE, 0.5), FrankWolfe(direction=name, iterations=3)
     for seen, needs in ((case.problem, NEEDS_OF_PROBLEM), (masks, NEEDS_OF_SET)):
-        missing = [verb for verb in needs.get(name, []) if not hasattr(seen, verb)]
+        missing = [method for method in needs.get(name, []) if not hasattr(seen, method)]
         if missing:
             with pytest.raises(MaskoptError) as error:
                 solve(case.problem, masks, solver)
@@ -103,8 +103,8 @@ def test_everything_with_everything(name: str, set_name: str, kind: str) -> None
 
 @pytest.mark.parametrize("step", STEPS)
 @EVERY
-def test_every_step_with_every_direction(name: str, step: str) -> None:
-    """Whether they go together can be read off the two tables; the one other refusal is of stale gradients."""
+def test_every_step_runs_or_is_refused_with_every_direction(name: str, step: str) -> None:
+    """The two tables decide which are compatible; the only other refusal is of stale gradients."""
     if name == "stochastic" and step not in ("open-loop", "log"):
         with pytest.raises(MaskoptError, match=r"keeps no gradient for .*Step.* to look at; choose an open-loop step"):
             FrankWolfe(direction=name, step=step)
@@ -112,9 +112,9 @@ def test_every_step_with_every_direction(name: str, step: str) -> None:
     solver = FrankWolfe(direction=name, step=step, iterations=4)
     for kind, case in cases().items():
         missing = [
-            verb
-            for verb in (*NEEDS_OF_PROBLEM.get(name, []), *NEEDS_OF_PROBLEM.get(step, []))
-            if not hasattr(case.problem, verb)
+            method
+            for method in (*NEEDS_OF_PROBLEM.get(name, []), *NEEDS_OF_PROBLEM.get(step, []))
+            if not hasattr(case.problem, method)
         ]
         masks = SETS["n:m" if len(kind) % 2 else "unstructured"](SHAPE, 0.5)
         if missing:
@@ -129,7 +129,7 @@ def test_every_step_with_every_direction(name: str, step: str) -> None:
 
 def test_sentences_of_sets_name_the_protocol() -> None:
     class Bare(MaskSet):
-        """A set with the verbs that every set has, and no more."""
+        """A set with only the methods that every set has."""
 
         def __init__(self) -> None:
             self.inner = PerRow(0.5)
@@ -156,17 +156,17 @@ def test_sentences_of_sets_name_the_protocol() -> None:
     for name in DIRECTIONS:
         solver = FrankWolfe(direction=name, iterations=5)
         if name not in NEEDS_OF_SET:
-            result = solve(problem, Bare(), solver)  # rows are then taken to be coupled, and nothing is swapped
+            result = solve(problem, Bare(), solver)  # rows are then taken to be coupled, and there are no swaps
             assert PerRow(0.5).contains(result.mask)
             assert result.lower_bound.shape == (1,)
             continue
-        verbs = ", ".join(NEEDS_OF_SET[name])
+        methods = ", ".join(NEEDS_OF_SET[name])
         kind = "HasGroups" if name == "block-coordinate" else "HasFaces"
         with pytest.raises(MaskoptError) as error:
             solve(problem, Bare(), solver)
         assert str(error.value) == (
-            f"Bare() is not compatible with FrankWolfe with {DIRECTIONS[name]()}: it must implement {verbs}; "
-            f"missing: {verbs} (see maskopt.oracles.{kind})."
+            f"Bare() is not compatible with FrankWolfe with {DIRECTIONS[name]()}: it must implement {methods}; "
+            f"missing: {methods} (see maskopt.oracles.{kind})."
         )
 
 
@@ -181,7 +181,7 @@ def test_sentences_of_sets_name_the_protocol() -> None:
         ({"relative_gap": -1e-9}, "relative_gap >= 0"),
     ],
 )
-def test_refused_settings(settings: dict[str, object], sentence: str) -> None:
+def test_bad_settings_are_refused(settings: dict[str, object], sentence: str) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         FrankWolfe(**settings)
 
@@ -190,9 +190,9 @@ def test_refused_settings(settings: dict[str, object], sentence: str) -> None:
 
 
 def checked_history(case: Case, masks: MaskSet, solver: FrankWolfe, tolerance: float) -> None:
-    """Compare every iteration with the optimum; `tolerance` times the size is what the enumeration may be off by."""
+    """Compare every iteration with the optimum; `tolerance` times the size bounds the rounding of the enumeration."""
     result = solve(case.problem, masks, solver, record=1)
-    best, size = case.lmo_bound(masks)
+    best, size = case.minimum(masks)
     total, slack = float(best.sum()), tolerance * size
     history = result.history
     for bound, rounded, incumbent in zip(history["bound"], history["rounded"], history["incumbent"], strict=True):
@@ -219,10 +219,10 @@ def checked_history(case: Case, masks: MaskSet, solver: FrankWolfe, tolerance: f
     st.data(), layers(rows=(1, 3), d=(1, 6), exact=True), st.sampled_from([0.0, 0.0, 0.3, 1.0, 4.0, -0.5, -3.0, -1e7])
 )
 @examples(25)
-def test_proven_at_every_iteration(
+def test_bounds_hold_at_every_iteration(
     name: str, dtype: torch.dtype, data: st.DataObject, layer: Layer, shift: float
 ) -> None:
-    """Integers: the optimum is exact, and so must be the claims. No tolerance."""
+    """With integers the optimum is exact, so bounds must hold without a tolerance."""
     assume(layer.weight.numel() <= 12)
     masks = data.draw(sets(layer.shape))
     checked_history(layer_case(layer, shift, dtype), masks, FrankWolfe(direction=name, iterations=9), 0.0)
@@ -232,7 +232,7 @@ def test_proven_at_every_iteration(
 @EVERY
 @given(st.data(), layers(rows=(1, 3), d=(1, 6), exact=False), st.sampled_from([0.0, 0.0, 0.3, 1.0, -0.5, -1e4]))
 @examples(20)
-def test_proven_at_every_iteration_of_real_data(
+def test_bounds_hold_at_every_iteration_on_real_data(
     name: str, dtype: torch.dtype, data: st.DataObject, layer: Layer, shift: float
 ) -> None:
     assume(layer.weight.numel() <= 12)
@@ -252,7 +252,7 @@ def test_proven_at_every_iteration_of_real_data(
     st.integers(0, 9999),
 )
 @examples(30)
-def test_functions_at_every_iteration(
+def test_bounds_of_functions_hold_at_every_iteration(
     name: str,
     data: st.DataObject,
     kind: str,
@@ -265,7 +265,7 @@ def test_functions_at_every_iteration(
     assume(shape[0] * shape[1] <= 12)
     masks = data.draw(sets(shape))
     case = function_case(kind, shape, seed, coupled=coupled, declared=declared, shift=shift)
-    # Functions' own rounding has an allowance in the bound; the enumeration rounds by a few units of its terms.
+    # The bound accounts for the rounding of the function; the enumeration rounds by a few units of its terms.
     checked_history(case, masks, FrankWolfe(direction=name, iterations=7), 2e-15)
 
 
@@ -279,8 +279,10 @@ def test_float32_functions_prove_nothing(kind: str, seed: int, coupled: bool) ->
 @given(st.data(), st.integers(0, 999), st.sampled_from([0.0, 0.5, -0.5]))
 @EVERY
 @examples(15)
-def test_ones_own_quadratic(name: str, data: st.DataObject, seed: int, shift: float) -> None:
-    """A class of a few lines serves every direction, and proves what it claims."""
+def test_bounds_of_a_user_defined_quadratic_hold_at_every_iteration(
+    name: str, data: st.DataObject, seed: int, shift: float
+) -> None:
+    """A class of a few lines works with every direction, and its bounds hold."""
     masks, root = data.draw(sets((2, 6))), normal(6, 6, seed=seed)
     bowl = Bowl(root @ root.T, normal(2, 6, seed=seed + 1))
 
@@ -295,7 +297,7 @@ def test_ones_own_quadratic(name: str, data: st.DataObject, seed: int, shift: fl
 
 @EVERY
 def test_scores_are_solved_at_once(name: str) -> None:
-    """A linear objective: the first vertex is the answer, and the bound says so."""
+    """For a linear objective the first vertex is optimal, and the bound is tight."""
     for seed in range(3):
         problem, masks = Saliency(normal(*SHAPE, seed=seed)), SETS["n:m"](SHAPE, 0.5)
         for start in (None, masks.lmo_mask(normal(*SHAPE, seed=seed + 9))):
@@ -304,20 +306,22 @@ def test_scores_are_solved_at_once(name: str) -> None:
             assert result.gap == pytest.approx(0.0, abs=1e-9)
 
 
-# What may not matter
+# Invariances
 
-# Exact steps make the slopes of two vertices, or entries, equal, and rounding decides which is next. These are compared
-# while nothing has been decided by rounding.
+# Exact steps make the slopes of two vertices, or entries, equal, and rounding then decides which is next. Runs are
+# compared only as long as rounding has decided nothing.
 SENSITIVE = {"pairwise": 1, "blended-pairwise": 1, "dicg": 1, "blended-dicg": 1}
 
 
 @EVERY
 @given(st.integers(0, 999), st.floats(-50, 50), st.sampled_from(["per-row", "unstructured", "n:m", "blocks"]))
 @examples(12)
-def test_a_constant_in_the_gradient(name: str, seed: int, constant: float, set_name: str) -> None:
+def test_a_constant_in_the_gradient_shifts_values_and_bounds(
+    name: str, seed: int, constant: float, set_name: str
+) -> None:
     """c * sum(x) is c times the number kept: same masks, and values and bounds that much larger."""
     if name == "boosted":
-        return  # pursues the negative gradient itself, of which the constant is a part
+        return  # it approximates the negative gradient itself, which contains the constant
     root, linear, masks = normal(8, 8, seed=seed), normal(*SHAPE, seed=seed + 1), SETS[set_name](SHAPE, 0.5)
     solver = FrankWolfe(direction=name, iterations=SENSITIVE.get(name, 2), gap=1e-9)
     results = [
@@ -334,7 +338,7 @@ def test_a_constant_in_the_gradient(name: str, seed: int, constant: float, set_n
 @EVERY
 @given(st.integers(0, 999), st.sampled_from(["per-row", "n:m", "row counts", "protected rows"]))
 @examples(10)
-def test_rows_in_another_order(name: str, seed: int, set_name: str) -> None:
+def test_reordering_rows_reorders_the_mask(name: str, seed: int, set_name: str) -> None:
     masks, order = SETS[set_name](SHAPE, 0.5), torch.randperm(4, generator=torch.Generator().manual_seed(seed))
     root = normal(8, 8, seed=seed)
     problem = Steady(root @ root.T, normal(*SHAPE, seed=seed + 1))
@@ -348,7 +352,7 @@ def test_rows_in_another_order(name: str, seed: int, set_name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in DIRECTIONS if name not in ("block-coordinate", "stochastic")])
 @given(st.integers(0, 999))
 @examples(10)
-def test_groups_in_another_order(name: str, seed: int) -> None:
+def test_reordering_groups_reorders_the_mask(name: str, seed: int) -> None:
     """Inputs permuted by whole groups (block-coordinate takes turns by position, samples are of columns)."""
     masks = SETS["n:m"](SHAPE, 0.5)
     layer = plain_layer(seed)
@@ -365,7 +369,7 @@ def test_groups_in_another_order(name: str, seed: int) -> None:
 @given(st.integers(0, 999), st.integers(-12, 12), st.sampled_from(["per-row", "unstructured", "n:m"]))
 @examples(4)
 def test_powers_of_two_scale_everything(name: str, dtype: torch.dtype, seed: int, power: int, set_name: str) -> None:
-    """To the last digit, in every column."""
+    """Every column scales exactly."""
     layer, masks = plain_layer(seed), SETS[set_name](SHAPE, 0.5)
     big = Layer(layer.weight * 2.0**power, layer.x, "")
     solver = FrankWolfe(direction=name, iterations=8)
@@ -382,7 +386,7 @@ def test_powers_of_two_scale_everything(name: str, dtype: torch.dtype, seed: int
 @given(st.data(), layers(rows=(1, 4), d=(1, 10)))
 @EVERY
 @examples(4)
-def test_twice_is_the_same(name: str, data: st.DataObject, layer: Layer) -> None:
+def test_runs_are_deterministic(name: str, data: st.DataObject, layer: Layer) -> None:
     masks = data.draw(sets(layer.shape))
     for dtype in (torch.float64, torch.float32):
         one, two = (solve(layer.problem(dtype), masks, FRANK_WOLFE[name]) for _ in range(2))
@@ -393,7 +397,7 @@ def test_twice_is_the_same(name: str, data: st.DataObject, layer: Layer) -> None
 
 
 @EVERY
-def test_inputs_stay_as_they_are(name: str) -> None:
+def test_inputs_are_not_modified(name: str) -> None:
     layer = plain_layer(0)
     problem = layer.problem()
     weight, gram = problem.weight.clone(), problem.gram.clone()
@@ -411,7 +415,7 @@ def test_inputs_stay_as_they_are(name: str) -> None:
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_solver_takes_shifted_problems(name: str) -> None:
-    """No mask sees a shift: solvers that do not relax answer as without, the others with a mask as good as theirs."""
+    """Shifts keep the errors of masks: solvers without a relaxation return the same mask, the others one as good."""
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
     solver = SOLVERS[name]
     for amount in (0.7, -3.0):
@@ -421,7 +425,7 @@ def test_every_solver_takes_shifted_problems(name: str) -> None:
         if not solver.relaxes:
             assert torch.equal(plain.mask, shifted.mask)
         if shifted.lower_bound is not None:
-            best, size = layer_case(plain_layer(0)).lmo_bound(masks)
+            best, size = layer_case(plain_layer(0)).minimum(masks)
             assert bool((shifted.lower_bound <= best + 1e-14 * size).all())
 
 
@@ -440,16 +444,16 @@ def hard_bowls(seeds: int, n: int = 60) -> Bowl:
 
 
 class Counting(Diary):
-    """Counts the iterations that every row moved in, and its active vertices after the last one."""
+    """Counts the iterations that changed every row, and its active vertices after the last one."""
 
     def begin(self, state: IterationState) -> DirectionRule:
         self.ids = torch.arange(len(state.x))
-        self.moves, self.active = torch.zeros(len(state.x)), torch.zeros(len(state.x), dtype=torch.int64)
+        self.changes, self.active = torch.zeros(len(state.x)), torch.zeros(len(state.x), dtype=torch.int64)
         return super().begin(state)
 
     def update(self, state: IterationState, direction: Direction, step_size: Tensor, max_step: Tensor) -> None:
         self.rule.update(state, direction, step_size, max_step)
-        self.moves[self.ids] += (step_size > 0).float()
+        self.changes[self.ids] += (step_size > 0).float()
         if hasattr(self.rule, "atoms"):
             self.active[self.ids] = self.rule.atoms.active
 
@@ -468,18 +472,18 @@ class Counting(Diary):
     ("name", "most"),
     [("dicg", 250), ("pairwise", 450), ("away", 800), ("blended-pairwise", 850), ("fully-corrective", 60)],
 )
-def test_iterations_to_a_gap_of_1e_8(name: str, most: int) -> None:
-    """Keep 24 of 60 at random convex quadratics with exact steps: linear convergence, and how fast."""
+def test_linearly_convergent_directions_reach_a_gap_of_1e_8(name: str, most: int) -> None:
+    """Keep 24 of 60 at random convex quadratics with exact steps: linear convergence at the expected rate."""
     counting = Counting(DIRECTIONS[name]())
     solver = FrankWolfe(direction=counting, step="exact", gap=1e-8, relative_gap=0.0, iterations=6000)
     result = solve(hard_bowls(12), PerRow(24), solver, record=0)
     assert result.status is Status.CONVERGED
-    assert 10 <= float(counting.moves.quantile(0.5)) <= most
-    assert result.iterations >= float(counting.moves.max())
+    assert 10 <= float(counting.changes.quantile(0.5)) <= most
+    assert result.iterations >= float(counting.changes.max())
     if name == "blended-pairwise":
         assert float(counting.active.double().quantile(0.5)) <= 40
 
 
-def test_vanilla_does_not_get_there() -> None:
+def test_vanilla_does_not_reach_a_gap_of_1e_8() -> None:
     solver = FrankWolfe(step="exact", gap=1e-8, relative_gap=0.0, iterations=6000)
     assert solve(hard_bowls(1), PerRow(24), solver, record=0).status is Status.ITERATION_LIMIT

@@ -67,7 +67,7 @@ def test_lmo_is_the_sorted_answer(name: str, dtype: torch.dtype, data: st.DataOb
 @given(st.data())
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
 @examples(40)
-def test_lmo_of_integers(kind: torch.dtype, data: st.DataObject) -> None:
+def test_lmo_accepts_integers(kind: torch.dtype, data: st.DataObject) -> None:
     shape = data.draw(shapes(4, 20))
     masks = data.draw(sets(shape))
     entries = st.lists(st.integers(0, 3), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1])
@@ -208,7 +208,7 @@ def test_round_is_the_projection(name: str, data: st.DataObject) -> None:
     x = torch.tensor(data.draw(st.lists(st.integers(0, 16), min_size=size, max_size=size))).view(shape).double() / 16
     distance = (every_mask(masks, shape).double() - x).square().sum((1, 2))
     rounded = masks.round(x)
-    # Protected entries must stay, whatever x says of them; among members the nearest is chosen.
+    # Protected entries are kept whatever their value in x; among members the nearest is chosen.
     assert feasible(masks, rounded)
     if masks.exact:
         assert float((rounded.double() - x).square().sum()) == float(distance.min())
@@ -217,7 +217,7 @@ def test_round_is_the_projection(name: str, data: st.DataObject) -> None:
 @given(st.data())
 @pytest.mark.parametrize("name", EVERY)
 @examples(50)
-def test_contains_says_what_enumeration_says(name: str, data: st.DataObject) -> None:
+def test_contains_agrees_with_enumeration(name: str, data: st.DataObject) -> None:
     shape = data.draw(shapes(3, 5))
     masks = data.draw(sets(shape, [name]))
     near = masks.lmo_mask(data.draw(costs(shape, infinite=False))).contiguous()
@@ -228,7 +228,7 @@ def test_contains_says_what_enumeration_says(name: str, data: st.DataObject) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8], ids=str)
 @pytest.mark.parametrize("name", EVERY)
-def test_contains_wants_booleans(name: str, dtype: torch.dtype) -> None:
+def test_contains_refuses_other_types_than_bool(name: str, dtype: torch.dtype) -> None:
     masks = ALL_SETS[name]((4, 8), 0.5)
     mask = masks.lmo_mask(torch.ones(4, 8))
     assert masks.contains(mask)
@@ -238,7 +238,7 @@ def test_contains_wants_booleans(name: str, dtype: torch.dtype) -> None:
 @given(st.data())
 @pytest.mark.parametrize("name", EVERY)
 @examples(20)
-def test_enumerate_and_count(name: str, data: st.DataObject) -> None:
+def test_enumerate_and_count_agree_with_all_patterns(name: str, data: st.DataObject) -> None:
     shape = data.draw(shapes(3, 4))
     masks = data.draw(sets(shape, [name]))
     listed = list(masks.enumerate(shape))
@@ -254,7 +254,7 @@ def test_enumerate_and_count(name: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("name", EVERY)
 @examples(15)
 def test_members_are_as_registered(name: str, data: st.DataObject) -> None:
-    """Of one size, or closed under pruning, if the registry says so."""
+    """Members are of one size, or closed under pruning, if the registry claims it."""
     shape = data.draw(shapes(3, 4))
     members = every_mask(data.draw(sets(shape, [name])), shape).flatten(1)
     if name in EQUAL_SETS:
@@ -276,7 +276,7 @@ def test_center_is_in_the_relative_interior(name: str, data: st.DataObject) -> N
     masks = data.draw(sets(shape, [name]))
     members = every_mask(masks, shape).flatten(1).double().numpy()
     center = masks.center(shape, torch.float64, torch.device("cpu")).flatten().numpy()
-    # How far one can go on beyond it, coming from the mean of all members: t > 0, as long as the mean is not there.
+    # The largest step past the point, from the mean of all members: t > 0 unless the point is the mean.
     mean = members.mean(0)
     ahead = center - mean
     weights = np.vstack((members.T, np.ones(len(members))))
@@ -296,14 +296,14 @@ def test_center_is_the_mean_of_all_masks(name: str, data: st.DataObject) -> None
     masks = data.draw(sets(shape, [name]))
     center = masks.center(shape, torch.float64, torch.device("cpu"))
     torch.testing.assert_close(center, every_mask(masks, shape).double().mean(0), rtol=1e-12, atol=1e-12)
-    center[0, 0] = 7.0  # it is nobody else's memory
+    center[0, 0] = 7.0  # the center is a new tensor
     assert float((center == 7.0).sum()) == 1.0
 
 
 @given(st.data())
 @pytest.mark.parametrize("name", FREE_SETS)
 @examples(30)
-def test_groups_and_back(name: str, data: st.DataObject) -> None:
+def test_ungroup_inverts_groups(name: str, data: st.DataObject) -> None:
     shape = data.draw(shapes(9, 12))
     masks = data.draw(sets(shape, [name]))
     matrix = torch.arange(shape[0] * shape[1]).view(shape)
@@ -370,7 +370,7 @@ def test_rowwise_spreads_evenly(name: str, data: st.DataObject) -> None:
 @given(st.integers(1, 5000), fractions)
 @examples(300)
 def test_fraction_of_a_row_is_exact(d: int, keep: float) -> None:
-    # A fraction is meant to twelve digits: 1 - 0.7 is 0.3.
+    # Fractions are rounded to twelve digits: 1 - 0.7 is 0.3.
     (count,) = PerRow(keep).kept_per_group((1, d)).tolist()
     assert count - 1 < keep * d <= count + 1e-9
     assert 0 <= count <= d

@@ -1,4 +1,4 @@
-"""Objectives against the inputs they come from, finite differences and each other, on ugly layers."""
+"""Objectives against the inputs they come from, finite differences and each other, on edge-case layers."""
 
 import pytest
 import torch
@@ -186,7 +186,7 @@ def test_units_multiply_the_objective(
     factor = 2.0 ** (2 * (weight_unit + x_unit))
     assert torch.equal(scaled.objective(mask), plain.objective(mask) * factor)
     assert torch.equal(scaled.scale(), plain.scale() * factor)
-    # What solvers see stays ordinary: no overflow, and no underflow of what matters.
+    # Scaled data are of ordinary size: no overflow, and no underflow of relevant entries.
     gradient = scaled.gradient(scaled.evaluate(mask.to(dtype)))
     assert bool(torch.isfinite(gradient).all())
     ratio = plain.unit / scaled.unit * factor
@@ -218,7 +218,7 @@ def test_wanda_is_the_error_of_one_entry(layer: Layer) -> None:
 
 @given(layers(rows=(1, 5), d=(1, 7)))
 @examples(100)
-def test_ria_by_loops(layer: Layer) -> None:
+def test_ria_agrees_with_loops(layer: Layer) -> None:
     scores = Saliency.ria(layer.weight, layer.gram, power=0.5).scores
     size = layer.weight.abs().tolist()
     for i, row in enumerate(size):

@@ -1,4 +1,4 @@
-"""Rounding on every set and ugly layers: membership, quality and the proven slack, against enumeration."""
+"""Rounding on every set and edge-case layers: membership, quality and the proven slack, against enumeration."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ from tests.helpers import (
     examples,
     feasible,
     layers,
-    least_errors,
     magnitudes,
+    minimum_errors,
     sets,
     shapes,
 )
@@ -117,11 +117,11 @@ def test_roundings_are_members_reproducible_and_polish_helps(
 @given(st.data(), seeds, st.sampled_from([1e-7, 1e-6, 0.3, 40.0]))
 @examples(150)
 def test_dependent_masks_are_members_whatever_the_point(data: st.DataObject, seed: int, noise: float) -> None:
-    """Rounding may push a point off the hull; far more than that must not matter."""
+    """Rounding may move a point out of the hull; the masks are members even for much larger errors."""
     shape = data.draw(shapes(6, 24))
     masks = data.draw(sets(shape))
-    off = torch.randn(shape, generator=seeded(seed + 2), dtype=torch.float64) * noise
-    x = (mixed(masks, shape, seed) + off).to(data.draw(st.sampled_from([*DTYPES, torch.bfloat16])))
+    error = torch.randn(shape, generator=seeded(seed + 2), dtype=torch.float64) * noise
+    x = (mixed(masks, shape, seed) + error).to(data.draw(st.sampled_from([*DTYPES, torch.bfloat16])))
     for mask in rounding.dependent(masks, x, seeded(seed), samples=3):
         assert feasible(masks, mask)
 
@@ -159,7 +159,7 @@ def test_equal_values_of_any_type_give_equal_masks(data: st.DataObject, seed: in
         rounding.gradient_aware(masks, x.to(dtype), gradient.to(dtype), weight)
         for dtype in (torch.float64, torch.float32)
     )
-    # The openness of an entry counts from the type's tolerance on, so that only the weightless rule is bit for bit.
+    # Entries within the tolerance of the type count as decided, so only the rule without weight is equal bit for bit.
     if weight == 0.0:
         assert torch.equal(wide, narrow)
     assert float((wide.double() * x).sum()) == pytest.approx(float((narrow.double() * x).sum()), abs=1e-4 * x.numel())
@@ -207,14 +207,14 @@ def test_gradient_of_no_weight_is_top_k(data: st.DataObject, seed: int, ties: bo
     nearest = rounding.top_k(masks, x)
     assert torch.equal(rounding.gradient_aware(masks, x, gradient, 0.0), nearest)
     assert torch.equal(rounding.gradient_aware(masks, x, torch.full_like(x, 7.0), 5.0), nearest)
-    # Little weight decides among equals alone.
+    # A small weight decides only among equal entries.
     little = rounding.gradient_aware(masks, x, gradient, 1e-10)
     assert float((x * little).sum()) == pytest.approx(float((x * nearest).sum()), abs=1e-6)
 
 
 @given(st.data(), layers(rows=(1, 6), d=(1, 8), exact=True), seeds, st.integers(1, 6))
 @examples(100)
-def test_the_best_is_chosen_by_bands(data: st.DataObject, layer: object, seed: int, number: int) -> None:
+def test_the_best_is_chosen_in_every_row_block(data: st.DataObject, layer: object, seed: int, number: int) -> None:
     masks, problem = data.draw(sets(layer.shape)), layer.problem()
     candidates = members(masks, layer.shape, seed, number)
     copy = candidates.clone()
@@ -245,7 +245,7 @@ def test_slack_is_proven(
     slack = rounding.lemma2_slack(problem, masks, x)
     assert slack.dtype == torch.float64
     assert slack.shape == (layer.shape[0] // masks.row_block(layer.shape),)
-    best = least_errors(problem.weight, problem.gram, masks)
+    best = minimum_errors(problem.weight, problem.gram, masks)
     worse = problem.objective(rounding.top_k(masks, x)) - (best if masks.separable else 0.0)
     size = magnitudes(problem.weight, problem.gram)
     if not masks.separable:

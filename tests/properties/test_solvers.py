@@ -17,15 +17,15 @@ from tests.helpers import (
     examples,
     feasible,
     layers,
-    least_errors,
     magnitudes,
+    minimum_errors,
     sets,
 )
 from tests.loop_runs import layer_case
 
 DTYPES = [torch.float64, torch.float32]
 # What rounding may cost, as a fraction of the sum of all terms' sizes.
-ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-13}  # objectives are evaluated in float64 either way
+ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-13}  # objectives are always evaluated in float64
 
 
 def total_size(layer: Layer, masks: PartitionMatroid) -> Tensor:
@@ -86,7 +86,7 @@ def test_bounds_are_below_the_optimum_of_every_row(
     masks, problem = SETS["per-row"](layer.shape, fraction), layer.problem(dtype)
     result = solve(problem, masks, SparseFW(iterations=iterations))
     assert result.gap_kind is GapKind.PROVEN
-    best = least_errors(problem.weight, problem.gram, masks)
+    best = minimum_errors(problem.weight, problem.gram, masks)
     assert bool((result.lower_bound <= best + 1e-14 * magnitudes(layer.weight, layer.gram)).all())
 
 
@@ -94,10 +94,10 @@ def test_bounds_are_below_the_optimum_of_every_row(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @examples(60)
 def test_proven_bounds_need_no_tolerance(dtype: torch.dtype, layer: Layer, fraction: float, iterations: int) -> None:
-    """Integers: the optimum is exact, and so must be the claim."""
+    """With integers the optimum is exact, so bounds must hold without a tolerance."""
     masks, problem = SETS["per-row"](layer.shape, fraction), layer.problem(dtype)
     result = solve(problem, masks, SparseFW(iterations=iterations))
-    best = least_errors(problem.weight, problem.gram, masks)
+    best = minimum_errors(problem.weight, problem.gram, masks)
     assert bool((result.lower_bound <= best).all()), float((result.lower_bound - best).max())
 
 
@@ -130,7 +130,7 @@ def test_no_swap_improves(name: str, dtype: torch.dtype, data: st.DataObject, la
 @given(st.data(), layers(rows=(1, 5), d=(1, 24)), st.integers(0, 999))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @examples(60)
-def test_swaps_never_harm(dtype: torch.dtype, data: st.DataObject, layer: Layer, seed: int) -> None:
+def test_swaps_never_increase_the_error(dtype: torch.dtype, data: st.DataObject, layer: Layer, seed: int) -> None:
     masks, problem = data.draw(sets(layer.shape)), layer.problem(dtype)
     start = masks.lmo_mask(torch.rand(layer.shape, generator=torch.Generator().manual_seed(seed)))
     before, copy = problem.objective(start), start.clone()
@@ -167,7 +167,7 @@ def test_a_batch_is_a_loop_over_rows(name: str, data: st.DataObject, rows: int, 
 @given(st.data(), layers(rows=(1, 4), d=(1, 12)))
 @pytest.mark.parametrize("name", SOLVERS)
 @examples(15)
-def test_twice_is_the_same(name: str, data: st.DataObject, layer: Layer) -> None:
+def test_solvers_are_deterministic(name: str, data: st.DataObject, layer: Layer) -> None:
     masks = data.draw(sets(layer.shape))
     for dtype in DTYPES:
         one, two = (solve(layer.problem(dtype), masks, SOLVERS[name]) for _ in range(2))

@@ -1,4 +1,4 @@
-"""What `solve`, sets, problems and solvers are handed is checked before any work: one sentence, never a traceback."""
+"""Arguments of `solve`, sets, problems and solvers are checked before any work: one sentence, no traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Active vertices as indices, against dense matrices kept beside them."""
+"""Active vertices stored as indices, against dense vertices in dictionaries."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def vertices_of(seed: int, blocks: int, entries: int, equal: bool = False) -> Te
 
 
 class Dense:
-    """The same by a dictionary per row block: vertex -> weight."""
+    """The reference: a dictionary vertex -> weight per row block."""
 
     def __init__(self, vertices: Tensor) -> None:
         self.weight = [{tuple(row): 1.0} for row in vertices.tolist()]
@@ -52,7 +52,7 @@ def contents(atoms: Atoms) -> list[dict[tuple[float, ...], float]]:
         rows = atoms.dense(torch.full((atoms.blocks,), slot), torch.float64).tolist()
         for row_block, weight in enumerate(atoms.weight[:, slot].tolist()):
             if weight > 0:
-                assert tuple(rows[row_block]) not in found[row_block]  # duplicates share a slot
+                assert tuple(rows[row_block]) not in found[row_block]  # duplicates are in one slot
                 found[row_block][tuple(rows[row_block])] = weight
     return found
 
@@ -69,8 +69,10 @@ def agree(atoms: Atoms, dense: Dense) -> None:
 
 @given(st.integers(0, 9999), st.integers(1, 4), st.integers(1, 7), st.booleans(), st.integers(1, 25))
 @examples(150)
-def test_atoms_are_a_dictionary(seed: int, blocks: int, entries: int, equal: bool, rounds: int) -> None:
-    """Few entries, so that vertices come back: adding, emptying, scaling, growing, taking, in any order."""
+def test_atoms_agree_with_a_dictionary_of_weights(
+    seed: int, blocks: int, entries: int, equal: bool, rounds: int
+) -> None:
+    """Few entries, so that vertices recur: adding, emptying, scaling, growing, taking, in any order."""
     first = vertices_of(seed, blocks, entries, equal)
     atoms, dense = Atoms(first), Dense(first)
     for turn in range(rounds):
@@ -132,26 +134,26 @@ def test_slots_are_reused() -> None:
     assert int(atoms.active) == 1
 
 
-def test_a_slot_whatever_the_weight() -> None:
+def test_where_reserves_a_slot_at_zero_weight() -> None:
     atoms = Atoms(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     vertices = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
     slot = atoms.add(vertices, torch.zeros(2), where=torch.ones(2, dtype=torch.bool))
     assert torch.equal(atoms.dense(slot, torch.float32), vertices)
     assert atoms.active.tolist() == [1, 1]
-    assert slot.tolist()[1] == 0  # the one it has
+    assert slot.tolist()[1] == 0  # the slot that holds the vertex already
 
 
 @given(st.integers(0, 999), st.integers(1, 5))
 @examples(40)
-def test_inner_products_move_with_their_atoms(seed: int, blocks: int) -> None:
+def test_inner_products_follow_their_atoms(seed: int, blocks: int) -> None:
     atoms, entries = Atoms(vertices_of(seed, blocks, 6)), 6
-    correct = normal(entries, entries, seed=seed)
-    correct = correct @ correct.T
+    hessian = normal(entries, entries, seed=seed)
+    hessian = hessian @ hessian.T
 
     def products(these: Atoms) -> Tensor:
         slots = range(these.weight.shape[1])
         dense = torch.stack([these.dense(torch.full((these.blocks,), slot), torch.float64) for slot in slots], 1)
-        return dense @ correct @ dense.mT
+        return dense @ hessian @ dense.mT
 
     atoms.matrix = products(atoms)
     for turn in range(10):
@@ -167,7 +169,7 @@ def test_inner_products_move_with_their_atoms(seed: int, blocks: int) -> None:
     torch.testing.assert_close(atoms.take(part).matrix, atoms.matrix[part])
 
 
-def test_weights_of_no_size_are_settled() -> None:
+def test_settle_drops_negligible_weights() -> None:
     atoms = Atoms(torch.tensor([[1.0, 0.0]]))
     atoms.add(torch.tensor([[0.0, 1.0]]), torch.tensor([1e-15]))
     atoms.settle()

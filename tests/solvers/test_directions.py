@@ -1,4 +1,4 @@
-"""Direction rules: ways inside the hull, combinations of atoms, faces, angles, and which gradients certify."""
+"""Direction rules: directions inside the hull, combinations of atoms, faces, angles, and certified gaps."""
 
 from collections import Counter
 
@@ -68,15 +68,15 @@ def problems(seed: int, shape: tuple[int, int] = SHAPE) -> list[Problem]:
     return [base, base.shifted(base.diagonal(), -0.5), base.shifted(base.diagonal(), 2.0)]
 
 
-# Ways
+# Directions
 
 
 @pytest.mark.parametrize("set_name", ALL_SETS)
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_ways_stay_in_the_hull_up_to_their_limit(name: str, set_name: str) -> None:
+def test_points_stay_in_the_hull_up_to_the_maximal_step(name: str, set_name: str) -> None:
     masks = ALL_SETS[set_name](SHAPE, 0.5)
     if not fits(name, masks):
-        pytest.skip("the set has no such verbs")
+        pytest.skip("the set lacks methods of the rule")
     hull = Hull(masks, SHAPE)
     for problem in problems(3):
         diary = Diary(DIRECTIONS[name]())
@@ -91,8 +91,8 @@ def test_ways_stay_in_the_hull_up_to_their_limit(name: str, set_name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["dicg", "blended-dicg"])
-def test_the_limit_is_where_the_hull_ends(name: str) -> None:
-    """A little further and the point is outside."""
+def test_the_maximal_step_ends_at_the_boundary(name: str) -> None:
+    """A step slightly longer leaves the hull."""
     masks, tight = SETS["per-row"](SHAPE, 0.5), 0
     for seed in range(3):
         diary = Diary(DIRECTIONS[name]())
@@ -101,15 +101,15 @@ def test_the_limit_is_where_the_hull_ends(name: str) -> None:
             for row in range(SHAPE[0]):
                 search, max_step = event.search[row], float(event.max_step[row])
                 if float(search.abs().max()) > 1e-6 and max_step > 1e-9:
-                    beyond = event.x[row] + search * (max_step * 1.001 + 1e-6)
-                    assert float(beyond.min()) < -1e-9 or float(beyond.max()) > 1 + 1e-9
+                    outside = event.x[row] + search * (max_step * 1.001 + 1e-6)
+                    assert float(outside.min()) < -1e-9 or float(outside.max()) > 1 + 1e-9
                     tight += 1
     assert tight > 50
 
 
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "protected blocks"])
 @pytest.mark.parametrize("name", [name for name in DIRECTIONS if name not in OPEN_LOOP])
-def test_ways_lead_downhill_while_there_is_a_gap(name: str, set_name: str) -> None:
+def test_directions_descend_while_the_gap_is_positive(name: str, set_name: str) -> None:
     masks = SETS[set_name](SHAPE, 0.5)
     for problem in problems(1)[:2]:
         diary = Diary(DIRECTIONS[name]())
@@ -127,7 +127,7 @@ def test_ways_lead_downhill_while_there_is_a_gap(name: str, set_name: str) -> No
 # Atoms
 
 
-class Watched(Diary):
+class AtomsChecked(Diary):
     """Also compares the point with its atoms after every iteration."""
 
     def __init__(self, rule: DirectionRule) -> None:
@@ -154,27 +154,27 @@ class Watched(Diary):
 def test_points_are_combinations_of_their_atoms(name: str, set_name: str) -> None:
     masks = ALL_SETS[set_name](SHAPE, 0.5)
     for problem in problems(2):
-        watched = Watched(DIRECTIONS[name]())
-        run_loop(problem, masks, watched, ExactStep(), 24)
-        assert len(watched.ends) == 24
+        checked_run = AtomsChecked(DIRECTIONS[name]())
+        run_loop(problem, masks, checked_run, ExactStep(), 24)
+        assert len(checked_run.ends) == 24
 
 
 @given(layers(rows=(1, 4), d=(1, 8)), st.sampled_from(sorted(SETS)), st.floats(0, 1), st.sampled_from([0.0, -1.0, 2.0]))
 @pytest.mark.parametrize("name", ACTIVE)
 @examples(40)
-def test_ugly_combinations(name: str, layer: Layer, set_name: str, step_size: float, amount: float) -> None:
+def test_edge_case_combinations(name: str, layer: Layer, set_name: str, fraction: float, amount: float) -> None:
     base = layer.problem()
-    problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, step_size)
-    watched = Watched(DIRECTIONS[name]())
-    run_loop(problem, masks, watched, ExactStep(), 12)
+    problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, fraction)
+    checked_run = AtomsChecked(DIRECTIONS[name]())
+    run_loop(problem, masks, checked_run, ExactStep(), 12)
 
 
 @pytest.mark.parametrize("name", ["away", "pairwise", "blended-pairwise"])
-def test_combinations_of_functions_too(name: str) -> None:
+def test_points_of_functions_are_combinations_of_their_atoms(name: str) -> None:
     for coupled in (False, True):
         problem = function_case("logistic", SHAPE, coupled=coupled).problem
-        watched = Watched(DIRECTIONS[name]())
-        run_loop(problem, SETS["n:m"](SHAPE, 0.5), watched, OpenLoopStep(), 30)
+        checked_run = AtomsChecked(DIRECTIONS[name]())
+        run_loop(problem, SETS["n:m"](SHAPE, 0.5), checked_run, OpenLoopStep(), 30)
 
 
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "blocks", "protected rows"])
@@ -183,9 +183,9 @@ def test_fully_corrective_points_are_the_best_of_their_atoms(set_name: str) -> N
     masks = SETS[set_name](SHAPE, 0.5)
     for seed in range(4):
         for problem in problems(seed)[:2]:
-            watched = Watched(FullyCorrective())
-            run_loop(problem, masks, watched, ExactStep(), 15)
-            for x, active, atoms in watched.ends:
+            checked_run = AtomsChecked(FullyCorrective())
+            run_loop(problem, masks, checked_run, ExactStep(), 15)
+            for x, active, atoms in checked_run.ends:
                 gradient = problem.gradient(problem.evaluate(x.clone()))
                 row_blocks = RowBlocks(masks.row_block(SHAPE))
                 flat = row_blocks.flat(gradient)
@@ -203,10 +203,12 @@ def test_fully_corrective_points_are_the_best_of_their_atoms(set_name: str) -> N
     st.sampled_from([0.0, -1.0, 1.0, 3.0]),
 )
 @examples(120)
-def test_fully_corrective_never_climbs(layer: Layer, set_name: str, step_size: float, amount: float) -> None:
-    """Also where the objective is flat or concave along some ways, and from any mask."""
+def test_fully_corrective_never_increases_the_objective(
+    layer: Layer, set_name: str, fraction: float, amount: float
+) -> None:
+    """Also if the objective is flat or concave in some directions, and from any mask."""
     base = layer.problem()
-    problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, step_size)
+    problem, masks = base.shifted(base.diagonal(), amount), SETS[set_name](layer.shape, fraction)
     start = masks.lmo(normal(*layer.shape, seed=5))
     diary = Diary(FullyCorrective())
     end = run_loop(problem, masks, diary, ExactStep(), 10, start=start).point.x
@@ -217,7 +219,7 @@ def test_fully_corrective_never_climbs(layer: Layer, set_name: str, step_size: f
     assert bool((values.diff(dim=0) <= 1e-9 * size).all())
 
 
-def test_fully_corrective_on_linear_objectives() -> None:
+def test_fully_corrective_solves_linear_objectives() -> None:
     masks = SETS["n:m"](SHAPE, 0.5)
     for seed in range(5):
         problem = Bowl(torch.zeros(8, 8, dtype=torch.float64), normal(*SHAPE, seed=seed))
@@ -227,10 +229,10 @@ def test_fully_corrective_on_linear_objectives() -> None:
 
 
 def test_away_leaves_the_worst_atom() -> None:
-    """Every way of a run, by the definition: the atoms are read slot by slot."""
+    """Every direction of a run against the definition: the atoms are read slot by slot."""
     masks, seen = SETS["per-row"](SHAPE, 0.5), Counter()
 
-    class Checked(Watched):
+    class Checked(AtomsChecked):
         def search_direction(self, state: IterationState) -> SearchDirection:
             atoms = self.rule.atoms
             slots = range(atoms.weight.shape[1])
@@ -245,7 +247,7 @@ def test_away_leaves_the_worst_atom() -> None:
                 rounding = 1e-9 * float(gradient.abs().sum())
                 if here - minimum < rounding or abs(worst - here - (here - minimum)) < rounding:
                     continue  # nothing to gain, or equal gains: rounding decides
-                # An exact step makes slopes equal: any of the worst will do.
+                # An exact step makes slopes equal: any of the worst atoms is right.
                 directions = [(state.vertex[row] - state.x[row], 1.0, "toward")]
                 tied = [s for s, score in scores.items() if score >= worst - rounding]
                 if isinstance(self.checked, Pairwise):
@@ -277,9 +279,9 @@ def test_blended_pairwise_keeps_the_fewest_atoms() -> None:
     most = {}
     for rule in (Away(), Pairwise(), BlendedPairwise()):
         problem = plain_layer(0, (8, 24)).problem()
-        watched = Watched(rule)
-        run_loop(problem, masks, watched, ExactStep(), 120)
-        most[type(rule).__name__] = float(watched.ends[-1][1].double().mean())
+        checked_run = AtomsChecked(rule)
+        run_loop(problem, masks, checked_run, ExactStep(), 120)
+        most[type(rule).__name__] = float(checked_run.ends[-1][1].double().mean())
     assert most["BlendedPairwise"] <= most["Pairwise"]
     assert most["BlendedPairwise"] <= most["Away"]
 
@@ -318,7 +320,7 @@ def test_away_vertices_lie_on_the_face(set_name: str) -> None:
 
 @given(st.integers(0, 999), st.sampled_from(["per-row", "unstructured", "n:m", "blocks"]), st.integers(0, 12))
 @examples(60)
-def test_boosted_ways_point_no_worse_than_vanilla_ones(seed: int, set_name: str, iterations: int) -> None:
+def test_boosted_directions_are_no_worse_aligned_than_vanilla_ones(seed: int, set_name: str, iterations: int) -> None:
     masks, problem = SETS[set_name](SHAPE, 0.5), plain_layer(seed).problem()
     x = run_loop(problem, masks, Vanilla(), ExactStep(), iterations).point.x
     state = state_at(problem, masks, x)
@@ -326,11 +328,11 @@ def test_boosted_ways_point_no_worse_than_vanilla_ones(seed: int, set_name: str,
     for rule in (Boosted(), Vanilla()):
         search = rule.begin(state).search_direction(state).vector
         lengths = state.dot(search, search).sqrt() * state.dot(state.gradient, state.gradient).sqrt()
-        cosines.append((-state.dot(search, state.gradient) / lengths).nan_to_num(0.0))  # nan where the row is solved
+        cosines.append((-state.dot(search, state.gradient) / lengths).nan_to_num(0.0))  # nan if the row is solved
     assert bool((cosines[0] >= cosines[1] - 1e-12).all())
 
 
-def test_boosting_helps() -> None:
+def test_more_boosting_rounds_improve_the_alignment() -> None:
     masks, problem, better = SETS["per-row"](SHAPE, 0.5), plain_layer(0).problem(), 0
     x = run_loop(problem, masks, Vanilla(), ExactStep(), 3).point.x
     state = state_at(problem, masks, x)
@@ -351,16 +353,16 @@ def test_boosting_helps() -> None:
 @pytest.mark.parametrize("together", [False, True], ids=["rows apart", "rows together"])
 @given(st.integers(0, 999), st.sampled_from([0.0, 0.5, 1.0, 2.0]), st.sampled_from([0.0, 0.2, 0.9]))
 @examples(200)
-def test_conjugate_moves_are_conjugate(together: bool, seed: int, amount: float, slack: float) -> None:
+def test_corrected_directions_are_conjugate(together: bool, seed: int, amount: float, slack: float) -> None:
     base = plain_layer(seed).problem()
     problem, row_blocks = base.shifted(base.diagonal(), amount), RowBlocks(SHAPE[0] if together else 1)
     one, two = 2 * random(*SHAPE, seed=seed) - 1, 2 * random(*SHAPE, seed=seed + 1000) - 1
     state = state_at(problem, SETS["per-row"](SHAPE, 0.5), random(*SHAPE), row_block=row_blocks.row_block)
     rule, still = Conjugate(slack).begin(state), torch.zeros(SHAPE[0], dtype=torch.float64)
-    rule.update(state, problem.hvp(one.clone()), still, still + 1)  # the past: stood still, so that it is whole
+    rule.update(state, problem.hvp(one.clone()), still, still + 1)  # after a zero step all of it remains
     vertex, previous = problem.hvp(two.clone()), problem.hvp(one.clone())
     chosen = rule.correct(state, vertex)
-    # The move is (1 - a) vertex + a previous, with one a for each row, or for all.
+    # The direction is (1 - a) vertex + a previous, with one a for each row, or for all.
     a = vecdot(chosen.vector - two, one - two) / vecdot(one - two, one - two)
     torch.testing.assert_close(chosen.vector, torch.lerp(two, one, a.unsqueeze(1)), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(chosen.product, problem.hvp(chosen.vector.clone()).product, rtol=1e-9, atol=1e-9)
@@ -371,13 +373,13 @@ def test_conjugate_moves_are_conjugate(together: bool, seed: int, amount: float,
     cross, size = row_blocks(vecdot(product, chosen.vector)), row_blocks((product.abs() * chosen.vector.abs()).sum(1))
     inside = (a > 1e-9) & (a < 1 - slack - 1e-9)
     assert bool((cross.abs() <= 1e-9 * size)[inside].all())
-    # At an end of the range, no inner share would have made them conjugate.
+    # At an end of the range of a, no inner value makes them conjugate.
     ahead, back = row_blocks(vecdot(product, one)), row_blocks(vecdot(product, two))
     at_zero, root = a <= 1e-9, back / (back - ahead)
     assert bool(((root <= 1e-6) | (root >= 1 - slack - 1e-6))[at_zero | ~inside].all())
 
 
-def test_conjugate_without_a_past_is_vanilla() -> None:
+def test_the_first_conjugate_direction_is_vanilla() -> None:
     problem, masks = plain_layer(3).problem(), SETS["per-row"](SHAPE, 0.5)
     state = state_at(problem, masks, random(*SHAPE))
     rule = Conjugate().begin(state)
@@ -388,19 +390,19 @@ def test_conjugate_without_a_past_is_vanilla() -> None:
     assert torch.equal(direction.vector, before)
 
 
-def test_conjugate_of_a_past_that_stood_still() -> None:
+def test_after_a_full_step_nothing_is_corrected() -> None:
     problem, masks = plain_layer(3).problem(), SETS["per-row"](SHAPE, 0.5)
     state = state_at(problem, masks, random(*SHAPE))
     rule, ones = Conjugate().begin(state), torch.ones(SHAPE[0], dtype=torch.float64)
-    rule.update(state, problem.hvp(random(*SHAPE)), ones, ones)  # all the way: nothing of it is left
+    rule.update(state, problem.hvp(random(*SHAPE)), ones, ones)  # a full step: nothing of the direction remains
     direction = problem.hvp(random(*SHAPE))
     before = direction.vector.clone()
     assert torch.equal(rule.correct(state, direction).vector, before)
 
 
 @pytest.mark.parametrize("set_name", FREE_SETS)
-def test_the_past_points_to_where_it_would_have_ended(set_name: str) -> None:
-    """Points stay in the hull because the previous way, from here on, ends where it would have ended at full length."""
+def test_the_previous_direction_ends_where_its_full_step_would_have(set_name: str) -> None:
+    """Points stay in the hull: from the new point, the previous direction ends where its full step would have ended."""
     masks, ends = SETS[set_name](SHAPE, 0.4), []
 
     class Spy(Diary):
@@ -423,7 +425,7 @@ def test_the_past_points_to_where_it_would_have_ended(set_name: str) -> None:
 
 
 class Counted(PartitionMatroid):
-    """A set that counts the row blocks its oracle was asked for, and keeps every question."""
+    """A set that records every cost its oracle was called with."""
 
     def __init__(self, masks: PartitionMatroid) -> None:
         super().__init__(masks.keep, masks.tile, masks.name)
@@ -440,7 +442,7 @@ class Counted(PartitionMatroid):
 
 
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "blocks"])
-def test_lazy_asks_less_often(set_name: str) -> None:
+def test_lazy_calls_the_oracle_less_often(set_name: str) -> None:
     masks, problem = Counted(SETS[set_name](SHAPE, 0.5)), plain_layer(0).problem()
     end = run_loop(problem, masks, Lazy(), ExactStep(), 2000)
     rows = sum(len(cost) for cost in masks.asked)
@@ -451,8 +453,8 @@ def test_lazy_asks_less_often(set_name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_lazy_certifies_where_there_is_nothing_to_do(dtype: torch.dtype) -> None:
-    """Keeping all, or a row of noughts: the first gap is zero, or a little less by rounding."""
+def test_lazy_converges_when_the_first_gap_is_zero(dtype: torch.dtype) -> None:
+    """If all entries are kept or a row is zero, the first gap is zero, or slightly negative by rounding."""
     weight = normal(*SHAPE)
     weight[1] = 0.0
     problem = Layer(weight, normal(8, 20), "").problem(dtype)
@@ -481,36 +483,36 @@ def test_lazy_forgets_when_its_memory_is_full() -> None:
 
 @pytest.mark.parametrize("set_name", ["n:m", "blocks", "columns", "block counts", "per-row", "unstructured"])
 @pytest.mark.parametrize("blocks", [1, 2, 3, 100])
-def test_block_coordinate_moves_its_groups_only(blocks: int, set_name: str) -> None:
+def test_block_coordinate_changes_each_group_once_per_round(blocks: int, set_name: str) -> None:
     masks, problem = SETS[set_name](SHAPE, 0.5), plain_layer(1).problem()
     diary = Diary(BlockCoordinate(blocks=blocks))
     run_loop(problem, masks, diary, OpenLoopStep(), 12)
     within = masks.groups(torch.zeros(SHAPE)).shape[0] * masks.row_block(SHAPE) // SHAPE[0]  # groups of one row block
     turns = min(blocks, within)
-    moves = []
+    rounds = []
     for event in diary.events:
         whole = masks.groups(masks.lmo(event.gradient) - event.x)
         groups = masks.groups(event.search)
-        moved = groups.abs().amax(1) > 0
-        assert torch.equal(groups[moved], whole[moved])
-        still = (whole.abs().amax(1) == 0) & ~moved
-        moves.append((moved.view(-1, within), still.view(-1, within)))
-        assert bool((moves[-1][0].sum(1) <= -(-within // turns)).all())
-    # In any round of turns every group moves just once, unless it has nowhere to go.
+        changed = groups.abs().amax(1) > 0
+        assert torch.equal(groups[changed], whole[changed])
+        still = (whole.abs().amax(1) == 0) & ~changed
+        rounds.append((changed.view(-1, within), still.view(-1, within)))
+        assert bool((rounds[-1][0].sum(1) <= -(-within // turns)).all())
+    # In any round of turns every group changes once, unless it is at its vertex already.
     for first in range(0, 12 - turns + 1, turns):
-        moved, still = (torch.stack(part).sum(0) for part in zip(*moves[first : first + turns], strict=True))
-        assert bool((moved <= 1).all())
-        assert bool(((moved == 1) | (still > 0)).all())
+        changed, still = (torch.stack(part).sum(0) for part in zip(*rounds[first : first + turns], strict=True))
+        assert bool((changed <= 1).all())
+        assert bool(((changed == 1) | (still > 0)).all())
 
 
-# Averages certify nothing
+# Certified gaps
 
 
 @pytest.mark.parametrize("name", OPEN_LOOP)
-def test_gaps_are_taken_with_true_gradients(name: str) -> None:
-    """Every gap that a rule hands on is that of the gradient at its point, computed from scratch."""
+def test_certified_gaps_use_true_gradients(name: str) -> None:
+    """Every gap that a rule reports is that of the gradient at its point, recomputed."""
     masks, problem = SETS["n:m"](SHAPE, 0.5), plain_layer(0).problem()
-    rule, handed = {"momentum": Momentum(check=4), "stochastic": Stochastic(check=4)}[name], []
+    rule, certified = {"momentum": Momentum(check=4), "stochastic": Stochastic(check=4)}[name], []
 
     class Spy(Diary):
         def search_direction(self, state: IterationState) -> SearchDirection:
@@ -520,17 +522,17 @@ def test_gaps_are_taken_with_true_gradients(name: str) -> None:
                 true = problem.gradient(problem.evaluate(state.x.clone()))
                 expected = vecdot(true, state.x - masks.lmo(true))
                 torch.testing.assert_close(gap, expected, rtol=1e-9, atol=1e-9 * float(true.abs().sum()))
-                handed.append(state.iteration)
+                certified.append(state.iteration)
             return search
 
     run_loop(problem, masks, Spy(rule), OpenLoopStep(), 21, tolerance=1e-30)
-    assert handed == [0, 4, 8, 12, 16, 20]
+    assert certified == [0, 4, 8, 12, 16, 20]
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_handed_gaps_are_gaps(name: str) -> None:
-    """The same for every rule: what the loop stops by is never less than the gap (to rounding)."""
-    problem, handed = plain_layer(4).problem(), []
+def test_certified_gaps_are_never_below_the_gap(name: str) -> None:
+    """For every rule: the gap that ends the loop is no less than the true gap (up to rounding)."""
+    problem, certified = plain_layer(4).problem(), []
     for set_name in ("per-row", "unstructured", "n:m"):
         masks = SETS[set_name](SHAPE, 0.5)
         row_blocks = RowBlocks(masks.row_block(SHAPE))
@@ -543,11 +545,11 @@ def test_handed_gaps_are_gaps(name: str) -> None:
                     true = problem.gradient(problem.evaluate(state.x.clone()))
                     expected = row_blocks(vecdot(true, state.x - masks.lmo(true)))  # noqa: B023
                     assert bool((gap >= expected - 1e-9 * float(true.abs().sum())).all())
-                    handed.append(gap)
+                    certified.append(gap)
                 return search
 
         run_loop(problem, masks, Spy(DIRECTIONS[name]()), step_for(name), 40)
-    assert len(handed) >= 3
+    assert len(certified) >= 3
 
 
 def test_samples_have_the_gradient_as_their_mean() -> None:
@@ -562,8 +564,8 @@ def test_samples_have_the_gradient_as_their_mean() -> None:
         assert torch.allclose(problem.sampled(x, 1.0, random_), true, rtol=1e-9, atol=1e-9)
 
 
-def test_momentum_averages() -> None:
-    """By the recurrence: a_t = a_{t-1} + 2 / (t + 2) (g_t - a_{t-1}), and the way leads to its vertex."""
+def test_momentum_averages_gradients_by_the_recurrence() -> None:
+    """By the recurrence: a_t = a_{t-1} + 2 / (t + 2) (g_t - a_{t-1}), and the direction ends at its vertex."""
     masks, diary = SETS["per-row"](SHAPE, 0.5), Diary(Momentum())
     run_loop(plain_layer(0).problem(), masks, diary, OpenLoopStep(), 25)
     average = torch.zeros(SHAPE, dtype=torch.float64)
@@ -572,14 +574,14 @@ def test_momentum_averages() -> None:
         torch.testing.assert_close(event.x + event.search, masks.lmo(average), rtol=0, atol=1e-12)
 
 
-def test_stochastic_seeds() -> None:
+def test_equal_seeds_give_equal_stochastic_runs() -> None:
     masks, problem = SETS["per-row"](SHAPE, 0.5), plain_layer(0).problem()
     ends = [run_loop(problem, masks, Stochastic(seed=seed), OpenLoopStep(), 20).point.x for seed in (0, 0, 1)]
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])
 
 
-# All
+# All rules
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)
@@ -593,8 +595,8 @@ def test_a_rule_forgets_its_last_run(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_nothing_to_choose(name: str) -> None:
-    """One mask only: the way has no size, and the point stays."""
+def test_a_set_of_one_mask_leaves_the_point_unchanged(name: str) -> None:
+    """If the set has one mask, the direction is zero and the point does not change."""
     for keep in (0.0, 1.0):
         masks = SETS["per-row"](SHAPE, keep)
         for problem in (plain_layer(0).problem(), Layer(torch.zeros(SHAPE), torch.ones(8, 2), "").problem()):
@@ -602,7 +604,7 @@ def test_nothing_to_choose(name: str) -> None:
             assert torch.equal(end, masks.center(SHAPE, problem.dtype, CPU))
 
 
-def test_starts_at_vertices() -> None:
+def test_active_set_rules_start_at_vertices() -> None:
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
     for name, rule in DIRECTIONS.items():
         assert rule().from_vertex == (name in ACTIVE)
@@ -614,7 +616,7 @@ def test_starts_at_vertices() -> None:
             rule.search_direction(state_at(problem, masks, random(*SHAPE)))
 
 
-def test_the_work_is_counted() -> None:
+def test_oracle_calls_and_products_are_counted() -> None:
     """Oracle calls and products of ten iterations, gradients carried."""
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
     expected = {

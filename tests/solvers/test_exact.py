@@ -1,4 +1,4 @@
-"""What exact solvers say when they are stopped, and what they refuse."""
+"""Results of exact solvers that are stopped, and refused problems."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMS = ["convex", "raw"]
 
 
 def problem(rows: int = 2, d: int = 20, seed: int = 0) -> LayerReconstruction:
-    """A layer with correlated inputs, which is hard."""
+    """A layer with correlated inputs."""
     random = torch.Generator().manual_seed(seed)
     weight, mixing, x = (
         torch.randn(shape, generator=random, dtype=torch.float64) for shape in ((rows, d), (d, d), (d, d))
@@ -29,7 +29,7 @@ def problem(rows: int = 2, d: int = 20, seed: int = 0) -> LayerReconstruction:
 
 @pytest.fixture(scope="module")
 def optimum() -> float:
-    """Of the layer above, half of every row kept."""
+    """The optimum of `problem()`, half of every row kept."""
     return solve(problem(), PerRow(0.5), BruteForce()).total
 
 
@@ -43,7 +43,9 @@ def optimum() -> float:
         ({"gap": 10.0}, Status.WITHIN_GAP),
     ],
 )
-def test_statuses_and_bounds(form: Any, settings: dict[str, Any], status: Status, optimum: float) -> None:
+def test_scip_ends_with_the_expected_status_and_a_valid_bound(
+    form: Any, settings: dict[str, Any], status: Status, optimum: float
+) -> None:
     solver = Scip(form=form, start=Wanda(), **settings)
     result = solve(problem(), PerRow(0.5), solver)
     assert result.status in (status, *([Status.OPTIMAL] if form == "raw" and status is Status.WITHIN_GAP else []))
@@ -68,7 +70,7 @@ def test_convex_form_proves_more_at_the_root() -> None:
 
 
 @pytest.mark.parametrize("solver", [Scip(start=Wanda()), BruteForce()])
-def test_time_limits_of_the_whole_solve(solver: Any, optimum: float) -> None:
+def test_a_tiny_time_limit_gives_a_member_and_a_valid_bound(solver: Any, optimum: float) -> None:
     result = solve(problem(), PerRow(0.5), solver, time_limit=1e-9)
     assert result.status is Status.TIME_LIMIT
     assert PerRow(0.5).contains(result.mask)
@@ -76,7 +78,7 @@ def test_time_limits_of_the_whole_solve(solver: Any, optimum: float) -> None:
     assert float(result.lower_bound.sum()) <= optimum <= result.total * (1 + 1e-12)
 
 
-def test_bands_share_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_blocks_divide_the_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
     limits, left = [], iter([8.0, 6.0, 4.0, 1.0])
     plain = scip_module._Model.solve
     monkeypatch.setattr(Monitor, "left", property(lambda _: next(left)))
@@ -87,7 +89,7 @@ def test_bands_share_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> N
     assert limits == [1.5, 1.5, 1.5, 1.0]
 
 
-def test_time_left() -> None:
+def test_the_monitor_knows_the_remaining_time() -> None:
     assert Monitor("solver", None, None).left == float("inf")
     assert 0.0 < Monitor("solver", None, 100.0).left <= 100.0
     assert Monitor("solver", None, 0.0).left == 0.0
@@ -95,7 +97,7 @@ def test_time_left() -> None:
 
 @pytest.mark.parametrize("solver", [Scip(start=Wanda()), BruteForce()])
 @pytest.mark.parametrize("calls", [1, 3])
-def test_callbacks_stop(solver: Any, calls: int, optimum: float) -> None:
+def test_a_callback_stops_exact_solvers(solver: Any, calls: int, optimum: float) -> None:
     seen: list[State] = []
 
     def stop(state: State) -> Stop | None:
@@ -129,7 +131,7 @@ def test_interrupts_end_scip() -> None:
 
     def interrupt(state: State) -> None:
         calls.append(state)
-        if len(calls) == 3:  # SCIP is running and has taken the signal over
+        if len(calls) == 3:  # SCIP is running and handles the signal
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
@@ -142,7 +144,7 @@ def test_unknown_answers_of_scip_are_failures(monkeypatch: pytest.MonkeyPatch) -
         solve(problem(d=4), PerRow(0.5), Scip())
 
 
-def test_masks_that_scip_makes_up_do_not_count(monkeypatch: pytest.MonkeyPatch, optimum: float) -> None:
+def test_infeasible_masks_of_scip_are_ignored(monkeypatch: pytest.MonkeyPatch, optimum: float) -> None:
     monkeypatch.setattr(scip_module._Model, "_mask", lambda self: torch.ones(self._shape, dtype=torch.bool))
     wanda = solve(problem(), PerRow(0.5), Wanda())
     result = solve(problem(), PerRow(0.5), Scip(start=Wanda()))
@@ -168,7 +170,7 @@ def test_sizes_of_the_data_do_not_matter(form: Any, exponents: tuple[int, int]) 
     assert float(two.lower_bound) == pytest.approx(factor * float(one.lower_bound), rel=1e-9)
 
 
-def test_channels_of_very_different_sizes() -> None:
+def test_scip_is_optimal_on_channels_of_very_different_sizes() -> None:
     plain = problem(rows=1, d=12)
     size = 2.0 ** torch.arange(-12, 12, 2, dtype=torch.float64)
     layer = LayerReconstruction(plain.weight, size.unsqueeze(1) * plain.gram * size)
@@ -180,7 +182,7 @@ def test_channels_of_very_different_sizes() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_optimum_that_probing_cuts_off(form: Any) -> None:
+def test_scip_finds_an_optimum_that_its_probing_would_cut_off(form: Any) -> None:
     random = torch.Generator().manual_seed(470)
     weight, x = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in ((1, 6), (6, 1)))
     layer = LayerReconstruction(weight, 4 * x @ x.T)
@@ -189,7 +191,7 @@ def test_an_optimum_that_probing_cuts_off(form: Any) -> None:
     assert float(result.lower_bound) <= best.total  # type: ignore[arg-type]
 
 
-def test_the_same_twice() -> None:
+def test_scip_is_deterministic() -> None:
     one, two = (solve(problem(rows=1), PerRow(0.5), Scip()) for _ in range(2))
     assert torch.equal(one.mask, two.mask)
     assert one.iterations == two.iterations
@@ -199,12 +201,12 @@ def test_the_same_twice() -> None:
 @pytest.mark.parametrize(
     "settings", [{"form": "conic"}, {"time_limit": -1.0}, {"gap": float("nan")}, {"nodes": 0}, {"seed": -1}]
 )
-def test_settings_are_checked(settings: dict[str, Any]) -> None:
+def test_bad_scip_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(MaskoptError, match="Scip"):
         Scip(**settings)
 
 
-def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_problems_beyond_exact_solvers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MaskoptError, match="limit >= 1"):
         BruteForce(limit=0)
     with pytest.raises(MaskoptError, match=r"at most 1000 masks .* has 3003 on 1 x 14"):

@@ -1,4 +1,4 @@
-"""What is recorded: columns, the best mask with where it came from, and histories of blocks added up."""
+"""Recorded histories: columns, the best mask and its source, and histories of chunks added up."""
 
 import itertools
 import math
@@ -36,7 +36,7 @@ def falls(column: list[float]) -> bool:
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "blocks", "protected rows"])
 @pytest.mark.parametrize("record", [1, 3, "doubling"])
 @pytest.mark.parametrize("memory", [2**30, 1])
-def test_columns(set_name: str, record: object, memory: int) -> None:
+def test_history_columns_are_consistent(set_name: str, record: object, memory: int) -> None:
     problem, masks = plain_layer(1).problem(), SETS[set_name](SHAPE, 0.5)
     solver = FrankWolfe(direction="conjugate", iterations=20, relative_gap=0.0)
     result = solve(problem, masks, solver, record=record, memory=memory)
@@ -48,7 +48,7 @@ def test_columns(set_name: str, record: object, memory: int) -> None:
     assert history["iteration"] == sorted(history["iteration"])
     assert set(history["iteration"]) >= set(planned)
     late = {t for t in history["iteration"] if t < result.iterations - 1} - set(planned)
-    assert memory == 1 or not late  # then come the last point, the swaps and the answer
+    assert memory == 1 or not late  # the last rows are the last point, the swaps and the answer
     assert falls([-t for t in history["seconds"]])
     assert falls(history["incumbent"])
     assert falls([-bound for bound in history["bound"]])
@@ -59,7 +59,7 @@ def test_columns(set_name: str, record: object, memory: int) -> None:
     assert set(result.sources) <= {"round", "vertex", "gradient", "swap", "polish"}
 
 
-def test_figures_of_a_point_are_those_of_its_tangent() -> None:
+def test_figures_of_a_point_are_those_of_its_linear_model() -> None:
     problem, masks = plain_layer(1).problem(torch.float32), SETS["blocks"](SHAPE, 0.5)
     row_blocks = RowBlocks(masks.row_block(SHAPE))
     recorder = Recorder(problem, masks, row_blocks, 1)
@@ -84,7 +84,7 @@ def test_figures_of_a_point_are_those_of_its_tangent() -> None:
     assert torch.equal(recorder.bound, torch.maximum(*single))
 
 
-def test_the_incumbent_is_the_best_of_every_band() -> None:
+def test_the_incumbent_is_the_best_of_every_row_block() -> None:
     """Offered masks are mixed row block by row block, and each row block remembers its source."""
     case, masks = layer_case(plain_layer(2, (6, 4))), SETS["row blocks"]((6, 4), 0.5)
     row_blocks = RowBlocks(masks.row_block((6, 4)))
@@ -100,7 +100,7 @@ def test_the_incumbent_is_the_best_of_every_band() -> None:
     assert recorder.sources == Counter("odd" if number % 2 else "even" for number in best)
 
 
-def test_ties_stay_with_the_first() -> None:
+def test_of_equal_masks_the_first_is_kept() -> None:
     problem, masks = Function(lambda x: 0 * x.sum(1), (2, 4)), SETS["per-row"]((2, 4), 0.5)
     recorder = Recorder(problem, masks, RowBlocks(1), 1)
     first, second = masks.lmo_mask(normal(2, 4)), masks.lmo_mask(-normal(2, 4))
@@ -110,7 +110,7 @@ def test_ties_stay_with_the_first() -> None:
     assert recorder.sources == {"first": 2}
 
 
-def test_what_is_due() -> None:
+def test_iterations_are_recorded_as_planned() -> None:
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
 
     def due(record: object) -> list[int]:
@@ -123,18 +123,13 @@ def test_what_is_due() -> None:
     assert due(6) == [0, 6, 12, 18]
 
 
-def test_nothing_recorded_nothing_said() -> None:
+def test_without_a_record_there_is_no_history() -> None:
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
     result = solve(problem, masks, FrankWolfe(iterations=10, polish=False), record=0)
     assert (result.history, result.sources, result.lower_bound) == ({}, {}, None)
     assert result.gap_kind is GapKind.NONE
-    assert solve(problem, masks, FrankWolfe(iterations=10)).history["iteration"][:5] == [
-        0,
-        1,
-        2,
-        4,
-        8,
-    ]  # its own choice
+    default = solve(problem, masks, FrankWolfe(iterations=10))
+    assert default.history["iteration"][:5] == [0, 1, 2, 4, 8]
     assert solve(problem, masks, SparseFW(iterations=10)).history == {}
 
 
@@ -144,11 +139,11 @@ def test_nothing_recorded_nothing_said() -> None:
     "solver", [SparseFW(iterations=12), OneSwap(), ContinuationFrankWolfe(iterations=20)], ids=repr
 )
 def test_any_iterative_solver_can_be_recorded(solver: object, set_name: str, memory: int) -> None:
-    """The result is the best mask seen, never worse than without; bounds hold where the objective was shifted too."""
+    """The result is the best mask seen, no worse than without recording; bounds also hold for shifted objectives."""
     case, masks = layer_case(plain_layer(3, (2, 6))), SETS[set_name]((2, 6), 0.5)
     plain = solve(case.problem, masks, solver, memory=memory)
     result = solve(case.problem, masks, solver, record=1, memory=memory)
-    best, size = case.lmo_bound(masks)
+    best, size = case.minimum(masks)
     assert result.total <= plain.total
     assert result.status is plain.status
     history = result.history
@@ -169,15 +164,15 @@ def test_greedy_solvers_have_one_row() -> None:
     assert result.sources == {"solver": 4}
 
 
-def test_recorded_seconds_are_the_solvers() -> None:
-    """A recorder that takes long does not use up the time limit."""
+def test_recording_does_not_use_up_the_time_limit() -> None:
+    """The time that recording takes does not count."""
     problem, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
     result = solve(problem, masks, FrankWolfe(iterations=50, relative_gap=0.0), record=1, time_limit=60)
     assert result.status is not Status.TIME_LIMIT
     assert result.history["seconds"][-1] <= result.seconds
 
 
-def test_merged_histories() -> None:
+def test_merged_histories_add_up() -> None:
     def history(iterations: list[int], incumbents: list[float]) -> dict[str, list[float]]:
         columns: dict[str, list[float]] = {name: [1.0] * len(iterations) for name in COLUMNS}
         return columns | {"iteration": list(map(float, iterations)), "incumbent": incumbents}
@@ -191,7 +186,7 @@ def test_merged_histories() -> None:
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_bounds_of_functions_are_the_callers_word(declared: bool) -> None:
+def test_functions_have_bounds_only_where_declared_convex(declared: bool) -> None:
     for coupled in (False, True):
         case = function_case("softplus", SHAPE, coupled=coupled, declared=declared)
         for set_name in ("per-row", "unstructured"):
@@ -202,8 +197,8 @@ def test_bounds_of_functions_are_the_callers_word(declared: bool) -> None:
             assert not any(map(math.isnan, result.history["gap"][:-1]))
 
 
-def test_a_recorder_looks_at_copies() -> None:
-    """What is recorded changes nothing of the walk."""
+def test_recording_does_not_change_the_run() -> None:
+    """The last point is the same with and without recording."""
     problem, masks, ends = plain_layer(0).problem(), SETS["n:m"](SHAPE, 0.5), []
     for record in (0, 1):
         last: list[Tensor] = []

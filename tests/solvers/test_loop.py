@@ -1,4 +1,4 @@
-"""The loop: where it ends, when it stops, and that rows neither wait for each other nor notice each other."""
+"""The loop: the points it approaches, its stopping rules, and the independence of its rows."""
 
 import functools
 
@@ -52,7 +52,7 @@ def step_for(name: str, problem: Problem | None = None) -> StepRule:
 
 
 def true_gap(problem: Problem, masks: object, x: Tensor) -> Tensor:
-    """Return the float64 gap of every row block, from scratch."""
+    """Return the gap of every row block, recomputed in float64."""
     exact = problem.double()
     gradient = exact.gradient(exact.evaluate(x.double()))
     gap = vecdot(gradient, x.double() - masks.lmo(gradient))
@@ -79,12 +79,12 @@ def best_of_function(kind: str, set_name: str, coupled: bool) -> float:
     return relaxed_optimum(function_case(kind, SHAPE, coupled=coupled).problem, SETS[set_name](SHAPE, 0.5))
 
 
-# Where it ends
+# Points
 
 
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "blocks"])
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_it_approaches_the_relaxed_optimum(name: str, set_name: str) -> None:
+def test_every_direction_approaches_the_relaxed_optimum(name: str, set_name: str) -> None:
     accuracy = {"momentum": 1e-2, "stochastic": 6e-2, "vanilla": 3e-3, "lazy": 3e-3, "boosted": 2e-3}
     problem, masks = plain_layer(1).problem(), SETS[set_name](SHAPE, 0.5)
     best, scale = best_of_layer(1, set_name), float(problem.scale().sum())
@@ -127,7 +127,7 @@ def test_functions_approach_the_relaxed_optimum(name: str, coupled: bool) -> Non
 
 @pytest.mark.parametrize("set_name", FREE_SETS)
 @pytest.mark.parametrize("name", ["vanilla", "conjugate", "away", "dicg", "fully-corrective", "boosted"])
-def test_exact_steps_never_climb(name: str, set_name: str) -> None:
+def test_exact_steps_never_increase_the_objective(name: str, set_name: str) -> None:
     problem, masks = plain_layer(5).problem(), SETS[set_name](SHAPE, 0.4)
     diary = Diary(DIRECTIONS[name]())
     run_loop(problem, masks, diary, ExactStep(), 60)
@@ -146,8 +146,8 @@ def test_open_loop_forgets_its_start() -> None:
     assert float((after - after.round()).abs().max()) <= 1e-15
 
 
-def test_a_schedule_of_shifts() -> None:
-    """Objectives that change with the iteration: each step is exact for its own."""
+def test_steps_are_exact_for_a_schedule_of_shifts() -> None:
+    """Each step is exact for the objective of its iteration."""
     base, masks = plain_layer(0).problem(), SETS["per-row"](SHAPE, 0.5)
     shifts = [base.shifted(base.diagonal(), t / 20) for t in range(20)]
     diary = Diary(Conjugate())
@@ -171,21 +171,21 @@ def test_a_schedule_of_shifts() -> None:
         assert bool((values[0] <= torch.minimum(values[1], values[2]) + 1e-12).all())
 
 
-def test_refreshed_gradients_are_new() -> None:
+def test_refreshing_makes_gradients_more_accurate() -> None:
     problem, masks = plain_layer(0).problem(torch.float32), SETS["per-row"](SHAPE, 0.5)
     ends = [run_loop(problem, masks, Vanilla(), OpenLoopStep(), 301, refresh=refresh).point for refresh in (0, 100)]
     errors = [float((end.gradient - problem.evaluate(end.x).gradient).abs().max()) for end in ends]
     assert 0 < errors[1] < errors[0]
 
 
-# When it stops
+# Stopping
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "blocks"])
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_converged_means_a_small_gap(name: str, set_name: str, dtype: torch.dtype) -> None:
-    """Of every row block, evaluated anew in float64."""
+    """The gap of every row block is recomputed in float64."""
     masks, stopped, seen = SETS[set_name](SHAPE, 0.5), 0, []
     for seed in range(2):
         problem = plain_layer(seed).problem(dtype)
@@ -208,7 +208,7 @@ def test_converged_means_a_small_gap(name: str, set_name: str, dtype: torch.dtyp
     assert stopped >= (0 if name == "stochastic" else 1)
 
 
-def test_no_tolerance_no_end() -> None:
+def test_without_a_tolerance_all_iterations_run() -> None:
     problem = plain_layer(0).problem()
     for name in ("vanilla", "away", "dicg"):
         result = solve(
@@ -219,7 +219,7 @@ def test_no_tolerance_no_end() -> None:
 
 
 def test_absolute_gaps_are_those_of_the_objective() -> None:
-    """In its full size: data that a unit is divided out of stops at the same place."""
+    """The gap is in the units of the data: scaled data end at the same iteration."""
     layer, iterations = plain_layer(0), []
     for power in (0, 30):
         problem = Layer(layer.weight * 2.0**power, layer.x, "").problem()
@@ -231,7 +231,7 @@ def test_absolute_gaps_are_those_of_the_objective() -> None:
 
 @pytest.mark.parametrize("after", [0, 1, 7])
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_callbacks_stop_it(name: str, after: int) -> None:
+def test_callbacks_and_time_limits_end_the_loop(name: str, after: int) -> None:
     calls = []
 
     def stop(state: State) -> Stop | None:
@@ -252,7 +252,7 @@ def test_callbacks_stop_it(name: str, after: int) -> None:
 
 
 class Spying(LayerReconstruction):
-    """A layer that notes how many rows each product was of."""
+    """A layer that records the number of rows of each product."""
 
     seen: list[int]
 
@@ -277,7 +277,7 @@ EXACT = [name for name in DIRECTIONS if name != "stochastic"]
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_finished_rows_leave(name: str) -> None:
+def test_finished_rows_leave_the_batch(name: str) -> None:
     problem, masks, points = Spying.of(easy_and_hard()), SETS["per-row"]((8, 12), 0.5), []
     hull = Hull(masks, (8, 12))
     tolerance = 1e-3 * problem.scale()
@@ -293,7 +293,7 @@ def test_finished_rows_leave(name: str) -> None:
 
 
 def steady(seed: int = 0) -> Steady:
-    """Rows of all sizes, to the last digit as they would be alone: slopes that exact steps made equal stay so."""
+    """Rows of many sizes, computed bit for bit as they would be alone: equal slopes stay equal."""
     root, linear = normal(12, 12, seed=seed), normal(8, 12, seed=seed + 1)
     return Steady(
         root @ root.T / 12, linear * torch.tensor([[1.0], [0.0], [100.0], [1.0], [1.0], [10.0], [1.0], [0.1]])
@@ -310,8 +310,8 @@ def alone(problem: Problem, masks: object, blocks: int, row_block: int) -> list[
 
 @pytest.mark.parametrize("set_name", ["per-row", "n:m", "blocks", "row blocks", "protected rows"])
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_a_batch_is_its_rows_alone(name: str, set_name: str) -> None:
-    """Row blocks stop on their own, stand still from then on, and leave; none notices the others."""
+def test_a_batch_gives_the_points_of_its_rows_alone(name: str, set_name: str) -> None:
+    """Row blocks stop independently, do not change from then on, and leave the batch."""
     problem, masks = steady(), SETS[set_name]((8, 12), 0.5)
     row_block, iterations = masks.row_block((8, 12)), 120
     tolerance = torch.full((8,), 0.03 * row_block, dtype=torch.float64)
@@ -326,7 +326,7 @@ def test_a_batch_is_its_rows_alone(name: str, set_name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["softplus", "powers"])
-def test_a_batch_of_functions_is_its_rows_alone(kind: str) -> None:
+def test_a_batch_of_functions_gives_the_points_of_its_rows_alone(kind: str) -> None:
     problem, masks = function_case(kind, (6, 8)).problem, SETS["n:m"]((6, 8), 0.5)
     tolerance = torch.full((6,), 1e-3, dtype=torch.float64) * 10.0 ** torch.arange(6).double().neg().add(3)
     for name in ("vanilla", "pairwise", "dicg", "lazy", "momentum", "block-coordinate"):
@@ -338,26 +338,26 @@ def test_a_batch_of_functions_is_its_rows_alone(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_finished_rows_stand_still(name: str) -> None:
-    """From the first iteration at which a row's gap is seen to be small enough, also between later looks."""
+def test_finished_rows_do_not_change(name: str) -> None:
+    """A row does not change after the first iteration at which its gap is within the tolerance."""
     problem, masks, points = easy_and_hard(), SETS["per-row"]((8, 12), 0.5), []
     tolerance = 2e-2 * problem.scale()
     monitor = Monitor("test", lambda state: points.append(state.point.x.clone()), None)
     run_loop(problem, masks, DIRECTIONS[name](), step_for(name), 120, tolerance=tolerance, monitor=monitor)
-    stood = 0
+    stopped = 0
     for row in range(8):
-        moves = [t for t in range(1, len(points)) if not torch.equal(points[t][row], points[t - 1][row])]
-        last = max(moves, default=0)
+        changes = [t for t in range(1, len(points)) if not torch.equal(points[t][row], points[t - 1][row])]
+        last = max(changes, default=0)
         if last < len(points) - (12 if len(points) > 40 else 3):  # it stopped well before the others
-            stood += 1
+            stopped += 1
             gap = true_gap(problem.rows(slice(row, row + 1)), masks, points[last][row : row + 1])
             assert float(gap) <= float(tolerance[row]) * (1 + 1e-9)
-    assert stood >= 2
+    assert stopped >= 2
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_blocks_of_rows_change_nothing(name: str) -> None:
-    """Memory decides how many rows are solved at a time."""
+def test_the_memory_limit_changes_no_result(name: str) -> None:
+    """The memory limit decides how many rows are solved at a time."""
     problem, shape = steady(), (8, 12)
     for set_name in ("per-row", "n:m", "blocks"):
         masks = SETS[set_name](shape, 0.5)
@@ -371,7 +371,7 @@ def test_blocks_of_rows_change_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "blocks"])
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_a_start_is_where_it_starts(name: str, set_name: str) -> None:
+def test_the_loop_starts_at_the_given_mask(name: str, set_name: str) -> None:
     problem, masks, first = plain_layer(0).problem(), SETS[set_name](SHAPE, 0.5), []
     mask = masks.lmo_mask(normal(*SHAPE, seed=4))
 
@@ -381,7 +381,7 @@ def test_a_start_is_where_it_starts(name: str, set_name: str) -> None:
 
     result = solve(problem, masks, FrankWolfe(direction=name, iterations=3, polish=False), start=mask, callback=look)
     assert torch.equal(first[0], mask.double())
-    assert result.total <= float(problem.objective(mask).sum())  # it is among the candidates: rounded, it is itself
+    assert result.total <= float(problem.objective(mask).sum())  # the start is among the candidates
     first.clear()
     solve(problem, masks, FrankWolfe(direction=name, iterations=1), callback=look)
     assert torch.equal(first[0], starts(problem, masks, DIRECTIONS[name]()))

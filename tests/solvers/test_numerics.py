@@ -37,7 +37,7 @@ def test_units_change_no_mask(name: str, dtype: torch.dtype, weight_unit: float,
 @pytest.mark.parametrize("powers", [(60, -100), (-60, 100), (1, 0), (-100, -20), (61, 5)])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_powers_of_two_change_no_digit(name: str, powers: tuple[int, int]) -> None:
-    # Ordinary data are not divided, so both have to be far from it for equal arithmetic; objectives scale anyway.
+    # Data of ordinary size are not rescaled: for equal arithmetic both sizes are far from it. Objectives scale anyway.
     instance = synthetic(rows=SHAPE[0], d=SHAPE[1])
     plain = instance.problem()
     scaled = LayerReconstruction(instance.weight * 2.0 ** powers[0], instance.gram * 2.0 ** powers[1])
@@ -61,12 +61,12 @@ APART = [name for name in SOLVERS if SOLVERS[name].solves_rows_apart(PerRow(0.5)
 
 @pytest.mark.parametrize("exponent", [-6, -12, -18])
 @pytest.mark.parametrize("name", APART)
-def test_rows_of_unlike_size(name: str, exponent: int) -> None:
+def test_rows_of_unlike_size_do_not_disturb_each_other(name: str, exponent: int) -> None:
     torch.testing.assert_close(*relative_errors(name, exponent), rtol=1e-4, atol=0.0)
 
 
 @pytest.mark.parametrize("name", [name for name in APART if SOLVER_ENTRIES[name].sees_tiny_rows is not None])
-def test_rows_whose_squares_underflow(name: str, request: pytest.FixtureRequest) -> None:
+def test_rows_whose_squares_underflow_are_solved(name: str, request: pytest.FixtureRequest) -> None:
     if not SOLVER_ENTRIES[name].sees_tiny_rows:
         reason = "one unit for the whole weight: squares of rows 1e-25 times the largest underflow in float32"
         request.applymarker(pytest.mark.xfail(reason=reason))
@@ -75,7 +75,9 @@ def test_rows_whose_squares_underflow(name: str, request: pytest.FixtureRequest)
 
 @pytest.mark.parametrize("size", [1e-15, 1e-6, 1e6, 1e15])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_outlier_channels(name: str, size: float, request: pytest.FixtureRequest) -> None:
+def test_float32_is_as_good_as_float64_on_outlier_channels(
+    name: str, size: float, request: pytest.FixtureRequest
+) -> None:
     if size == 1e15 and not SOLVER_ENTRIES[name].sees_small_channels:
         reason = "float32 sums do not see channels 1e-15 times the largest"
         request.applymarker(pytest.mark.xfail(reason=reason))
@@ -109,7 +111,7 @@ def test_float32_is_as_good_as_float64(name: str, family: str, set_name: str) ->
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_half_precision_weights(name: str) -> None:
+def test_half_precision_weights_give_the_masks_of_float32(name: str) -> None:
     instance = synthetic(rows=SHAPE[0], d=SHAPE[1])
     for dtype in (torch.bfloat16, torch.float16):
         weight = instance.weight.to(dtype)

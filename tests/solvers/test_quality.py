@@ -6,7 +6,7 @@ import torch
 from maskopt.oracles import NM, PartitionMatroid, PerRow, Unstructured
 from maskopt.problems import FAMILIES, LayerReconstruction, synthetic
 from maskopt.solvers import ContinuationFrankWolfe, OneSwap, Wanda, solve
-from tests.helpers import least_errors
+from tests.helpers import minimum_errors
 
 SEEDS = range(20)
 
@@ -17,7 +17,7 @@ def hits(solver: object, family: str, masks: PartitionMatroid, d: int = 12, rows
     for seed in SEEDS:
         instance = synthetic(family, rows, d, seed=seed)
         problem = LayerReconstruction(instance.weight.double(), instance.gram.double())
-        best = least_errors(problem.weight, problem.gram, masks)
+        best = minimum_errors(problem.weight, problem.gram, masks)
         result = solve(problem, masks, solver)
         found += int((result.objective <= best * (1 + 1e-9) + 1e-12 * problem.scale()).sum())
         error, optimum = error + result.total, optimum + float(best.sum())
@@ -63,7 +63,7 @@ def test_whole_matrix_is_no_worse_than_per_row(family: str, keep: float) -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_larger_tiles_are_no_worse_than_smaller_ones(family: str) -> None:
-    """The sets are nested: 2:4 within 4:8 within per row; the solver finds at least as good masks in the larger."""
+    """The sets are nested: 2:4 within 4:8 within per row; the solver's masks in the larger are no worse."""
     small, middle, large = 0.0, 0.0, 0.0
     for seed in range(4):
         problem = synthetic(family, 24, 40, seed=seed).problem()
@@ -94,6 +94,6 @@ def test_more_iterations_help_in_total() -> None:
 def test_continuation_is_no_worse_than_its_start(weight: list[float], x: list[list[float]], optimum: float) -> None:
     inputs = torch.tensor(x, dtype=torch.float64)
     problem, masks = LayerReconstruction(torch.tensor([weight]).double(), inputs @ inputs.T), PerRow(0.5)
-    assert least_errors(problem.weight, problem.gram, masks).tolist() == [optimum]
+    assert minimum_errors(problem.weight, problem.gram, masks).tolist() == [optimum]
     assert solve(problem, masks, Wanda()).total == optimum
     assert solve(problem, masks).total == optimum

@@ -1,4 +1,4 @@
-"""What methods need of problem and set is declared on their classes, fits their signatures, and is checked first."""
+"""Requirements of solvers are declared on their classes, agree with their signatures, and are checked first."""
 
 import typing
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def test_the_types_in_run_are_the_declared_ones(name: str) -> None:
     requires = solver.requires
     for argument, base, declared in (("problem", Problem, requires.problem), ("masks", MaskSet, requires.masks)):
         assert hints[argument] is typing.Any or hints[argument] in (base, *declared), name
-    # A mask that is never None is a start that `solve` insists on.
+    # A mask that is never None is a start that `solve` requires.
     assert solver.needs_start or hints["start"] != torch.Tensor
 
 
@@ -109,7 +109,7 @@ def test_settings_may_require_more_than_the_class() -> None:
 
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_rules_declare_what_they_need(name: str) -> None:
-    """On a set with nothing but an oracle a direction is refused or runs; it never fails inside."""
+    """On a set with only an oracle a direction runs or is refused; it never fails inside."""
     rule = DIRECTIONS[name]()
     solver = FrankWolfe(rule, iterations=3, polish=False)
     if rule.requires.met(form(), budget()):

@@ -1,4 +1,4 @@
-"""Dependent rounding draws what it promises: means, correlations, counts, orders."""
+"""Dependent rounding has the promised means, correlations, counts and orders."""
 
 import math
 
@@ -14,7 +14,7 @@ from maskopt.problems import synthetic
 from maskopt.solvers import rounding
 from tests.helpers import feasible, groups_of
 
-FAILURE = 1e-10  # of all comparisons of a test together
+FAILURE = 1e-10  # for all comparisons of a test together
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -33,7 +33,7 @@ def hull(masks: MaskSet, shape: tuple[int, int], seed: int) -> Tensor:
 
 
 def check_moments(x: Tensor, drawn: Tensor, groups: list[list[int]]) -> None:
-    """Compare draws (number, entries) with the promise: mean x, and no pair of a group together too often."""
+    """Check that draws (number, entries) have mean x and that no pair of a group is positively correlated."""
     near = width(len(drawn), x.numel() + sum(len(group) ** 2 for group in groups))
     assert float((drawn.double().mean(0) - x.flatten()).abs().max()) <= near
     for group in groups:
@@ -63,7 +63,7 @@ SMALL = [
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("masks", SMALL, ids=repr)
-def test_means_and_correlations(masks: PartitionMatroid, seed: int) -> None:
+def test_dependent_rounding_has_the_promised_means_and_correlations(masks: PartitionMatroid, seed: int) -> None:
     x = hull(masks, (2, 6), seed)
     order = None if seed else torch.randn(2, 6, generator=seeded(9))
     drawn = rounding.dependent(masks, x, seeded(seed), samples=6000, order=order)
@@ -74,8 +74,8 @@ def test_means_and_correlations(masks: PartitionMatroid, seed: int) -> None:
 
 @pytest.mark.parametrize("keep", [1, 3, 6])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_many_equal_rows(keep: int, dtype: torch.dtype) -> None:
-    """Rows draw apart from each other: 200 000 of them make narrow intervals."""
+def test_rows_are_drawn_independently(keep: int, dtype: torch.dtype) -> None:
+    """200 000 equal rows, drawn independently, give narrow confidence intervals."""
     masks = PerRow(keep)
     one = hull(masks, (1, 7), keep).to(dtype)
     drawn = rounding.dependent(masks, one.expand(200_000, -1), seeded(keep))
@@ -86,14 +86,14 @@ def test_many_equal_rows(keep: int, dtype: torch.dtype) -> None:
     assert float((both - one[0].double() ** 2).abs().max()) <= width(100_000, 7)
 
 
-def test_all_masks_come_up() -> None:
+def test_every_mask_has_positive_probability() -> None:
     masks = PerRow(2)
     drawn = rounding.dependent(masks, masks.center((5000, 4), torch.float32, torch.device("cpu")), seeded(0))
     assert len(drawn.unique(dim=0)) == 6
 
 
 @pytest.mark.parametrize("d", [2, 5, 8, 33])
-def test_neighbours_in_a_given_order_meet_first(d: int) -> None:
+def test_neighbours_in_a_given_order_are_paired_first(d: int) -> None:
     masks, order = Unstructured(0.5), torch.randperm(2 * d, generator=seeded(d)).view(2, d)
     x = torch.full((2, d), 0.5)
     for mask in rounding.dependent(masks, x, seeded(1), samples=20, order=order):
@@ -102,17 +102,17 @@ def test_neighbours_in_a_given_order_meet_first(d: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_large_groups_whose_sum_is_off(dtype: torch.dtype) -> None:
+def test_large_groups_with_inexact_sums_give_members(dtype: torch.dtype) -> None:
     masks = Unstructured(0.37)
     x = hull(masks, (300, 400), 0).to(dtype)
     mask = rounding.dependent(masks, x, seeded(0))
     assert feasible(masks, mask)
-    # Negatively correlated entries keep to Hoeffding's interval for independent ones.
+    # Hoeffding's interval for independent entries holds for negatively correlated ones.
     by_rows = (mask.double() - x.double()).sum(1).abs()
     assert float(by_rows.max()) <= 400 * width(400, 300)
 
 
-def test_a_sum_that_is_off_is_made_up_for_by_large_entries() -> None:
+def test_an_inexact_sum_keeps_the_largest_entries() -> None:
     x = torch.tensor([[0.0, 1.0, 0.0, 0.4, 0.0, 1.0, 1.0, 0.0]])
     drawn = rounding.dependent(PerRow(5), x, seeded(0), samples=50)
     assert bool(drawn[:, 0, [1, 3, 5, 6]].all())
@@ -122,8 +122,8 @@ def test_a_sum_that_is_off_is_made_up_for_by_large_entries() -> None:
     assert not bool(rounding.dependent(PerRow(4), x, seeded(0), samples=50)[:, 0, 0].any())
 
 
-def test_entries_off_by_rounding_are_decided() -> None:
-    """Two million rows: an entry that were drawn with its own probability would change sides."""
+def test_entries_within_rounding_of_zero_and_one_are_decided() -> None:
+    """Two million rows: entries drawn with their own probability would be wrong in some of them."""
     x = torch.tensor([[1 - 1.8e-6, 1.8e-6, 0.5, 0.5]]).expand(2_000_000, -1)
     drawn = rounding.dependent(PerRow(2), x, seeded(0))
     assert bool(drawn[:, 0].all())
@@ -131,7 +131,7 @@ def test_entries_off_by_rounding_are_decided() -> None:
 
 
 class AtMost(MaskSet):
-    """At most `keep` entries of each row, with no more verbs than dependent rounding asks for."""
+    """At most `keep` entries of each row, with only the methods that dependent rounding needs."""
 
     at_most = True
 
@@ -168,7 +168,7 @@ class AtMostInGroups(AtMost):
 @pytest.mark.parametrize(
     "one", [[0.5, 0.25, 0.125, 0.0], [0.75, 0.75, 1.0, 0.25], [0.75, 0.75, 0.75, 0.75], [0.0, 0.0, 0.0, 0.0]]
 )
-def test_groups_that_need_not_be_full(one: list[float]) -> None:
+def test_groups_below_their_count_are_rounded(one: list[float]) -> None:
     x, masks = torch.tensor([one], dtype=torch.float64), AtMostInGroups(3)
     drawn = rounding.dependent(masks, x.expand(100_000, -1), seeded(3))
     assert masks.contains(drawn)
@@ -176,11 +176,11 @@ def test_groups_that_need_not_be_full(one: list[float]) -> None:
     assert int(counts.min()) == math.floor(sum(one))
     assert int(counts.max()) == math.ceil(sum(one))
     check_moments(x, drawn, [list(range(4))])
-    # The sum of a full group may come out too large; the set then says no.
+    # Rounding may make the sum of a full group too large; such a mask is no member.
     assert masks.contains(rounding.dependent(masks, (x + 0.1).expand(1000, -1), seeded(4)))
 
 
-def test_sets_without_groups_are_told_what_is_missing() -> None:
+def test_sets_without_groups_are_refused_with_what_is_missing() -> None:
     with pytest.raises(MaskoptError, match=r"AtMost does not have groups and ungroup\."):
         rounding.dependent(AtMost(2), torch.full((2, 4), 0.5), seeded(0))
 
@@ -205,12 +205,12 @@ def test_more_samples_are_never_worse() -> None:
     assert torch.equal(rounding.best_of(problem, masks, x, 0, seeded(0)), rounding.top_k(masks, x))
     few, many = (problem.objective(rounding.best_of(problem, masks, x, samples, seeded(0))) for samples in (8, 64))
     assert bool((few <= nearest).all())
-    assert bool((many <= few).all())  # the same draws and more
+    assert bool((many <= few).all())  # the larger sample contains the smaller
     assert float(many.sum()) < float(nearest.sum())
 
 
-def test_entries_that_are_missed_stay() -> None:
-    """Three entries share two places equally; the gradient knows whose removal costs most."""
+def test_gradient_aware_rounding_keeps_the_costliest_entries() -> None:
+    """Two of three equal entries are kept; the gradient tells which removal costs most."""
     x = torch.tensor([[2 / 3, 2 / 3, 2 / 3, 0.0], [1.0, 0.5, 0.0, 0.5]])
     gradient = torch.tensor([[-1.0, -5.0, -3.0, -100.0], [50.0, 1.0, -50.0, 0.0]])
     mask = rounding.gradient_aware(PerRow(2), x, gradient)

@@ -1,4 +1,4 @@
-"""What rules see: row blocks, and views that ask the oracle no sooner than needed."""
+"""What rules read: row blocks, and iteration states that call the oracle only when needed."""
 
 from collections import Counter
 
@@ -16,17 +16,17 @@ SHAPE = (4, 8)
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 99))
 @examples(60)
-def test_pools_by_loops(blocks: int, row_block: int, d: int, seed: int) -> None:
+def test_row_blocks_agree_with_loops(blocks: int, row_block: int, d: int, seed: int) -> None:
     row_blocks, values = RowBlocks(row_block), normal(blocks * row_block, seed=seed)
-    sums, leasts = row_blocks(values), row_blocks.minimum(values)
+    sums, minima = row_blocks(values), row_blocks.minimum(values)
     for row, value in enumerate(values.tolist()):
         own = values[row // row_block * row_block : row // row_block * row_block + row_block].tolist()
         assert float(sums[row]) == pytest.approx(sum(own), abs=1e-12)
-        assert float(leasts[row]) == min(own)
+        assert float(minima[row]) == min(own)
         assert row_block > 1 or float(sums[row]) == value
-    per_band = row_blocks.first(sums)
-    assert per_band.shape == (blocks,)
-    assert torch.equal(row_blocks.spread(per_band), sums)
+    per_block = row_blocks.first(sums)
+    assert per_block.shape == (blocks,)
+    assert torch.equal(row_blocks.spread(per_block), sums)
     matrix = normal(blocks * row_block, d, seed=seed)
     assert torch.equal(row_blocks.flat(matrix), matrix.reshape(blocks, row_block * d))
     chosen = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))[: 1 + seed % blocks]
@@ -34,13 +34,13 @@ def test_pools_by_loops(blocks: int, row_block: int, d: int, seed: int) -> None:
     assert row_blocks.rows_of(chosen).tolist() == expected
 
 
-def test_pools_of_float32_add_in_float64() -> None:
+def test_row_blocks_of_float32_add_in_float64() -> None:
     values = torch.tensor([2.0**24, 1.0, 1.0, 1.0, 1.0, -(2.0**24)])
     assert RowBlocks(6)(values).tolist() == [4.0] * 6
     assert RowBlocks(6)(values).dtype == torch.float32
 
 
-def test_views_ask_when_they_have_to() -> None:
+def test_states_call_the_oracle_only_when_needed() -> None:
     masks, problem = SETS["per-row"](SHAPE, 0.5), plain_layer(0).problem()
     state = state_at(problem, masks, random(*SHAPE))
     assert state.certified_gap() is None
@@ -59,7 +59,7 @@ def test_views_ask_when_they_have_to() -> None:
     assert state.counters == Counter(lmo=2)
 
 
-def test_views_of_coupled_rows_add_up() -> None:
+def test_the_gap_of_coupled_rows_is_their_sum() -> None:
     masks, problem = SETS["unstructured"](SHAPE, 0.5), plain_layer(0).problem()
     state = state_at(problem, masks, random(*SHAPE))
     assert state.row_blocks.row_block == 4
@@ -67,7 +67,7 @@ def test_views_of_coupled_rows_add_up() -> None:
     assert state.gap.tolist() == pytest.approx([total] * 4)
 
 
-def test_parts_of_a_way() -> None:
+def test_take_selects_rows_of_a_search_direction() -> None:
     x, max_step, rows = random(*SHAPE), random(4), torch.tensor([3, 1])
     part = SearchDirection(x, max_step, best=True).take(rows)
     assert torch.equal(part.vector, x[rows])
@@ -76,8 +76,8 @@ def test_parts_of_a_way() -> None:
     assert SearchDirection(x).take(rows).max_step is None
 
 
-def test_rules_are_settings() -> None:
-    """Equal settings, equal rules: they can be compared, hashed and printed."""
+def test_rules_compare_hash_and_print_by_their_settings() -> None:
+    """Rules with equal settings are equal; rules can be compared, hashed and printed."""
     for registry in (DIRECTIONS, STEPS):
         for make in registry.values():
             assert make() == make()
@@ -87,7 +87,7 @@ def test_rules_are_settings() -> None:
                 make().something = 1
 
 
-def test_a_view_reads_the_shifted_gradient() -> None:
+def test_a_state_reads_the_shifted_gradient() -> None:
     base = plain_layer(0).problem()
     problem, x = base.shifted(base.diagonal(), 0.7), random(*SHAPE)
     state = IterationState(problem, SETS["per-row"](SHAPE, 0.5), RowBlocks(1), 0, problem.evaluate(x), Counter())

@@ -1,4 +1,4 @@
-"""`solve`: starts, callbacks, limits, blocks of rows, reports and sentences."""
+"""`solve`: starts, callbacks, limits, chunks of rows, reports and error messages."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def test_the_default_is_continuation() -> None:
 
 @pytest.mark.parametrize("kind", ["strided", "tracked", "half", "integers in float"])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_inputs_stay_as_they_are(name: str, kind: str) -> None:
+def test_solve_does_not_modify_its_inputs(name: str, kind: str) -> None:
     instance = synthetic(rows=SHAPE[0], d=SHAPE[1])
     weight, gram = instance.weight, instance.gram
     if kind == "strided":  # as GPT-2 stores its layers
@@ -107,7 +107,7 @@ def test_strides_change_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("set_name", SETS)
 @pytest.mark.parametrize("name", ITERATIVE)
-def test_a_mask_to_start_from(name: str, set_name: str) -> None:
+def test_every_iterative_solver_starts_from_a_mask(name: str, set_name: str) -> None:
     problem, masks = layer(), SETS[set_name](SHAPE, 0.5)
     start = any_member(masks)
     for given in (start, start.T.contiguous().T):
@@ -119,14 +119,14 @@ def test_a_mask_to_start_from(name: str, set_name: str) -> None:
 
 @pytest.mark.parametrize("name", ITERATIVE)
 @pytest.mark.parametrize("start", [Magnitude(), RIA(), Wanda(), OneSwap()], ids=repr)
-def test_a_solver_to_start_from(name: str, start: object) -> None:
+def test_a_solver_as_start_equals_its_mask_as_start(name: str, start: object) -> None:
     problem, masks = layer(), PerRow(0.5)
     by_solver = solve(problem, masks, SOLVERS[name], start=start)
     by_mask = solve(problem, masks, SOLVERS[name], start=solve(problem, masks, start).mask)
     assert torch.equal(by_solver.mask, by_mask.mask)
 
 
-def test_the_start_matters() -> None:
+def test_one_swap_without_steps_returns_its_start() -> None:
     problem, masks = layer(), PerRow(0.5)
     bad = solve(problem, masks, OneSwap(max_steps=0), start=any_member(masks))
     assert torch.equal(bad.mask, any_member(masks))
@@ -148,7 +148,7 @@ def test_the_start_matters() -> None:
         (torch.ones(24, dtype=torch.bool), r"of shape \(24,\)\."),
     ],
 )
-def test_infeasible_starts(name: str, start: Tensor, sentence: str) -> None:
+def test_infeasible_starts_are_refused(name: str, start: Tensor, sentence: str) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         solve(layer(), PerRow(0.5), SOLVERS[name], start=start)
 
@@ -179,17 +179,17 @@ def test_callbacks_see_the_state(name: str, set_name: str) -> None:
         with pytest.raises(AttributeError):  # read only
             state.iteration = 3
 
-    plain, watched = solve(problem, masks, SOLVERS[name]), solve(problem, masks, SOLVERS[name], callback=look)
-    assert len(seen) >= max(3, watched.iterations)
+    plain, observed = solve(problem, masks, SOLVERS[name]), solve(problem, masks, SOLVERS[name], callback=look)
+    assert len(seen) >= max(3, observed.iterations)
     assert [s[2] for s in seen] == sorted(s[2] for s in seen)
-    assert torch.equal(plain.mask, watched.mask)
-    assert watched.status is plain.status
+    assert torch.equal(plain.mask, observed.mask)
+    assert observed.status is plain.status
 
 
 @pytest.mark.parametrize("memory", [2**30, 1])
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured"])
 @pytest.mark.parametrize("name", ITERATIVE)
-def test_progress_never_goes_back(name: str, set_name: str, memory: int) -> None:
+def test_progress_never_decreases(name: str, set_name: str, memory: int) -> None:
     fractions: list[float] = []
     masks = SETS[set_name](SHAPE, 0.5)
     solve(layer(), masks, SOLVERS[name], callback=lambda state: fractions.append(state.fraction), memory=memory)
@@ -200,7 +200,7 @@ def test_progress_never_goes_back(name: str, set_name: str, memory: int) -> None
 @pytest.mark.parametrize("after", [0, 1, 5, 45])
 @pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "blocks"])
 @pytest.mark.parametrize("name", ITERATIVE)
-def test_stopping(name: str, set_name: str, after: int) -> None:
+def test_a_callback_stops_every_iterative_solver(name: str, set_name: str, after: int) -> None:
     problem, masks, calls = layer(), SETS[set_name](SHAPE, 0.5), []
 
     def stop(_: State) -> Stop | None:
@@ -212,7 +212,7 @@ def test_stopping(name: str, set_name: str, after: int) -> None:
     assert torch.equal(result.objective, problem.objective(result.mask))
     if len(calls) > after:
         assert result.status is Status.STOPPED
-        assert len(calls) == after + 1  # nobody calls again
+        assert len(calls) == after + 1  # it is not called again
     if result.lower_bound is not None:
         assert float(result.lower_bound.sum()) <= result.total
 
@@ -221,7 +221,7 @@ def test_stopping(name: str, set_name: str, after: int) -> None:
 @pytest.mark.parametrize("memory", [2**30, 1])
 @pytest.mark.parametrize("set_name", SETS)
 @pytest.mark.parametrize("name", ITERATIVE)
-def test_no_time_at_all(name: str, set_name: str, memory: int, limit: float) -> None:
+def test_a_time_limit_of_zero_gives_a_member(name: str, set_name: str, memory: int, limit: float) -> None:
     masks = SETS[set_name](SHAPE, 0.5)
     result = solve(layer(), masks, SOLVERS[name], time_limit=limit, memory=memory)
     assert result.status is Status.TIME_LIMIT
@@ -264,12 +264,12 @@ def test_an_exception_in_a_callback_comes_out() -> None:
         solve(layer(), PerRow(0.5), SOLVERS["sparsefw"], callback=broken)
 
 
-# Blocks of rows
+# Chunks of rows
 
 
 @pytest.mark.parametrize("set_name", ["per-row", "n:m", "row counts", "protected rows"])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_chunked_is_unchunked(name: str, set_name: str) -> None:
+def test_solving_in_chunks_gives_the_same(name: str, set_name: str) -> None:
     shape = (11, 24)
     problem, masks = layer(*shape), SETS[set_name](shape, 0.5)
     whole = solve(problem, masks, SOLVERS[name])
@@ -286,7 +286,7 @@ def test_chunked_is_unchunked(name: str, set_name: str) -> None:
         assert torch.equal(*same)
 
 
-def test_chunked_is_unchunked_for_scores_that_couple_rows() -> None:
+def test_solving_in_chunks_gives_the_same_for_scores_that_couple_rows() -> None:
     problem, masks, solver = layer(40, 24), PerRow(0.5), SparseFW(iterations=40, alpha=0.8, start=RIA())
     whole, parts = solve(problem, masks, solver), solve(problem, masks, solver, memory=1)
     assert torch.equal(whole.mask, parts.mask)
@@ -304,7 +304,7 @@ def test_many_rows_take_little_memory_each() -> None:
     assert max(rows for rows, _ in seen) <= 10
 
 
-def test_rows_apart() -> None:
+def test_solvers_know_which_sets_they_solve_row_by_row() -> None:
     rows, whole = PerRow(0.5), Unstructured(0.5)
     assert Wanda().solves_rows_apart(rows)
     assert ContinuationFrankWolfe().solves_rows_apart(NM(keep=2, group=4))
@@ -315,7 +315,7 @@ def test_rows_apart() -> None:
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_part_of_a_result(name: str) -> None:
+def test_part_gives_the_result_of_some_rows(name: str) -> None:
     problem, masks, index = layer(), PerRow(0.5), slice(2, 5)
     result = solve(problem, masks, SOLVERS[name])
     part = result.part(index)
@@ -332,7 +332,7 @@ def test_part_of_a_result(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_reports_are_plain(name: str) -> None:
+def test_reports_are_json_with_the_figures_of_the_result(name: str) -> None:
     result = solve(layer(), PerRow(0.5), SOLVERS[name])
     report = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert report["objective"] == result.total == pytest.approx(float(result.objective.sum()))
@@ -349,7 +349,7 @@ def test_reports_are_plain(name: str) -> None:
 
 
 @pytest.mark.parametrize("family", [Status, GapKind])
-def test_members_are_sentences(family: type) -> None:
+def test_members_of_enums_are_sentences(family: type) -> None:
     for member in family:
         assert member.value[0].isupper()
         assert member.value.endswith(".")
@@ -357,7 +357,7 @@ def test_members_are_sentences(family: type) -> None:
     assert len({member.value for member in family}) == len(family)
 
 
-def test_nothing_to_lose() -> None:
+def test_zero_weights_have_zero_error() -> None:
     problem = LayerReconstruction(torch.zeros(2, 8), torch.eye(8))
     for name, solver in SOLVERS.items():
         result = solve(problem, PerRow(0.5), solver)
@@ -368,7 +368,7 @@ def test_nothing_to_lose() -> None:
 @pytest.mark.parametrize("keep", [0, 1.0])
 @pytest.mark.parametrize("d", [1, 4, 16, 17, 20, 64])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_keeping_nothing_or_all(name: str, d: int, keep: float) -> None:
+def test_keeping_nothing_or_all_gives_the_only_mask(name: str, d: int, keep: float) -> None:
     for rows in (1, 5):
         for masks in (PerRow(keep), Unstructured(keep)):
             result = solve(layer(rows, d), masks, SOLVERS[name])
@@ -377,8 +377,8 @@ def test_keeping_nothing_or_all(name: str, d: int, keep: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["one-swap", "continuation"])
-def test_inputs_without_correlation(name: str) -> None:
-    """Wanda is optimal, so that no swap can improve."""
+def test_wanda_is_optimal_on_inputs_without_correlation(name: str) -> None:
+    """Every solver returns the mask of Wanda, which is optimal."""
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     problem = LayerReconstruction(weight, torch.eye(32))
     result = solve(problem, PerRow(0.5), SOLVERS[name])
@@ -386,7 +386,7 @@ def test_inputs_without_correlation(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["one-swap", "continuation"])
-def test_a_diagonal_negative_by_rounding(name: str) -> None:
+def test_a_diagonal_negative_by_rounding_is_accepted(name: str) -> None:
     instance = synthetic(rows=4, d=32)
     gram = instance.gram.clone()
     gram[3], gram[:, 3] = 0.0, 0.0
@@ -397,14 +397,14 @@ def test_a_diagonal_negative_by_rounding(name: str) -> None:
     assert result.total <= solve(problem, masks, Wanda()).total
 
 
-# Sentences
+# Error messages
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_what_a_problem_lacks_is_named(name: str) -> None:
     problem, refusing = Saliency(torch.ones(2, 4)), SOLVERS[name]
     while refusing is not None and not refusing.requirements.problem:
-        refusing = refusing.start  # it takes any objective; what makes its first mask need not
+        refusing = refusing.start  # it takes any objective, but not all solvers that make its first mask do
     if refusing is None:
         assert feasible(PerRow(0.5), solve(problem, PerRow(0.5), SOLVERS[name]).mask)
         return
@@ -416,14 +416,14 @@ def test_what_a_problem_lacks_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_sets_that_do_not_fit(name: str) -> None:
+def test_sets_that_do_not_fit_are_refused(name: str) -> None:
     with pytest.raises(MaskoptError, match="divisible by 5; this weight has 24"):
         solve(layer(), NM(keep=2, group=5), SOLVERS[name])
     with pytest.raises(MaskoptError, match="wants 25 entries of a group that has 24"):
         solve(layer(), PerRow(25), SOLVERS[name])
 
 
-def test_make_solver() -> None:
+def test_make_solver_makes_every_named_solver() -> None:
     assert make_solver("sparsefw", iterations=7, alpha=0.5) == SparseFW(iterations=7, alpha=0.5)
     assert make_solver("continuation") == ContinuationFrankWolfe()
     for name in NAMES:
@@ -446,13 +446,13 @@ def test_make_solver() -> None:
         (lambda: make_solver("continuation", relink=-0.1), r"relink in \[0, 1\]"),
     ],
 )
-def test_refused_settings(call: object, sentence: str) -> None:
+def test_bad_settings_are_refused(call: object, sentence: str) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         call()
 
 
 @pytest.mark.parametrize("settings", [{"relinks": 0}, {"relink": 0.0}, {"second": 0.0}, {"iterations": 1}], ids=str)
-def test_extreme_settings_of_continuation(settings: dict[str, float]) -> None:
+def test_continuation_runs_with_extreme_settings(settings: dict[str, float]) -> None:
     for masks in (PerRow(0.5), Unstructured(0.5)):
         solver = ContinuationFrankWolfe(**{"iterations": 20, **settings})
         assert feasible(masks, solve(layer(), masks, solver).mask)

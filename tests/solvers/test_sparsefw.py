@@ -1,4 +1,4 @@
-"""SparseFW: fixed entries, bounds and the recipe; and the scores it starts from."""
+"""SparseFW: fixed entries, bounds, its defaults, and the scores it starts from."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_fixed_entries_stay(masks: PartitionMatroid, alpha: float, start: object
     for group, count in zip(groups_of(masks, SHAPE), counts, strict=True):
         best = sorted(group, key=lambda index: -float(scores[index]))[: int(alpha * count + 1e-9)]
         assert kept[best].all()
-    # What is fixed narrows the search, not the claim: the bound is that of the whole set.
+    # Fixed entries restrict the search only: the bound is that of the whole set.
     assert result.gap_kind is GapKind.PROVEN
     free = solve(problem, masks, ContinuationFrankWolfe()).objective
     assert bool((result.lower_bound <= free.view(len(result.lower_bound), -1).sum(1)).all())
@@ -40,7 +40,7 @@ def test_fixed_entries_stay(masks: PartitionMatroid, alpha: float, start: object
 
 @pytest.mark.parametrize("alpha", [0.3, 0.7])
 def test_fixing_needs_the_start_to_keep_them(alpha: float) -> None:
-    """A start that prunes what would be fixed takes precedence: its mask has to be feasible."""
+    """A start that prunes entries to be fixed takes precedence: its mask must be feasible."""
     problem, masks = synthetic(rows=SHAPE[0], d=SHAPE[1]).problem(), PerRow(0.5)
     against = masks.lmo_mask(Saliency.wanda(problem.weight, problem.gram).scores)  # keeps the worst
     result = solve(problem, masks, SparseFW(iterations=30, alpha=alpha), start=against)
@@ -63,8 +63,8 @@ def test_gap_shrinks_with_iterations(masks: PartitionMatroid) -> None:
     assert bounds[-1] > 0.2 * result.total  # and it is not the trivial bound
 
 
-def test_a_bound_on_every_method() -> None:
-    """Whatever finds a mask, it is not below what SparseFW proves."""
+def test_no_solver_is_below_the_bound() -> None:
+    """No mask has an error below the bound that SparseFW proves."""
     for seed in range(5):
         problem = synthetic("rank-deficient", *SHAPE, seed=seed).problem()
         for masks in (PerRow(0.5), Unstructured(0.5)):
@@ -85,7 +85,7 @@ def test_it_improves_on_its_start_in_total(masks: PartitionMatroid) -> None:
 
 @SET
 @pytest.mark.parametrize("solver", [Magnitude(), Wanda(), RIA(), RIA(power=1.0)], ids=repr)
-def test_scores_keep_the_best(masks: PartitionMatroid, solver: object) -> None:
+def test_scores_keep_the_largest_of_every_group(masks: PartitionMatroid, solver: object) -> None:
     problem = synthetic("outliers", *SHAPE).problem()
     result = solve(problem, masks, solver)
     scores = {

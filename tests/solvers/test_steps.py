@@ -30,7 +30,7 @@ from tests.helpers import SETS, Layer, examples, layers, magnitudes
 from tests.loop_runs import CONVEX, WAVY, Bowl, function_case, normal, plain_layer, random, run_loop
 
 SHAPE = (4, 8)
-BANDS = pytest.mark.parametrize("together", [False, True], ids=["rows apart", "rows together"])
+TOGETHER = pytest.mark.parametrize("together", [False, True], ids=["rows apart", "rows together"])
 AMOUNTS = st.sampled_from([0.0, 0.4, 1.0, 3.0, -1.0])
 
 
@@ -42,7 +42,7 @@ def state_of(problem: Problem, x: Tensor, together: bool, iteration: int = 0) ->
 
 
 def value_after(problem: Problem, x: Tensor, step_size: Tensor, search: Tensor, together: bool) -> Tensor:
-    """Return the objective at some shares of the way, in row blocks."""
+    """Return the objective of every row block after steps of the given sizes."""
     value = problem.value(problem.evaluate(x + step_size.unsqueeze(1) * search))
     return value.sum().expand_as(value) if together else value
 
@@ -54,7 +54,7 @@ def grid(problem: Problem, x: Tensor, max_step: Tensor, search: Tensor, together
 def step_size_of(
     step: StepRule, problem: Problem, x: Tensor, search: Tensor, max_step: Tensor, together: bool = False
 ) -> Tensor:
-    """Ask a rule for its first step; nothing it sees may change."""
+    """Return the first step size of a rule; the rule must not modify its inputs."""
     state = state_of(problem, x.clone(), together)
     direction = problem.hvp(search.clone())
     step_size = step.begin(state).step_size(state, direction, max_step)
@@ -68,7 +68,7 @@ def step_size_of(
     return step_size
 
 
-@BANDS
+@TOGETHER
 @given(layers(rows=(1, 4), d=(1, 6)), AMOUNTS, st.integers(0, 99), st.sampled_from([1.0, 0.3, 2.5, 0.0]))
 @examples(200)
 def test_exact_step_is_the_best_of_the_segment(
@@ -86,7 +86,7 @@ def test_exact_step_is_the_best_of_the_segment(
     assert bool((value_after(problem, x, step_size, search, together) <= best + 1e-12 * size).all())
 
 
-@BANDS
+@TOGETHER
 @given(layers(rows=(1, 4), d=(1, 6)), AMOUNTS, st.integers(0, 99))
 @examples(150)
 def test_short_step_lowers_what_it_promises(together: bool, layer: Layer, amount: float, seed: int) -> None:
@@ -123,9 +123,9 @@ def test_smoothness_bounds_every_curvature(layer: Layer, amount: float) -> None:
         assert float(torch.linalg.eigvalsh(matrix).abs().max()) <= bound * (1 + 1e-12) + 1e-300
 
 
-@BANDS
+@TOGETHER
 @pytest.mark.parametrize("name", STEPS)
-def test_a_move_of_no_size_stays(name: str, together: bool) -> None:
+def test_a_zero_direction_has_a_zero_step(name: str, together: bool) -> None:
     nothing = torch.zeros(SHAPE, dtype=torch.float64)
     for problem in (plain_layer(0).problem(), function_case("softplus", SHAPE).problem):
         if name in ("exact", "short") and isinstance(problem, Function):
@@ -138,9 +138,9 @@ def test_a_move_of_no_size_stays(name: str, together: bool) -> None:
                 assert step_size.tolist() == [0.0] * 4
 
 
-@BANDS
+@TOGETHER
 @pytest.mark.parametrize("name", STEPS)
-def test_no_room_no_step(name: str, together: bool) -> None:
+def test_a_maximal_step_of_zero_gives_a_zero_step(name: str, together: bool) -> None:
     x, search = random(*SHAPE), normal(*SHAPE)
     for problem in (plain_layer(0).problem(), function_case("softplus", SHAPE).problem):
         if name in ("exact", "short") and isinstance(problem, Function):
@@ -150,7 +150,7 @@ def test_no_room_no_step(name: str, together: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["exact", "short", "secant", "adaptive", "monotone"])
-def test_uphill_stays(name: str) -> None:
+def test_ascent_directions_have_a_zero_step(name: str) -> None:
     max_step = torch.ones(4, dtype=torch.float64)
     for seed in range(5):
         for problem in (plain_layer(seed).problem(), function_case("softplus", SHAPE, seed).problem):
@@ -162,7 +162,7 @@ def test_uphill_stays(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["exact", "short", "secant", "adaptive"])
-def test_a_linear_objective_goes_all_the_way(name: str) -> None:
+def test_linear_objectives_take_the_maximal_step(name: str) -> None:
     problem = Bowl(torch.zeros(8, 8, dtype=torch.float64), normal(*SHAPE))
     max_step = torch.tensor([1.0, 0.25, 0.0, 3.0], dtype=torch.float64)
     step_size = step_size_of(STEPS[name](), problem, random(*SHAPE), -problem.linear, max_step)
@@ -170,7 +170,7 @@ def test_a_linear_objective_goes_all_the_way(name: str) -> None:
     assert step_size_of(STEPS[name](), problem, random(*SHAPE), problem.linear.clone(), max_step).tolist() == [0.0] * 4
 
 
-def test_open_loop_step() -> None:
+def test_open_loop_steps_follow_the_formula() -> None:
     problem = plain_layer(0).problem()
     x, direction = random(*SHAPE), problem.hvp(random(*SHAPE))
     max_step = torch.tensor([1.0, 0.6, 0.1, 0.0], dtype=torch.float64)
@@ -182,7 +182,7 @@ def test_open_loop_step() -> None:
         assert OpenLoopStep(offset=4).step_size(state, direction, max_step).tolist() == expected
 
 
-def test_log_step() -> None:
+def test_log_steps_follow_the_formula() -> None:
     problem = plain_layer(0).problem()
     x, direction, max_step = random(*SHAPE), problem.hvp(random(*SHAPE)), torch.tensor([1.0, 0.6, 0.1, 0.0])
     for t in (0, 1, 2, 5, 1000):
@@ -192,7 +192,7 @@ def test_log_step() -> None:
         assert size <= 1
 
 
-@BANDS
+@TOGETHER
 @pytest.mark.parametrize("kind", CONVEX)
 def test_secant_step_finds_the_minimum(kind: str, together: bool) -> None:
     for seed in range(6):
@@ -216,7 +216,7 @@ def test_secant_step_finds_the_minimum(kind: str, together: bool) -> None:
                 assert value(float(step_size[row])) <= ends + 1e-10 * (1 + abs(ends))
 
 
-@BANDS
+@TOGETHER
 @given(layers(rows=(1, 4), d=(1, 6)), st.sampled_from([0.0, 0.4, -1.0]), st.integers(0, 99))
 @examples(80)
 def test_secant_is_exact_for_convex_quadratics(together: bool, layer: Layer, amount: float, seed: int) -> None:
@@ -236,11 +236,11 @@ def test_secant_is_exact_for_convex_quadratics(together: bool, layer: Layer, amo
     )
 
 
-@BANDS
+@TOGETHER
 @pytest.mark.parametrize("name", ["secant", "adaptive", "monotone"])
 @pytest.mark.parametrize("kind", [*CONVEX, "layer", "concave"])
-def test_steps_that_look_do_not_climb(kind: str, name: str, together: bool) -> None:
-    """One rule through a walk of ways, as its memory makes later steps differ; the default number of evaluations."""
+def test_steps_with_evaluations_never_increase_the_objective(kind: str, name: str, together: bool) -> None:
+    """One rule over several directions, as its memory affects later steps; the default number of evaluations."""
     for seed in range(4):
         if kind in CONVEX:
             problem = function_case(kind, SHAPE, seed, coupled=together).problem
@@ -251,7 +251,7 @@ def test_steps_that_look_do_not_climb(kind: str, name: str, together: bool) -> N
         state = state_of(problem, x.clone(), together)
         rule = STEPS[name]().begin(state)
         first = value_after(problem, x, torch.zeros(4).double(), x, together)
-        moved = 0
+        positive = 0
         for iteration in range(12):
             state = IterationState(
                 problem, state.masks, state.row_blocks, iteration, problem.evaluate(x.clone()), Counter()
@@ -264,16 +264,16 @@ def test_steps_that_look_do_not_climb(kind: str, name: str, together: bool) -> N
             assert bool(((step_size >= 0) & (step_size <= max_step)).all())
             before, after = (value_after(problem, x, s, search, together) for s in (0 * step_size, step_size))
             assert bool((after <= before + 1e-12 * first.abs().clamp_min(1.0)).all())
-            moved += int((step_size > 0).sum())
+            positive += int((step_size > 0).sum())
             x = x + step_size.unsqueeze(1) * search
-        assert moved >= 40
+        assert positive >= 40
 
 
 @pytest.mark.parametrize("kind", WAVY)
 @pytest.mark.parametrize("name", ["secant", "adaptive", "monotone"])
-def test_functions_that_are_not_convex_do_not_stop_a_step(kind: str, name: str) -> None:
-    """Where the curvature is negative first and positive later, a downhill way leads somewhere."""
-    going = 0
+def test_steps_are_positive_on_functions_that_are_not_convex(kind: str, name: str) -> None:
+    """Where the curvature is negative first and positive later, descent directions have positive steps."""
+    positive = 0
     for seed in range(10):
         problem = function_case(kind, SHAPE, seed).problem
         x = random(*SHAPE, seed=seed)
@@ -281,12 +281,12 @@ def test_functions_that_are_not_convex_do_not_stop_a_step(kind: str, name: str) 
         search = -gradient / gradient.norm(dim=1, keepdim=True)
         step_size = step_size_of(STEPS[name](), problem, x, search, torch.full((4,), 3.0, dtype=torch.float64))
         assert bool((step_size > 0).all())
-        going += 4
-    assert going == 40
+        positive += 4
+    assert positive == 40
 
 
 def test_adaptive_steps_recover_from_any_estimate() -> None:
-    """Long stretches at the limit let the estimate of the smoothness sink; one steep way must not cost the step."""
+    """Many maximal steps lower the estimate of the smoothness; a steep direction still has a positive step."""
     problem = function_case("root", SHAPE).problem
     x, max_step = random(*SHAPE), torch.full((4,), 1e-3, dtype=torch.float64)
     state = state_of(problem, x, False)
@@ -300,8 +300,8 @@ def test_adaptive_steps_recover_from_any_estimate() -> None:
 
 @pytest.mark.parametrize("kind", ["softplus", "powers", "waves"])
 @pytest.mark.parametrize("name", ["secant", "adaptive", "monotone"])
-def test_steps_stay_where_functions_are_defined(kind: str, name: str) -> None:
-    """However little room there is, nothing is evaluated outside the segment from x to x + limit * way."""
+def test_steps_evaluate_points_of_the_segment_only(kind: str, name: str) -> None:
+    """However small the maximal step, no point outside the segment from x to x + max_step * search is evaluated."""
     case = function_case(kind, SHAPE)
     x = random(*SHAPE)
     search = 1000.0 * normal(*SHAPE)
@@ -336,8 +336,8 @@ def test_a_rule_forgets_its_last_run(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["short", "adaptive", "monotone"])
-def test_what_a_rule_remembers_goes_with_its_rows(name: str) -> None:
-    """Two iterations, some rows taken, a third: as if these rows had been alone from the start."""
+def test_taken_rows_keep_the_estimates_of_their_rule(name: str) -> None:
+    """Two iterations, then some rows are taken: the third step is that of these rows run alone."""
     problem, rows = plain_layer(3).problem(), torch.tensor([3, 1])
     alone = problem.rows(rows)
     masks, row_blocks = SETS["per-row"](SHAPE, 0.5), RowBlocks(1)
@@ -352,11 +352,11 @@ def test_what_a_rule_remembers_goes_with_its_rows(name: str) -> None:
         rules[1].step_size(states[1], alone.hvp(search[rows]), max_step[:2])
     search = random(*SHAPE, seed=7)[rows] - x[rows]
     taken = rules[0].take(rows, rows)
-    fractions = [rule.step_size(states[1], alone.hvp(search), max_step[:2]) for rule in (taken, rules[1])]
-    torch.testing.assert_close(*fractions, rtol=1e-12, atol=0)
+    step_sizes = [rule.step_size(states[1], alone.hvp(search), max_step[:2]) for rule in (taken, rules[1])]
+    torch.testing.assert_close(*step_sizes, rtol=1e-12, atol=0)
 
 
-def test_monotone_halves_for_good() -> None:
+def test_monotone_steps_stay_halved() -> None:
     """f = x^2 / 2 from x = 1 along -4: half of the open-loop step overshoots, a quarter does not."""
     problem = Bowl(torch.eye(1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64))
     state = state_of(problem, torch.ones(1, 1, dtype=torch.float64), False)
@@ -365,7 +365,7 @@ def test_monotone_halves_for_good() -> None:
         Direction(torch.full((1, 1), -4.0).double(), torch.full((1, 1), -4.0).double()),
         torch.ones(1).double(),
     )
-    assert rule.step_size(state, direction, max_step).tolist() == [0.5]  # f(-1) = f(1) is no rise
+    assert rule.step_size(state, direction, max_step).tolist() == [0.5]  # f(-1) = f(1) is no increase
     longer = Direction(direction.vector * 1.5, direction.product * 1.5)
     assert rule.step_size(state, longer, max_step).tolist() == [0.25]
     assert rule.step_size(state, direction, max_step).tolist() == [0.25]

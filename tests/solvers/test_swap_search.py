@@ -46,7 +46,7 @@ def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     ("d", "width"),
     [(2, 2), (5, 5), (16, 16), (17, 17), (20, 20), (40, 40), (64, 64), (48, 4), (32, 16), (51, 17), (60, 20)],
 )
-def test_the_best_swap_of_every_row(d: int, width: int, family: str, dtype: torch.dtype) -> None:
+def test_the_best_swap_of_every_row_is_found(d: int, width: int, family: str, dtype: torch.dtype) -> None:
     for keep in KEEP:
         masks = PerRow(keep) if width == d else NM(keep=round(keep * width), group=width)
         problem, kept, carried, dirty = setting(family, 9, d, masks, dtype)
@@ -58,7 +58,7 @@ def test_the_best_swap_of_every_row(d: int, width: int, family: str, dtype: torc
         assert torch.equal(rows, swaps[2])
         assert len(rows.unique()) == len(rows)
         assert bool(((change - best)[rows].abs() <= tolerance[rows]).all())
-        # Rows without a swap have none, but for the margin of a millionth of their error.
+        # Rows without a swap have no improving swap, up to a margin of a millionth of their error.
         idle = torch.ones(9, dtype=torch.bool)
         idle[rows] = False
         assert bool((best >= -3e-6 * problem.objective(kept) - tolerance)[idle].all())
@@ -92,8 +92,10 @@ def test_rows_that_are_clean_are_left_alone(family: str) -> None:
     ],
     ids=lambda masks: str(masks.tile),
 )
-def test_swaps_across_rows(masks: PartitionMatroid, family: str, dtype: torch.dtype) -> None:
-    """Every round is feasible, changes a row once and lowers the error; the last leaves nothing to find."""
+def test_swaps_across_rows_are_feasible_and_lower_the_error(
+    masks: PartitionMatroid, family: str, dtype: torch.dtype
+) -> None:
+    """Every round is feasible, changes a row once and lowers the error; after the last no swap improves."""
     problem, kept, carried, dirty = setting(family, 6, 48, masks, dtype)
     search = SwapSearch(problem, masks)
     for _ in range(600):
@@ -133,7 +135,7 @@ def test_the_first_swap_across_rows_is_the_best_if_alone() -> None:
             assert len(swaps[0]) == 0
 
 
-def test_the_halves_may_hide_the_best_pair() -> None:
+def test_swaps_of_a_row_in_neither_half_are_found() -> None:
     """Whole matrices of three rows: an odd one is in neither half, yet its swaps are found in the end."""
     for seed in range(10):
         masks = Unstructured(0.4)

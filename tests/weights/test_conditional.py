@@ -27,7 +27,7 @@ SEPARABLE = ["per-row", "n:m", "row counts", "protected rows", "at most rows", "
 def unchecked(
     problem: LayerReconstruction, masks: MaskSet, method: ConditionalADMM = METHOD, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return mask and weights as the method makes them: `solve` would put back the rows it made worse."""
+    """Return mask and weights as the method makes them: `solve` would restore the rows that it made worse."""
     outcome = method.run(problem, masks, start, Monitor("test", None, None))
     assert outcome.weight is not None
     return outcome.mask, outcome.weight
@@ -54,7 +54,7 @@ def normal(rows: int, d: int, seed: int) -> LayerReconstruction:
     return Layer(weight, mixing @ x, "normal").problem()
 
 
-# What it promises
+# Guarantees
 
 
 @given(st.data(), layers(rows=(1, 5), d=(1, 16)), st.sampled_from([0.01, 0.0]))
@@ -67,17 +67,17 @@ def test_members_with_finite_weights_and_no_worse_than_kept(
     problem, method = layer.problem(dtype), ConditionalADMM(ridge=ridge)
     weight, gram = problem.weight.clone(), problem.gram.clone()
     checked(problem, masks, solve(problem, masks, method))
-    mask, moved = unchecked(problem, masks, method)
+    mask, updated = unchecked(problem, masks, method)
     assert feasible(masks, mask)
-    assert bool(torch.isfinite(moved).all())
-    assert not bool(moved[~mask].any())
+    assert bool(torch.isfinite(updated).all())
+    assert not bool(updated[~mask].any())
     assert torch.equal(problem.weight, weight)
     assert torch.equal(problem.gram, gram)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ALL_SETS)
-def test_every_kind_of_set(name: str, dtype: torch.dtype) -> None:
+def test_results_are_valid_on_every_set(name: str, dtype: torch.dtype) -> None:
     instance = synthetic(rows=8, d=12)
     problem = LayerReconstruction(instance.weight.to(dtype), instance.gram.to(dtype))
     for fraction in (0.0, 0.5, 1.0):
@@ -88,14 +88,14 @@ def test_every_kind_of_set(name: str, dtype: torch.dtype) -> None:
             assert bool(result.mask.all())
             assert result.relative_error <= 1e-9
         if fraction == 0.5 and bool((result.mask.any(1) & ~result.mask.all(1)).any()):
-            # Weights that moved are worth it, whatever the set, as long as rows are pruned in part.
+            # On every set, updated weights lower the error if rows are pruned in part.
             assert result.relative_error < 0.99 * result.kept_error
 
 
 @pytest.mark.parametrize("base", [PerRow(0.5), NM(keep=2, group=4), Unstructured(0.5), AtMost(PerRow(0.5))], ids=repr)
 def test_fixed_entries_stay(base: PartitionMatroid) -> None:
     problem = synthetic(rows=8, d=16).problem()
-    # What the method would least like: the dearest entries forbidden, the cheapest protected.
+    # The worst case for the method: the costliest entries forbidden, the cheapest protected.
     size = problem.diagonal()
     costly, cheap = NM(keep=1, group=4).lmo_mask(-size), NM(keep=1, group=4).lmo_mask(size)
     mask, weight = unchecked(problem, base.restrict(kept=cheap, pruned=costly))
@@ -105,7 +105,7 @@ def test_fixed_entries_stay(base: PartitionMatroid) -> None:
 
 
 @pytest.mark.parametrize("masks", [PerRow(0.5), Unstructured(0.4)], ids=repr)
-def test_stops_when_told_with_a_member(masks: PartitionMatroid) -> None:
+def test_a_callback_ends_it_with_a_member(masks: PartitionMatroid) -> None:
     problem = synthetic(rows=6, d=16).problem()
     late = solve(problem, masks, METHOD, time_limit=1e-9)
     checked(problem, masks, late)
@@ -128,14 +128,14 @@ def test_stops_when_told_with_a_member(masks: PartitionMatroid) -> None:
     assert (whole.status, whole.iterations, whole.lower_bound) == (Status.COMPLETED, 52, None)
 
 
-def test_starts_where_told() -> None:
+def test_it_starts_from_the_given_mask() -> None:
     problem = synthetic(rows=6, d=16).problem()
     start = PerRow(0.5).lmo_mask(problem.diagonal())  # the worst
     for from_start in (start, Wanda()):
         result = solve(problem, PerRow(0.5), METHOD, start=from_start, time_limit=1e-9)
         expected = start if isinstance(from_start, Tensor) else solve(problem, PerRow(0.5), from_start).mask
         assert torch.equal(result.mask, expected)
-    # And leaves it, where there is time.
+    # With more time the result differs from it.
     result = solve(problem, PerRow(0.5), METHOD, start=start)
     assert (
         result.relative_error < 0.5 * solve(problem, PerRow(0.5), LeastSquares(solver=Wanda()), start=start).kept_error
@@ -143,7 +143,7 @@ def test_starts_where_told() -> None:
     assert not torch.equal(result.mask, start)
 
 
-# What changes nothing
+# Invariances
 
 
 @given(st.data(), layers(rows=(1, 4), d=(1, 12)), st.integers(-5, 5), st.integers(-3, 3))
@@ -151,7 +151,7 @@ def test_starts_where_told() -> None:
 def test_powers_of_two_change_no_digit(data: st.DataObject, layer: Layer, weight_power: int, root_power: int) -> None:
     masks = data.draw(sets(layer.shape, MATROIDS))
     plain = layer.problem()
-    # Beyond 2^24 the problem itself divides by a power of two, whose root may be no float.
+    # Above 2^24 the problem itself divides by a power of two, whose root may be no float.
     assume(4.0 ** max(0, root_power) * float(plain.gram.max()) < 2.0**24)
     factor = 2.0**weight_power
     scaled = LayerReconstruction(plain.weight * factor, plain.gram * 4.0**root_power)
@@ -235,7 +235,7 @@ def test_rows_of_zeros_and_dead_inputs_do_no_harm() -> None:
 
 
 @pytest.mark.parametrize("ridge", [0.01, 1e-6])
-def test_ill_conditioned_layers_in_float32(ridge: float) -> None:
+def test_float32_is_as_good_as_float64_on_ill_conditioned_layers(ridge: float) -> None:
     random = torch.Generator().manual_seed(5)
     x = torch.randn((96, 40), generator=random, dtype=torch.float64)
     x *= torch.logspace(-2, 2, 96, dtype=torch.float64)[torch.randperm(96, generator=random)].unsqueeze(1)
@@ -263,7 +263,7 @@ def test_the_metric_is_the_variance_given_the_other_inputs(noise: float) -> None
         variances.append(float(noisy[j, j] - explained) - noise)
     expected = torch.tensor(variances, dtype=torch.float64).sqrt()
     torch.testing.assert_close(_conditional_deviations(gram, noise), expected, rtol=1e-9, atol=0.0)
-    # Inputs of which none says anything about another count with all their variance.
+    # Independent inputs count with their whole variance.
     same = _conditional_deviations(torch.eye(8, dtype=torch.float64), noise)
     torch.testing.assert_close(same, torch.ones(8, dtype=torch.float64))
 
@@ -274,15 +274,15 @@ def test_independent_inputs_are_pruned_by_size() -> None:
     gram = torch.rand(16, generator=random, dtype=torch.float64).add_(0.5).diag()
     problem = LayerReconstruction(weight, gram)
     best = PerRow(0.5).lmo_mask(-problem.diagonal())
-    mask, moved = unchecked(problem, PerRow(0.5), ConditionalADMM(ridge=0.0, penalty=(1.0, 1.0)))
+    mask, updated = unchecked(problem, PerRow(0.5), ConditionalADMM(ridge=0.0, penalty=(1.0, 1.0)))
     assert torch.equal(mask, best)
-    torch.testing.assert_close(moved, weight * mask)
-    # Penalties above one leave other masks standing that are almost as good.
+    torch.testing.assert_close(updated, weight * mask)
+    # Penalties above one may end at other masks that are almost as good.
     assert solve(problem, PerRow(0.5), METHOD).total <= 1.1 * float(problem.objective(best).sum())
 
 
-def test_it_settles_where_the_mask_is_its_own_answer() -> None:
-    """A mask of a fixed point: dual and weights say the same as it, as the stationarity of the penalty asks."""
+def test_it_converges_to_a_stationary_point() -> None:
+    """At a fixed point, mask, dual and weights satisfy the stationarity conditions of the penalty."""
     problem = normal(6, 16, 1)
     long = ConditionalADMM(iterations=4000, polish=0, stages=1, penalty=(8.0, 8.0))
     mask, rough = unchecked(problem, PerRow(0.5), long)
@@ -312,11 +312,11 @@ def test_polishing_lowers_the_error_on_the_same_mask() -> None:
 def test_settings_reach_the_loop() -> None:
     problem = synthetic("correlated", rows=6, d=16, seed=3).problem()
     assert solve(problem, PerRow(0.5), ConditionalADMM(iterations=7)).counters["products"] == 7 + 6 + 1
-    # More stages than iterations are as many as iterations.
+    # The number of stages is at most that of iterations.
     few, more = (unchecked(problem, PerRow(0.5), ConditionalADMM(iterations=3, stages=n)) for n in (3, 50))
     assert torch.equal(few[0], more[0])
     assert torch.equal(few[1], more[1])
-    # One value of the penalty, in however many stages.
+    # A constant penalty, whatever the number of stages.
     one, four = (
         unchecked(problem, PerRow(0.5), ConditionalADMM(penalty=(0.3, 0.3), stages=n, iterations=40)) for n in (1, 4)
     )
@@ -356,11 +356,11 @@ def test_problems_without_weights_are_refused() -> None:
         solve(form, PerRow(0.5), METHOD)
 
 
-# How good it is
+# Quality
 
 
 @pytest.mark.parametrize("masks", [PerRow(0.5), PerRow(0.3), Unstructured(0.5), NM(keep=2, group=4)], ids=repr)
-def test_below_the_published_methods_on_average(masks: PartitionMatroid) -> None:
+def test_errors_are_below_those_of_the_published_methods_on_average(masks: PartitionMatroid) -> None:
     others = {"alps": ALPS(), "admm": ADMM(), "sparsegpt": SparseGPT(), "lsq": LeastSquares()}
     ratios: dict[str, dict[str, float]] = {name: {} for name in others}
     for family in FAMILIES:
@@ -371,12 +371,12 @@ def test_below_the_published_methods_on_average(masks: PartitionMatroid) -> None
             ratios[name][family] = mean(our / error for our, error in zip(ours, errors, strict=True))
     for name in others:
         assert mean(ratios[name].values()) < 1.0, (name, ratios[name])
-    # Nor is any kind of layer the price of the others.
+    # No kind of layer is much worse.
     assert max(ratios["alps"].values()) < 1.05, ratios["alps"]
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.25])
-def test_between_the_optimum_and_little_above_it(fraction: float) -> None:
+def test_errors_are_between_the_optimum_and_little_above_it(fraction: float) -> None:
     """Enumeration of all masks with the best weights on each, rows of eight inputs."""
     method, ratios = ConditionalADMM(ridge=0.0, polish=50), []
     for seed in range(6):
@@ -386,7 +386,7 @@ def test_between_the_optimum_and_little_above_it(fraction: float) -> None:
         candidates = every_mask(masks, (1, 8))[:, 0]
         for row in range(6):
             w = problem.weight[row]
-            minimum = min(float(_rest(w, problem.gram, kept)) for kept in candidates)
+            minimum = min(float(_smallest_error(w, problem.gram, kept)) for kept in candidates)
             error = float(result.objective[row])
             assert error >= minimum * (1 - 1e-9)
             ratios.append(error / minimum)
@@ -394,8 +394,8 @@ def test_between_the_optimum_and_little_above_it(fraction: float) -> None:
     assert sum(ratio < 1 + 1e-6 for ratio in ratios) >= 0.3 * len(ratios)
 
 
-def _rest(w: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
-    """Return what the best weights on a mask leave: the pruned weights in the metric of the Schur complement."""
+def _smallest_error(w: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
+    """Return the error of the best weights on a mask: the pruned weights in the metric of the Schur complement."""
     pruned = ~kept
     across = torch.linalg.solve(gram[kept][:, kept], gram[kept][:, pruned])
     schur = gram[pruned][:, pruned] - gram[pruned][:, kept] @ across

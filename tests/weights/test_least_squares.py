@@ -1,4 +1,4 @@
-"""Least squares on a mask: the best weights, whatever the layer looks like, and the pair of a solver and it."""
+"""Least squares on a mask: the best weights on edge-case layers, and `LeastSquares` with a solver."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ UNITS = [(1.0, 1.0), (1e20, 1e-10), (1e-20, 1e20), (1e-30, 1e-30)]
 
 @st.composite
 def problems(draw: st.DrawFn, d: tuple[int, int] = (1, 10)) -> tuple[LayerReconstruction, Tensor]:
-    """An ugly layer in float64, in large, small or no units, and any mask: rows may keep nothing or all."""
+    """An edge-case layer in float64, in large, small or no units, and any mask: rows may keep nothing or all."""
     layer = draw(layers(d=d))
     weight_unit, root_unit = draw(st.sampled_from(UNITS))
     problem = Layer(layer.weight * weight_unit, layer.x * root_unit, layer.name).problem()
@@ -48,25 +48,25 @@ def problems(draw: st.DrawFn, d: tuple[int, int] = (1, 10)) -> tuple[LayerRecons
 
 def errors(system: System, v: Tensor) -> Tensor:
     """Return (w - v) H (w - v) of each row."""
-    off = system.weight - v
-    return ((off @ system.gram) * off).sum(1)
+    difference = system.weight - v
+    return ((difference @ system.gram) * difference).sum(1)
 
 
 def minimum(system: System, mask: Tensor) -> Tensor:
-    """Return the least error of each row on its mask: numpy's least squares with a root of H."""
+    """Return the minimum error of each row on its mask: numpy's least squares with a root of H."""
     values, vectors = np.linalg.eigh(system.gram.numpy())
     root = np.sqrt(values.clip(0))[:, None] * vectors.T
-    rest = []
+    found = []
     for w, kept in zip(system.weight.numpy(), mask.numpy(), strict=True):
         v = np.linalg.lstsq(root[:, kept], root @ w, rcond=1e-10)[0]
-        rest.append(np.square(root @ w - root[:, kept] @ v).sum())
-    return torch.tensor(rest, dtype=torch.float64)
+        found.append(np.square(root @ w - root[:, kept] @ v).sum())
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def sizes(system: System, v: Tensor) -> Tensor:
     """Return the size of the terms that a row's error is summed from."""
-    off = system.weight.abs() + v.abs()
-    return ((off @ system.gram.abs()) * off).sum(1)
+    total = system.weight.abs() + v.abs()
+    return ((total @ system.gram.abs()) * total).sum(1)
 
 
 # The weights
@@ -103,7 +103,7 @@ def test_converged_conjugate_gradients_find_the_same(drawn: tuple[LayerReconstru
 
 @given(problems(), st.sampled_from([0.0, 0.01]))
 @examples(60)
-def test_memory_changes_nothing(drawn: tuple[LayerReconstruction, Tensor], ridge: float) -> None:
+def test_weights_do_not_depend_on_the_memory(drawn: tuple[LayerReconstruction, Tensor], ridge: float) -> None:
     problem, mask = drawn
     system = System.of(problem, ridge)
     whole = errors(system, exact_weights(system, mask))
@@ -130,7 +130,7 @@ def test_rows_of_their_own_matrices_fit_the_memory(monkeypatch: pytest.MonkeyPat
         exact_weights(system, mask, memory)
         assert sum(number for number, *_ in seen) == 40
         assert all(number == 1 or number * kept**2 * 8 <= memory for number, kept, _ in seen)
-        # Rows that keep about as many go together: padding is not to the largest of all.
+        # Rows with similar counts are batched: they are not padded to the largest count of all.
         assert len(seen) == 1 or seen[0][1] < seen[-1][1] == int(counts.max())
         assert len(seen) == {1: 40, 2**28: 1}.get(memory, len(seen))
     seen.clear()
@@ -140,7 +140,7 @@ def test_rows_of_their_own_matrices_fit_the_memory(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (7, 1), (3, 5)])
-def test_nothing_and_everything(shape: tuple[int, int], fraction: float) -> None:
+def test_keeping_nothing_or_all_gives_zero_or_the_weight(shape: tuple[int, int], fraction: float) -> None:
     system = System.of(synthetic(rows=shape[0], d=shape[1]).problem(), 0.01)
     mask = torch.full(shape, bool(fraction))
     for v in (exact_weights(system, mask), conjugate_gradients(system, mask, system.weight * mask, 9)):
@@ -190,7 +190,7 @@ def test_factors_are_shifted_only_where_needed(number: int, d: int, seed: int, d
             assert torch.equal(factor, known)
             continue
         off = factor @ factor.T - matrix
-        # One shift, the first of its sequence with which the factorisation exists.
+        # The shift is the first of its sequence for which the factorisation exists.
         shift = float(off.diagonal().mean())
         rounding = 4 * eps * float(matrix.abs().max())
         torch.testing.assert_close(off, shift * torch.eye(d, dtype=dtype), rtol=0.0, atol=rounding + 0.01 * abs(shift))
@@ -199,7 +199,7 @@ def test_factors_are_shifted_only_where_needed(number: int, d: int, seed: int, d
         assert shift <= shifts[works.index(True)] * (1 + eps) + rounding
 
 
-def test_the_least_shift_on_known_eigenvalues() -> None:
+def test_the_smallest_shift_is_found_on_known_eigenvalues() -> None:
     below = torch.tensor([1.0, 1.0, -3.0 * 8**6 * EPS], dtype=torch.float64).diag()
     fine = torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64).diag()
     factor = definite_factor(torch.stack([fine, below, fine]))
@@ -216,7 +216,7 @@ def test_no_factor_of_a_batch_with_what_is_not_finite(value: float) -> None:
         definite_factor(matrices)
 
 
-# The pair
+# The method with a solver
 
 
 @given(st.data(), layers(rows=(1, 4), d=(1, 10)))
@@ -237,7 +237,7 @@ def test_the_solvers_mask_with_no_larger_error(name: str, data: st.DataObject, l
         assert bool((result.objective <= result.kept_objective).all())
         assert not bool(result.weight[~result.mask].any())
         assert torch.equal(problem.error(result.weight), result.objective)
-        # What was proven of the mask with its weights as they were is not of the new ones.
+        # Proofs for a mask with unchanged weights do not hold for new weights.
         proven = alone.status in (Status.OPTIMAL, Status.WITHIN_GAP, Status.LOCAL_OPTIMUM)
         assert proven or result.status is alone.status
         assert not proven or result.status in (Status.COMPLETED, Status.CONVERGED, Status.ITERATION_LIMIT)
@@ -257,7 +257,7 @@ def test_the_best_mask_recorded_is_the_one_refitted(solver: Solver) -> None:
             assert torch.equal(alone.mask, pair.mask)
             assert alone.history.keys() == pair.history.keys()
             assert alone.sources == pair.sources
-            # A bound on masks is none on weights.
+            # A bound on masks with unchanged weights is no bound on updated weights.
             assert (pair.lower_bound, pair.gap) == (None, None)
             assert pair.gap_kind is not GapKind.PROVEN
 
@@ -312,7 +312,7 @@ def test_wide_layers_use_conjugate_gradients() -> None:
     assert none.relative_error == pytest.approx(none.kept_error, rel=1e-6)
 
 
-def test_needs_are_those_of_the_solver() -> None:
+def test_requirements_are_those_of_the_solver() -> None:
     problem, budget = synthetic(rows=4, d=8).problem(), Budget(torch.ones(4, 8), 16.0)
     for solver in (OneSwap(), FrankWolfe("dicg"), Wanda(), SparseGPT()):
         requirements = LeastSquares(solver=solver).requirements
@@ -335,7 +335,7 @@ def test_needs_are_those_of_the_solver() -> None:
         solve(form, PerRow(0.5), LeastSquares())
 
 
-def test_starts_where_the_solver_would_or_is_told() -> None:
+def test_it_starts_like_its_solver_or_from_the_given_mask() -> None:
     problem = synthetic(rows=6, d=16).problem()
     start = PerRow(0.5).lmo_mask(problem.diagonal())  # the worst
     pair = LeastSquares(solver=OneSwap(max_steps=0))
@@ -365,7 +365,7 @@ def test_bad_settings_are_refused_in_one_sentence(settings: dict[str, object]) -
 
 @given(st.data(), layers(rows=(1, 4), d=(1, 8)))
 @examples(60)
-def test_every_set_that_the_solver_takes(data: st.DataObject, layer: Layer) -> None:
+def test_weights_are_refitted_on_every_set(data: st.DataObject, layer: Layer) -> None:
     masks = data.draw(sets(layer.shape, list(ALL_SETS)))
     pair = LeastSquares(solver=ContinuationFrankWolfe(iterations=5, polish=False))
     for dtype in (torch.float32, torch.float64):

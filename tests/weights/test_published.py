@@ -1,4 +1,4 @@
-"""The published joint methods: what every one promises, what each computes, and the figures of the originals."""
+"""The published joint methods: guarantees, what each computes, and the figures of the originals."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def known(method: Joint) -> list[str]:
 
 
 def unchecked(problem: LayerReconstruction, masks: MaskSet, method: Joint) -> tuple[Tensor, Tensor]:
-    """Return mask and weights as the method makes them: `solve` would put back the rows it made worse."""
+    """Return mask and weights as the method makes them: `solve` would restore the rows that it made worse."""
     outcome = method.run(problem, masks, None, Monitor("test", None, None))
     assert outcome.weight is not None
     return outcome.mask, outcome.weight
@@ -56,7 +56,7 @@ def checked(problem: LayerReconstruction, masks: MaskSet, result: Result) -> Non
     assert bool(torch.isfinite(result.objective).all())
 
 
-# What every method promises
+# Guarantees
 
 
 @given(st.data(), layers(rows=(1, 5), d=(1, 16)))
@@ -70,9 +70,9 @@ def test_members_with_finite_weights_and_no_worse_than_kept(
     problem = layer.problem(dtype)
     weight, gram = problem.weight.clone(), problem.gram.clone()
     checked(problem, masks, solve(problem, masks, METHODS[name]))
-    mask, moved = unchecked(problem, masks, METHODS[name])
+    mask, updated = unchecked(problem, masks, METHODS[name])
     assert feasible(masks, mask)
-    assert bool(torch.isfinite(moved).all())
+    assert bool(torch.isfinite(updated).all())
     assert torch.equal(problem.weight, weight)
     assert torch.equal(problem.gram, gram)
 
@@ -80,7 +80,7 @@ def test_members_with_finite_weights_and_no_worse_than_kept(
 @given(st.data(), layers(rows=(1, 4), d=(1, 12)))
 @pytest.mark.parametrize("name", METHODS)
 @examples(30)
-def test_no_ridge_is_fine(name: str, data: st.DataObject, layer: Layer) -> None:
+def test_methods_work_without_a_ridge(name: str, data: st.DataObject, layer: Layer) -> None:
     method = type(METHODS[name])(ridge=0.0)
     masks = data.draw(sets(layer.shape, known(method)))
     for dtype in DTYPES:
@@ -113,7 +113,7 @@ def test_powers_of_two_change_no_digit(
 ) -> None:
     masks = data.draw(sets(layer.shape, MATROIDS))
     plain = layer.problem()
-    # Beyond 2^24 the problem itself divides by a power of two, whose root may be no float.
+    # Above 2^24 the problem itself divides by a power of two, whose root may be no float.
     assume(4.0 ** max(0, root_power) * float(plain.gram.max()) < 2.0**24)
     factor = 2.0**weight_power
     scaled = LayerReconstruction(plain.weight * factor, plain.gram * 4.0**root_power)
@@ -123,7 +123,7 @@ def test_powers_of_two_change_no_digit(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_ill_conditioned_layers_in_float32(name: str) -> None:
+def test_float32_is_as_good_as_float64_on_ill_conditioned_layers(name: str) -> None:
     random = torch.Generator().manual_seed(5)
     x = torch.randn((96, 40), generator=random, dtype=torch.float64)
     x *= torch.logspace(-2, 2, 96, dtype=torch.float64)[torch.randperm(96, generator=random)].unsqueeze(1)
@@ -138,7 +138,7 @@ def test_ill_conditioned_layers_in_float32(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
-def test_nothing_and_everything(name: str, fraction: float) -> None:
+def test_keeping_nothing_or_all_has_the_known_error(name: str, fraction: float) -> None:
     problem = synthetic(rows=5, d=12).problem()
     result = solve(problem, PerRow(fraction), METHODS[name])
     assert float(result.mask.double().mean()) == fraction
@@ -160,7 +160,7 @@ def test_dead_inputs_are_pruned_first(name: str) -> None:
 @pytest.mark.parametrize("base", [PerRow(0.5), NM(keep=2, group=4), Unstructured(0.5), AtMost(PerRow(0.5))], ids=repr)
 def test_fixed_entries_stay(name: str, base: PartitionMatroid) -> None:
     problem = synthetic(rows=8, d=16).problem()
-    # What the method would least like: the dearest entries forbidden, the cheapest protected.
+    # The worst case for the method: the costliest entries forbidden, the cheapest protected.
     size = problem.diagonal()
     costly, cheap = NM(keep=1, group=4).lmo_mask(-size), NM(keep=1, group=4).lmo_mask(size)
     masks = base.restrict(kept=cheap, pruned=costly)
@@ -172,7 +172,7 @@ def test_fixed_entries_stay(name: str, base: PartitionMatroid) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("masks", [PerRow(0.5), Unstructured(0.4)], ids=repr)
-def test_stops_when_told_with_a_member(name: str, masks: PartitionMatroid) -> None:
+def test_a_callback_ends_every_method_with_a_member(name: str, masks: PartitionMatroid) -> None:
     problem = synthetic(rows=6, d=16).problem()
     late = solve(problem, masks, METHODS[name], time_limit=1e-9)
     checked(problem, masks, late)
@@ -211,7 +211,7 @@ def test_a_batch_is_a_loop_over_rows(name: str, data: st.DataObject, rows: int, 
 
 
 @pytest.mark.parametrize("masks", [PerRow(0.5), Unstructured(0.5), NM(keep=2, group=4)], ids=repr)
-def test_moving_weights_beats_keeping_them(masks: PartitionMatroid) -> None:
+def test_updating_weights_beats_keeping_them(masks: PartitionMatroid) -> None:
     problem = synthetic("correlated", rows=24, d=64, seed=2).problem()
     wanda = solve(problem, masks, Wanda()).relative_error
     error = {name: solve(problem, masks, method).relative_error for name, method in METHODS.items()}
@@ -253,7 +253,7 @@ def test_sparsegpt_refuses_sets_without_groups() -> None:
 
 
 def best_on(weight: Tensor, gram: Tensor, mask: Tensor) -> Tensor:
-    """Return the weights of least (w - v)^T G (w - v) on each row's mask, row by row."""
+    """Return the weights of minimum (w - v)^T G (w - v) on each row's mask, row by row."""
     best = torch.zeros_like(weight)
     for row, kept in enumerate(mask):
         best[row, kept] = torch.linalg.solve(gram[kept][:, kept], gram[kept] @ weight[row])
@@ -281,10 +281,10 @@ def test_sparsegpt_is_least_squares_input_by_input(block: int, group: int) -> No
             kept = torch.stack(cost, 1).topk((group + 1) // 2, dim=1).indices
             expected[:, j : j + group] = torch.zeros((5, group), dtype=torch.bool).scatter(1, kept, True)
         v[:, j] *= expected[:, j]
-        rest = slice(j + 1, d)
+        later = slice(j + 1, d)
         # The later inputs minimise the error given the earlier ones' final weights.
-        off = (original - v)[:, : j + 1] @ gram[: j + 1, rest]
-        v[:, rest] = original[:, rest] + torch.linalg.solve(gram[rest, rest], off.T).T
+        correction = (original - v)[:, : j + 1] @ gram[: j + 1, later]
+        v[:, later] = original[:, later] + torch.linalg.solve(gram[later, later], correction.T).T
     assert torch.equal(chosen, expected)
     torch.testing.assert_close(weight, v, rtol=1e-8, atol=1e-10)
 
@@ -299,7 +299,7 @@ def test_sparsegpt_spreads_wide_groups_over_blocks() -> None:
     assert torch.equal(per_block(rows), torch.tensor([2, 2, 1]).expand(6, 3))
     whole, _ = unchecked(problem, Unstructured(0.25), SparseGPT(block=8))
     assert per_block(whole).sum(0).tolist() == [12, 12, 6]
-    # Protected entries count, and the others share what is left.
+    # Protected entries count; the other counts are spread over the blocks.
     protected = torch.zeros((6, 20), dtype=torch.bool)
     protected[:, 8:11] = True
     some, _ = unchecked(problem, Protected(PerRow(0.25), protected), SparseGPT(block=8))
@@ -338,7 +338,7 @@ def test_alps_polishes_to_least_squares_on_its_mask() -> None:
     assert float(problem.error(rough).sum()) > float(problem.error(weight).sum())
 
 
-def test_alps_starts_where_told() -> None:
+def test_alps_starts_from_the_given_mask() -> None:
     problem = synthetic(rows=6, d=16).problem()
     start = PerRow(0.5).lmo_mask(problem.weight.abs())
     result = solve(problem, PerRow(0.5), ALPS(), start=start, time_limit=1e-9)
@@ -370,17 +370,17 @@ def test_conjugate_gradients_lower_the_error_on_the_mask(dtype: torch.dtype, dat
     system, mask = System.of(problem, 0.01), masks.lmo_mask(-problem.diagonal())
 
     def error(v: Tensor) -> Tensor:
-        off = (system.weight - v).double()
-        return ((off @ system.gram.double()) * off).sum(1)
+        difference = (system.weight - v).double()
+        return ((difference @ system.gram.double()) * difference).sum(1)
 
     v = system.weight * mask
     before = error(v)
     slack = 64 * torch.finfo(dtype).eps * ((system.weight.double() ** 2).sum(1) + before)
     for steps in (0, 1, 2, 5, 30):
-        moved = conjugate_gradients(system, mask, v, steps)
-        assert not bool(moved[~mask].any())
-        assert bool((error(moved) <= before + slack).all())
-        before = error(moved)
+        updated = conjugate_gradients(system, mask, v, steps)
+        assert not bool(updated[~mask].any())
+        assert bool((error(updated) <= before + slack).all())
+        before = error(updated)
     if dtype == torch.float64:
         best = best_on(system.weight, system.gram, mask)
         assert bool((before <= error(best) + 1e-6 * (error(torch.zeros_like(best)) + slack)).all())

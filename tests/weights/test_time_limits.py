@@ -1,4 +1,4 @@
-"""Time limits hold inside weight updates, whatever the settings, and the best weights so far come back."""
+"""Time limits hold inside weight updates with all settings, and the best weights so far are returned."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from maskopt.weights import ADMM, ALPS, ConditionalADMM, FISTAPruner, LeastSquar
 from maskopt.weights.least_squares import exact_weights
 
 MANY = 5000
-# Each spends (almost) all its work in a different loop.
+# Each spends almost all its time in a different loop.
 LONG: dict[str, Solver] = {
     "admm": ADMM(iterations=MANY),
     "alps": ALPS(iterations=MANY, every=MANY),
@@ -36,7 +36,7 @@ def problem(rows: int = 6, d: int = 24) -> LayerReconstruction:
 
 
 class Clock:
-    """Every look at it takes a second."""
+    """A clock that advances by a second at every call."""
 
     now = 0
 
@@ -83,7 +83,7 @@ def test_callbacks_stop_the_same_loops(method: Solver) -> None:
 
 @pytest.mark.parametrize("name", ["alps, polish", "best, polish", "lsq"])
 def test_more_time_for_polishing_is_never_worse(clock: Clock, name: str) -> None:
-    method = replace(LONG[name], ridge=0.0)  # conjugate gradients lower what they solve in every step
+    method = replace(LONG[name], ridge=0.0)  # every step of conjugate gradients lowers the objective
     errors = []
     for limit in (8, 16, 24, 32, 64):
         clock.now = 0
@@ -112,7 +112,7 @@ def test_sparsegpt_stops_between_inputs(clock: Clock, block: int, limit: float) 
     assert PerRow(0.5).contains(result.mask)
 
 
-def test_sparsegpt_stopped_midway_has_made_up_for_what_it_pruned() -> None:
+def test_sparsegpt_stopped_midway_has_corrected_for_what_it_pruned() -> None:
     """Stopped after k inputs, the weights are those of a pass that prunes the first k inputs only."""
     layer = synthetic(rows=3, d=12, seed=5).problem()
     masks = PerRow(0.5)
@@ -121,7 +121,7 @@ def test_sparsegpt_stopped_midway_has_made_up_for_what_it_pruned() -> None:
     for done in range(1, 12):
         stopped, weight = method.one_pass(layer, masks, lambda column, done=done: column >= done)
         assert torch.equal(stopped, mask)  # a single span: it is chosen before the first input
-        # The later inputs' best answer to what the first ones lost, in exact arithmetic.
+        # The later inputs minimise the error given the first ones, in exact arithmetic.
         w, gram = layer.weight.double(), layer.gram.double()
         lost = (w * ~mask)[:, :done]
         v = weight.double()

@@ -1,4 +1,4 @@
-"""What can be asked of some sets: faces, steps, projections, restrictions and neighbours, against enumeration."""
+"""Optional methods of sets: faces, steps, projections, restrictions and neighbours, against enumeration."""
 
 import numpy as np
 import pytest
@@ -36,8 +36,8 @@ from tests.helpers import (
 FLOATS = [torch.float64, torch.float32]
 
 
-def able(verb: str) -> list[str]:
-    return [name for name in ALL_SETS if hasattr(ALL_SETS[name]((4, 4), 0.5), verb)]
+def able(method: str) -> list[str]:
+    return [name for name in ALL_SETS if hasattr(ALL_SETS[name]((4, 4), 0.5), method)]
 
 
 @st.composite
@@ -73,7 +73,7 @@ def small_costs(data: st.DataObject, shape: Shape) -> Tensor:
 
 @pytest.mark.parametrize("name", sorted({*able("inface"), *able("project")}))
 def test_sets_with_faces_or_projections_are_registered_as_integral(name: str) -> None:
-    """Their tests read the hull off the formulation."""
+    """Their tests take the hull from the formulation."""
     assert name in INTEGRAL_SETS
 
 
@@ -120,26 +120,26 @@ def test_max_step_goes_to_the_boundary(name: str, dtype: torch.dtype, data: st.D
     assert step.dtype == dtype
     left, right = limits(masks, shape)
     slope = left @ direction.double().flatten().numpy()
-    room = right - left @ at.double().flatten().numpy()
-    moves = slope > 1e-5 * float(direction.abs().max())
-    if not moves.any():
+    slack = right - left @ at.double().flatten().numpy()
+    limiting = slope > 1e-5 * float(direction.abs().max())
+    if not limiting.any():
         assert bool(torch.isinf(step).all())
         return
-    expected = float((np.maximum(room[moves], 0.0) / slope[moves]).min())
+    expected = float((np.maximum(slack[limiting], 0.0) / slope[limiting]).min())
     assert float(step.min()) == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_full_groups_stay_full_through_many_steps(dtype: torch.dtype, sign: float) -> None:
-    """Rounding moves a group's sum; it must neither look like room nor like a limit."""
+    """Rounding changes the sum of a group; it must not be taken for slack or for a violated constraint."""
     random = torch.Generator().manual_seed(0)
     masks, small = AtMost(PerRow(300)), torch.finfo(dtype).eps
     at = torch.stack([masks.lmo(torch.rand((4, 700), generator=random).to(dtype) - 2) for _ in range(8)]).mean(0)
     at *= 1.0 + sign * 2 * small
     assert bool((sign * (at.double().sum(1) - 300) > 0).all())
     for _ in range(50):
-        # Away from what is good and towards what is bad: only full groups have vertices of full size here.
+        # Random costs are positive: only full groups have vertices of full size here.
         away, toward = (masks.inface(torch.rand((4, 700), generator=random).to(dtype), at) for _ in range(2))
         assert away.sum(1).tolist() == toward.sum(1).tolist() == [300] * 4
         for direction in (toward - at, at - away, toward - away):
