@@ -112,7 +112,7 @@ class Relaxation(Quadratic):
         D, shape (rows, d).
     copies : int
     lost : float
-        How far the sum over the row block may lie below its tangents within the hull, rounding included.
+        How far the sum over the row block may lie below its linear models within the hull, rounding included.
     power : int
     """
 
@@ -124,7 +124,7 @@ class Relaxation(Quadratic):
 
     @staticmethod
     def of(problem: LayerReconstruction, masks: PartitionMatroid, incumbent: Tensor, kept: Tensor) -> Relaxation:
-        """Return the relaxation of a row block, with the diagonal moved as far as convexity allows.
+        """Return the relaxation of a row block, with the diagonal shifted as far as convexity allows.
 
         Parameters
         ----------
@@ -262,7 +262,7 @@ def _shifts(
 
 
 def _convex_shift(form: Tensor, aim: Tensor, basis: Tensor, kept: Tensor) -> tuple[Tensor, float]:
-    """Return a diagonal near `aim` that leaves a form convex along a basis, and what convexity may lack still."""
+    """Return a diagonal near `aim` that leaves a form convex on a basis, and how far it may still be from convex."""
     size = float(form.diagonal().sum())
     # Whatever a shift claims, it is taken back as far as convexity lacks; should little be left, what all
     # sets have is better: none at all, brought up to the least eigenvalue.

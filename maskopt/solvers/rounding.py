@@ -164,7 +164,7 @@ def _pivot(fraction: Tensor, slots: Tensor, generator: torch.Generator, *, decid
 
 
 def _tolerance(x: Tensor) -> float:
-    # Half precision is judged by the tolerance of float32: its entries are exact numbers.
+    # Half precision has the tolerance of float32: its entries are exact numbers.
     return face_tolerance(torch.promote_types(x.dtype, torch.float32))
 
 

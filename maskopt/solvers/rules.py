@@ -23,7 +23,7 @@ def row_block_of(problem: Problem, masks: MaskSet) -> int:
 
 
 class RowBlocks:
-    """Row blocks: consecutive rows that the set or the objective couples, and that therefore share every step.
+    """Row blocks: consecutive rows that the set or the objective couples, and that therefore have one step size.
 
     Numbers come in two forms: per row, where all rows of a block have the same one, and per block.
 

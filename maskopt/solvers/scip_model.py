@@ -51,7 +51,7 @@ class Row:
 def row_of(problem: Quadratic, row: int) -> Row:
     """Return a row's objective, read off gradients."""
     d = problem.shape[1]
-    # Row i of the Hessian is the change of the gradient along unit vector i: d copies of the row, one for each.
+    # Row i of the Hessian is the change of the gradient by unit vector i: d copies of the row, one for each.
     copies = problem.rows(torch.full((d,), row, device=problem.device))
     hessian = copies.hessian(copies.hvp(torch.eye(d, dtype=torch.float64, device=problem.device))).cpu()
     alone = problem.rows(slice(row, row + 1))

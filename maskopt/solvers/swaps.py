@@ -125,7 +125,7 @@ class SwapState:
         return pair_change(together, (weight[add], weight[drop]), (added, dropped)).double() * self.problem.unit
 
     def swap(self, rows: Tensor, keep: Tensor, prune_rows: Tensor, prune: Tensor) -> None:
-        """Do some swaps at once; what they change together is what they change alone if no two share a row.
+        """Do some swaps at once; what they change together is what they change alone if no two are in one row.
 
         Parameters
         ----------
