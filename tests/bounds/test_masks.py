@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from maskopt import PerRow, synthetic
 from maskopt.bounds import BoundKind, mask_bound, mask_bounds
 from maskopt.oracles import NM, MaskSet
-from tests.bounds.test_sdp import Countdown, least_error
+from tests.bounds.test_sdp import Countdown, minimum_error
 from tests.helpers import Layer, examples, layers
 
 KINDS: tuple[BoundKind, ...] = ("shift", "sdp", "cuts")
@@ -27,7 +27,7 @@ def test_no_mask_is_better_whenever_the_proof_is_stopped(layer: Layer, kind: Bou
     found = mask_bounds(problem, PerRow(keep), kind, stop=Countdown(steps))
     assert (found.bound >= 0.0).all()
     for row in range(problem.shape[0]):
-        assert found.bound[row] <= least_error(problem, row, d - keep) * (1 + 1e-13)
+        assert found.bound[row] <= minimum_error(problem, row, d - keep) * (1 + 1e-13)
 
 
 @pytest.mark.parametrize("kind", KINDS)

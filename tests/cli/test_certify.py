@@ -40,10 +40,10 @@ def test_figures_agree_with_the_library(
     assert 0.0 < figures["rows"][0]["bound"] <= best
     for row in (*figures["rows"], figures["layer"]):
         assert row["gap"] == row["error"] - row["bound"]
-        assert row["proven_share"] == row["bound"] / row["error"]
+        assert row["proven_fraction"] == row["bound"] / row["error"]
     assert figures["layer"]["error"] == pytest.approx(sum(errors), rel=1e-12)
     assert figures["layer"]["bound"] == pytest.approx(sum(bounds), rel=1e-9)
-    assert f"{figures['layer']['proven_share']:.4f}" in text
+    assert f"{figures['layer']['proven_fraction']:.4f}" in text
     assert figures["settings"]["bound"] == "gap"
 
 
@@ -58,7 +58,7 @@ def test_what_keeps_everything_is_proven(run: Run, layer: Path, read: Any, tmp_p
     path, out = tmp_path / "mask.safetensors", tmp_path / "c.json"
     save_file({"mask": torch.ones((12, 24), dtype=torch.bool)}, path)
     run("certify", layer, "--mask", path, "-s", 0, "--json", out)
-    assert read(out)["layer"]["proven_share"] == 1.0
+    assert read(out)["layer"]["proven_fraction"] == 1.0
 
 
 @pytest.mark.parametrize("bound", ["shift", "sdp", "cuts"])
