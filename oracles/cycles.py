@@ -159,7 +159,7 @@ def _decided(chosen: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
     """Return the entries that are one, and those that are zero, in all matrices of minimal level, given one of them.
 
     Optimal potentials of rows and columns give each entry a reduced level. By complementary slackness an entry whose
-    reduced level is not zero is the same in all these matrices, and every matrix that agrees with them is one of them.
+    reduced level is not zero has the same value in all these matrices, and every matrix with these values is one.
     """
     leave, enter = _ends(chosen, level, None, None)
     length = (leave.unsqueeze(2) + enter.unsqueeze(1)).amin(3)
