@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from maskopt import NM, ContinuationFrankWolfe, FrankWolfe, LayerReconstruction, PerRow, load_instance, solve
-from maskopt.bounds import layer_shift, least_eigenvalue, sdp_bound, shifted_bound
+from maskopt.bounds import layer_shift, sdp_bound, shifted_bound, smallest_eigenvalue
 
 LARGEST_CHECKED = 60  # inputs; a conic solver takes minutes beyond
 
@@ -88,7 +88,7 @@ def methods(
 
     found["Frank-Wolfe gap"] = gap
     if group is None:
-        found["+ least eigenvalue"] = lambda: shifted_bound(problem, keep, least_eigenvalue(problem))
+        found["+ smallest eigenvalue"] = lambda: shifted_bound(problem, keep, smallest_eigenvalue(problem))
         found["+ largest diagonal"] = lambda: shifted_bound(problem, keep, layer_shift(problem))
     found["semidefinite"] = lambda: sdp_bound(problem, keep, group=group).bound
     found[f"+ Z >= 0, {cuts} steps"] = lambda: sdp_bound(problem, keep, group=group, cuts=cuts).bound

@@ -1,4 +1,4 @@
-"""Checks of what callers hand in: settings, tensors, numbers. One place, so that all say the same in the same words."""
+"""Checks of arguments (settings, tensors, numbers), in one place so that all messages have the same form."""
 
 from __future__ import annotations
 
@@ -33,13 +33,27 @@ __all__ = [
 _Made = TypeVar("_Made")
 _TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SEEDS = (-(2**63), 2**64 - 1)
-"""What torch's generators take."""
+"""The range of seeds that torch's generators accept."""
 
-_LARGEST = 2**53  # whole numbers up to here are exact wherever they go
+_LARGEST = 2**53  # integers up to here are exact in float64
 
 
 def shown(value: object, width: int = 60) -> str:
-    """Return a value for a message: its repr, shortened where it is long."""
+    """Return a value as text for a message: its repr, shortened where it is long.
+
+    Parameters
+    ----------
+    value : object
+    width : int
+        Maximal length.
+
+    Examples
+    --------
+    >>> shown(torch.zeros(2, 3))
+    'a torch.float32 tensor of shape (2, 3)'
+    >>> shown("a" * 30, width=10)
+    "'aaaaaa..."
+    """
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     if isinstance(value, Integral) and not -(10**width) < int(value) < 10**width:
@@ -50,20 +64,20 @@ def shown(value: object, width: int = 60) -> str:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a setting may be.
+    """The values that a setting may have.
 
     Attributes
     ----------
     kinds : tuple of type
-        Types whose values are fine, within `low` and `high` if they are numbers.
+        Allowed types; numbers must also lie between `low` and `high`.
+    words : str
+        The rule in messages; "{}" stands for the setting's name.
     low, high : float
         The range of numbers.
     open_low, open_high : bool
-        Whether an end does not belong to it.
+        Whether the end is excluded from the range.
     optional : bool
-        Whether None is fine.
-    words : str
-        What messages say; "{}" stands for the setting's name.
+        Whether None is allowed.
     """
 
     kinds: tuple[type, ...]
@@ -88,7 +102,15 @@ class Rule:
 
 
 def whole(low: int, high: int = _LARGEST, *, optional: bool = False) -> Rule:
-    """Return the rule of a whole number; no flag is one."""
+    """Return the rule of an integer; True and False are none.
+
+    Parameters
+    ----------
+    low, high : int
+        The range, ends included.
+    optional : bool
+        Whether None is allowed.
+    """
     words = f"{{}} >= {low}, a whole number" if high == _LARGEST else f"a whole number {{}} from {low} to {high}"
     return Rule((Integral,), words + (" or None" if optional else ""), low, high, optional=optional)
 
@@ -102,7 +124,25 @@ def real(
     infinite: bool = False,
     optional: bool = False,
 ) -> Rule:
-    """Return the rule of a number, finite unless `infinite`; `above` and `below` leave the ends out."""
+    """Return the rule of a real number.
+
+    Parameters
+    ----------
+    low, high : float
+        The range.
+    above, below : bool
+        Whether `low`, or `high`, is excluded.
+    infinite : bool
+        Whether infinity is allowed.
+    optional : bool
+        Whether None is allowed.
+
+    Examples
+    --------
+    >>> rule = real(0, 1, above=True)
+    >>> rule.words.format("ratio"), rule.fits(0.0), rule.fits(1)
+    ('ratio in (0, 1]', False, True)
+    """
     if high < math.inf:
         words = f"{{}} in {'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
     elif low == -math.inf:
@@ -121,7 +161,17 @@ def truth() -> Rule:
 
 
 def choice(options: Iterable[str], *, also: tuple[type, ...] = (), optional: bool = False) -> Rule:
-    """Return the rule of one of some words, or an object of the types `also`, or None."""
+    """Return the rule of one of some words.
+
+    Parameters
+    ----------
+    options : iterable of str
+        The words.
+    also : tuple of type
+        Types whose objects are allowed too.
+    optional : bool
+        Whether None is allowed.
+    """
     known = tuple(options)
     return _Choice((str, *also), f"{{}} to be one of {', '.join(known)}", optional=optional, options=known)
 
@@ -135,7 +185,17 @@ class _Choice(Rule):
 
 
 def instance_of(*kinds: type, example: str, optional: bool = False) -> Rule:
-    """Return the rule of an object of some class, of which messages give an example."""
+    """Return the rule of an object of some class.
+
+    Parameters
+    ----------
+    *kinds : type
+        Allowed classes.
+    example : str
+        How to make such an object, for messages.
+    optional : bool
+        Whether None is allowed.
+    """
     return Rule(kinds, f"{{}} to be an object such as {example}", optional=optional)
 
 
@@ -149,18 +209,32 @@ class _Numbers(Rule):
 
 
 def reals(count: int, each: Rule) -> Rule:
-    """Return the rule of so many numbers, each of which follows a rule."""
+    """Return the rule of a sequence of numbers.
+
+    Parameters
+    ----------
+    count : int
+        Length of the sequence.
+    each : Rule
+        Of every number.
+    """
     words = f"{{}} to be {count} numbers, each {each.words.format('x')}"
     return _Numbers(each.kinds, words, each.low, each.high, each.open_low, each.open_high, count=count)
 
 
 def check_settings(owner: object, **rules: Rule) -> None:
-    """Check the attributes of an object by their rules; meant for the constructors of solvers, rules and sets.
+    """Check the attributes of an object; called in the constructors of solvers, rules and sets.
+
+    Parameters
+    ----------
+    owner : object
+    **rules : Rule
+        One for each attribute to check, by its name.
 
     Raises
     ------
     MaskoptError
-        If one does not fit: which, what would, and what it is.
+        If an attribute does not follow its rule; the message has its name, the rule and its value.
     """
     for name, rule in rules.items():
         value = getattr(owner, name)
@@ -169,12 +243,22 @@ def check_settings(owner: object, **rules: Rule) -> None:
 
 
 def matrix(name: str, value: Any) -> Tensor:
-    """Return floating-point data as handed in, without its history of gradients.
+    """Check that an argument is a dense floating-point tensor; return it detached from the autograd graph.
+
+    Parameters
+    ----------
+    name : str
+        Of the argument, for messages.
+    value : object
+
+    Returns
+    -------
+    Tensor
 
     Raises
     ------
     MaskoptError
-        If it is no tensor of ordinary floating-point numbers that are really there.
+        If it is not a tensor, or sparse, or not floating point of 16, 32 or 64 bits, or on the meta device.
     """
     if not isinstance(value, Tensor):
         raise MaskoptError(f"The {name} must be a torch tensor; got {_kind(value)}.")
@@ -189,12 +273,19 @@ def matrix(name: str, value: Any) -> Tensor:
 
 
 def sides(what: str, tile: Any) -> None:
-    """Check the rows and columns of a tile, None standing for all of them.
+    """Check the rows and columns of a tile.
+
+    Parameters
+    ----------
+    what : str
+        Subject of the message, such as "A tile".
+    tile : object
+        Should be a pair of positive integers or None, which stands for all rows or columns.
 
     Raises
     ------
     MaskoptError
-        If they are no pair of positive whole numbers or None.
+        If it is not.
     """
     rule = whole(1, optional=True)
     if not isinstance(tile, Sequence) or isinstance(tile, str) or len(tile) != 2 or not all(map(rule.fits, tile)):
@@ -209,19 +300,19 @@ def _kind(value: object) -> str:
 
 
 def constructed(factory: Callable[..., _Made], subject: str, settings: Mapping[str, object]) -> _Made:
-    """Return what a class or function makes of settings by name.
+    """Call a class or function with settings given by name.
 
     Parameters
     ----------
     factory : callable
     subject : str
-        What messages call it, such as "The solver wanda".
+        Subject of the message, such as "The solver wanda".
     settings : mapping of str to object
 
     Raises
     ------
     MaskoptError
-        If there is no such setting. Errors inside the factory are left as they are.
+        If the factory has no such parameter. Errors raised by the factory are passed on.
     """
     known = list(inspect.signature(factory).parameters)
     unknown = next((name for name in settings if name not in known), None)

@@ -1,4 +1,4 @@
-"""Quadratic forms of floats without any rounding: for comparisons that float64 sums could get wrong."""
+"""Sums and quadratic forms of floats in exact arithmetic, for comparisons that rounding could decide wrongly."""
 
 from __future__ import annotations
 
@@ -9,14 +9,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["WIDEST", "ExactMatrix", "exact_difference", "floor_of_sum", "fraction", "integers", "summable", "summed"]
+__all__ = [
+    "WIDEST",
+    "ExactMatrix",
+    "exact_difference",
+    "floor_of_sum",
+    "fraction",
+    "integers",
+    "nearest_float",
+    "summable",
+    "summed",
+]
 
 WIDEST = 512
-"""Inputs up to which sums are repeated exactly where float64 is in doubt; beyond, one sum takes too long."""
+"""Number of inputs up to which doubtful sums are repeated exactly; beyond, one sum takes too long."""
 
 
 def integers(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return Python integers n, in the shape of `values`, and an exponent e such that values = n 2^e exactly."""
+    """Return integers n and an exponent e such that values = n 2^e exactly.
+
+    Parameters
+    ----------
+    values : ndarray
+        Finite floats of any shape.
+
+    Returns
+    -------
+    ndarray, int
+        n, Python integers in the shape of `values`, and e.
+
+    Examples
+    --------
+    >>> integers(np.array([0.5, 3.0]))
+    (array([4503599627370496, 27021597764222976], dtype=object), -53)
+    """
     mantissa, exponent = np.frexp(values.astype(np.float64))
     whole = np.ldexp(mantissa, 53).astype(np.int64)
     exponent = exponent - 53
@@ -29,18 +55,49 @@ def integers(values: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def fraction(number: int, exponent: int) -> Fraction:
-    """Return number 2^exponent."""
+    """Return number * 2^exponent.
+
+    Parameters
+    ----------
+    number, exponent : int
+    """
     return Fraction(number << exponent) if exponent >= 0 else Fraction(number, 1 << -exponent)
 
 
+def nearest_float(value: Fraction) -> float:
+    """Return the float nearest to a number, infinity where that exceeds the range of floats.
+
+    Parameters
+    ----------
+    value : Fraction
+        Not negative.
+    """
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def summed(values: Tensor) -> Fraction:
-    """Return the sum of finite floats."""
+    """Return the exact sum of finite floats.
+
+    Parameters
+    ----------
+    values : Tensor
+        Finite, of any shape.
+    """
     whole, exponent = integers(values.detach().double().cpu().numpy().reshape(-1))
     return fraction(sum(whole.tolist()), exponent)
 
 
 def floor_of_sum(values: Tensor) -> float:
-    """Return the largest float that is not above the sum of finite floats; for long vectors one a little smaller."""
+    """Return a float that is not above the exact sum: the largest one for vectors of up to 2^16 entries.
+
+    Parameters
+    ----------
+    values : Tensor
+        Finite, float64, shape (entries,).
+    """
     if len(values) > 2**16:
         return float(values.sum()) - len(values) * 2.0**-52 * float(values.abs().sum())
     listed = values.tolist()
@@ -52,10 +109,21 @@ def floor_of_sum(values: Tensor) -> float:
 
 
 def summable(values: Tensor) -> Tensor:
-    """Return for which rows of finite numbers, shape (rows, entries), float64 adds up any entries without rounding."""
+    """Return the rows whose entries float64 adds up without rounding, any subset of them and in any order.
+
+    Parameters
+    ----------
+    values : Tensor
+        Finite, float64, shape (rows, entries).
+
+    Returns
+    -------
+    Tensor
+        Boolean, shape (rows,).
+    """
     size = values.abs()
     small = torch.where(size > 0, size, torch.inf).amin(1)
-    # Every entry has 24 digits or fewer, so that all are multiples of the least one's last digit.
+    # Every entry has at most 24 digits, so that all are multiples of the last digit of the smallest.
     short = (values.float().double() == values).all(1)
     return short & (size.amax(1) * values.shape[1] <= 2.0**28 * small) & (small > 2.0**-100)
 
@@ -67,13 +135,27 @@ class ExactMatrix:
     ----------
     matrix : Tensor
         Finite, shape (d, d).
+
+    Attributes
+    ----------
+    whole : ndarray
+        Python integers, shape (d, d).
+    exponent : int
+        The matrix is whole * 2^exponent.
     """
 
     def __init__(self, matrix: Tensor) -> None:
         self.whole, self.exponent = integers(matrix.detach().double().cpu().numpy())
 
     def form(self, vector: np.ndarray, exponent: int) -> Fraction:
-        """Return v^T A v for v = `vector` 2^exponent, given as integers, shape (d,)."""
+        """Return v^T A v for v = vector * 2^exponent.
+
+        Parameters
+        ----------
+        vector : ndarray
+            Python integers, shape (d,).
+        exponent : int
+        """
         some = np.flatnonzero(vector)
         if not len(some):
             return Fraction(0)
@@ -82,14 +164,33 @@ class ExactMatrix:
         return fraction(int(total), 2 * exponent + self.exponent)
 
     def times(self, vector: np.ndarray, entries: list[int]) -> list[int]:
-        """Return some entries of A v for a vector of integers, in units of 2^`exponent`."""
+        """Return some entries of A v, in units of 2^`self.exponent`.
+
+        Parameters
+        ----------
+        vector : ndarray
+            v, Python integers, shape (d,).
+        entries : list of int
+            Their indices.
+        """
         some = np.flatnonzero(vector)
         part = vector[some]
         return [int(self.whole[entry, some] @ part) if len(some) else 0 for entry in entries]
 
 
 def exact_difference(one: Tensor, other: Tensor) -> tuple[np.ndarray, int]:
-    """Return one - other, both of one shape, as integers times a power of two."""
+    """Return one - other as integers times a power of two.
+
+    Parameters
+    ----------
+    one, other : Tensor
+        Finite, of one shape.
+
+    Returns
+    -------
+    ndarray, int
+        Python integers n in that shape and an exponent e; the difference is n 2^e.
+    """
     pair = torch.stack((one.detach().double(), other.detach().double())).cpu().numpy()
     whole, exponent = integers(pair)
     return whole[0] - whole[1], exponent

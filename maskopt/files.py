@@ -1,4 +1,4 @@
-"""Outputs that are never half-written and never overwritten, and inputs whose damage is one sentence."""
+"""Outputs that are written completely or not at all and overwrite nothing; readable errors for damaged inputs."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from maskopt.errors import MaskoptError
 
 try:
     import fcntl
-except ImportError:  # pragma: no cover - Windows has no such locks; nothing is called stale there
+except ImportError:  # pragma: no cover - Windows has no such locks; no folder counts as stale there
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
@@ -35,30 +35,48 @@ _HIDDEN = re.compile(r"\..{1,40}\.[0-9a-f]{16}\.tmp", re.DOTALL)
 _YOUNG = 60.0  # seconds within which a folder without a lock may still get one
 
 _unfinished: set[Path] = set()
-"""Hidden folders of this process that exist or are about to."""
+"""Hidden folders of this process: those that exist and those about to be made."""
 
 _renamed: list[tuple[Path, tuple[int, int]]] = []
-"""Outputs that took their names or were about to, with what tells them from other files: device and inode."""
+"""Outputs that were renamed or about to be, with device and inode, which identify them."""
 
 shielded: Callable[[], Any] | None = None
-"""Makes a context in which signals wait; the command line, which turns signals into exceptions, provides it."""
+"""Returns a context in which signals are deferred; set by the command line, which turns signals into exceptions."""
 
 
 def reason(error: BaseException) -> str:
-    """Return what an exception says, in one line without a full stop, for use inside a sentence."""
+    """Return the text of an exception in one line without a full stop, for use inside a sentence.
+
+    Parameters
+    ----------
+    error : BaseException
+
+    Examples
+    --------
+    >>> reason(FileNotFoundError(2, "No such file or directory"))
+    'No such file or directory'
+    """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()).rstrip(".") or type(error).__name__
 
 
 def require_absent(path: str | os.PathLike[str]) -> Path:
-    """Return `path` if an output can be made there: nothing has that name, and its folder takes new files.
+    """Check that an output can be written at `path`: nothing exists there, and files can be made in its folder.
 
-    What a process that was killed left in the folder is removed.
+    Temporary files that killed processes left in the folder are removed.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    Path
 
     Raises
     ------
     MaskoptError
-        If something exists at `path`, the parent is not a folder that can be written to, or the name is none.
+        If something exists at `path`, the parent is not a folder that can be written to, or the name is empty.
     """
     if os.fspath(path) == "":
         raise MaskoptError("An output needs a name; got an empty one.")
@@ -73,7 +91,7 @@ def require_absent(path: str | os.PathLike[str]) -> Path:
     if not os.access(folder, os.W_OK):
         raise MaskoptError(f"The output {path} cannot be written because the folder {path.parent} is read-only.")
     remove_stale(folder)
-    # Only trying tells of file systems that are read-only or full, or that take no files.
+    # Read-only and full file systems are detected only by writing.
     with _private_folder(path):
         return path
 
@@ -96,11 +114,11 @@ def _no_folder(path: Path) -> MaskoptError:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write aside, then rename: yield a fresh path next to `path` that takes its name on success.
+    """Yield a temporary path next to `path`, which is renamed to `path` when the block ends.
 
-    The caller makes a file or a folder at the yielded path. If the block raises (a full disk, an interrupt),
-    what was written is removed and nothing appears at `path`. What a process leaves that is killed is removed by the
-    next one that writes to the same folder.
+    The caller makes a file or a folder at the yielded path. If the block raises (a full disk, an interrupt), it is
+    removed, and nothing appears at `path`. If the process is killed, the next process that writes to the same folder
+    removes it.
 
     Parameters
     ----------
@@ -116,13 +134,22 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     ------
     MaskoptError
         If `path` exists before or after the writing, or cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with atomic_path(Path(folder) / "note.txt") as aside:
+    ...         count = aside.write_text("complete")
+    ...     (Path(folder) / "note.txt").read_text()
+    'complete'
     """
     path = require_absent(path)
     with _private_folder(path) as folder:
         aside = folder / path.name
         try:
             yield aside
-            # An empty private folder plus a last look keeps a file that appeared meanwhile.
+            # A file that has appeared at `path` meanwhile is not overwritten.
             _require_free(path)
             _open_up(folder)
             with _shield():
@@ -135,7 +162,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def _private_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder inside a hidden one beside `path`; the latter is locked while the block runs, then removed."""
+    """Yield a new folder in a hidden one next to `path`, which is locked during the block and removed afterwards."""
     hidden = path.absolute().parent / f".{path.name[:40]}.{secrets.token_hex(8)}.tmp"
     lock = None
     _unfinished.add(hidden)
@@ -156,19 +183,24 @@ def _private_folder(path: Path) -> Iterator[Path]:
 
 
 def _locked(path: Path) -> IO[str]:
-    """Make a file that is locked until it is closed or the process ends, however that happens."""
+    """Make a file that is locked until it is closed or the process ends for any reason."""
     file = path.open("w", encoding="ascii")
     with suppress(OSError):  # a file system without locks: other processes get none either
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
-    # Only now may others conclude from a free lock that its owner is gone.
+    # From now on other processes may conclude from a free lock that this process has ended.
     file.write("locked")
     file.flush()
     return file
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove the hidden folders that processes which are gone left in a folder."""
+    """Remove the hidden folders that ended processes left in a folder.
+
+    Parameters
+    ----------
+    folder : Path
+    """
     try:
         found = [Path(entry.path) for entry in os.scandir(folder) if _HIDDEN.fullmatch(entry.name)]
     except OSError:
@@ -179,7 +211,7 @@ def remove_stale(folder: Path) -> None:
 
 
 def _is_stale(hidden: Path) -> bool:
-    """Whether the process that made a hidden folder is gone, as its lock says."""
+    """Whether the process that made a hidden folder has ended, judging by its lock."""
     if fcntl is None or hidden.is_symlink():
         return False
     try:
@@ -187,16 +219,16 @@ def _is_stale(hidden: Path) -> bool:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock.read() == "locked"
     except FileNotFoundError:
-        # Killed between two lines, if it is not just about to make its lock.
+        # The process was killed before it made the lock, or is about to make it.
         with suppress(OSError):
             return time.time() - hidden.stat().st_mtime > _YOUNG and not os.listdir(hidden)
         return False
-    except (OSError, UnicodeError):  # held, or not ours
+    except (OSError, UnicodeError):  # locked, or not a lock of this module
         return False
 
 
 def discard_unfinished() -> None:
-    """Remove the hidden folders of this process: the last thing to do where exceptions no longer reach their owners."""
+    """Remove the hidden folders of this process, for exits at which the blocks that own them are not unwound."""
     for folder in list(_unfinished):
         shutil.rmtree(folder, ignore_errors=True)
         _unfinished.discard(folder)
@@ -208,7 +240,13 @@ def renamed() -> int:
 
 
 def written_since(start: int) -> list[Path]:
-    """Return the outputs that this process completed after the first `start` ones, as far as they still exist."""
+    """Return the outputs that this process completed after its first `start` ones and that still exist.
+
+    Parameters
+    ----------
+    start : int
+        A number returned by `renamed`.
+    """
     complete = []
     for path, identity in _renamed[start:]:
         try:
@@ -240,20 +278,24 @@ def _open_up(folder: Path) -> None:
 
 @contextmanager
 def open_tensors(what: str, path: str | os.PathLike[str], framework: str = "pt") -> Iterator[Any]:
-    """Open a safetensors file; whatever is wrong with it, also with a tensor read in the block, is one sentence.
+    """Open a safetensors file; all its errors, including those of tensors read in the block, become MaskoptError.
 
     Parameters
     ----------
     what : str
-        What the file should be, for messages: "instance", "mask".
+        What the file should hold, for messages: "instance", "mask".
     path : path-like
     framework : {"pt", "np"}
-        What tensors become.
+        The type of tensors: torch or numpy.
+
+    Yields
+    ------
+    safe_open
 
     Raises
     ------
     MaskoptError
-        If there is no such file, it cannot be read, is damaged, or holds what the framework does not have.
+        If there is no such file, it cannot be read, is damaged, or holds a type that the framework lacks.
     """
     if not os.path.isfile(path):  # false for every name that cannot be one
         raise MaskoptError(f"The {what} {path} does not exist or is not a file.")

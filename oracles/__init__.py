@@ -1,18 +1,12 @@
-"""Over which masks: feasible sets and what solvers may ask of them."""
+"""Feasible sets of masks, and the methods that solvers call on them."""
 
-from maskopt.oracles.base import (
-    CanProject,
-    CanRestrict,
-    CanSwap,
-    HasFaces,
-    HasGroups,
-    MaskSet,
-    face_tolerance,
-)
+from maskopt.oracles.base import MaskSet, face_tolerance
 from maskopt.oracles.budget import Budget
-from maskopt.oracles.matroid import NM, AtMost, Blocks, PartitionMatroid, PerRow, Unstructured
+from maskopt.oracles.matroid import PartitionMatroid
 from maskopt.oracles.milp import MilpFormulation
 from maskopt.oracles.parse import parse_masks
+from maskopt.oracles.patterns import NM, AtMost, Blocks, PerRow, Unstructured
+from maskopt.oracles.protocols import CanProject, CanRestrict, CanSwap, HasFaces, HasGroups
 from maskopt.oracles.restricted import Protected, Restricted
 from maskopt.oracles.select import smallest
 from maskopt.oracles.transposable import TransposableNM

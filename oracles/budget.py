@@ -1,4 +1,4 @@
-"""A budget: kept entries cost FLOPs, bytes or time, and their sum is limited."""
+"""A budget: each kept entry has a price (FLOPs, bytes, seconds), and the sum of prices is limited."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from maskopt.oracles.base import Index, MaskSet, Shape
 
 __all__ = ["Budget"]
 
-_SMALL = 20  # wanted entries up to which the oracle is exact: at most 2^20 subsets, in practice a few hundred
-_ROUNDS = 64  # of filling what the budget leaves
+_SMALL = 20  # candidates up to which the oracle is exact: at most 2^20 subsets, in practice a few hundred
+_ROUNDS = 64  # passes that fill the rest of the budget
 
 
 class Budget(MaskSet):
     """Masks whose kept entries cost at most a budget in total: sum_ij price_ij m_ij <= budget.
 
-    Minimising over it is a knapsack problem. Up to 20 priced entries, and where all prices are equal, `lmo`
-    is exact. Beyond, it fills the budget in the order of cost per price, and loses at most what one entry is worth:
-    the one at which the budget ran out (Dantzig, Operations Research 5, 1957). `lmo_bound` is the linear relaxation's
-    bound, so the difference from it bounds the error of each call. The hull's faces are not known.
+    Minimising a cost over it is a knapsack problem. With up to 20 priced entries, or with equal prices, `lmo` is exact.
+    Otherwise it fills the budget in the order of cost per price; its error is at most the cost of one entry, the first
+    that exceeds the budget. `lmo_bound` is the bound of the linear relaxation, so the difference from it bounds the
+    error of each call. The faces of the hull are not known: the set has no `inface`.
 
     Parameters
     ----------
@@ -41,6 +41,22 @@ class Budget(MaskSet):
     ------
     MaskoptError
         If prices or the budget are negative, infinite or NaN, or if prices are no matrix.
+
+    References
+    ----------
+    Greedy rule and linear relaxation: Dantzig, Discrete-variable extremum problems, Operations Research 5, 1957.
+    Exact for few entries: Nemhauser and Ullmann, Discrete dynamic programming and capital allocation, Management
+    Science 15, 1969.
+
+    Examples
+    --------
+    A budget of 4 affords either the entry of price 3 or the two of price 2, which are better together:
+
+    >>> import torch
+    >>> from maskopt.oracles import Budget
+    >>> masks = Budget(torch.tensor([[3.0, 2.0, 2.0]]), 4.0)
+    >>> masks.lmo_mask(torch.tensor([[-4.0, -3.0, -2.0]])).tolist()
+    [[False, True, True]]
     """
 
     def __init__(self, price: Tensor, budget: float) -> None:
@@ -85,10 +101,10 @@ class Budget(MaskSet):
         flat, price = cost.flatten().double(), self.price.flatten().to(cost.device)
         chosen = ((flat < 0) & (price == 0)).double()
         wanted = ((flat < 0) & (price > 0) & (price <= self.budget)).nonzero().flatten()
-        # Powers of two keep quotients inside the float range; infinitely good entries outweigh all others.
+        # Powers of two keep quotients inside the float range; a cost of minus infinity outweighs all others.
         worth, price = -flat[wanted], price[wanted]
         worth = torch.where(worth.isinf(), 2.0**200, _scaled(torch.where(worth.isinf(), 0.0, worth)))
-        # By worth per price, of equal ones the more valuable first: where all prices are equal that is exact.
+        # By worth per price, then by worth: exact where all prices are equal.
         order = (-worth).argsort(stable=True)
         order = order[(-worth[order] / _scaled(price[order])).argsort(stable=True)]
         wanted, worth, price = wanted[order], worth[order], price[order]
@@ -101,18 +117,18 @@ class Budget(MaskSet):
         return chosen.to(cost.dtype).view(cost.shape)
 
     def _filled(self, price: Tensor) -> Tensor:
-        """Mark what is taken, in the order given, until the budget runs out; then smaller ones that still fit."""
+        """Take entries in the given order until the budget runs out, then smaller ones that still fit."""
         if len(price) == 0:
             return torch.zeros_like(price, dtype=torch.bool)
         budget = self.budget
         if budget > 2.0**900:  # sums of prices must not overflow; tiny ones are rounded up
             price, budget = (price * 2.0**-140).clamp_min(2.0**-1000), budget * 2.0**-140
-        whole_price, dearest = float(price.sum()), float(price.max())
+        whole_price, highest = float(price.sum()), float(price.max())
         budget = min(budget, 2.0 * whole_price)
         # Multiples of this unit add up exactly; others may not use the last bits of the budget.
         unit = math.ldexp(1.0, math.frexp(whole_price)[1] - 52)
-        if float(price.min()) == dearest:
-            left = dearest * (Fraction(budget) // Fraction(dearest) + 0.5)
+        if float(price.min()) == highest:
+            left = highest * (Fraction(budget) // Fraction(highest) + 0.5)
         elif bool((price.remainder(unit) == 0).all()):
             left = math.floor(budget / unit) * unit
         else:
@@ -129,15 +145,15 @@ class Budget(MaskSet):
         return taken
 
     def _best(self, worth: Tensor, price: Tensor, known: float) -> Tensor:
-        """Return which of a few entries, in falling order of worth per price, are worth most within the budget.
+        """Return the subset of a few entries of largest total worth within the budget, as a boolean vector.
 
-        Carried along are all undominated pairs of price and worth (Nemhauser and Ullmann, Management Science 15,
-        1969), less those that by the linear relaxation stay below the worth that is known. Of equal worth the
-        lower price wins. Sums of worths and of prices have to be exact in float64.
+        The method of Nemhauser and Ullmann (1969): all undominated pairs of price and worth are kept, except those that
+        the linear relaxation shows to stay below the known worth. Of equal worth the lower price wins. Entries come in
+        falling order of worth per price; sums of worths and of prices have to be exact in float64.
         """
         values, prices = worth.cpu().numpy(), price.cpu().numpy()
         rates = np.append(values / prices, 0.0)
-        slack = 1e-12 * self.budget  # for the rounding of sums; at the end they are taken exactly
+        slack = 1e-12 * self.budget  # for the rounding of sums; the subset found is tested exactly
         total, value, bits = np.zeros(1), np.zeros(1), np.zeros(1, dtype=np.int64)
         for i in range(len(values)):
             fits = total + prices[i] <= self.budget + slack
@@ -157,14 +173,14 @@ class Budget(MaskSet):
         return torch.tensor(taken, dtype=torch.bool, device=worth.device)
 
     def _exactly(self, worth: Tensor, price: Tensor, known: Tensor) -> Tensor:
-        """Return what `_best` does, in whole numbers: for costs or prices of very different sizes."""
+        """Return what `_best` returns, computed in integers: for costs or prices of very different sizes."""
         values = integers(worth.cpu().numpy())[0].tolist()
         pair, _ = integers(torch.cat((price.cpu(), torch.tensor([self.budget], dtype=torch.float64))).numpy())
         *prices, budget = pair.tolist()
         bar = sum(value for value, taken in zip(values, known.tolist(), strict=True) if taken)
         # Entries with equal quotients in float64 may be out of order.
         order = sorted(range(len(values)), key=lambda i: Fraction(-values[i], prices[i]))
-        kept = [(0, 0, 0)]  # price, worth less than nothing, entries
+        kept = [(0, 0, 0)]  # price, negative worth, entries
         for place, i in enumerate(order):
             more = [(p + prices[i], w - values[i], b | 1 << i) for p, w, b in kept if p + prices[i] <= budget]
             rate = (values[order[place + 1]], prices[order[place + 1]]) if place + 1 < len(order) else (0, 1)
@@ -178,7 +194,7 @@ class Budget(MaskSet):
         return torch.tensor([bool(taken >> i & 1) for i in range(len(values))], dtype=torch.bool, device=worth.device)
 
     def lmo_bound(self, cost: Tensor) -> Tensor:
-        """Return a lower bound of the least cost of any mask, float64, shape (1,); tight for exact sets.
+        """Return a proven lower bound on the cost of any mask, float64, shape (1,); tight for exact sets.
 
         Parameters
         ----------
@@ -189,7 +205,7 @@ class Budget(MaskSet):
             return super().lmo_bound(cost)
         flat, price = cost.flatten().double(), self.price.flatten().to(cost.device)
         flat = torch.where(price <= self.budget, flat, 0.0)
-        # The rate at which the linear relaxation runs out of budget; any rate gives a bound (duality).
+        # The multiplier of the budget in the linear relaxation; any nonnegative one gives a bound (weak duality).
         wanted = ((flat < 0) & (price > 0)).nonzero().flatten()
         rates, order = (-flat[wanted] / price[wanted]).sort(descending=True)
         over = (price[wanted[order]].cumsum(0) > self.budget).nonzero().flatten()
@@ -203,9 +219,9 @@ class Budget(MaskSet):
     def center(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a point in the relative interior of the hull.
 
-        Where the budget binds, the affordable entries fit into at most 1 + 2 total / budget bags of one budget each
-        (first fit leaves one bag at most less than half full). The mean of these bags is in the hull, and so
-        is, in its interior, everything between it and zero.
+        Where the budget binds, the affordable entries fit into at most 1 + 2 total / budget bags of one budget each,
+        because first fit leaves at most one bag less than half full. The mean of these bags is in the hull, and every
+        point strictly between the mean and zero is in its relative interior.
         """
         self.check(shape)
         able = self.price <= self.budget
@@ -220,7 +236,7 @@ class Budget(MaskSet):
 
 
 def _scaled(values: Tensor) -> Tensor:
-    """Return positive finite numbers times the power of two that brings the largest near one."""
+    """Multiply positive finite numbers by the power of two that brings the largest near one."""
     if not len(values):
         return values
     by = -torch.frexp(values.amax()).exponent

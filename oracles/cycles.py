@@ -1,4 +1,4 @@
-"""Square 0/1 matrices of least cost by exchanges along cycles, exact whatever the scales of the costs."""
+"""Square 0/1 matrices of minimal cost by cycle cancelling, exact whatever the scales of the costs."""
 
 from __future__ import annotations
 
@@ -12,21 +12,29 @@ __all__ = ["cheapest_by_cycles"]
 
 
 def cheapest_by_cycles(cost: Tensor, keep: int, level: Tensor | None) -> Tensor:
-    """Return, tile by tile, the 0/1 matrix of least cost with `keep` ones in every row and column.
+    """Return, tile by tile, the 0/1 matrix of minimal cost with `keep` ones in every row and column.
 
-    A start by greedy choice is improved until no cyclic exchange of ones improves it (Ahuja, Magnanti, Orlin, Network
-    Flows, section 9.6: cancelling negative cycles is exact). Columns are contracted: moving a one from row a to row b
-    costs the least of c_bp - c_ap over columns p in which a has a one and b has none, and Bellman and Ford look for a
-    negative cycle among the n rows of all tiles at once.
+    The problem is a transportation problem with capacities one, that is, a minimum-cost flow. A greedy start is
+    improved by cancelling negative cycles, which ends at an optimum (Ahuja, Magnanti and Orlin, Network Flows, 1993,
+    section 9.6). Columns are contracted: the arc from row a to row b, which takes a one from row a and puts it into row
+    b, has the length min_p (c_bp - c_ap) over the columns p in which a has a one and b has none. The Bellman-Ford
+    algorithm searches the n rows of all tiles at once for a negative cycle.
 
     Parameters
     ----------
     cost : Tensor
         Finite, float64, shape (tiles, n, n).
     keep : int
+        At most n.
     level : Tensor, optional
-        Small integers as float64: of all matrices those of least level count, and of these the cheapest is returned.
-        Which matrices these are follows from the levels' optimal potentials, so that costs are never added to levels.
+        Small integers as float64, shape (tiles, n, n), minimised first: the cheapest among the matrices of minimal
+        total level is returned. The optimal potentials of the levels describe these matrices, so that costs are never
+        added to levels.
+
+    Returns
+    -------
+    Tensor
+        Boolean, shape (tiles, n, n).
     """
     if level is None:
         chosen = _mended(_greedy(cost, keep), cost, keep)
@@ -38,28 +46,28 @@ def cheapest_by_cycles(cost: Tensor, keep: int, level: Tensor | None) -> Tensor:
 
 
 def _greedy(cost: Tensor, keep: int, level: Tensor | None = None) -> Tensor:
-    """Take the cheapest entries, those of lower levels first, for which row and column have room."""
+    """Take entries in the order of levels, then costs, while their row and column have open slots."""
     tiles, size, _ = cost.shape
     order = cost.flatten(1).argsort(dim=1, stable=True)
     if level is not None:
         order = order.gather(1, level.flatten(1).gather(1, order).argsort(dim=1, stable=True))
-    room = torch.full((2, tiles, size), keep, device=cost.device)
+    slots = torch.full((2, tiles, size), keep, device=cost.device)
     chosen = torch.zeros((tiles, size * size), dtype=torch.bool, device=cost.device)
     every = torch.arange(tiles, device=cost.device)
     for entry in order.T.contiguous():
         row, column = entry // size, entry % size
-        take = (room[0, every, row] > 0) & (room[1, every, column] > 0)
+        take = (slots[0, every, row] > 0) & (slots[1, every, column] > 0)
         chosen[every, entry] = take
-        room[0, every, row] -= take.long()
-        room[1, every, column] -= take.long()
+        slots[0, every, row] -= take.long()
+        slots[1, every, column] -= take.long()
     return chosen.view_as(cost)
 
 
 def _mended(chosen: Tensor, cost: Tensor, keep: int) -> Tensor:
-    """Fill rows and columns that are short in a choice to which no entry can be added.
+    """Complete a greedy choice, in which some rows and columns have fewer than `keep` ones.
 
-    Row i and column j are short, so (i, j) is taken; then some taken (a, b) has (i, b) and (a, j) free, and the
-    cheapest such exchange is made. It leaves everything else as full as it was.
+    If row i and column j have too few, (i, j) is already taken. Then some taken entry (a, b) has (i, b) and (a, j)
+    free; the cheapest such exchange adds a one to row i and to column j and leaves all other sums as they are.
     """
     size = cost.shape[1]
     short = (chosen.sum(2) < keep).any(1).nonzero().flatten()
@@ -79,28 +87,28 @@ def _mended(chosen: Tensor, cost: Tensor, keep: int) -> Tensor:
 
 
 def _ends(mask: Tensor, price: Tensor, stay: Tensor | None, away: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return what it costs to take a one away and to put one, infinite where that is not possible."""
+    """Return the cost of removing a one and of adding one at each entry, infinite where that is not possible."""
     free_to_leave = mask if stay is None else mask & ~stay
     closed = mask if away is None else mask | away
     return torch.where(free_to_leave, -price, torch.inf), torch.where(closed, torch.inf, price)
 
 
 def _without_cycles(chosen: Tensor, cost: Tensor, stay: Tensor | None, away: Tensor | None) -> Tensor:
-    """Improve matrices by cyclic exchanges, entries of `stay` and `away` apart, until they are optimal."""
+    """Cancel negative cycles until matrices are optimal; entries of `stay` and `away` are fixed."""
     size = cost.shape[1]
     sure = summable(cost.flatten(1))
-    # Above what rounding makes of a cycle of zero length; what is below is left to exact arithmetic.
+    # More than rounding can make of a cycle of length zero; shorter cycles are left to exact arithmetic.
     margin = 4 * size**2 * torch.finfo(cost.dtype).eps * cost.abs().amax((1, 2))
     margin = torch.where(sure, 0.0, margin).unsqueeze(1)
     active = torch.arange(len(cost), device=cost.device)
     while len(active):
         fixed = (None if one is None else one[active] for one in (stay, away))
         leave, enter = _ends(chosen[active], cost[active], *fixed)
-        move, column = (leave.unsqueeze(2) + enter.unsqueeze(1)).min(3)  # from row a to row b
-        distance = torch.zeros_like(move[:, 0])
+        length, column = (leave.unsqueeze(2) + enter.unsqueeze(1)).min(3)  # of the arc from row a to row b
+        distance = torch.zeros_like(length[:, 0])
         before = torch.zeros_like(distance, dtype=torch.int64)
         for _ in range(size):
-            through, row = (distance.unsqueeze(2) + move).min(1)
+            through, row = (distance.unsqueeze(2) + length).min(1)
             nearer = through < distance - margin[active]
             distance = torch.where(nearer, through, distance)
             before = torch.where(nearer, row, before)
@@ -109,7 +117,7 @@ def _without_cycles(chosen: Tensor, cost: Tensor, stay: Tensor | None, away: Ten
         every = torch.arange(len(active), device=cost.device)
         node = nearer[cyclic].to(torch.uint8).argmax(1)
         for _ in range(size):
-            node = before[every, node]  # now on the cycle
+            node = before[every, node]  # ends on the cycle
         start, open_ = node, torch.ones_like(node, dtype=torch.bool)
         mask = chosen[active]
         for _ in range(size):
@@ -127,9 +135,9 @@ def _without_cycles(chosen: Tensor, cost: Tensor, stay: Tensor | None, away: Ten
 
 
 def _undecided(chosen: Tensor, cost: Tensor, stay: Tensor | None, away: Tensor | None, index: Tensor) -> Tensor:
-    """Return which of some tiles may hold a negative cycle that rounding hides.
+    """Return those tiles of `index` that may have a negative cycle that rounding hides.
 
-    With every sum rounded down, distances that do not fall any more are potentials that prove there is none.
+    Every sum is rounded down. Distances that no longer fall are then potentials, which prove that there is none.
     """
     if not len(index):
         return index
@@ -137,10 +145,10 @@ def _undecided(chosen: Tensor, cost: Tensor, stay: Tensor | None, away: Tensor |
     leave, enter = (
         end.sub_(end.abs() * 2.0**-50).nan_to_num_(torch.inf) for end in _ends(chosen[index], cost[index], *fixed)
     )
-    move = (leave.unsqueeze(2) + enter.unsqueeze(1)).amin(3)
-    distance = torch.zeros_like(move[:, 0])
+    length = (leave.unsqueeze(2) + enter.unsqueeze(1)).amin(3)
+    distance = torch.zeros_like(length[:, 0])
     for _ in range(cost.shape[1]):
-        through = (distance.unsqueeze(2) + move).amin(1)
+        through = (distance.unsqueeze(2) + length).amin(1)
         through = torch.where(through.isinf(), through, through - through.abs() * 2.0**-51)
         nearer = through < distance
         distance = torch.minimum(distance, through)
@@ -148,23 +156,23 @@ def _undecided(chosen: Tensor, cost: Tensor, stay: Tensor | None, away: Tensor |
 
 
 def _decided(chosen: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which entries every matrix of least level keeps, and which it prunes, given one such matrix.
+    """Return the entries that are one, and those that are zero, in all matrices of minimal level, given one of them.
 
-    Potentials of rows and columns leave each entry a reduced level; where that is not zero the entry is the same in all
-    of them (complementary slackness), and every matrix that agrees with these entries is one of them.
+    Optimal potentials of rows and columns give each entry a reduced level. By complementary slackness an entry whose
+    reduced level is not zero has the same value in all these matrices, and every matrix with these values is one.
     """
     leave, enter = _ends(chosen, level, None, None)
-    move = (leave.unsqueeze(2) + enter.unsqueeze(1)).amin(3)
-    distance = torch.zeros_like(move[:, 0])
+    length = (leave.unsqueeze(2) + enter.unsqueeze(1)).amin(3)
+    distance = torch.zeros_like(length[:, 0])
     for _ in range(level.shape[1]):
-        distance = torch.minimum(distance, (distance.unsqueeze(2) + move).amin(1))
+        distance = torch.minimum(distance, (distance.unsqueeze(2) + length).amin(1))
     reduced = level - distance.unsqueeze(2)
     reduced = reduced - torch.where(chosen, reduced, -torch.inf).amax(1, keepdim=True).nan_to_num(0.0, 0.0, 0.0)
     return chosen & (reduced < 0), ~chosen & (reduced > 0)
 
 
 def _exactly(chosen: Tensor, cost: Tensor, stay: Tensor | None, away: Tensor | None) -> Tensor:
-    """Improve one matrix by cyclic exchanges in whole numbers, until it is optimal."""
+    """Cancel negative cycles of one matrix in integer arithmetic, until it is optimal."""
     size = len(cost)
     price, _ = integers(cost.cpu().numpy())
     mask = chosen.cpu().numpy().copy()
@@ -179,11 +187,11 @@ def _exactly(chosen: Tensor, cost: Tensor, stay: Tensor | None, away: Tensor | N
         enter = np.where(~mask & enters, price, never)
         through = leave[:, None, :] + enter[None, :, :]
         column = through.argmin(2)
-        move = np.take_along_axis(through, column[..., None], 2)[..., 0]
+        length = np.take_along_axis(through, column[..., None], 2)[..., 0]
         distance = np.array([0] * size, dtype=object)
         before = np.zeros(size, dtype=np.int64)
         for _ in range(size):
-            reached = distance[:, None] + move
+            reached = distance[:, None] + length
             row = reached.argmin(0)
             best = reached[row, np.arange(size)]
             nearer = (best < distance).astype(bool)

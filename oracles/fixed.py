@@ -1,4 +1,4 @@
-"""What sets with fixed entries share: entries that every mask keeps, and others that every mask prunes."""
+"""Helpers for sets with fixed entries: entries that every mask keeps, and others that every mask prunes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ __all__ = ["fixed_rows", "joined", "refuse_contradiction", "respects"]
 
 
 def joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """Return the union of two fixings, either of which may be missing.
+    """Return the union of two sets of fixed entries.
+
+    Parameters
+    ----------
+    one, other : Tensor, optional
+        Boolean, shape (rows, d).
+
+    Returns
+    -------
+    Tensor or None
+        Boolean, shape (rows, d); None if both are None.
 
     Raises
     ------
@@ -36,7 +46,18 @@ def joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def refuse_contradiction(kept: Tensor | None, pruned: Tensor | None) -> None:
-    """Raise MaskoptError if an entry is both kept and pruned, or if the shapes differ."""
+    """Check that no entry is fixed to both values.
+
+    Parameters
+    ----------
+    kept, pruned : Tensor, optional
+        Boolean, shape (rows, d).
+
+    Raises
+    ------
+    MaskoptError
+        If an entry is both kept and pruned, or if the shapes differ.
+    """
     if kept is None or pruned is None:
         return
     if kept.shape != pruned.shape:
@@ -48,13 +69,32 @@ def refuse_contradiction(kept: Tensor | None, pruned: Tensor | None) -> None:
 
 
 def respects(mask: Tensor, kept: Tensor | None, pruned: Tensor | None) -> bool:
-    """Whether a boolean mask keeps and prunes what is fixed."""
+    """Whether a mask keeps all entries of `kept` and prunes all of `pruned`.
+
+    Parameters
+    ----------
+    mask : Tensor
+        Boolean, shape (rows, d).
+    kept, pruned : Tensor, optional
+        Boolean, shape (rows, d).
+    """
     stays = kept is None or bool((mask | ~kept.to(mask.device)).all())
     return stays and (pruned is None or not bool((mask & pruned.to(mask.device)).any()))
 
 
 def fixed_rows(kept: Tensor | None, pruned: Tensor | None) -> tuple[csr_array, np.ndarray]:
-    """Return A and b of the equations A x = b that fix entries of the flattened mask."""
+    """Return A and b of the equations A x = b that fix entries of the flattened mask x.
+
+    Parameters
+    ----------
+    kept, pruned : Tensor, optional
+        Boolean, shape (rows, d), at least one of them given.
+
+    Returns
+    -------
+    csr_array, ndarray
+        Shapes (fixed entries, rows * d) and (fixed entries,).
+    """
     places, values, size = [], [], 0
     for entries, value in ((kept, 1.0), (pruned, 0.0)):
         if entries is not None:

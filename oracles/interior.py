@@ -1,4 +1,4 @@
-"""A point inside the hull of a set of which only the oracle is known."""
+"""A point in the hull of a set, from calls of its oracle alone."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 __all__ = ["mean_of_vertices"]
 
-_PAIRS = 10  # of masks that are averaged at most
-_LARGE = 2**12  # entries of a row block from which on memory allows only _FEW
+_PAIRS = 10  # pairs of masks that are averaged at most
+_LARGE = 2**12  # entries of a row block from which on memory allows only _FEW pairs
 _FEW = 4
 
 
 def mean_of_vertices(masks: MaskSet, shape: Shape, device: torch.device) -> Tensor:
-    """Return the mean of masks that span the hull, or of 20 where they would have to be more.
+    """Return the mean of masks that span the hull, or of 20 masks where more would be needed.
 
-    Every row block asks for the cheapest and the costliest mask of a random cost, orthogonal to the differences of the
-    masks it has. If the two differ they add a dimension; if they do not, no mask of the block leaves the span, and the
-    mean of masks that span a polytope lies in its relative interior. All blocks get the same random numbers, so that
-    none depends on the others.
+    For every row block the oracle is called with a random cost that is orthogonal to the differences of the masks found
+    so far, and with its negative. If the two masks differ, they add a dimension; if they do not, all masks of the block
+    lie in the span. The mean of masks that span a polytope lies in its relative interior. All blocks get the same
+    random numbers, so that no block's answer depends on the others.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def mean_of_vertices(masks: MaskSet, shape: Shape, device: torch.device) -> Tens
 
 
 def _without(vectors: Tensor, basis: list[Tensor]) -> Tensor:
-    """Return the part of each row that is orthogonal to its orthonormal basis."""
+    """Return each row's component orthogonal to the row's orthonormal basis."""
     for one in basis:
         vectors = vectors - (vectors * one).sum(1, keepdim=True) * one
     return vectors

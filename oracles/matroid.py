@@ -1,4 +1,4 @@
-"""Partition matroids of tiles: one class behind almost every useful set of masks."""
+"""Partition matroids of tiles: the one class behind most sets of masks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from scipy.sparse import csr_array
 from scipy.special import gammaln
 from torch import Tensor
 
-from maskopt.checks import shown, sides, whole
+from maskopt.checks import shown, sides
 from maskopt.errors import MaskoptError
 from maskopt.oracles.base import Index, MaskSet, Shape, box_step, face_tolerance, fitted
 from maskopt.oracles.project import capped_simplex
 from maskopt.oracles.select import smallest
 
-__all__ = ["NM", "AtMost", "Blocks", "PartitionMatroid", "PerRow", "Unstructured"]
+__all__ = ["PartitionMatroid"]
 
 _COUNTS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -28,10 +28,10 @@ Tile = tuple[int | None, int | None]
 
 
 class PartitionMatroid(MaskSet):
-    """Masks whose tiles keep a fixed number of entries each, or at most so many.
+    """Masks in which every tile keeps a fixed number of entries, or at most that many.
 
-    The weight is cut into tiles of equal shape; every tile is a group and keeps `keep` entries. Whole matrix,
-    per row, N:M, blocks and columns differ in the tile alone. Sets know no shape: every verb takes it from its
+    The weight is cut into tiles of equal shape; the entries of a tile are a group. Unstructured, per-row, N:M, block
+    and per-column masks differ only in the tile. A set has no shape of its own: every method takes it from its
     argument, so one object serves all layers of a model.
 
     Parameters
@@ -49,8 +49,25 @@ class PartitionMatroid(MaskSet):
     Raises
     ------
     MaskoptError
-        If `keep` is neither a fraction in [0, 1] nor a count >= 0. The verbs raise it where a tile does not divide
-        the weight or a group is smaller than its count.
+        If `keep` is neither a fraction in [0, 1] nor a count >= 0. Methods raise it where a tile does not divide the
+        weight or a group is smaller than its count.
+
+    References
+    ----------
+    The bases of a partition matroid, over which a linear function is minimised by choosing the cheapest entries of each
+    group: Edmonds, Matroids and the greedy algorithm, Mathematical Programming 1, 1971.
+
+    Examples
+    --------
+    One entry of every column:
+
+    >>> import torch
+    >>> from maskopt.oracles import PartitionMatroid
+    >>> masks = PartitionMatroid(1, (None, 1), "PerColumn")
+    >>> masks.lmo_mask(torch.tensor([[3.0, 1.0], [2.0, 5.0]])).tolist()
+    [[False, True], [True, False]]
+    >>> masks.count((2, 2)), masks.count((3, 4))
+    (4, 81)
     """
 
     def __init__(
@@ -87,7 +104,7 @@ class PartitionMatroid(MaskSet):
         Raises
         ------
         MaskoptError
-            If tiles do not fit the weight evenly.
+            If the tile does not divide the weight.
         """
         return fitted(self, self.tile, shape)
 
@@ -101,7 +118,7 @@ class PartitionMatroid(MaskSet):
         return tiles.transpose(1, 2).reshape(-1, height * width)
 
     def ungroup(self, groups: Tensor, shape: Shape) -> Tensor:
-        """Undo `groups`."""
+        """Rearrange (groups, entries) into a matrix of this shape, the inverse of `groups`."""
         height, width = self.tile_of(shape)
         rows, columns = shape
         if height == 1 or width == columns:
@@ -124,7 +141,7 @@ class PartitionMatroid(MaskSet):
                 raise MaskoptError(f"{self} wants {int(self.keep.max())} entries of a group that has {size}.")
             counts = self.keep.to(device=device, dtype=torch.int64)
             return counts, counts
-        # The tolerance undoes 1 - 0.7 = 0.30000000000000004 without ever changing an honest fraction.
+        # The tolerance undoes 1 - 0.7 = 0.30000000000000004 and changes no fraction that is exact.
         keep = math.ceil(self.keep * size * (1 - 1e-12)) if isinstance(self.keep, float) else self.keep
         if keep > size:
             raise MaskoptError(f"{self} wants {keep} entries of a group that has {size}.")
@@ -153,7 +170,7 @@ class PartitionMatroid(MaskSet):
         return PartitionMatroid(keep, tile, self.name, at_most=self.at_most)
 
     def _blocks_of(self, index: Index, shape: Shape) -> Tensor:
-        """Return the numbers of the row blocks that some rows (whole row blocks) are."""
+        """Return the numbers of the row blocks that consist of these rows."""
         height = self.tile_of(shape)[0]
         return torch.arange(shape[0])[index.cpu() if isinstance(index, Tensor) else index][::height] // height
 
@@ -166,6 +183,11 @@ class PartitionMatroid(MaskSet):
             Of the weight.
         mask : Tensor, optional
             A member whose counts are taken; by default each tile's count is spread evenly over its rows.
+
+        Returns
+        -------
+        PartitionMatroid
+            With tiles of one row each.
         """
         height, width = self.tile_of(shape)
         blocks, tiles = shape[0] // height, shape[1] // width
@@ -176,13 +198,13 @@ class PartitionMatroid(MaskSet):
             counts = keep // height + (torch.arange(height).view(1, -1, 1) < keep % height)
         return self._like(counts.reshape(-1), (1, width))
 
-    # Verbs
+    # Oracles, projection, membership
 
     def lmo(self, cost: Tensor) -> Tensor:
         return self._select(self.groups(self._fixed(cost)), cost.shape)
 
     def _fixed(self, cost: Tensor) -> Tensor:
-        """Return the cost with fixed entries made infinitely good or bad; here there are none."""
+        """Return the cost with that of fixed entries set to minus or plus infinity; here there are none."""
         return cost
 
     def _select(self, groups: Tensor, shape: Shape, full: Tensor | None = None) -> Tensor:
@@ -195,12 +217,12 @@ class PartitionMatroid(MaskSet):
         return self.ungroup(chosen, shape)
 
     def inface(self, cost: Tensor, x: Tensor) -> Tensor:
-        """Return the vertex of least cost on the smallest face that contains `evaluate`.
+        """Return the vertex of minimal cost on the smallest face that contains `x`.
 
         Parameters
         ----------
-        cost, at : Tensor
-            Finite, shape (rows, d); `evaluate` in the hull.
+        cost, x : Tensor
+            Finite, shape (rows, d); `x` in the hull.
         """
         tolerance = face_tolerance(x.dtype)
         # Comparisons and sums of floats: several times faster than booleans and torch.where.
@@ -210,34 +232,34 @@ class PartitionMatroid(MaskSet):
         cost = outside.sub_(inside).mul_(2.0 * far).add_(cost.clamp(-far, far))
         if not self.at_most:
             return self.lmo(cost)
-        # A full group stays full. What sums of floats lose grows with the sum.
+        # A full group stays full. The rounding error of a sum grows with the sum.
         _, keep = self._counts(cost.shape, cost.device)
         full = self.groups(x).sum(1, dtype=torch.float64) >= keep - tolerance * (1.0 + keep.double())
         return self._select(self.groups(self._fixed(cost)), cost.shape, full.to(cost.dtype).unsqueeze(1))
 
     def max_step(self, x: Tensor, direction: Tensor) -> Tensor:
-        """Return the largest fraction of `direction` that stays in the hull, shape (rows,).
+        """Return the largest step size for which x + step * direction stays in the hull, shape (rows,).
 
         Parameters
         ----------
-        at, direction : Tensor
-            Shape (rows, d); the direction keeps every group's sum, unless groups may keep fewer.
+        x, direction : Tensor
+            Shape (rows, d); `x` in the hull. The direction sums to zero over every group, unless groups may keep fewer.
         """
         step = box_step(x, direction)
         if not self.at_most:
             return step
         height, _ = self.tile_of(x.shape)
         _, keep = self._counts(x.shape, x.device)
-        moves = self.groups(direction)
-        rise = moves.sum(1, dtype=torch.float64)
-        room = (keep - self.groups(x).sum(1, dtype=torch.float64)).clamp_min_(torch.finfo(torch.float64).tiny)
-        # What is left of entries that cancel is no rise.
-        rises = rise > face_tolerance(x.dtype) * moves.abs().sum(1, dtype=torch.float64)
-        limit = torch.where(rises, room / rise, torch.inf).view(len(x) // height, -1).amin(1)
+        change = self.groups(direction)
+        rise = change.sum(1, dtype=torch.float64)
+        slack = (keep - self.groups(x).sum(1, dtype=torch.float64)).clamp_min_(torch.finfo(torch.float64).tiny)
+        # The rounding error of entries that cancel is no rise.
+        rises = rise > face_tolerance(x.dtype) * change.abs().sum(1, dtype=torch.float64)
+        limit = torch.where(rises, slack / rise, torch.inf).view(len(x) // height, -1).amin(1)
         return torch.minimum(step, limit.repeat_interleave(height).to(step.dtype))
 
     def project(self, x: Tensor) -> Tensor:
-        """Return the point of the hull nearest to `x` (Euclidean).
+        """Return the point of the hull nearest to `x` (Euclidean), shape (rows, d): see `capped_simplex`.
 
         Parameters
         ----------
@@ -254,7 +276,12 @@ class PartitionMatroid(MaskSet):
         return self.ungroup(nearest, x.shape)
 
     def restrict(self, kept: Tensor | None = None, pruned: Tensor | None = None) -> PartitionMatroid:
-        """Return the masks that keep all entries of `kept` and prune all of `pruned`, boolean, shape (rows, d).
+        """Return the masks that keep all entries of `kept` and prune all of `pruned`.
+
+        Parameters
+        ----------
+        kept, pruned : Tensor, optional
+            Boolean, shape (rows, d).
 
         Raises
         ------
@@ -347,45 +374,6 @@ class PartitionMatroid(MaskSet):
 def _mean_kept(size: int, keep: int) -> float:
     """Return how many of `size` entries a mask keeps on average that keeps at most `keep`."""
     kept = np.arange(keep + 1)
-    masks = -gammaln(kept + 1) - gammaln(size - kept + 1)  # logarithms of binomials, but for a constant
+    masks = -gammaln(kept + 1) - gammaln(size - kept + 1)  # logarithms of binomials, up to a constant
     weight = np.exp(masks - masks.max())
     return float((kept * weight).sum() / weight.sum())
-
-
-def Unstructured(keep: float | int) -> PartitionMatroid:  # noqa: N802 - named like the sets it stands for
-    """Masks that keep `keep` entries (a fraction or a count) of the whole matrix."""
-    return PartitionMatroid(keep, (None, None), "Unstructured")
-
-
-def PerRow(keep: float | int | Tensor) -> PartitionMatroid:  # noqa: N802
-    """Masks that keep `keep` entries (a fraction, a count, or a count for each row) of every row."""
-    return PartitionMatroid(keep, (1, None), "PerRow")
-
-
-def NM(*, keep: int, group: int) -> PartitionMatroid:  # noqa: N802
-    """Masks that keep `keep` of every `group` consecutive input features; 2:4 is NM(keep=2, group=4).
-
-    Keywords only, because libraries disagree about what "2" counts in "2:4".
-    """
-    if not all(whole(-(2**53)).fits(number) for number in (keep, group)):
-        raise MaskoptError(
-            f"NM needs whole numbers, as it counts entries; got keep={shown(keep)}, group={shown(group)}."
-        )
-    if not 0 <= keep <= group:
-        raise MaskoptError(f"NM needs 0 <= keep <= group; got keep={keep}, group={group}.")
-    return PartitionMatroid(keep, (1, group), "NM")
-
-
-def Blocks(keep: float | int | Tensor, tile: tuple[int, int]) -> PartitionMatroid:  # noqa: N802
-    """Masks that keep `keep` entries (a fraction, a count, or a count for each tile) of every tile of this shape."""
-    return PartitionMatroid(keep, tile, "Blocks")
-
-
-def AtMost(base: PartitionMatroid) -> PartitionMatroid:  # noqa: N802
-    """Masks whose groups keep at most what they keep in `base`; entries fixed there stay fixed."""
-    if not isinstance(base, PartitionMatroid):
-        raise MaskoptError(f"AtMost needs a set such as PerRow(0.5); got {shown(base)}.")
-    masks = PartitionMatroid(base.keep, base.tile, base.name, at_most=True)
-    if base.protected is None and base.forbidden is None:
-        return masks
-    return masks.restrict(base.protected, base.forbidden)

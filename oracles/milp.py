@@ -1,4 +1,4 @@
-"""Mixed-integer formulations of sets, and what follows from one alone: membership, an oracle and a proven bound."""
+"""MILP formulations of sets, and what follows from one: membership, a linear minimisation oracle, a proven bound."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MilpFormulation:
     auxiliary : int
         Number of auxiliary variables.
     integrality : int or sequence of int
-        Of the auxiliary variables: 1 for integers (the default), 0 for continuous ones, as in `scipy.optimize.milp`.
+        Types of the auxiliary variables: 1 for integer (the default), 0 for continuous, as in `scipy.optimize.milp`.
     lower, upper : float or sequence of float
         Finite bounds of the auxiliary variables, 0 and 1 by default.
 
@@ -61,7 +61,7 @@ class MilpFormulation:
     upper: float | Sequence[float] = 1.0
 
     def __post_init__(self) -> None:
-        # scipy keeps a dense matrix as it is given and broadcasts its sides late; here all have one form.
+        # scipy keeps a dense matrix as it is given and does not broadcast its sides; here all have one form.
         given = self.constraints.A
         matrix = csr_array(given if hasattr(given, "tocsr") else np.atleast_2d(given), dtype=float, copy=True)
         matrix.sum_duplicates()
@@ -93,7 +93,7 @@ class MilpFormulation:
 
     @property
     def bounds(self) -> Bounds:
-        """Of all variables."""
+        """Lower and upper bounds of all variables, the mask's entries first."""
         return Bounds(
             np.concatenate((np.zeros(self.entries), np.asarray(self.lower))),
             np.concatenate((np.ones(self.entries), np.asarray(self.upper))),
@@ -101,19 +101,19 @@ class MilpFormulation:
 
     @property
     def extras(self) -> list[tuple[bool, float, float]]:
-        """Whether it is an integer, and its bounds, for each auxiliary variable."""
+        """For each auxiliary variable: whether it is an integer, its lower bound and its upper bound."""
         parts = (np.asarray(part).tolist() for part in (self.integrality, self.lower, self.upper))
         return [(bool(whole), low, high) for whole, low, high in zip(*parts, strict=True)]
 
     def solve(self, cost: np.ndarray, *, relaxed: bool = False) -> Any:
-        """Minimise a cost of the mask's entries with HiGHS (Huangfu and Hall, Math. Prog. Computation 10, 2018).
+        """Minimise a linear cost of the mask's entries with HiGHS (Huangfu and Hall, Math. Prog. Computation 10, 2018).
 
         Parameters
         ----------
         cost : ndarray
             Finite, shape (entries,). HiGHS works to absolute tolerances of about 1e-6.
         relaxed : bool
-            Whether variables may be fractional.
+            Whether to solve the linear relaxation.
 
         Returns
         -------
@@ -130,9 +130,22 @@ class MilpFormulation:
         )
 
     def completed(self, mask: np.ndarray) -> np.ndarray | None:
-        """Return values of the auxiliary variables with which a flattened mask (zeros and ones) is feasible.
+        """Return values of the auxiliary variables with which a flattened mask is feasible.
 
-        None if there are none, that is, if the mask does not belong to the set. Sums may be off by their rounding.
+        Parameters
+        ----------
+        mask : ndarray
+            Zeros and ones, shape (entries,). Sums of constraints may be off by their rounding error.
+
+        Returns
+        -------
+        ndarray or None
+            Shape (auxiliary variables,); None if the mask does not belong to the set.
+
+        Raises
+        ------
+        MaskoptError
+            If the mask has another number of entries.
         """
         flat = np.asarray(mask, dtype=float).ravel()
         if len(flat) != self.entries:
@@ -140,10 +153,10 @@ class MilpFormulation:
         if self.auxiliary == 0:
             return np.zeros(0) if bool(self.members(flat[None])[0]) else None
         own, other = self.matrix[:, : self.entries], self.matrix[:, self.entries :]
-        sums, room = own @ flat, 1e-12 * (abs(own) @ flat)
+        sums, slack = own @ flat, 1e-12 * (abs(own) @ flat)
         answer = milp(
             np.zeros(self.auxiliary),
-            constraints=LinearConstraint(other, self.constraints.lb - sums - room, self.constraints.ub - sums + room),
+            constraints=LinearConstraint(other, self.constraints.lb - sums - slack, self.constraints.ub - sums + slack),
             integrality=np.asarray(self.integrality),
             bounds=Bounds(np.asarray(self.lower), np.asarray(self.upper)),
         )
@@ -158,26 +171,32 @@ class MilpFormulation:
         if self.auxiliary:
             return np.array([self.contains(mask) for mask in masks], dtype=bool)
         flat = np.asarray(masks, dtype=float).T
-        sums, room = self.matrix @ flat, 1e-12 * (abs(self.matrix) @ flat)
+        sums, slack = self.matrix @ flat, 1e-12 * (abs(self.matrix) @ flat)
         low, high = self.constraints.lb[:, None], self.constraints.ub[:, None]
-        return np.asarray(((low <= sums + room) & (sums - room <= high)).all(0))
+        return np.asarray(((low <= sums + slack) & (sums - slack <= high)).all(0))
 
     def cheapest(self, cost: np.ndarray) -> np.ndarray | None:
-        """Return a mask of least cost, boolean, shape (entries,), up to HiGHS's tolerances; None if there is none.
+        """Return a mask of minimal cost, up to HiGHS's tolerances.
 
         Parameters
         ----------
         cost : ndarray
             Shape (entries,), no NaN; infinite costs outweigh all finite ones together.
+
+        Returns
+        -------
+        ndarray or None
+            Boolean, shape (entries,); None if there is no mask.
         """
         answer = self.solve(_scaled(cost)[0])
         return None if answer.x is None else np.round(answer.x[: self.entries]).astype(bool)
 
     def lower_bound(self, cost: np.ndarray) -> float:
-        """Return a proven lower bound of the least cost of any mask: weak duality of the linear relaxation.
+        """Return a proven lower bound on the cost of any mask, by weak duality of the linear relaxation.
 
-        Any multipliers y >= 0 of A v <= b prove -<y, b> + min_v <c + A^T y, v> over the box of the bounds (Neumaier
-        and Shcherbina, Mathematical Programming 99, 2004): HiGHS's serve, and the rounding of the sum is taken off.
+        Any multipliers y >= 0 of A v <= b prove the bound -<y, b> + min_v <c + A^T y, v>, the minimum over the box of
+        the variables' bounds (Neumaier and Shcherbina, Safe bounds in linear and mixed-integer linear programming,
+        Mathematical Programming 99, 2004). Those of HiGHS are used, and a bound on the rounding error is subtracted.
 
         Parameters
         ----------
@@ -203,7 +222,7 @@ class MilpFormulation:
 
 
 def _scaled(cost: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return the cost over a power of two that leaves its largest entry in [1, 2), without infinities, and that."""
+    """Return the cost, finite, divided by a power of two that brings its largest entry into [1, 2), and that power."""
     flat = np.asarray(cost, dtype=float).ravel()
     finite = np.isfinite(flat)
     largest = float(abs(flat[finite]).max(initial=0.0))

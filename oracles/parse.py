@@ -1,11 +1,12 @@
-"""Sets of masks from the words people type."""
+"""Sets of masks by name, for the command line and for files."""
 
 import re
 
 from maskopt.checks import real, shown
 from maskopt.errors import MaskoptError
 from maskopt.oracles.base import MaskSet
-from maskopt.oracles.matroid import NM, AtMost, Blocks, PartitionMatroid, PerRow, Unstructured
+from maskopt.oracles.matroid import PartitionMatroid
+from maskopt.oracles.patterns import NM, AtMost, Blocks, PerRow, Unstructured
 from maskopt.oracles.transposable import TransposableNM
 from maskopt.oracles.units import Columns, Rows
 
@@ -27,10 +28,21 @@ def parse_masks(pattern: str, sparsity: float | None = None) -> MaskSet:
         Fraction of the weights pruned, in [0, 1]; of each tile for "blocks-HxW". With "n:m" it may be left out, and
         must agree if given.
 
+    Returns
+    -------
+    MaskSet
+
     Raises
     ------
     MaskoptError
         If the pattern is unknown, the sparsity is missing or out of range, or both disagree.
+
+    Examples
+    --------
+    >>> parse_masks("2:4")
+    NM(keep=2, group=4)
+    >>> parse_masks("per-row", sparsity=0.75)
+    PerRow(keep=0.25)
     """
     if not isinstance(pattern, str):
         raise MaskoptError(f"A pattern is a word such as per-row or 2:4; got {shown(pattern)}.")
@@ -60,5 +72,5 @@ def parse_masks(pattern: str, sparsity: float | None = None) -> MaskSet:
         )
     if sparsity is None:
         raise MaskoptError(f"The pattern {pattern} needs a sparsity between 0 and 1.")
-    keep_share = float(1 - sparsity)
-    return Blocks(keep_share, (int(tile[1]), int(tile[2]))) if tile else _FAMILIES[pattern](keep_share)
+    fraction = float(1 - sparsity)
+    return Blocks(fraction, (int(tile[1]), int(tile[2]))) if tile else _FAMILIES[pattern](fraction)

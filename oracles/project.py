@@ -7,15 +7,17 @@ from maskopt.oracles.select import smallest
 
 __all__ = ["capped_simplex"]
 
-_SHORT = 32  # rows up to this size are laid out entry by entry
-_STEPS = 200  # far more than are ever taken: each third one halves the bracket
+_SHORT = 32  # rows up to this size are stored transposed, entry by entry
+_STEPS = 200  # far more than needed: each third one halves the bracket
 
 
 def capped_simplex(y: Tensor, keep: int | Tensor) -> Tensor:
-    """Return the nearest points of {0 <= x <= 1, sum x = keep}, row by row.
+    """Return the nearest points of the capped simplex {0 <= x <= 1, sum x = keep} (Euclidean), row by row.
 
-    The answer is clip(y + t, 0, 1) with one t for each row. Seen from the row's keep-th largest entry, t lies in
-    [0, 1]; there Newton's method on the piecewise linear sum, kept in a bracket, ends on the right piece.
+    The projection is clip(y + t, 0, 1) with one multiplier t for each row (Wang and Lu, Projection onto the capped
+    simplex, arXiv 1503.01002). Relative to the row's keep-th largest entry, t lies in [0, 1]; it is the root of a
+    piecewise linear function, found by Newton's method (Ang, Ma, Liu and Wu, Fast projection onto the capped simplex,
+    NeurIPS 2021), safeguarded by bisection.
 
     Parameters
     ----------
@@ -23,6 +25,18 @@ def capped_simplex(y: Tensor, keep: int | Tensor) -> Tensor:
         Floating point, finite, shape (groups, size).
     keep : int or Tensor
         For all rows or for each, shape (groups,); at most `size`.
+
+    Returns
+    -------
+    Tensor
+        In the type of `y`, shape (groups, size).
+
+    Examples
+    --------
+    >>> capped_simplex(torch.tensor([[2.0, 0.5, 0.25]]), 1)
+    tensor([[1., 0., 0.]])
+    >>> capped_simplex(torch.tensor([[2.0, 0.5, 0.25]]), 2)
+    tensor([[1.0000, 0.6250, 0.3750]])
     """
     if y.numel() == 0:
         return y.clone()
@@ -37,16 +51,16 @@ def capped_simplex(y: Tensor, keep: int | Tensor) -> Tensor:
     t = torch.full_like(total, 0.5)
     low, high = torch.zeros_like(t), torch.ones_like(t)
     small = torch.finfo(wide.dtype).eps
-    # Comparisons that write floats, and arithmetic with them, are far faster than booleans and torch.where.
+    # Comparisons that write floats, and arithmetic with them, are much faster than booleans and torch.where.
     flag = torch.empty_like(near)
     for step in range(_STEPS):
         x = (near + t.to(near.dtype)).clamp_(0.0, 1.0)
         missing = total - x.sum(line, keepdim=True, dtype=torch.float64)
-        moving = torch.gt(x, 0.0, out=flag).sum(line, keepdim=True)
-        moving -= torch.ge(x, 1.0, out=flag).sum(line, keepdim=True)
+        slope = torch.gt(x, 0.0, out=flag).sum(line, keepdim=True)
+        slope -= torch.ge(x, 1.0, out=flag).sum(line, keepdim=True)
         torch.maximum(low, t * torch.ge(missing, 0.0, out=torch.empty_like(t)), out=low)
         torch.minimum(high, t + torch.gt(missing, 0.0, out=torch.empty_like(t)), out=high)
-        newton = torch.minimum(torch.maximum(t + missing / moving.clamp_min_(1.0), low), high)
+        newton = torch.minimum(torch.maximum(t + missing / slope.clamp_min_(1.0), low), high)
         change = (newton - t).abs_()
         if float(change.max()) <= small:
             break

@@ -1,4 +1,4 @@
-"""Square 0/1 matrices with one number of ones in every row and column: the cheapest, all of them, and how many."""
+"""Square 0/1 matrices with the same number of ones in every row and column: the cheapest, all, and their number."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from maskopt.oracles.cycles import cheapest_by_cycles
 
 __all__ = ["cheapest_regular", "count_regular", "every_regular", "regular_table"]
 
-_TABLE = 128  # so many matrices are listed and compared at once
+_TABLE = 128  # matrices up to which all are listed and compared
 _BLOCK = 2**22  # entries of a temporary
 
 
 def cheapest_regular(cost: Tensor, keep: int, kept: Tensor | None = None, pruned: Tensor | None = None) -> Tensor:
-    """Return, tile by tile, the 0/1 matrix of least cost with `keep` ones in every row and column.
+    """Return, tile by tile, the 0/1 matrix of minimal cost with `keep` ones in every row and column.
 
     Parameters
     ----------
@@ -30,18 +30,20 @@ def cheapest_regular(cost: Tensor, keep: int, kept: Tensor | None = None, pruned
     keep : int
         At most n.
     kept, pruned : Tensor, optional
-        Entries that have to be ones and zeros, boolean; where no matrix has them so, as many as possible are.
+        Entries that have to be ones and zeros, boolean, shape (tiles, n, n); where no matrix has all of them, as many
+        as possible are.
 
     Returns
     -------
     Tensor
-        Boolean, shape (tiles, n, n). Where few matrices exist, the one whose ones come first is chosen among equals;
-        elsewhere the choice among equals is fixed but has no such rule.
+        Boolean, shape (tiles, n, n). Where at most 128 matrices exist, the one whose ones come first is chosen among
+        equal ones; otherwise the choice is deterministic but follows no such rule.
 
     Notes
     -----
-    Few matrices are compared in one product, others are improved by exchanges (`cheapest_by_cycles`). Either is exact:
-    where rounding might decide, the sums are compared digit by digit or in whole numbers.
+    This is a transportation problem. Up to 128 matrices are compared in one matrix product; otherwise it is solved as a
+    minimum-cost flow (`cheapest_by_cycles`). Both are exact: where rounding might decide, sums are compared digit by
+    digit or as integers.
     """
     cost, level = _leveled(cost, kept, pruned)
     tiles, size, _ = cost.shape
@@ -61,7 +63,7 @@ def cheapest_regular(cost: Tensor, keep: int, kept: Tensor | None = None, pruned
 
 
 def _leveled(cost: Tensor, kept: Tensor | None, pruned: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return finite costs, zero for fixed entries, and the levels of entries: whole numbers that go before costs."""
+    """Return finite costs, zero for fixed entries, and the levels of entries: integers minimised before the costs."""
     infinite = cost.isinf()
     level: Tensor | None = None
     if bool(infinite.any()):
@@ -88,7 +90,7 @@ def _first_of(table: Tensor, cost: Tensor, level: Tensor | None) -> Tensor:
     minimum, best = sums.min(1)
     rough = (~summable(cost)).nonzero().flatten()
     if len(rough):
-        # Rounding of a sum, twice, at most.
+        # At most twice the rounding error of a sum.
         noise = cost.shape[1] * 2.0**-51 * cost[rough].abs().sum(1)
         near = sums[rough] <= (minimum[rough] + noise).unsqueeze(1)
         several = near.sum(1) > 1
@@ -101,8 +103,8 @@ def _first_of(table: Tensor, cost: Tensor, level: Tensor | None) -> Tensor:
 def _by_digits(table: Tensor, cost: Tensor, near: Tensor) -> Tensor:
     """Return the first of the cheapest among the matrices marked in `near`, (tiles, matrices), without any rounding.
 
-    Costs are read 40 binary digits at a time, whose sums are whole numbers that float64 holds exactly. Differences are
-    carried on to the next digits; matrices that the remaining digits cannot bring back leave.
+    Costs are read 40 binary digits at a time; sums of such digits are integers that float64 represents exactly.
+    Differences are carried to the next digits, and matrices that can no longer become the cheapest are dropped.
     """
     alive, carried = near.clone(), torch.zeros_like(near, dtype=torch.float64)
     exponent = torch.frexp(cost.abs().amax(1, keepdim=True)).exponent
@@ -121,18 +123,36 @@ def _by_digits(table: Tensor, cost: Tensor, near: Tensor) -> Tensor:
 def every_regular(
     size: int, keep: int, kept: tuple[int, ...] = (), pruned: tuple[int, ...] = ()
 ) -> Iterator[tuple[int, ...]]:
-    """Yield the flat indices of the ones of every matrix, in lexicographic order, that keeps and prunes some."""
+    """Yield every matrix with some fixed entries, in lexicographic order.
+
+    Parameters
+    ----------
+    size, keep : int
+        Side of the matrices, and ones in each row and column.
+    kept, pruned : tuple of int
+        Flat indices of entries that are one, or zero.
+
+    Yields
+    ------
+    tuple of int
+        Flat indices of the ones, ascending.
+
+    Examples
+    --------
+    >>> list(every_regular(2, 1))
+    [(0, 3), (1, 2)]
+    """
     must, never = set(kept), set(pruned)
     free = [[row * size + column for column in range(size) if row * size + column not in never] for row in range(size)]
 
-    def below(row: int, room: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    def below(row: int, open_: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         if row == size:
             yield ()
             return
         needed = must.intersection(range(row * size, (row + 1) * size))
-        for ones in itertools.combinations([entry for entry in free[row] if room[entry % size]], keep):
+        for ones in itertools.combinations([entry for entry in free[row] if open_[entry % size]], keep):
             if needed <= set(ones):
-                left = list(room)
+                left = list(open_)
                 for entry in ones:
                     left[entry % size] -= 1
                 if max(left) < size - row:
@@ -144,29 +164,51 @@ def every_regular(
 
 @functools.cache
 def count_regular(size: int, keep: int) -> int:
-    """Return how many matrices there are (OEIS A008300)."""
+    """Return the number of matrices (OEIS A008300).
+
+    Parameters
+    ----------
+    size, keep : int
+        Side of the matrices, and ones in each row and column.
+
+    Examples
+    --------
+    >>> count_regular(4, 2), count_regular(8, 4)
+    (90, 116963796250)
+    """
 
     @functools.cache
-    def directions(rows: int, room: tuple[int, ...]) -> int:
-        """Count fillings of the last rows if room[r] columns still need r ones."""
+    def fillings(rows: int, open_: tuple[int, ...]) -> int:
+        """Count the fillings of the last rows if open_[r] columns still need r ones."""
         if rows == 0:
             return 1
         total = 0
-        for taken in itertools.product(*(range(min(number, keep) + 1) for number in room[1:])):
+        for taken in itertools.product(*(range(min(number, keep) + 1) for number in open_[1:])):
             if sum(taken) != keep:
                 continue
-            # Columns that need r ones: those of before, less those that took one, and those that come from r + 1.
-            left = [old - gone + come for old, gone, come in zip(room, (0, *taken), (*taken, 0), strict=True)]
+            # Columns that now need r ones: those that did and took none, and those that needed r + 1 and took one.
+            left = [old - gone + come for old, gone, come in zip(open_, (0, *taken), (*taken, 0), strict=True)]
             if all(number == 0 for need, number in enumerate(left) if need > rows - 1):
-                total += math.prod(map(math.comb, room[1:], taken)) * directions(rows - 1, tuple(left))
+                total += math.prod(map(math.comb, open_[1:], taken)) * fillings(rows - 1, tuple(left))
         return total
 
-    return directions(size, (0,) * keep + (size,)) if keep else 1
+    return fillings(size, (0,) * keep + (size,)) if keep else 1
 
 
 @functools.cache
 def regular_table(size: int, keep: int) -> Tensor | None:
-    """Return all matrices, float64, shape (number, size^2), in lexicographic order; None if they are many."""
+    """Return all matrices as rows of a table, in lexicographic order.
+
+    Parameters
+    ----------
+    size, keep : int
+        Side of the matrices, and ones in each row and column.
+
+    Returns
+    -------
+    Tensor or None
+        Float64, shape (number, size^2); None if there are more than 128.
+    """
     if size > 8 or count_regular(size, keep) > _TABLE:
         return None
     listed = list(every_regular(size, keep))

@@ -1,4 +1,4 @@
-"""Entries that must stay or must go: a wrapper around any partition matroid."""
+"""Partition matroids with fixed entries: some that every mask keeps, some that every mask prunes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Restricted(PartitionMatroid):
     Parameters
     ----------
     base : PartitionMatroid
-        The set to restrict; what is fixed there already stays fixed.
+        The set to restrict; entries fixed there stay fixed.
     protected, forbidden : Tensor, optional
         Boolean, shape (rows, d).
 
@@ -33,6 +33,16 @@ class Restricted(PartitionMatroid):
     ------
     MaskoptError
         If there is no such mask.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from maskopt.oracles import PerRow, Restricted
+    >>> masks = Restricted(PerRow(2), protected=torch.tensor([[True, False, False, False]]))
+    >>> masks.lmo_mask(torch.tensor([[4.0, 3.0, 2.0, 1.0]])).tolist()
+    [[True, False, False, True]]
+    >>> masks.count((1, 4))
+    3
     """
 
     def __init__(
@@ -67,7 +77,7 @@ class Restricted(PartitionMatroid):
         return f"Restricted({super().__repr__()}, {', '.join(fixed)})"
 
     def _held(self, entries: Tensor | None) -> Tensor:
-        """Return how many entries of each group are fixed so, int64, on the CPU."""
+        """Return how many of these entries each group has, int64, shape (groups,), on the CPU."""
         if entries is None:
             return torch.zeros_like(self.kept_per_group(self._shape))
         return self.groups(entries).sum(1).cpu()
@@ -82,7 +92,7 @@ class Restricted(PartitionMatroid):
                 if entries is not None:
                     bias[entries.to(cost.device)] = value
             self._biases[key] = bias
-        # Finite first: not even an infinitely good entry displaces a fixed one.
+        # Costs are made finite first, so that no infinite cost displaces a fixed entry.
         limits = torch.finfo(cost.dtype)
         return cost.clamp(limits.min, limits.max).add_(self._biases[key])
 
@@ -121,7 +131,7 @@ class Restricted(PartitionMatroid):
         try:
             return Restricted(super().rowwise(shape, mask), self.protected, self.forbidden)
         except MaskoptError:
-            # Even counts do not fit what is fixed in some row: a member's do.
+            # Even counts contradict the fixed entries of some row; those of a member do not.
             member = self.lmo_mask(-self.center(shape, torch.float32, torch.device("cpu")))
             return Restricted(super().rowwise(shape, member), self.protected, self.forbidden)
 
@@ -135,14 +145,20 @@ class Restricted(PartitionMatroid):
 
 
 def Protected(base: PartitionMatroid, protected: Tensor) -> Restricted:  # noqa: N802 - named like the set
-    """Masks of `base` that keep every protected entry (SparseFW's fixed ratio alpha, outliers).
+    """Return the set of masks of `base` that keep every protected entry.
+
+    SparseFW protects a ratio alpha of the entries so (arXiv 2510.13713); others protect outliers.
 
     Parameters
     ----------
     base : PartitionMatroid
         The set to restrict.
     protected : Tensor
-        Boolean, shape (rows, d); no group may hold more protected entries than it keeps.
+        Boolean, shape (rows, d); no group may have more protected entries than it keeps.
+
+    Returns
+    -------
+    Restricted
 
     Raises
     ------

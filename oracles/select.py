@@ -1,4 +1,4 @@
-"""The k smallest entries of each row, exactly k, ties to the lower index: the inner loop of every oracle."""
+"""Selection of the k smallest entries of each row: exactly k, ties to the lower index."""
 
 import numpy as np
 import torch
@@ -23,8 +23,14 @@ def smallest(cost: Tensor, keep: int | Tensor) -> Tensor:
     -------
     Tensor
         Indicator (0 or 1) in the type of `cost`, shape (groups, size), exactly `keep` ones per row; among equal
-        entries the lower index wins, on every device. It is floating point because comparisons that write
-        floats are several times faster than those that write booleans, and solvers need floats.
+        entries the lower index is chosen, on every device. It is floating point because solvers need floats, and
+        because comparisons that write floats are several times faster than those that write booleans.
+
+    Examples
+    --------
+    >>> smallest(torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]), 2)
+    tensor([[0., 1., 1.],
+            [1., 1., 0.]])
     """
     size = cost.shape[1]
     if isinstance(keep, Tensor):
@@ -42,8 +48,8 @@ def smallest(cost: Tensor, keep: int | Tensor) -> Tensor:
 
 
 def _smallest_varying(cost: Tensor, keep: Tensor, low: int, high: int) -> Tensor:
-    # Each row gets high - low more entries, of which high - keep are -inf and the rest +inf: then `high` is the
-    # right count for all of them and one selection serves every row.
+    # Each row gets high - low more entries, of which high - keep are -inf and the rest +inf: with them every row has
+    # `high` entries to select, and one call selects them.
     extra = torch.arange(high - low, device=cost.device) < (high - keep).unsqueeze(1)
     extra = torch.where(extra, -torch.inf, torch.inf).to(cost.dtype)
     return _up_to(cost, _kth_smallest(torch.cat((extra, cost), 1), high), keep.unsqueeze(1))
@@ -76,7 +82,7 @@ def _smallest_by_rank(cost: Tensor, keep: int) -> Tensor:
     ranks = torch.empty((len(columns), len(cost)), dtype=cost.dtype, device=cost.device)
     rank = ranks.unbind(0)
     for i in range(len(columns)):
-        rank[i].fill_(len(columns) - 1 - i)  # as if all later ones went first
+        rank[i].fill_(len(columns) - 1 - i)  # as if all later entries were smaller
     first = torch.empty_like(rank[0])
     for i in range(len(columns)):
         for j in range(i + 1, len(columns)):

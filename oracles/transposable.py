@@ -1,4 +1,4 @@
-"""Transposable N:M: tiles that keep a fixed number in each of their rows and each of their columns."""
+"""Transposable N:M: tiles that keep a fixed number of entries in each of their rows and columns."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["TransposableNM"]
 
 
 class TransposableNM(MaskSet):
-    """Masks that are N:M for the weight and for its transpose, as sparse training needs them.
+    """Masks that are N:M for the weight and for its transpose, which speeds up both passes of sparse training.
 
-    Every `group` x `group` tile keeps `keep` entries in each of its rows and each of its columns (Hubara et al.,
-    Accelerated Sparse Neural Training, NeurIPS 2021, section 3). The hull is a transportation polytope with
-    capacities: its faces are given by entries fixed at 0 and 1, and its vertices are masks. Costs of a tile may be
-    infinite: the mask then holds as few infinite and as many minus-infinite entries as the set allows, net of each
-    other, and is cheapest among those.
+    Every `group` x `group` tile keeps `keep` entries in each of its rows and each of its columns. Minimising a cost
+    over a tile is a transportation problem with capacities one, that is, a minimum-cost flow: the hull is a
+    transportation polytope, whose faces are given by entries fixed at 0 and 1 and whose vertices are masks. Costs may
+    be infinite: the mask then keeps as few entries of cost infinity and as many of cost minus infinity as the set
+    allows, net of each other, and is cheapest among those.
 
     Parameters
     ----------
@@ -39,7 +39,23 @@ class TransposableNM(MaskSet):
     Raises
     ------
     MaskoptError
-        If they are no such numbers. The verbs raise it where tiles do not divide the weight.
+        If they are no such numbers. Methods raise it where tiles do not divide the weight.
+
+    References
+    ----------
+    The set and its formulation as a minimum-cost flow: Hubara et al., Accelerated sparse neural training: a provable
+    and efficient method to find N:M transposable masks, NeurIPS 2021, section 3. The algorithm (`cheapest_by_cycles`):
+    Ahuja, Magnanti and Orlin, Network Flows, 1993, section 9.6.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from maskopt.oracles import TransposableNM
+    >>> masks = TransposableNM(keep=1, group=2)
+    >>> masks.lmo_mask(torch.tensor([[-5.0, -4.0], [-4.0, 0.0]])).tolist()
+    [[False, True], [True, False]]
+    >>> TransposableNM(keep=2, group=4).count((4, 4))
+    90
     """
 
     def __init__(self, *, keep: int, group: int) -> None:
@@ -92,7 +108,7 @@ class TransposableNM(MaskSet):
         masks.protected, masks.forbidden = protected, forbidden
         return masks
 
-    # Verbs
+    # Oracles and membership
 
     def lmo(self, cost: Tensor) -> Tensor:
         return self._cheapest(cost, self.protected, self.forbidden)
@@ -103,18 +119,24 @@ class TransposableNM(MaskSet):
         return self._untile(chosen, cost.shape).to(cost.dtype)
 
     def inface(self, cost: Tensor, x: Tensor) -> Tensor:
-        """Return the vertex of least cost on the smallest face that contains `evaluate`.
+        """Return the vertex of minimal cost on the smallest face that contains `x`.
 
         Parameters
         ----------
-        cost, at : Tensor
-            Finite, shape (rows, d); `evaluate` in the hull.
+        cost, x : Tensor
+            Finite, shape (rows, d); `x` in the hull.
         """
         tolerance = face_tolerance(x.dtype)
         return self._cheapest(cost, x >= 1.0 - tolerance, x <= tolerance)
 
     def max_step(self, x: Tensor, direction: Tensor) -> Tensor:
-        """Return the largest fraction of `direction`, which keeps all sums, that stays in the hull, shape (rows,)."""
+        """Return the largest step size for which x + step * direction stays in the hull, shape (rows,).
+
+        Parameters
+        ----------
+        x, direction : Tensor
+            Shape (rows, d); `x` in the hull. The direction sums to zero over every row and column of a tile.
+        """
         return box_step(x, direction)
 
     def round(self, x: Tensor) -> Tensor:
@@ -138,7 +160,7 @@ class TransposableNM(MaskSet):
                 wrong += self._tiles(self.forbidden).flatten(1).double().cpu() @ table.T
             fits = (wrong == 0).double()
             return self._untile((fits @ table) / fits.sum(1, keepdim=True), shape).to(device=device, dtype=dtype)
-        # A mean of masks in which every entry that can be kept is kept once, and pruned once if it can be.
+        # A mean of masks in which every entry that is not fixed is kept by some and pruned by others.
         total = torch.zeros((shape[0], shape[1]), dtype=torch.float64, device=device)
         places = torch.arange(self.group, device=device)
         rows, columns = places.repeat(shape[0] // self.group), places.repeat(shape[1] // self.group)
@@ -147,7 +169,12 @@ class TransposableNM(MaskSet):
         return (total / (2 * self.group**2)).to(dtype)
 
     def restrict(self, kept: Tensor | None = None, pruned: Tensor | None = None) -> TransposableNM:
-        """Return the masks that keep all entries of `kept` and prune all of `pruned`, boolean, shape (rows, d).
+        """Return the masks that keep all entries of `kept` and prune all of `pruned`.
+
+        Parameters
+        ----------
+        kept, pruned : Tensor, optional
+            Boolean, shape (rows, d).
 
         Raises
         ------
@@ -172,7 +199,7 @@ class TransposableNM(MaskSet):
         return masks
 
     def _fixed_of(self, shape: Shape) -> list[tuple[tuple[int, ...], ...]]:
-        """Return the kept and the pruned places of every tile."""
+        """Return the flat indices of the protected and of the forbidden entries of every tile."""
         number = shape[0] * shape[1] // self.group**2
         fixed: list[list[tuple[int, ...]]] = []
         for entries in (self.protected, self.forbidden):

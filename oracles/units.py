@@ -1,4 +1,4 @@
-"""Structured sets: whole columns, rows, heads or vectors of entries stand or fall together."""
+"""Structured sets: whole columns, rows, heads or vectors of entries are kept or pruned together."""
 
 from __future__ import annotations
 
@@ -23,23 +23,34 @@ Unit = tuple[int | None, int | None]
 
 
 class Units(MaskSet):
-    """Masks whose entries stand or fall together in units of one shape.
+    """Masks whose units, blocks of one shape, are kept or pruned as a whole.
 
-    A unit's cost is the sum of its entries'; `base` chooses among units on the reduced weight, which has one entry
-    for each unit, and its answer is repeated. Every verb of the base is there but the exchange of single entries.
+    The cost of a unit is the sum over its entries. `base` chooses among the units, as a set of masks of the reduced
+    weight, which has one entry for each unit. All methods of the base are available except the exchange of single
+    entries.
 
     Parameters
     ----------
     base : PartitionMatroid
-        Which units may be kept together: a set of masks of the reduced weight, without fixed entries.
+        Which units may be kept together, without fixed entries.
     unit : (int or None, int or None)
         Rows and columns of a unit; None stands for all of them.
 
     Raises
     ------
     MaskoptError
-        If a side of the unit is below one, or the base has fixed entries. The verbs raise it where units do not
-        divide the weight, or the base does not fit the reduced one.
+        If a side of the unit is below one, or the base has fixed entries. Methods raise it where units do not divide
+        the weight, or the base does not fit the reduced one.
+
+    Examples
+    --------
+    Of every row, two of four vectors of two entries:
+
+    >>> import torch
+    >>> from maskopt.oracles import PerRow, Units
+    >>> masks = Units(PerRow(2), (1, 2))
+    >>> masks.lmo_mask(torch.tensor([[-1.0, -1.0, 2.0, -5.0, 0.0, 0.0, -1.5, 0.0]])).tolist()
+    [[True, True, True, True, False, False, False, False]]
     """
 
     def __init__(self, base: PartitionMatroid, unit: Unit) -> None:
@@ -64,7 +75,7 @@ class Units(MaskSet):
         Raises
         ------
         MaskoptError
-            If units do not fit the weight evenly.
+            If units do not divide the weight.
         """
         return fitted(self, self.unit, shape)
 
@@ -78,7 +89,7 @@ class Units(MaskSet):
         return matrix.reshape(matrix.shape[0] // height, height, matrix.shape[1] // width, width)
 
     def _first(self, matrix: Tensor) -> Tensor:
-        """Return the first entry of every unit, which stands for all where they are equal."""
+        """Return the first entry of every unit: the reduced matrix where the entries of units are equal."""
         height, width = self.unit_of(matrix.shape)
         return matrix[::height, ::width]
 
@@ -117,23 +128,35 @@ class Units(MaskSet):
         units.base, units.protected, units.forbidden = base, protected, forbidden
         return units
 
-    # Verbs
+    # Oracles, projection, membership
 
     def lmo(self, cost: Tensor) -> Tensor:
         return self._repeat(self.base.lmo(self._sum(cost)).to(cost.dtype), cost.shape)
 
     def inface(self, cost: Tensor, x: Tensor) -> Tensor:
-        """Return the vertex of least cost on the smallest face that contains `evaluate`; finite, shape (rows, d)."""
+        """Return the vertex of minimal cost on the smallest face that contains `x`.
+
+        Parameters
+        ----------
+        cost, x : Tensor
+            Finite, shape (rows, d); `x` in the hull.
+        """
         chosen = self.base.inface(self._sum(cost), self._first(x))
         return self._repeat(chosen.to(cost.dtype), cost.shape)
 
     def max_step(self, x: Tensor, direction: Tensor) -> Tensor:
-        """Return the largest fraction of `direction`, equal within units, that stays in the hull, shape (rows,)."""
+        """Return the largest step size for which x + step * direction stays in the hull, shape (rows,).
+
+        Parameters
+        ----------
+        x, direction : Tensor
+            Shape (rows, d), equal within units; `x` in the hull.
+        """
         step = self.base.max_step(self._first(x), self._first(direction))
         return step.repeat_interleave(self.unit_of(x.shape)[0])
 
     def project(self, x: Tensor) -> Tensor:
-        """Return the point of the hull nearest to `x`, shape (rows, d): that nearest to the means of the units."""
+        """Return the point of the hull nearest to `x`, shape (rows, d): the projection of the means over units."""
         return self._repeat(self.base.project(self._units(x).mean((1, 3))), x.shape)
 
     def round(self, x: Tensor) -> Tensor:
@@ -158,9 +181,12 @@ class Units(MaskSet):
         return (self._repeat(other, mask.shape) for other in self.base.neighbours(self._first(mask)))
 
     def restrict(self, kept: Tensor | None = None, pruned: Tensor | None = None) -> Units:
-        """Return the masks that keep all entries of `kept` and prune all of `pruned`, boolean, shape (rows, d).
+        """Return the masks that keep all entries of `kept` and prune all of `pruned`; a fixed entry fixes its unit.
 
-        A fixed entry fixes its unit.
+        Parameters
+        ----------
+        kept, pruned : Tensor, optional
+            Boolean, shape (rows, d).
 
         Raises
         ------
@@ -195,10 +221,36 @@ class Units(MaskSet):
 
 
 def Columns(keep: float | int) -> Units:  # noqa: N802 - named like the sets they stand for
-    """Masks that keep `keep` whole columns (a fraction or a count): input features."""
+    """Return the set of masks that keep a number of whole columns (input features).
+
+    Parameters
+    ----------
+    keep : float or int
+        A fraction in [0, 1] (rounded up) or a count.
+
+    Returns
+    -------
+    Units
+
+    Examples
+    --------
+    >>> import torch
+    >>> Columns(1).lmo_mask(torch.tensor([[0.0, -3.0], [-2.0, 0.0]])).tolist()
+    [[False, True], [False, True]]
+    """
     return Units(PartitionMatroid(keep, (None, None), "Columns"), (None, 1))
 
 
 def Rows(keep: float | int) -> Units:  # noqa: N802
-    """Masks that keep `keep` whole rows (a fraction or a count): output features."""
+    """Return the set of masks that keep a number of whole rows (output features).
+
+    Parameters
+    ----------
+    keep : float or int
+        A fraction in [0, 1] (rounded up) or a count.
+
+    Returns
+    -------
+    Units
+    """
     return Units(PartitionMatroid(keep, (None, None), "Rows"), (1, None))

@@ -1,4 +1,4 @@
-"""What is minimised: objectives over masks, seen through one narrow interface."""
+"""Objectives: functions of a mask, with one narrow interface to solvers."""
 
 from maskopt.problems.base import Direction, Point, Problem, Quadratic
 from maskopt.problems.form import QuadraticForm

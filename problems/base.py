@@ -1,4 +1,4 @@
-"""The narrow interface through which solvers see an objective."""
+"""The interface of an objective to solvers."""
 
 from __future__ import annotations
 
@@ -71,18 +71,23 @@ class Direction:
 class Problem(ABC):
     """A function of relaxed keep masks x in [0, 1]^(rows x d), a sum of one term per row.
 
-    What is expensive has a method of its own: `evaluate`, called to start; `hvp`, called once for every new direction;
-    and `advance`. For a `Quadratic` the last costs no matrix product; for other functions `hvp` costs none.
+    Each expensive operation has a method of its own: `evaluate`, called to start; `hvp`, called once for every new
+    direction; and `advance`. For a `Quadratic` `advance` costs no matrix product; for other functions `hvp` costs none.
+
+    Class attributes
+    ----------------
+    coupled : bool
+        Whether the objective is one number for all rows. Then all rows take the same steps, and each reports an equal
+        part of the objective.
+    unit : float
+        The objective is `unit` times what `value`, `slope` and `change` return.
+    lowest : float
+        A lower bound on each row's objective, valid for every mask.
     """
 
     coupled: bool = False
-    """Whether all rows have one value in common: then steps are common too, and each row reports an equal part."""
-
     unit: float = 1.0
-    """Objectives are `unit` times what `value` and `gradient` say."""
-
     lowest: float = -math.inf
-    """No row of a mask has a smaller objective."""
 
     @property
     @abstractmethod
@@ -101,15 +106,27 @@ class Problem(ABC):
 
     @abstractmethod
     def evaluate(self, x: Tensor) -> Point:
-        """Return the point of the relaxed mask `x`, shape (rows, d); `x` is not copied, the gradient is new."""
+        """Return the point of the relaxed mask `x`, with its gradient.
+
+        Parameters
+        ----------
+        x : Tensor
+            In [0, 1], shape (rows, d); it is not copied.
+        """
 
     @abstractmethod
     def hvp(self, x: Tensor) -> Direction:
-        """Return the direction `x`, shape (rows, d), with its Hessian product; `x` is not copied."""
+        """Return a direction with its Hessian product.
+
+        Parameters
+        ----------
+        x : Tensor
+            The direction, shape (rows, d); it is not copied.
+        """
 
     @abstractmethod
     def advance(self, point: Point, direction: Direction, step_size: Tensor) -> None:
-        """Add `step_size` (shape (rows, 1)) times `direction` to the point in place."""
+        """Replace the point by point + step_size * direction, in place; `step_size` has shape (rows, 1)."""
 
     @abstractmethod
     def value(self, point: Point) -> Tensor:
@@ -117,19 +134,19 @@ class Problem(ABC):
 
     @abstractmethod
     def slope(self, point: Point, direction: Direction, step_size: Tensor) -> Tensor:
-        """Return each row's derivative in `direction` after a step of `step_size`, both shape (rows,)."""
+        """Return each row's directional derivative at point + step_size * direction, both of shape (rows,)."""
 
     def change(self, point: Point, direction: Direction, step_size: Tensor) -> Tensor:
-        """Return each row's change of the objective by a step of `step_size` in `direction`, both shape (rows,)."""
+        """Return each row's change of the objective by the step `step_size` in `direction`, both of shape (rows,)."""
         there = torch.addcmul(point.x, direction.vector, step_size.unsqueeze(1))
         return (self.value(self.evaluate(there)) - self.value(point)).to(step_size.dtype)
 
     def sampled(self, x: Tensor, fraction: float, random: torch.Generator) -> Tensor:
-        """Return an unbiased estimate of the gradient at `x` that costs about `fraction` of the whole."""
+        """Return an unbiased estimate of the gradient at `x` at about `fraction` of the cost of the whole gradient."""
         return self.gradient(self.evaluate(x))
 
     def gradient(self, point: Point) -> Tensor:
-        """Return the derivative by x, shape (rows, d); read only, it may be the point's own."""
+        """Return the gradient, shape (rows, d); read only, as it may be the tensor that the point holds."""
         return point.gradient
 
     @abstractmethod
@@ -141,30 +158,39 @@ class Problem(ABC):
         """Return each row's objective of a boolean mask, evaluated from scratch in float64, shape (rows,)."""
 
     def exact_objective(self, mask: Tensor) -> list[Fraction] | None:
-        """Return each row's objective of a boolean mask without any rounding; None where that is not possible."""
+        """Return each row's objective of a boolean mask in rational arithmetic; None where that is not possible."""
         return None
 
     @abstractmethod
     def scale(self) -> Tensor:
-        """Return each row's objective of pruning everything: relative errors divide by it. Float64, shape (rows,)."""
+        """Return each row's objective when everything is pruned, float64, shape (rows,).
+
+        Relative errors are relative to it.
+        """
 
     @abstractmethod
     def double(self) -> Problem:
-        """Return the same objective in float64, for figures that have to be proven."""
+        """Return the same objective in float64, for numbers that have to be proven."""
 
     @abstractmethod
     def convexity_error(self, point: Point, shift: Tensor | None = None) -> Tensor | None:
-        """Return how far each row may lie below its linear model at `point` anywhere in the unit cube; None: unknown.
+        """Return a proven bound on how far each row's objective may lie below its linear model at `point`.
 
-        Zero for a convex function, up to the rounding of `value` and `gradient`, which is included. Proven, in
-        float64; meant for problems made by `double`. In `unit`, shape (rows,).
+        The linear model f(x) + <grad f(x), y - x> of a convex function is a lower bound of f(y); of any function, the
+        linear model less this number is one, for all y in the unit cube. The rounding errors of `value` and `gradient`
+        are included. Meant for problems returned by `double`.
 
         Parameters
         ----------
         point : Point
-            Where the linear model is made.
+            Where the linear model is taken.
         shift : Tensor, optional
-            Answer for the objective plus sum_i shift_i (x_i - x_i^2) instead, shape (rows, d).
+            Bound the objective plus sum_i shift_i (x_i - x_i^2) instead, shape (rows, d).
+
+        Returns
+        -------
+        Tensor or None
+            In `unit`, float64, shape (rows,); None where no bound is known.
         """
 
     def unshifted(self) -> Problem:
@@ -172,17 +198,18 @@ class Problem(ABC):
         return self
 
     def shifted(self, diagonal: Tensor, amount: float = 1.0) -> Problem:
-        """Return this objective plus amount * sum_i diagonal_i (x_i - x_i^2), which no mask can see.
-
-        x - x^2 >= 0, so a positive diagonal raises the relaxation: it tightens bounds as long as the sum stays
-        convex, and makes the relaxation concave and its local minima masks beyond that (continuation).
+        """Return this objective plus amount * sum_i diagonal_i (x_i - x_i^2), which is zero for every mask.
 
         Parameters
         ----------
         diagonal : Tensor
             Shape (rows, d).
         amount : float
-            Multiplies the diagonal; kept apart so that a schedule costs no new tensor.
+            Multiplies the diagonal; separate, so that a schedule of amounts needs no new tensors.
+
+        Returns
+        -------
+        Shifted
         """
         from maskopt.problems.shifted import Shifted
 
@@ -190,7 +217,7 @@ class Problem(ABC):
 
 
 def shift_convexity_error(point: Point, shift: Tensor | None) -> Tensor:
-    """Return how far sum_i shift_i (x_i - x_i^2) may fall below its linear model at `point`, per row."""
+    """Return how far sum_i shift_i (x_i - x_i^2) may lie below its linear model at `point`, float64, shape (rows,)."""
     if shift is None:
         return point.x.new_zeros(len(point.x), dtype=torch.float64)
     farthest = torch.maximum(point.x, 1.0 - point.x).double().square()
@@ -200,8 +227,13 @@ def shift_convexity_error(point: Point, shift: Tensor | None) -> Tensor:
 class Quadratic(Problem):
     """An objective with a constant Hessian.
 
-    Gradients are affine in x, so points are updated without a new evaluation, exact line searches and conjugate
-    directions cost nothing, and all of that holds for shifted objectives too.
+    The gradient is affine in x. Points are therefore updated without a new evaluation, and exact line searches and
+    conjugate directions cost no matrix product; this holds for shifted objectives too.
+
+    Class attributes
+    ----------------
+    coupled, unit, lowest
+        As for `Problem`.
     """
 
     def advance(self, point: Point, direction: Direction, step_size: Tensor) -> None:
@@ -219,7 +251,7 @@ class Quadratic(Problem):
         return step_size * (start + 0.5 * step_size * curvature)
 
     def hessian(self, direction: Direction) -> Tensor:
-        """Return the second derivative times `direction`, shape (rows, d); read only, it may be the direction's own."""
+        """Return the Hessian times `direction`, shape (rows, d); read only, as it may be the direction's `product`."""
         return direction.product
 
     @abstractmethod
@@ -228,7 +260,7 @@ class Quadratic(Problem):
 
     @abstractmethod
     def smoothness(self) -> Tensor:
-        """Return a proven upper bound of the largest eigenvalue of each row's Hessian (its size), shape (rows,)."""
+        """Return a proven upper bound on the spectral norm of each row's Hessian, shape (rows,)."""
 
     @abstractmethod
     def rows(self, index: slice | Tensor) -> Quadratic: ...

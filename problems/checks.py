@@ -1,4 +1,4 @@
-"""What data of a problem have to be: finite, symmetric, positive semidefinite."""
+"""Checks of a problem's data: finite, symmetric, positive semidefinite."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ __all__ = ["check_finite", "check_positive_semidefinite", "check_symmetric", "ri
 
 
 def symmetrised(matrix: Tensor) -> Tensor:
-    """Return the mean of a matrix and its transpose: the matrix itself where they are equal."""
+    """Return the mean of a matrix and its transpose, or the matrix itself if they are equal.
+
+    Parameters
+    ----------
+    matrix : Tensor
+        Shape (d, d).
+    """
     if torch.equal(matrix, matrix.T):
         return matrix
     half = matrix * 0.5
@@ -19,7 +25,18 @@ def symmetrised(matrix: Tensor) -> Tensor:
 
 
 def ridged_factor(matrix: Tensor) -> Tensor:
-    """Return the Cholesky factor of a matrix with unit diagonal, with as much added to it as that needs."""
+    """Return the Cholesky factor of a matrix plus the smallest tried multiple of the identity that makes it definite.
+
+    Parameters
+    ----------
+    matrix : Tensor
+        Symmetric, with unit diagonal, shape (d, d).
+
+    Returns
+    -------
+    Tensor
+        Lower triangular, shape (d, d).
+    """
     ridge = 0.0
     for _ in range(8):
         factor: Tensor
@@ -32,14 +49,38 @@ def ridged_factor(matrix: Tensor) -> Tensor:
 
 
 def check_finite(name: str, matrix: Tensor) -> None:
-    """Raise MaskoptError at the first entry that is NaN or infinite."""
+    """Check that all entries are finite.
+
+    Parameters
+    ----------
+    name : str
+        Of the matrix, for the message.
+    matrix : Tensor
+        Shape (rows, d).
+
+    Raises
+    ------
+    MaskoptError
+        At the first entry that is NaN or infinite.
+    """
     if not bool(torch.isfinite(matrix).all()):
         row, column = (~torch.isfinite(matrix)).nonzero()[0].tolist()
         raise MaskoptError(f"The {name} must be finite, but entry ({row}, {column}) is {matrix[row, column].item()}.")
 
 
 def check_symmetric(gram: Tensor) -> None:
-    """Raise MaskoptError if a Gram differs from its transpose by more than rounding."""
+    """Check that a Gram is symmetric up to rounding.
+
+    Parameters
+    ----------
+    gram : Tensor
+        Finite, shape (d, d).
+
+    Raises
+    ------
+    MaskoptError
+        If it differs from its transpose by more than 1e-4 of its largest entry.
+    """
     size = float(gram.abs().max())
     if size == 0.0:
         return
@@ -52,7 +93,18 @@ def check_symmetric(gram: Tensor) -> None:
 
 
 def check_positive_semidefinite(gram: Tensor) -> None:
-    """Raise MaskoptError if a symmetric Gram has negative eigenvalues beyond rounding."""
+    """Check that a symmetric Gram is positive semidefinite up to rounding.
+
+    Parameters
+    ----------
+    gram : Tensor
+        Finite, symmetric, shape (d, d).
+
+    Raises
+    ------
+    MaskoptError
+        If it has negative eigenvalues beyond what rounding in float32 sums explains.
+    """
     size = float(gram.abs().max())
     if size == 0.0:
         return
@@ -61,7 +113,7 @@ def check_positive_semidefinite(gram: Tensor) -> None:
         raise MaskoptError(
             f"The Gram must be positive semidefinite, but diagonal entry {worst} is {float(gram[worst, worst]):.3g}."
         )
-    # float64 as far as memory allows; the shift is what float32 accumulation may have cost.
+    # In float64 as far as memory allows; the shift is the rounding error of sums in float32.
     wide = (gram / size).to(torch.float64 if gram.shape[0] <= 4096 else gram.dtype)
     shift = 1e-5 * float(torch.linalg.matrix_norm(wide)) * (1.0 if wide.dtype == torch.float64 else 10.0)
     wide.diagonal().add_(shift)

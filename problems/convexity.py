@@ -1,4 +1,4 @@
-"""How far below zero the eigenvalues of a Gram may lie, proven in floating point."""
+"""Lower bounds on the eigenvalues of a Gram, proven in floating point by Cholesky factorisations."""
 
 from __future__ import annotations
 
@@ -11,15 +11,28 @@ _BLOCK = 1024  # rows converted to float64 at a time
 
 
 def eigenvalue_floor(matrix: Tensor) -> float | None:
-    """Return a number <= 0 that no eigenvalue of a symmetric float64 matrix lies below; None: it is too indefinite."""
+    """Return a proven lower bound, at most 0, on the eigenvalues of a matrix.
+
+    That a Cholesky factorisation of A + t I succeeds proves lambda_min(A) >= -t up to the backward error of the
+    factorisation (Higham, Accuracy and Stability of Numerical Algorithms, 2002, Theorem 10.3: at most gamma_{d+1} tr
+    A).
+
+    Parameters
+    ----------
+    matrix : Tensor
+        Symmetric, float64, shape (d, d).
+
+    Returns
+    -------
+    float or None
+        None if an eigenvalue lies below -1e-4 times the Frobenius norm.
+    """
     size = float(torch.linalg.matrix_norm(matrix))
     if size == 0.0:
         return 0.0
-    # The factorisation of A + shift succeeding proves lambda_min >= -shift up to its backward error
-    # (Higham, Accuracy and Stability of Numerical Algorithms, Theorem 10.3: at most gamma_{d+1} tr A).
     trace = float(matrix.diagonal().abs().sum())
     error = 1.01 * (len(matrix) + 2) * 2.0**-53 * (trace + len(matrix) * 1e-4 * size)
-    # Subtracting the error and a little more first: where that succeeds no eigenvalue is negative at all.
+    # Where even A less the error can be factorised no eigenvalue is negative.
     if _definite(matrix, -1.01 * error):
         return 0.0
     if _definite(matrix, 0.0):
@@ -33,8 +46,13 @@ def eigenvalue_floor(matrix: Tensor) -> float | None:
 def entry_sizes(gram: Tensor) -> Tensor:
     """Return r >= 0 with |G_ij| <= r_i r_j for all entries of a symmetric matrix, float64, shape (d,).
 
-    For a positive semidefinite matrix r_i is the root of G_ii; where rounding has made an entry larger than its
+    For a positive semidefinite matrix r_i is the square root of G_ii; where rounding has made an entry larger than the
     diagonal allows, r is raised.
+
+    Parameters
+    ----------
+    gram : Tensor
+        Symmetric, shape (d, d).
     """
     root = gram.diagonal().double().clamp_min(0.0).sqrt()
     size = root.clone()
@@ -51,8 +69,9 @@ def entry_sizes(gram: Tensor) -> Tensor:
 def diagonal_floor(matrix: Tensor, sizes: Tensor) -> float:
     """Return t >= 0, as small as can be proven, with A + t Diag(r)^2 positive semidefinite.
 
-    Unlike an eigenvalue, t is free of the channels' scales: one input a million times larger than the others costs
-    the others nothing. The factorisation is that of the matrix with about unit diagonal.
+    Unlike an eigenvalue, t does not depend on the scales of the channels: an input a million times larger than the
+    others does not loosen the bound for the others. The matrix is scaled to about unit diagonal before it is
+    factorised.
 
     Parameters
     ----------
@@ -67,7 +86,7 @@ def diagonal_floor(matrix: Tensor, sizes: Tensor) -> float:
     power = torch.ldexp(torch.ones_like(sizes), -exponent.clamp(-1000, 1000))
     power = power.where(sizes > 0, 0.0)
     scaled = matrix * power * power.unsqueeze(1)
-    scaled.diagonal()[sizes == 0] = 1.0  # dead inputs are no obstacle
+    scaled.diagonal()[sizes == 0] = 1.0  # dead inputs do not count
     trace = float(scaled.diagonal().abs().sum())
 
     def error(shift: float) -> float:
@@ -81,7 +100,7 @@ def diagonal_floor(matrix: Tensor, sizes: Tensor) -> float:
         shift = 10.0**-digits
         if _definite(scaled, shift):
             return shift + error(shift)
-    # Gershgorin: no eigenvalue lies further below zero.
+    # No eigenvalue lies further below zero (Gershgorin).
     return float(scaled.abs().sum(1).amax()) * (1 + d * 2.0**-50)
 
 

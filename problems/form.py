@@ -1,4 +1,4 @@
-"""A plain quadratic: the objective of textbooks and of other solvers' test problems."""
+"""A plain quadratic form, with one matrix for all rows."""
 
 from fractions import Fraction
 
@@ -21,8 +21,8 @@ class QuadraticForm(Quadratic):
     Parameters
     ----------
     quadratic : Tensor
-        Q, shape (d, d), symmetric up to rounding (the mean of it and its transpose is used, and is what `quadratic`
-        is), not necessarily convex; bounds are given where it is, up to rounding.
+        Q, shape (d, d), symmetric up to rounding: the attribute `quadratic` is the mean of Q and its transpose. It need
+        not be positive semidefinite, but lower bounds are useful only where it is.
     linear : Tensor
         c, shape (rows, d).
 
@@ -30,6 +30,14 @@ class QuadraticForm(Quadratic):
     ------
     MaskoptError
         If shapes disagree, an entry is not finite, or Q is not symmetric.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from maskopt.problems import QuadraticForm
+    >>> problem = QuadraticForm(torch.tensor([[1.0, 0.5], [0.5, 1.0]]), torch.tensor([[-2.0, 0.0]]))
+    >>> problem.objective(torch.tensor([[True, False]])), problem.objective(torch.tensor([[True, True]]))
+    (tensor([-1.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
 
     def __init__(self, quadratic: Tensor, linear: Tensor) -> None:
@@ -71,7 +79,7 @@ class QuadraticForm(Quadratic):
         values = ((x @ exact.quadratic).add_(exact.linear)).mul_(x).sum(1)
         if self.shape[1] > WIDEST:
             return values
-        # Where terms cancel the sum is repeated without rounding.
+        # Where terms cancel, the sum is repeated in exact arithmetic.
         size = ((x @ exact.quadratic.abs()).add_(exact.linear.abs())).mul_(x).sum(1)
         index = (values.abs() * (2.0 * self.shape[1] ** 2) < size).nonzero().flatten()
         if len(index):
@@ -85,7 +93,7 @@ class QuadraticForm(Quadratic):
         return [matrix.form(chosen, 0) + part for chosen, part in zip(places, linear, strict=True)]
 
     def scale(self) -> Tensor:
-        # Pruning everything leaves nothing; the size of all terms says what a small gap is.
+        # Pruning everything gives zero; gaps are relative to the sum of all terms' absolute values instead.
         exact = self.double()
         return exact.quadratic.abs().sum() + exact.linear.abs().sum(1)
 
@@ -110,7 +118,7 @@ class QuadraticForm(Quadratic):
         matrix = self.quadratic.double()
         floor = eigenvalue_floor(matrix)
         if floor is None:
-            # Gershgorin: no eigenvalue lies further below zero.
+            # No eigenvalue lies further below zero (Gershgorin).
             floor = -float(matrix.abs().sum(1).amax())
         farthest = torch.maximum(point.x, 1.0 - point.x).double().square().sum(1)
         rounding = (self.shape[1] + 8) * 2.0**-50 * self.scale()

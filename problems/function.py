@@ -1,4 +1,4 @@
-"""Any differentiable function of the relaxed mask, given as a torch callable."""
+"""An objective given as a torch callable: any differentiable function of the relaxed mask."""
 
 from collections.abc import Callable
 
@@ -17,21 +17,34 @@ class Function(Problem):
     Parameters
     ----------
     call : callable
-        Takes a relaxed mask in [0, 1], shape (rows, d), `dtype` and `device` as given here; returns one number, or one
-        per row, shape (rows,), if (and only if) row i of the mask alone decides entry i.
+        Takes a relaxed mask in [0, 1], shape (rows, d), of this `dtype` and on this `device`. Returns one number, or
+        one per row, shape (rows,), if entry i depends on row i of the mask alone.
     shape : (int, int)
         (rows, d).
     convex : bool
-        Whether the caller vouches that it is convex. Lower bounds are then given and called proven; they hold up to
-        the function's own rounding, for which 1e-12 of its size is allowed. Without, there are none.
-    dtype, device
-        Of the masks it is called with.
+        Whether the function is known to be convex. If so, lower bounds are computed and reported as proven; they allow
+        a rounding error of 1e-12 of the function's size. If not, there are no lower bounds.
+    dtype : torch.dtype
+        Of the masks that `call` gets.
+    device : torch.device or str
+        Of the masks that `call` gets.
 
     Raises
     ------
     MaskoptError
-        If the function returns another shape or nothing that depends on the mask differentiably; and, whenever it is
-        met, if it or its gradient is not finite.
+        If the function returns another shape, or a value that does not depend on the mask through differentiable
+        operations; later, if a value or a gradient is not finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from maskopt.problems import Function
+    >>> target = torch.tensor([[1.0, 0.0, 0.25]], dtype=torch.float64)
+    >>> problem = Function(lambda x: (x - target).square().sum(1), shape=(1, 3), convex=True)
+    >>> problem.objective(torch.tensor([[True, False, False]]))
+    tensor([0.0625], dtype=torch.float64)
+    >>> problem.evaluate(torch.full((1, 3), 0.5, dtype=torch.float64)).gradient
+    tensor([[-1.0000,  1.0000,  0.5000]], dtype=torch.float64)
     """
 
     def __init__(
@@ -45,11 +58,11 @@ class Function(Problem):
     ) -> None:
         self.call, self.convex = call, convex
         self._shape, self._dtype, self._device = shape, dtype, torch.device(device)
-        self._index: Tensor | None = None  # the rows of the callable's mask that this object is
+        self._index: Tensor | None = None  # the rows of the callable's mask that this object stands for
         self.coupled = self._check()
 
     def _check(self) -> bool:
-        """Call once with the mask that keeps all; return whether the answer is one number."""
+        """Call once with the mask that keeps everything; return whether the result is one number."""
         probe = torch.ones(self._shape, dtype=self._dtype, device=self._device, requires_grad=True)
         answer = self.call(probe)
         if answer.shape not in ((), (self._shape[0],)):
@@ -82,7 +95,7 @@ class Function(Problem):
         return self._device
 
     def _values(self, x: Tensor) -> Tensor:
-        """Call for the rows of this object; the others get ones, which do not matter to it."""
+        """Call with the rows of this object; the other rows, on which its values do not depend, are ones."""
         if self._index is not None:
             x = torch.ones(self._shape, dtype=x.dtype, device=x.device).index_copy(0, self._index, x)
         values = self.call(x)
@@ -131,7 +144,7 @@ class Function(Problem):
         return self._evaluated(torch.zeros(self.shape, dtype=self._dtype, device=self._device))
 
     def double(self) -> "Function":
-        # What the callable holds has the type the caller gave it.
+        # The tensors that the callable holds keep their type.
         return self
 
     def convexity_error(self, point: Point, shift: Tensor | None = None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Seeded synthetic layers, easy and hard: what real Grams do to solvers, in any size."""
+"""Seeded synthetic layers of any size, with the features of real Grams that make problems hard."""
 
 from collections.abc import Callable
 
@@ -35,7 +35,7 @@ def _outliers(d: int, tokens: int, random: torch.Generator) -> Tensor:
 
 
 def _rank_deficient(d: int, tokens: int, random: torch.Generator) -> Tensor:
-    """Fewer directions than inputs: the Gram is singular."""
+    """Fewer tokens than inputs: the Gram is singular."""
     return _correlated(d, max(1, min(tokens, d // 3)), random)
 
 
@@ -65,7 +65,7 @@ FAMILIES: dict[str, _Maker] = {
 def synthetic(
     family: str = "correlated", rows: int = 64, d: int = 64, tokens: int | None = None, seed: int = 0
 ) -> Instance:
-    """Return a synthetic layer; equal arguments give equal data.
+    """Return a synthetic layer, determined by the arguments.
 
     Parameters
     ----------
@@ -76,12 +76,26 @@ def synthetic(
     tokens : int, optional
         Calibration tokens, 8 d by default.
     seed : int
-        Seeds weights and inputs.
+        Of weights and inputs.
+
+    Returns
+    -------
+    Instance
+        Float32.
 
     Raises
     ------
     MaskoptError
         If the family is unknown or a size is not positive.
+
+    Examples
+    --------
+    >>> from maskopt.problems import synthetic
+    >>> instance = synthetic("outliers", rows=4, d=8)
+    >>> instance.weight.shape, instance.gram.shape, instance.tokens
+    (torch.Size([4, 8]), torch.Size([8, 8]), 64)
+    >>> instance.problem().shape
+    (4, 8)
     """
     if family not in FAMILIES:
         raise MaskoptError(f"There is no synthetic family {family!r}; choose one of {', '.join(FAMILIES)}.")

@@ -1,4 +1,4 @@
-"""Single-layer instances on disk: safetensors with `weight`, `gram` and string metadata."""
+"""Instances, that is, single layers with their Gram, and their files: safetensors with `weight` and `gram`."""
 
 import os
 import re
@@ -19,7 +19,7 @@ __all__ = ["Instance", "load_instance", "save_instance"]
 
 @dataclass(frozen=True)
 class Instance:
-    """A layer to prune.
+    """The data of a layer to prune.
 
     Parameters
     ----------
@@ -37,17 +37,36 @@ class Instance:
 
     @property
     def tokens(self) -> int | None:
-        """Calibration tokens, None where the file does not say."""
+        """Number of calibration tokens; None where the metadata has none."""
         tokens = self.metadata.get("tokens", "")
         return int(tokens) if re.fullmatch("[0-9]{1,18}", tokens) else None
 
     def problem(self, device: str = "cpu") -> LayerReconstruction:
-        """Return the checked reconstruction problem on `device`."""
+        """Return the reconstruction problem on `device`; the data are checked.
+
+        Parameters
+        ----------
+        device : str
+
+        Raises
+        ------
+        MaskoptError
+            As `LayerReconstruction` does.
+        """
         return LayerReconstruction(self.weight.to(device), self.gram.to(device), self.tokens)
 
 
 def load_instance(path: str | os.PathLike[str]) -> Instance:
-    """Read an instance file.
+    """Read an instance from a file.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    Instance
+        On the CPU; its data are not checked before `problem` is called.
 
     Raises
     ------
@@ -65,24 +84,39 @@ def load_instance(path: str | os.PathLike[str]) -> Instance:
 
 
 def save_instance(path: str | os.PathLike[str], instance: Instance) -> None:
-    """Write an instance file, whole or not at all.
+    """Write an instance to a file, completely or not at all.
+
+    Parameters
+    ----------
+    path : path-like
+        Must not exist.
+    instance : Instance
 
     Raises
     ------
     MaskoptError
-        If `path` exists or cannot be written, or the metadata is no text.
+        If `path` exists or cannot be written, or the metadata are not strings.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from maskopt.problems import load_instance, save_instance, synthetic
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_instance(f"{folder}/layer.safetensors", synthetic(rows=2, d=4))
+    ...     load_instance(f"{folder}/layer.safetensors").metadata["origin"]
+    'synthetic correlated, seed 0'
     """
     if not isinstance(instance, Instance):
         raise MaskoptError(f"save_instance needs an Instance; got {shown(instance)}.")
     weight, gram = matrix("weight", instance.weight), matrix("Gram", instance.gram)
     weight, gram = weight.cpu().contiguous(), gram.cpu().contiguous()
     if weight.data_ptr() == gram.data_ptr():
-        gram = gram.clone()  # the format knows no shared memory
+        gram = gram.clone()  # the format has no shared memory
     metadata = dict(instance.metadata)
     if not all(isinstance(text, str) for item in metadata.items() for text in item):
         raise MaskoptError(f"The metadata of an instance must be strings; got {metadata}.")
     with atomic_path(path) as aside:
         try:
             save_file({"weight": weight, "gram": gram}, aside, metadata=metadata)
-        except SafetensorError as error:  # what the format's library makes of a full disk
+        except SafetensorError as error:  # what safetensors raises when the disk is full
             raise MaskoptError(f"The instance {path} could not be written: {error}.") from error

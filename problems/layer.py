@@ -1,4 +1,4 @@
-"""The reconstruction error of one linear layer: the problem maskopt exists for."""
+"""The reconstruction error of one linear layer, the problem that maskopt is made for."""
 
 import math
 from fractions import Fraction
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from maskopt.checks import matrix
 from maskopt.errors import MaskoptError
-from maskopt.exact import WIDEST, ExactMatrix, exact_difference
+from maskopt.exact import WIDEST, ExactMatrix, exact_difference, nearest_float
 from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
 from maskopt.problems.checks import (
     check_finite,
@@ -18,6 +18,7 @@ from maskopt.problems.checks import (
     symmetrised,
 )
 from maskopt.problems.convexity import diagonal_floor, eigenvalue_floor, entry_sizes
+from maskopt.problems.units import divided, layer_units
 from maskopt.threads import factor_threads
 
 __all__ = ["LayerReconstruction"]
@@ -26,30 +27,45 @@ _BLOCK = 1024  # columns converted to float64 at a time, so that no float64 copy
 
 
 class LayerReconstruction(Quadratic):
-    """Layer output error ||W X - (M * W) X||_F^2 as a function of the keep mask M, one term per row.
+    """The output error ||W X - (M * W) X||_F^2 of a layer as a function of the keep mask M, one term per row.
 
-    With p = 1 - m the pruned indicator, a row's error is (w*p)^T G (w*p) where G = X X^T. A new point costs one
-    matrix product; points and gradients are affine, so line searches cost none; nothing of size rows x d x d exists.
+    With p = 1 - m, the indicator of pruned entries, the error of a row is (w * p)^T G (w * p), where G = X X^T. A new
+    point costs one matrix product; as the gradient is affine, line searches cost none. Nothing of size rows x d x d is
+    stored.
 
     Parameters
     ----------
     weight : Tensor
-        Layer weight, shape (rows, d) = (out features, in features). Half precision is widened to float32.
+        W, shape (rows, d) = (out features, in features). Half precision is widened to float32.
     gram : Tensor
-        Sum of x x^T over the calibration tokens, shape (d, d), positive semidefinite, symmetric up to rounding: where
-        it differs from its transpose the mean of both is used, everywhere, and is what `gram` is.
+        G, the sum of x x^T over the calibration tokens, shape (d, d), positive semidefinite, symmetric up to rounding:
+        the attribute `gram` is the mean of G and its transpose.
     tokens : int, optional
-        How many tokens were summed; a record only.
+        Number of tokens in the sum; for the record only.
     target : Tensor, optional
-        Weights T whose output is aimed at, shape (rows, d); by default `weight`. With others the objective is
+        T, weights whose output is to be reconstructed, shape (rows, d); W by default. The objective is
         ||T X - (M * W) X||_F^2: see `towards`.
     check : bool
-        Validate the data; finding an indefinite Gram costs one Cholesky factorisation.
+        Whether to check the data, which costs one Cholesky factorisation of G.
 
     Raises
     ------
     MaskoptError
         If shapes disagree, an entry is NaN or infinite, or `gram` is asymmetric or indefinite beyond rounding.
+
+    Examples
+    --------
+    One row, two inputs, two tokens. Pruning the second entry, -1, loses its outputs, -1 and -1:
+
+    >>> import torch
+    >>> from maskopt.problems import LayerReconstruction
+    >>> inputs = torch.tensor([[1.0, 0.0], [1.0, 1.0]])  # inputs x tokens
+    >>> layer = LayerReconstruction(torch.tensor([[2.0, -1.0]]), inputs @ inputs.T, tokens=2)
+    >>> layer.objective(torch.tensor([[True, False]]))
+    tensor([2.], dtype=torch.float64)
+    >>> point = layer.evaluate(torch.tensor([[0.5, 1.0]]))
+    >>> layer.value(point), point.gradient
+    (tensor([1.], dtype=torch.float64), tensor([[-4.,  2.]]))
     """
 
     lowest = 0.0
@@ -94,34 +110,25 @@ class LayerReconstruction(Quadratic):
         self.gram = symmetrised(self.gram)
         if check:
             check_positive_semidefinite(self.gram)
-        # Powers of two change no digit; they keep squares and sums of extreme data inside the float range.
-        self._weight_unit = _power_of_two(self.weight.abs().max())
-        self._gram_unit = _power_of_two(self.gram.diagonal().max())
-        power = round(2 * math.log2(self._weight_unit) + math.log2(self._gram_unit))
-        # The unit of errors must not underflow, though errors themselves may.
-        self._weight_unit *= 2.0 ** max(0, (-1000 - power + 1) // 2)
-        if power > 1000:
-            raise MaskoptError(
-                "Weight and Gram are so large that the error of the layer exceeds float64; scale them down."
-            )
+        self._weight_unit, self._gram_unit = layer_units(self.weight, self.gram)
         self.unit = self._weight_unit**2 * self._gram_unit
-        self._w = _divided(self.weight, self._weight_unit)
-        self._g = _divided(self.gram, self._gram_unit)
-        # What the aim lies beyond the weight, in the units of both; its product is a part of every gradient.
+        self._w = divided(self.weight, self._weight_unit)
+        self._g = divided(self.gram, self._gram_unit)
+        # T - W and (T - W) G, in scaled units; None where T = W.
         self._target = None if target is None else target.detach().to(dtype)
-        self._residual = None if self._target is None else _divided(self._target, self._weight_unit) - self._w
-        self._residual_product = None if self._residual is None else self._residual @ self._g
+        self._offset = None if self._target is None else divided(self._target, self._weight_unit) - self._w
+        self._offset_product = None if self._offset is None else self._offset @ self._g
         self._scale: Tensor | None = None  # filled on demand
-        self._known = _Known()
+        self._cache = _GramCache()
 
     @classmethod
     def towards(
         cls, weight: Tensor, gram: Tensor, cross: Tensor, tokens: int | None = None, *, ridge: float = 0.01
     ) -> "LayerReconstruction":
-        """Return the problem of a layer whose inputs Y come from pruned layers, while the dense one's were X.
+        """Return the problem of a layer whose inputs Y come from pruned layers, where the dense model's were X.
 
-        ||W X - V Y||^2 is, up to what no weights on Y can reach, ||(T - V) Y||^2 with T = W C G^-1, C = X Y^T and
-        G = Y Y^T: the best weights without a mask. Where Y says little, T is drawn towards W.
+        Up to a constant, ||W X - V Y||^2 is ||(T - V) Y||^2, where T = W + W (C - G) G^-1, C = X Y^T and G = Y Y^T: the
+        best weights without a mask. A ridge on the inverse draws T towards W.
 
         Parameters
         ----------
@@ -133,7 +140,7 @@ class LayerReconstruction(Quadratic):
             C, the sum of x y^T over the same tokens, shape (d, d).
         tokens : int, optional
         ridge : float
-            Added to the diagonal of G, as a fraction of its mean.
+            Relative to the mean of the diagonal of G.
         """
         weight, gram, cross = matrix("weight", weight), matrix("Gram", gram), matrix("cross term", cross)
         for name, data in (("weight", weight), ("Gram", gram), ("cross term", cross)):
@@ -143,7 +150,7 @@ class LayerReconstruction(Quadratic):
         diagonal = wide.diagonal()
         diagonal.add_(ridge * float(diagonal.mean()) + torch.finfo(torch.float64).tiny)
         size = diagonal.sqrt()
-        # Unit diagonal: outlier channels would spoil the factorisation.
+        # Scaled to unit diagonal: outlier channels would make the factorisation inaccurate.
         scaled = wide / size / size.unsqueeze(1)
         with factor_threads(len(scaled)):
             factor = ridged_factor(scaled)
@@ -161,18 +168,18 @@ class LayerReconstruction(Quadratic):
 
     @property
     def scaled_target(self) -> Tensor:
-        """What is aimed at, in the units of `scaled_weight`, shape (rows, d)."""
-        return self._w if self._target is None else _divided(self._target, self._weight_unit)
+        """Target weights T in the units of `scaled_weight`, shape (rows, d)."""
+        return self._w if self._target is None else divided(self._target, self._weight_unit)
 
     @property
     def target(self) -> Tensor:
-        """What is aimed at, shape (rows, d): `weight` by default."""
+        """Target weights T, shape (rows, d): `weight` by default."""
         return self.weight if self._target is None else self._target
 
     @property
     def aims_elsewhere(self) -> bool:
-        """Whether another output than the weight's own is aimed at."""
-        return self._residual is not None
+        """Whether the target is not the weight itself."""
+        return self._offset is not None
 
     @property
     def scaled_gram(self) -> Tensor:
@@ -181,7 +188,7 @@ class LayerReconstruction(Quadratic):
 
     @property
     def weight_unit(self) -> float:
-        """`weight` over `scaled_weight`: a power of two."""
+        """The power of two by which `scaled_weight` is multiplied to give `weight`."""
         return self._weight_unit
 
     @property
@@ -205,27 +212,25 @@ class LayerReconstruction(Quadratic):
     def product(self, x: Tensor) -> Tensor:
         """Return (T - W * x) G in scaled units, shape (rows, d): the one expensive operation."""
         product = torch.addcmul(self._w, self._w, x, value=-1.0) @ self._g
-        return product if self._residual_product is None else product.add_(self._residual_product)
+        return product if self._offset_product is None else product.add_(self._offset_product)
 
     def sampled(self, x: Tensor, fraction: float, random: torch.Generator) -> Tensor:
-        # Of the sum over inputs, a sample without replacement, scaled up.
+        # A sample, without replacement, of the terms of the sum over inputs, scaled up.
         columns = self.shape[1]
         size = max(1, round(fraction * columns))
         chosen = torch.randperm(columns, generator=random)[:size].to(self.device)
         pruned = torch.addcmul(self._w, self._w, x, value=-1.0)[:, chosen]
         estimate = (pruned @ self._g[chosen]).mul_(columns / size)
-        if self._residual_product is not None:
-            estimate.add_(self._residual_product)
+        if self._offset_product is not None:
+            estimate.add_(self._offset_product)
         return estimate.mul_(self._w).mul_(-2.0)
 
     def value(self, point: Point) -> Tensor:
         # f = p^T Q p and gradient = -2 Q p with p = 1 - x; and with b = T - W, c = W * (b G):
         # f = p^T Q p + 2 c^T p + b^T G b and gradient = -2 Q p - 2 c.
         value = (point.gradient * (point.x - 1)).sum(1, dtype=torch.float64).mul_(0.5)
-        if self._residual is not None and self._residual_product is not None:
-            value += ((self._w * (1 - point.x)).add_(self._residual) * self._residual_product).sum(
-                1, dtype=torch.float64
-            )
+        if self._offset is not None and self._offset_product is not None:
+            value += ((self._w * (1 - point.x)).add_(self._offset) * self._offset_product).sum(1, dtype=torch.float64)
         return value
 
     def diagonal(self) -> Tensor:
@@ -235,24 +240,23 @@ class LayerReconstruction(Quadratic):
         part = object.__new__(LayerReconstruction)
         part.weight, part.gram, part.tokens = self.weight[index], self.gram, self.tokens
         part._weight_unit, part._gram_unit, part.unit = self._weight_unit, self._gram_unit, self.unit
-        part._w, part._g, part._known = self._w[index], self._g, self._known
+        part._w, part._g, part._cache = self._w[index], self._g, self._cache
         part._scale = None if self._scale is None else self._scale[index]
         part._target = None if self._target is None else self._target[index]
-        part._residual = None if self._residual is None else self._residual[index]
-        part._residual_product = None if self._residual_product is None else self._residual_product[index]
+        part._offset = None if self._offset is None else self._offset[index]
+        part._offset_product = None if self._offset_product is None else self._offset_product[index]
         return part
 
     def double(self) -> "LayerReconstruction":
-        """Return the same problem in float64, for figures that have to be proven."""
         wide = self.rows(slice(None))
         wide.weight, wide.gram = self.weight.double(), self.gram.double()
-        # Where no unit was divided out the two are one tensor, and stay so.
+        # Where the unit is one, the scaled and the original data are one tensor.
         wide._w = wide.weight if self._w is self.weight else self._wide_weight()
         wide._g = wide.gram if self._g is self.gram else wide.gram / self._gram_unit
         if self._target is not None:
             wide._target = self._target.double()
-            wide._residual = wide._target / self._weight_unit - wide._w
-            wide._residual_product = wide._residual @ wide._g
+            wide._offset = wide._target / self._weight_unit - wide._w
+            wide._offset_product = wide._offset @ wide._g
         return wide
 
     def _wide_weight(self) -> Tensor:
@@ -265,31 +269,31 @@ class LayerReconstruction(Quadratic):
         return self.gram.double() / self._gram_unit
 
     def eigenvalue_floor(self) -> float:
-        """Return a number <= 0 that no eigenvalue of the scaled Gram lies below, proven by a Cholesky factorisation.
+        """Return a proven lower bound, at most 0, on the eigenvalues of the scaled Gram.
 
-        A Gram summed in float32 may be indefinite by rounding; bounds that rely on convexity subtract this.
+        A Gram summed in float32 may be indefinite by rounding.
         """
-        if self._known.floor is None:
+        if self._cache.floor is None:
             gram = self.symmetric_gram()
             floor = eigenvalue_floor(gram)
-            if floor is None:  # only unchecked data gets here
+            if floor is None:  # only for unchecked data
                 floor = min(0.0, float(torch.linalg.eigvalsh(gram)[0])) - 1e-12 * float(torch.linalg.matrix_norm(gram))
-            self._known.floor = floor
-        return self._known.floor
+            self._cache.floor = floor
+        return self._cache.floor
 
     def entry_sizes(self) -> Tensor:
-        """Return r with |G_ij| <= r_i r_j, the norms of the inputs, in the units of `scaled_gram`, float64, (d,)."""
-        if self._known.sizes is None:
-            # Scaled afterwards, by the root of the unit, which need not be a power of two itself.
+        """Return r with |G_ij| <= r_i r_j for the scaled Gram, the norms of the inputs, float64, shape (d,)."""
+        if self._cache.sizes is None:
+            # The square root of the unit need not be a power of two.
             unit = math.sqrt(self._gram_unit) * (1 - 2.0**-50)
-            self._known.sizes = entry_sizes(self.gram) / unit
-        return self._known.sizes
+            self._cache.sizes = entry_sizes(self.gram) / unit
+        return self._cache.sizes
 
     def indefiniteness(self) -> float:
-        """Return t >= 0 with G + t Diag(r)^2 positive semidefinite, proven; r are the `entry_sizes`."""
-        if self._known.indefinite is None:
-            self._known.indefinite = diagonal_floor(self.symmetric_gram(), self.entry_sizes())
-        return self._known.indefinite
+        """Return a proven t >= 0 for which G + t Diag(r)^2 is positive semidefinite, with r the `entry_sizes`."""
+        if self._cache.indefinite is None:
+            self._cache.indefinite = diagonal_floor(self.symmetric_gram(), self.entry_sizes())
+        return self._cache.indefinite
 
     def smoothness(self) -> Tensor:
         # The Hessian is 2 Diag(w) G Diag(w); no eigenvalue exceeds the largest absolute row sum (Gershgorin).
@@ -302,17 +306,18 @@ class LayerReconstruction(Quadratic):
         farthest = torch.maximum(x, 1.0 - x)
         reach = weight * sizes * farthest
         convexity_error = reach.square().sum(1).mul_(self.indefiniteness())
-        # Rounding of sums of products |z_i G_ij z_j|: the gradient's, the value's and the tangent's.
-        off = weight * (1.0 - x).abs()
-        if self._residual is not None:
-            beyond = self._residual.double().abs()
-            off, reach = off + beyond, reach + beyond * sizes
-        rounding = (off * sizes).sum(1) * reach.sum(1)
+        # Rounding of sums of products |z_i G_ij z_j|: the gradient's, the value's and the linear model's.
+        residual = weight * (1.0 - x).abs()
+        if self._offset is not None:
+            offset = self._offset.double().abs()
+            residual, reach = residual + offset, reach + offset * sizes
+        rounding = (residual * sizes).sum(1) * reach.sum(1)
         if shift is not None:
             rise = shift.double().clamp_min(0.0)
             rounding += shift.double().abs().sum(1)
             convexity_error += shift_convexity_error(point, shift)
-            # Diag(w) (G - Diag(l)) Diag(w) lies below the shifted Hessian if l is at least shift / w^2 in every row.
+            # If l >= shift / w^2 in every row, Diag(w) (G - Diag(l)) Diag(w) is a lower bound of half the shifted
+            # Hessian.
             dead = weight == 0
             lift = torch.where(dead, 0.0, rise / weight.square()).amax(0).mul_(1 + 2.0**-50)
             if bool(torch.isfinite(lift).all()):
@@ -324,44 +329,46 @@ class LayerReconstruction(Quadratic):
         return convexity_error + (self.shape[1] + 8) * 2.0**-50 * rounding + self.shape[1] ** 2 * 2.0**-1070
 
     def objective(self, mask: Tensor) -> Tensor:
-        off = self._distance_to_target(self._wide_weight().masked_fill(~mask, 0.0))
-        errors = self._quadratic_form(off)
+        residual = self._residual(self._wide_weight().masked_fill(~mask, 0.0))
+        errors = self._quadratic_form(residual)
         if self.shape[1] > WIDEST:
             return errors
-        # Where terms cancel, or are too small for their products, the sum is repeated without rounding.
-        size = off.abs_() @ self.entry_sizes()
+        # Where terms cancel or their products underflow, the sum is repeated in exact arithmetic.
+        size = residual.abs_() @ self.entry_sizes()
         doubtful = (size > 0) & (errors / self.unit < (size.square() / (2.0 * self.shape[1] ** 2)).clamp_min(1e-290))
         index = doubtful.nonzero().flatten()
         if len(index):
             exact = self.rows(index).exact_objective(mask[index])
-            errors[index] = torch.tensor([_float(value) for value in exact], dtype=errors.dtype, device=errors.device)
+            errors[index] = torch.tensor(
+                [nearest_float(value) for value in exact], dtype=errors.dtype, device=errors.device
+            )
         return errors
 
     def exact_objective(self, mask: Tensor) -> list[Fraction]:
-        off, exponent = exact_difference(self.target, self.weight.masked_fill(~mask, 0.0))
+        residual, exponent = exact_difference(self.target, self.weight.masked_fill(~mask, 0.0))
         gram = self.exact_gram()
-        return [max(Fraction(0), gram.form(row, exponent)) for row in off]
+        return [max(Fraction(0), gram.form(row, exponent)) for row in residual]
 
     def exact_gram(self) -> ExactMatrix:
-        """Return the Gram, in full, as integers; kept for all row blocks."""
-        if self._known.exact is None:
-            self._known.exact = ExactMatrix(self.gram)
-        return self._known.exact
+        """Return the Gram, unscaled, as integers times a power of two; computed once."""
+        if self._cache.exact is None:
+            self._cache.exact = ExactMatrix(self.gram)
+        return self._cache.exact
 
     def error(self, weight: Tensor) -> Tensor:
-        """Return each row's output error ||(T - V) X||^2 of other weights V, float64, shape (rows,).
+        """Return each row's output error ||(T - V) X||^2 for any weights V, float64, shape (rows,).
 
         Parameters
         ----------
         weight : Tensor
             V, shape (rows, d).
         """
-        return self._quadratic_form(self._distance_to_target(weight.double() / self._weight_unit))
+        return self._quadratic_form(self._residual(weight.double() / self._weight_unit))
 
-    def _distance_to_target(self, weight: Tensor) -> Tensor:
-        """Return how far scaled weights, float64, are from what is aimed at."""
-        aim = self._wide_weight() if self._target is None else self._target.double() / self._weight_unit
-        return aim - weight
+    def _residual(self, weight: Tensor) -> Tensor:
+        """Return T - V for scaled weights V, float64."""
+        target = self._wide_weight() if self._target is None else self._target.double() / self._weight_unit
+        return target - weight
 
     def scale(self) -> Tensor:
         if self._scale is None:
@@ -381,31 +388,11 @@ class LayerReconstruction(Quadratic):
         return total.clamp_min_(0.0) * self.unit
 
 
-class _Known:
-    """What is worked out of a Gram on demand, shared by all row blocks."""
+class _GramCache:
+    """Numbers computed from a Gram on demand, shared by all problems made by `rows`."""
 
     def __init__(self) -> None:
         self.floor: float | None = None
         self.sizes: Tensor | None = None
         self.indefinite: float | None = None
         self.exact: ExactMatrix | None = None
-
-
-def _float(value: Fraction) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _power_of_two(largest: Tensor) -> float:
-    """Return 1 for data of ordinary size, else the power of two that brings `largest` near one."""
-    size = float(largest)
-    if size == 0.0 or 2.0**-24 <= size <= 2.0**24:
-        return 1.0
-    return 2.0 ** round(math.log2(size))
-
-
-def _divided(matrix: Tensor, unit: float) -> Tensor:
-    # Through float64: the unit of subnormal float32 data is itself no float32 number.
-    return matrix if unit == 1.0 else (matrix.double() / unit).to(matrix.dtype)

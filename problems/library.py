@@ -1,4 +1,4 @@
-"""Solved instances: single rows with their best known masks and what is proven about them."""
+"""Solved instances: single rows with their best known masks and proven bounds."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ LIBRARY = Path(__file__).with_name("library.safetensors")
 
 @dataclass(frozen=True)
 class SolvedInstance:
-    """One row of a layer, a set of masks, and what is known.
+    """One row of a layer and a set of masks, with the best known mask and a proven bound.
 
     Attributes
     ----------
     name : str
     instance : Instance
-        Weight (1, d) and Gram (d, d); `metadata["origin"]` says where they come from.
+        Weight (1, d) and Gram (d, d); `metadata["origin"]` names their source.
     pattern : str
-        As `maskopt.oracles.parse_masks` reads it.
+        The set's name for `maskopt.oracles.parse_masks`.
     sparsity : float or None
-        For patterns that need one.
+        Fraction of pruned entries, for patterns that need one.
     mask : Tensor
         The best known mask, boolean, shape (1, d).
     error : float
         Its error.
     bound : float
-        No mask of the set has a smaller error.
+        A proven lower bound on the error of every mask of the set.
     prover : str
-        Who proved the bound.
+        The solver that proved the bound.
     """
 
     name: str
@@ -61,12 +61,28 @@ class SolvedInstance:
 
 
 def library(path: Path = LIBRARY) -> list[SolvedInstance]:
-    """Return the library of solved instances, `benchmarks/make_library.py` made it.
+    """Return the library of solved instances.
+
+    Parameters
+    ----------
+    path : Path
+        A safetensors file written by `benchmarks/make_library.py`; by default that of the package.
+
+    Returns
+    -------
+    list of SolvedInstance
 
     Raises
     ------
     MaskoptError
         If the file is missing.
+
+    Examples
+    --------
+    >>> from maskopt.problems import library
+    >>> instance = library()[0]
+    >>> instance.bound <= instance.error
+    True
     """
     if not path.is_file():
         raise MaskoptError(f"The library of solved instances {path} is missing; benchmarks/make_library.py makes it.")

@@ -1,4 +1,4 @@
-"""Linear scores: the criteria of greedy pruning, whose LMO value is the whole answer."""
+"""Linear objectives: the scores of greedy pruning, which one oracle call minimises."""
 
 from fractions import Fraction
 
@@ -14,12 +14,27 @@ __all__ = ["Saliency"]
 
 
 class Saliency(Quadratic):
-    """Minimise the total score of the pruned entries.
+    """The total score of the pruned entries, a linear function of the mask.
 
     Parameters
     ----------
     scores : Tensor
-        Importance of each entry, shape (rows, d); larger is kept first.
+        Importance of each entry, shape (rows, d), no NaN; entries of larger score are kept first.
+
+    Raises
+    ------
+    MaskoptError
+        If the scores are no matrix or have a NaN.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from maskopt.problems import Saliency
+    >>> scores = Saliency.wanda(torch.tensor([[2.0, -1.0]]), gram=torch.tensor([[1.0, 0.0], [0.0, 9.0]]))
+    >>> scores.scores
+    tensor([[2., 3.]])
+    >>> scores.objective(torch.tensor([[False, True]]))
+    tensor([2.], dtype=torch.float64)
     """
 
     def __init__(self, scores: Tensor) -> None:
@@ -33,20 +48,45 @@ class Saliency(Quadratic):
 
     @classmethod
     def magnitude(cls, weight: Tensor) -> "Saliency":
-        """Score |w|."""
+        """Return the scores |w_ij|.
+
+        Parameters
+        ----------
+        weight : Tensor
+            Shape (rows, d).
+        """
         return cls(weight.abs())
 
     @classmethod
     def wanda(cls, weight: Tensor, gram: Tensor) -> "Saliency":
-        """Score |w_ij| ||x_j||, the root of the error of pruning that entry alone (Wanda, arXiv 2306.11695)."""
+        """Return the scores |w_ij| ||x_j||, the square root of the error by pruning that entry alone.
+
+        (Wanda: Sun et al., A simple and effective pruning approach for large language models, ICLR 2024, section 3.)
+
+        Parameters
+        ----------
+        weight : Tensor
+            Shape (rows, d).
+        gram : Tensor
+            Sum of x x^T over the calibration tokens, shape (d, d); only its diagonal ||x_j||^2 is used.
+        """
         return cls(weight.abs() * gram.diagonal().clamp_min(0).sqrt())
 
     @classmethod
     def ria(cls, weight: Tensor, gram: Tensor, power: float = 0.5) -> "Saliency":
-        """Relative importance and activations: (|w|/row sum + |w|/column sum) ||x_j||^power.
+        """Return the scores (|w_ij| / sum_k |w_ik| + |w_ij| / sum_k |w_kj|) ||x_j||^power.
 
-        `power` is 0.5 in the paper's experiments and code (RIA, ICLR 2024). Rows or columns that are all
-        zero score zero.
+        (Relative importance and activations, RIA: Zhang et al., Plug-and-play: an efficient post-training pruning
+        method for large language models, ICLR 2024.) Rows or columns of zeros have the score zero.
+
+        Parameters
+        ----------
+        weight : Tensor
+            Shape (rows, d).
+        gram : Tensor
+            As for `wanda`.
+        power : float
+            0.5 in the paper's experiments and code.
         """
         size = weight.abs()
         tiny = torch.finfo(size.dtype).tiny
@@ -98,7 +138,7 @@ class Saliency(Quadratic):
     def objective(self, mask: Tensor) -> Tensor:
         lost = self.scores.double().masked_fill(mask, 0.0)
         values = lost.sum(1)
-        # Scores of both signs may cancel; then the sum is repeated without rounding.
+        # Scores of both signs may cancel; then the sum is repeated in exact arithmetic.
         index = (values.abs() * (2.0 * self.shape[1] ** 2) < lost.abs().sum(1)).nonzero().flatten()
         if len(index):
             values[index] = torch.tensor([float(summed(row)) for row in lost[index]], dtype=torch.float64).to(values)

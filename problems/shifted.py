@@ -1,4 +1,4 @@
-"""Diagonal terms shifted between the quadratic and the linear part: the same masks, another relaxation."""
+"""Objectives with a diagonal shift: the same value for every mask, another relaxation."""
 
 from fractions import Fraction
 
@@ -11,10 +11,11 @@ __all__ = ["Shifted", "ShiftedQuadratic"]
 
 
 class Shifted(Problem):
-    """f(x) + amount * sum_i diagonal_i (x_i - x_i^2).
+    """The objective f(x) + amount * sum_i diagonal_i (x_i - x_i^2).
 
-    On masks x_i^2 = x_i, so the added term is zero there whatever `amount` is. Points of the base problem are
-    points of this one: nothing carried changes.
+    A mask has x_i^2 = x_i, so the added term is zero for every mask. Since x - x^2 >= 0 on [0, 1], a positive diagonal
+    raises the relaxation: it tightens bounds as long as the sum stays convex; beyond that it makes the relaxation
+    concave, until its local minima are masks (continuation). Points of the base problem are points of this one.
 
     Parameters
     ----------
@@ -23,7 +24,26 @@ class Shifted(Problem):
     diagonal : Tensor
         Shape (rows, d).
     amount : float
-        Multiplies the diagonal; kept apart so that a schedule costs no new tensor.
+        Multiplies the diagonal; separate, so that a schedule of amounts needs no new tensors.
+
+    References
+    ----------
+    Convex shifts: Hammer and Rubin, Some remarks on quadratic programming with 0-1 variables, RIRO 4, 1970; the best
+    ones: Billionnet, Elloumi and Plateau, Discrete Applied Mathematics 157, 2009. Concave shifts: Giannessi and
+    Niccolucci, Connections between nonlinear and integer programming problems, Symposia Mathematica 19, 1976.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from maskopt.problems import synthetic
+    >>> layer = synthetic(rows=1, d=4).problem()
+    >>> shifted = layer.shifted(layer.diagonal(), amount=0.1)
+    >>> mask = torch.tensor([[True, False, True, False]])
+    >>> torch.equal(layer.objective(mask), shifted.objective(mask))
+    True
+    >>> half = torch.full((1, 4), 0.5)
+    >>> bool(shifted.value(shifted.evaluate(half)) > layer.value(layer.evaluate(half)))
+    True
     """
 
     def __init__(self, base: Problem, diagonal: Tensor, amount: float = 1.0) -> None:
@@ -95,11 +115,18 @@ class Shifted(Problem):
 
 
 class ShiftedQuadratic(Shifted, Quadratic):
-    """A shifted objective whose base is quadratic; it is quadratic itself."""
+    """A shifted objective whose base is quadratic, and which therefore is quadratic.
+
+    Parameters
+    ----------
+    base : Quadratic
+    diagonal, amount
+        As for `Shifted`.
+    """
 
     base: Quadratic
 
-    # Of the two parents, Shifted would add up terms where the Hessian says it all.
+    # Those of Shifted would sum the added term separately; `hessian` includes it already.
     slope = Quadratic.slope
     change = Quadratic.change
 

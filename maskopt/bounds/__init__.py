@@ -1,10 +1,10 @@
-"""How good a mask can be at most: proven lower bounds on the error of every mask."""
+"""Proven lower bounds on the error of every mask of a set."""
 
 from maskopt.bounds.interior import FormBounds, bound_forms
 from maskopt.bounds.masks import BoundKind, MaskBounds, check_bound, mask_bound, mask_bounds
 from maskopt.bounds.pairs import pair_multipliers
 from maskopt.bounds.sdp import RowBounds, convex_part, sdp_bound
-from maskopt.bounds.shift import layer_shift, least_eigenvalue, shifted_bound
+from maskopt.bounds.shift import layer_shift, shifted_bound, smallest_eigenvalue
 
 __all__ = [
     "BoundKind",
@@ -15,10 +15,10 @@ __all__ = [
     "check_bound",
     "convex_part",
     "layer_shift",
-    "least_eigenvalue",
     "mask_bound",
     "mask_bounds",
     "pair_multipliers",
     "sdp_bound",
     "shifted_bound",
+    "smallest_eigenvalue",
 ]

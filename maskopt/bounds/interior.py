@@ -1,14 +1,14 @@
 """A primal-dual interior-point method for the semidefinite bound of many small cardinality problems at once.
 
-The question is min p^T Q p over p in {0, 1}^d with 1^T p = s. Relaxing Z = p p^T and keeping Z 1 = s diag(Z), tr Z = s
-gives, with A_i = e_i e_i^T - (e_i 1^T + 1 e_i^T) / (2 s), the pair
+The problem is min p^T Q p over p in {0, 1}^d with 1^T p = s. Relaxing Z = p p^T to positive semidefinite Z with
+Z 1 = s diag(Z) and tr Z = s gives, with A_i = e_i e_i^T - (e_i 1^T + 1 e_i^T) / (2 s), the primal-dual pair
 
     min <Q, Z>   over Z positive semidefinite with <A_i, Z> = 0 for all i and tr Z = s
     max s level  over y and level with Q - sum_i y_i A_i - level I positive semidefinite.
 
-Z needs no bordering by z: the border is the product of the equation 1^T z = s with itself, which the null vector
-(-s, 1, ..., 1) of the bordered matrix takes away. Every p has p^T A_i p = 0 and p^T p = s, so *any* y proves
-s lambda_min(Q - sum y_i A_i), whatever the method did to find it.
+Z is not bordered by z = diag(Z): the bordered matrix has the null vector (-s, 1, ..., 1), by the equation 1^T z = s,
+and is positive semidefinite if and only if Z is. Every p has p^T A_i p = 0 and p^T p = s, so *any* y proves the lower
+bound s lambda_min(Q - sum_i y_i A_i), however it was found.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from maskopt.bounds.work import Progress
 __all__ = ["FormBounds", "bound_forms"]
 
 _EPSILON = 2.0**-53
-_TRIALS = 40  # step lengths tried before a direction is given up; the last is below 2e-3
-_PREDICTOR = (0.9, 0.7)  # first length tried and the factor between lengths: the predictor only measures
+_TRIALS = 40  # step sizes tried before a direction is given up; the last is below 2e-3
+_PREDICTOR = (0.9, 0.7)  # first step size tried and the factor between them: the predictor is only measured
 _CORRECTOR = (1.0, 0.85)
-_NOTHING = 1e-6  # of the mean value of all p
-_BACK = 0.92  # of the longest step found
-_USUAL = 12  # iterations that a form takes, for the estimate of what is left
+_NEGLIGIBLE = 1e-6  # relative to the mean value of all p
+_DAMPING = 0.92  # relative to the largest step size found
+_TYPICAL = 12  # iterations that a form takes, for the estimate of progress
 
 
 @dataclass(frozen=True)
 class FormBounds:
-    """What is proven of each form.
+    """Bounds of quadratic forms.
 
     Attributes
     ----------
     bound : Tensor
-        No feasible p has a smaller p^T Q p. Shape (forms,), -inf where nothing is proven yet.
+        Proven lower bound of p^T Q p over feasible p, float64, shape (forms,); -inf where nothing is proven.
     tilt : Tensor
         y, shape (forms, d): Q - sum_i y_i A_i - bound / s I is positive semidefinite.
     primal : Tensor
-        Value of the relaxation's best point found, an estimate of what `bound` can still become, shape (forms,).
+        Value of the best point found of the relaxation, shape (forms,): an estimate of the largest possible `bound`.
     point : Tensor
-        The last point of the relaxation, Z, shape (forms, d, d); zero where there is none.
+        The last point Z of the relaxation, shape (forms, d, d); zero where there is none.
     iterations : Tensor
-        Shape (forms,), int64.
+        Int64, shape (forms,).
     stopped : Tensor
-        Whether `stop` ended the work on a form, boolean, shape (forms,).
+        Whether `stop` ended the iterations of a form, boolean, shape (forms,).
     """
 
     bound: Tensor
@@ -66,9 +66,9 @@ class FormBounds:
 
 @dataclass
 class _Rows:
-    """The forms still worked on."""
+    """The iterates of the forms that are not done."""
 
-    place: Tensor  # where each came from
+    place: Tensor  # indices of the forms
     Q: Tensor  # (forms, d, d)
     s: Tensor  # (forms, 1)
     size: Tensor  # Frobenius norm of Q, (forms,)
@@ -95,10 +95,10 @@ def bound_forms(
 ) -> FormBounds:
     """Bound p^T Q p from below over p in {0, 1}^d with a given number of ones, for many Q at once.
 
-    A Mehrotra predictor-corrector method in the direction of Helmberg, Rendl, Vanderbei and Wolkowicz (SIAM J.
-    Optimization 6, 1996): as A_i is a difference of two matrices of rank one, the Schur complement is a Hadamard
-    product, and an iteration costs three products and about ten Cholesky factorisations of size d. A dual point counts
-    once the factorisation of its slack has succeeded, less that factorisation's backward error.
+    Mehrotra's predictor-corrector method in the direction of Helmberg, Rendl, Vanderbei and Wolkowicz (SIAM J.
+    Optimization 6, 1996). As A_i is a difference of two matrices of rank one, the Schur complement is a Hadamard
+    product, and an iteration costs three matrix products and about ten Cholesky factorisations of size d. A dual point
+    gives a bound once its slack has been factorised; the backward error of the factorisation is subtracted.
 
     Parameters
     ----------
@@ -108,24 +108,29 @@ def bound_forms(
     pruned : Tensor
         s, the number of ones, shape (forms,).
     group : int, optional
-        The ones lie evenly: `pruned` * `group` / d of them in every `group` consecutive entries.
+        Every `group` consecutive entries hold equally many ones, `pruned` * `group` / d.
     accuracy : float
         A form is done when its primal and dual values differ by this, relative to the primal one.
     iterations : int
-        At most so many.
+        Maximal number of iterations.
     target : Tensor, optional
-        Shape (forms,). A form is done, too, as soon as its bound has reached this or its relaxation is known not to.
+        Shape (forms,). A form is also done as soon as its bound has reached the target, or its relaxation has a point
+        below it.
     stop : callable, optional
-        Asked before every iteration; True ends the work with what is proven until then.
+        Called before every iteration; True ends the method with the bounds proven so far.
     progress : callable, optional
-        Called after every iteration with the fraction of the work that is done, an estimate.
+        Called after every iteration with the estimated fraction of the work that is done.
+
+    Returns
+    -------
+    FormBounds
     """
     count, d = forms.shape[:2]
     bound = forms.new_full((count,), -torch.inf)
     primal = forms.new_full((count,), torch.inf)
     tilt, point = forms.new_zeros((count, d)), forms.new_zeros((count, d, d))
     spent = torch.zeros(count, dtype=torch.int64, device=forms.device)
-    # Nothing or everything pruned: there is one p, and its value is known up to the rounding of the sum.
+    # Nothing or everything pruned: there is one p, whose value is known up to the rounding of the sum.
     whole = (pruned == d).to(forms.dtype)
     error = 2 * d * d * _EPSILON * forms.abs().sum((1, 2))
     only = whole * (forms.sum((1, 2)) - error)
@@ -139,9 +144,9 @@ def bound_forms(
     started = torch.isfinite(rows.level)
     rows, index = rows.take(started.nonzero().flatten()), index[started]
     rows.place = index
-    # Where the relaxation is worth nothing no relative accuracy can be reached.
+    # Where the relaxation's value is zero, no relative accuracy can be reached.
     small = torch.full_like(primal, torch.inf)
-    small[index] = _NOTHING * (rows.Q * lift(rows.X, basis)).sum((1, 2)).abs()
+    small[index] = _NEGLIGIBLE * (rows.Q * lift(rows.X, basis)).sum((1, 2)).abs()
     stopped = torch.zeros(count, dtype=torch.bool, device=forms.device)
     for iteration in range(iterations):
         if not len(rows.place):
@@ -149,7 +154,7 @@ def bound_forms(
         if stop is not None and stop():
             stopped[rows.place] = True
             break
-        moved = _iterate(rows, basis)
+        advanced = _iterate(rows, basis)
         proven = rows.s[:, 0] * (rows.level - _margin(rows, basis))
         better = proven > bound[rows.place]
         improved = rows.place[better]
@@ -159,7 +164,7 @@ def bound_forms(
         primal[rows.place] = torch.minimum(primal[rows.place], value)
         spent[rows.place] += 1
         allowed = accuracy * torch.maximum(value.abs(), small[rows.place])
-        going = moved & (value - rows.s[:, 0] * rows.level > allowed)
+        going = advanced & (value - rows.s[:, 0] * rows.level > allowed)
         if target is not None:
             aim = target[rows.place]
             going &= (bound[rows.place] < aim) & (value >= aim)
@@ -167,15 +172,27 @@ def bound_forms(
             point[rows.place] = wide
             rows = rows.take(going.nonzero().flatten())
         if progress is not None:
-            progress(1.0 - len(rows.place) / count * (1.0 - min(0.95, (iteration + 1) / _USUAL)))
+            progress(1.0 - len(rows.place) / count * (1.0 - min(0.95, (iteration + 1) / _TYPICAL)))
     point[rows.place] = lift(rows.X, basis)
     return FormBounds(bound, tilt, primal, point, spent, stopped)
 
 
 def face_basis(group: int | None, like: Tensor) -> Tensor | None:
-    """Return an orthonormal basis of the span of all p with equally many ones in each group, shape (d, n).
+    """Return an orthonormal basis of the span of all p with equally many ones in each group.
 
-    (1, ..., 1) and, in each group, the vectors of Helmert that sum to zero. None where the span is everything.
+    It consists of (1, ..., 1) / sqrt(d) and, for each group, the rows of Helmert's matrix that sum to zero.
+
+    Parameters
+    ----------
+    group : int, optional
+        Entries of a group.
+    like : Tensor
+        Of the type and device wanted, last dimension d.
+
+    Returns
+    -------
+    Tensor or None
+        Shape (d, n); None where the span is the whole space.
     """
     d = like.shape[-1]
     if group is None or group == d:
@@ -189,17 +206,17 @@ def face_basis(group: int | None, like: Tensor) -> Tensor | None:
 
 
 def lift(M: Tensor, basis: Tensor | None) -> Tensor:
-    """Return matrices given in the basis as matrices of all entries."""
+    """Return B M B^T for the basis B: matrices (forms, n, n) on the span as matrices (forms, d, d) of all entries."""
     return M if basis is None else basis @ M @ basis.T
 
 
 def drop(M: Tensor, basis: Tensor | None) -> Tensor:
-    """Return matrices of all entries as quadratic forms on the span of the basis."""
+    """Return B^T M B for the basis B: matrices (forms, d, d) of all entries as forms (forms, n, n) on the span."""
     return M if basis is None else basis.T @ M @ basis
 
 
 def _start(Q: Tensor, s: Tensor, basis: Tensor | None, group: int) -> _Rows:
-    """Return the mean of all p p^T, which is strictly feasible, and a multiple of the identity added to Q."""
+    """Return the starting point: Z is the mean of all p p^T, which is strictly feasible; y = 0, and a level below Q."""
     count, d = Q.shape[:2]
     fraction = s / d
     inside = fraction * (fraction * group - 1) / max(group - 1, 1)  # two different entries of one group
@@ -207,7 +224,7 @@ def _start(Q: Tensor, s: Tensor, basis: Tensor | None, group: int) -> _Rows:
     together = (of_group.unsqueeze(1) == of_group).to(Q.dtype)
     X = fraction.square().unsqueeze(2) * (1 - together) + inside.unsqueeze(2) * together
     X.diagonal(dim1=1, dim2=2).copy_(fraction.expand(-1, d))
-    # The product of X and the slack is about constant if the slack is large beside Q.
+    # With a slack that is large relative to Q, the product of X and the slack is nearly a multiple of the identity.
     level = -(Q.diagonal(dim1=1, dim2=2).abs() * fraction).sum(1) / s[:, 0]
     size = torch.linalg.matrix_norm(Q)
     y = Q.new_zeros(count, d)
@@ -232,19 +249,19 @@ def combination(y: Tensor, level: Tensor, s: Tensor) -> Tensor:
 
 
 def _slack(rows: _Rows, y: Tensor, level: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the dual slack, its Cholesky factor, and where there is one."""
+    """Return the dual slack, its Cholesky factor, and for which forms the factorisation succeeded."""
     S = drop(rows.Q - combination(y, level, rows.s), basis)
     return S, *_factor(S)
 
 
 def _factor(M: Tensor) -> tuple[Tensor, Tensor]:
     L, info = torch.linalg.cholesky_ex(M)
-    # Not every library reports a NaN.
+    # Not every LAPACK reports a NaN.
     return L, (info == 0) & torch.isfinite(L.diagonal(dim1=1, dim2=2)).all(1)
 
 
 def _margin(rows: _Rows, basis: Tensor | None) -> Tensor:
-    """Return how far below zero an eigenvalue of the exact slack may lie although the factorisation succeeded.
+    """Return a bound on how far below zero the eigenvalues of the exact slack may lie if the factorisation succeeded.
 
     The factorisation: (n + 1) u tr S with u = 2^-53 (Rump, Verification of positive definiteness, BIT 46, 2006; Higham,
     Accuracy and Stability of Numerical Algorithms, Theorem 10.3). Forming S: each entry is a sum of a few terms, each
@@ -263,8 +280,8 @@ def _margin(rows: _Rows, basis: Tensor | None) -> Tensor:
 def measure(M: Tensor, s: Tensor) -> Tensor:
     """Return <I, M> and <A_i, M> of the symmetric part of M, shape (forms, 1 + d)."""
     diagonal = M.diagonal(dim1=1, dim2=2)
-    beside = diagonal - (M.sum(1) + M.sum(2)) / (2 * s)
-    return torch.cat((diagonal.sum(1, keepdim=True), beside), 1)
+    border = diagonal - (M.sum(1) + M.sum(2)) / (2 * s)
+    return torch.cat((diagonal.sum(1, keepdim=True), border), 1)
 
 
 def schur(P: Tensor, X: Tensor, s: Tensor) -> Tensor:
@@ -278,10 +295,14 @@ def schur(P: Tensor, X: Tensor, s: Tensor) -> Tensor:
     p, x = p_one / (2 * s), x_one / (2 * s)
     p_all, x_all = p.sum(1, keepdim=True) / (2 * s), x.sum(1, keepdim=True) / (2 * s)
     v = (p - p_all) * (x - x_all)
-    bent_p, bent_x = p - 0.5 * p_all, x - 0.5 * x_all
+    shifted_p, shifted_x = p - 0.5 * p_all, x - 0.5 * x_all
     complement = P.new_empty((len(P), d + 1, d + 1))
     inner = complement[:, 1:, 1:]
-    torch.mul(P - bent_p.unsqueeze(1) - bent_p.unsqueeze(2), X - bent_x.unsqueeze(1) - bent_x.unsqueeze(2), out=inner)
+    torch.mul(
+        P - shifted_p.unsqueeze(1) - shifted_p.unsqueeze(2),
+        X - shifted_x.unsqueeze(1) - shifted_x.unsqueeze(2),
+        out=inner,
+    )
     v = v - 0.5 * p_all * x_all
     inner.sub_(v.unsqueeze(1)).sub_(v.unsqueeze(2))
     both = (P * X).sum(1)
@@ -293,7 +314,7 @@ def schur(P: Tensor, X: Tensor, s: Tensor) -> Tensor:
 
 
 def factor_schur(complement: Tensor) -> Tensor:
-    """Return the Cholesky factor, with as much added to the diagonal as it needs: constraints may be redundant."""
+    """Return the Cholesky factor of a Schur complement, regularised if singular, as constraints may be redundant."""
     diagonal = complement.diagonal(dim1=1, dim2=2)
     plain = diagonal.clone()
     ridge = 1e-14
@@ -306,7 +327,7 @@ def factor_schur(complement: Tensor) -> Tensor:
 
 
 def _longest(M: Tensor, dM: Tensor, lengths: tuple[float, float]) -> Tensor:
-    """Return for each matrix a step along dM that leaves it positive definite, shape (forms,); zero: none found."""
+    """Return for each matrix a step size in direction dM that keeps it positive definite, zero if none was found."""
     step = M.new_zeros(len(M))
     waiting = torch.arange(len(M), device=M.device)
     length, shrink = lengths
@@ -323,7 +344,7 @@ def _longest(M: Tensor, dM: Tensor, lengths: tuple[float, float]) -> Tensor:
 
 
 def _iterate(rows: _Rows, basis: Tensor | None) -> Tensor:
-    """Take one step in place; return which forms moved at all."""
+    """Take one step, in place; return for which forms it was not zero, boolean, shape (forms,)."""
     s, X = rows.s, rows.X
     n = X.shape[1]
     P = torch.cholesky_inverse(rows.L)
@@ -338,7 +359,7 @@ def _iterate(rows: _Rows, basis: Tensor | None) -> Tensor:
     def slack_change(multipliers: Tensor) -> Tensor:
         return drop(combination(multipliers[:, 1:], multipliers[:, 0], s).neg_(), basis)
 
-    # Predictor: straight for the optimum. How far that goes says how much centring the real step needs.
+    # Predictor: the Newton step to the optimum. Its maximal step size determines the centring of the corrector.
     dS = slack_change(to_face)
     change = dS @ P
     R = X @ change
@@ -356,9 +377,9 @@ def _iterate(rows: _Rows, basis: Tensor | None) -> Tensor:
     R = (X @ (dS @ P)).add_(second)
     dX = (aim.view(-1, 1, 1) * P).sub_(X).sub_(R.add_(R.mT.clone()).mul_(0.5))
     primal, dual = _longest(X, dX, _CORRECTOR), _longest(rows.S, dS, _CORRECTOR)
-    # A full step is kept: it makes the point exactly feasible.
-    primal = primal * torch.where(primal < 1.0, _BACK, 1.0)
-    dual = dual * torch.where(dual < 1.0, _BACK, 1.0)
+    # A full step is not shortened: it makes the point exactly feasible.
+    primal = primal * torch.where(primal < 1.0, _DAMPING, 1.0)
+    dual = dual * torch.where(dual < 1.0, _DAMPING, 1.0)
     y = torch.addcmul(rows.y, dual.unsqueeze(1), multipliers[:, 1:])
     level = torch.addcmul(rows.level, dual, multipliers[:, 0])
     S, L, good = _slack(rows, y, level, basis)

@@ -1,4 +1,4 @@
-"""Bounds on the error of every mask of a set, by the names people type."""
+"""Bounds on the error of every mask of a set, selected by name."""
 
 from __future__ import annotations
 
@@ -20,12 +20,23 @@ __all__ = ["BoundKind", "MaskBounds", "check_bound", "mask_bound", "mask_bounds"
 
 BoundKind = Literal["shift", "sdp", "cuts"]
 
-_CUTS = 100  # iterations of the multipliers of Z >= 0
-_FIRST = 0.02  # of the time goes to the plain relaxation where it comes first, for the estimate of what is left
+_CUTS = 100  # iterations for the multipliers of Z >= 0
+_FIRST = 0.02  # fraction of the time spent on the plain relaxation, for the estimate of progress
 
 
 def check_bound(masks: MaskSet, kind: str) -> None:
-    """Raise MaskoptError, before any work, if there is no such bound for the set."""
+    """Check, before any work, that there is such a bound for the set.
+
+    Parameters
+    ----------
+    masks : MaskSet
+    kind : {"shift", "sdp", "cuts"}
+
+    Raises
+    ------
+    MaskoptError
+        If rows of the set are coupled or may keep fewer entries, or there is no such kind.
+    """
     if kind not in get_args(BoundKind):
         raise MaskoptError(f"There is no bound {kind!r}; choose one of {', '.join(get_args(BoundKind))}.")
     if not isinstance(masks, PartitionMatroid) or not masks.separable or masks.at_most:
@@ -34,15 +45,15 @@ def check_bound(masks: MaskSet, kind: str) -> None:
 
 @dataclass(frozen=True)
 class MaskBounds:
-    """What is proven of each row.
+    """Bounds of a layer's rows.
 
     Attributes
     ----------
     bound : Tensor
-        No mask of the set has a smaller error, float64, shape (rows,).
+        Proven lower bound on the error of every mask of the set, float64, shape (rows,).
     finished : Tensor
-        Whether the work on a row ended by itself, boolean, shape (rows,). Where it was stopped the bound holds, too,
-        but more time would have raised it.
+        Whether the method converged on a row, boolean, shape (rows,). Where it was stopped before, the bound is valid
+        but more time could have raised it.
     """
 
     bound: Tensor
@@ -57,25 +68,43 @@ def mask_bound(
     memory: int = 2**30,
     stop: Stop | None = None,
 ) -> Tensor:
-    """Return a proven lower bound on the error of every mask of the set, row by row, float64, shape (rows,).
+    """Return a proven lower bound on the error of every mask of the set, row by row.
 
     Parameters
     ----------
     problem : LayerReconstruction
     masks : MaskSet
-        Keeps fixed numbers of each row's entries: per row, N:M; what it fixes besides is not made use of.
+        Must keep a fixed number of entries of every row, such as per-row and N:M sets. Fixed entries are ignored: the
+        bound is valid but does not use them.
     kind : {"shift", "sdp", "cuts"}
-        One diagonal for the layer, the best diagonal for each row (the semidefinite bound), and that with Z >= 0: each
-        stronger and costlier than the one before.
+        One diagonal shift for the layer (`shifted_bound`); the best diagonal shift for each row, which is the
+        semidefinite bound (`sdp_bound`); or that with the cuts Z >= 0 (`pair_multipliers`). Each is stronger and
+        costlier than the one before.
     memory : int
-        Bytes the work may take.
+        Bytes that may be allocated.
     stop : callable, optional
-        Asked now and then; True ends the work with what is proven until then.
+        Called between iterations; True ends the method with the bounds proven so far.
+
+    Returns
+    -------
+    Tensor
+        In units of `problem.objective`, float64, shape (rows,).
 
     Raises
     ------
     MaskoptError
-        If rows of the set are coupled or may keep fewer, or there is no such kind.
+        If rows of the set are coupled or may keep fewer entries, or there is no such kind.
+
+    Examples
+    --------
+    >>> import maskopt
+    >>> from maskopt.bounds import mask_bound
+    >>> layer, masks = maskopt.synthetic(rows=2, d=8).problem(), maskopt.PerRow(0.5)
+    >>> bound, magnitude = mask_bound(layer, masks), masks.lmo_mask(-layer.weight.abs())
+    >>> bool((bound <= layer.objective(magnitude)).all())
+    True
+    >>> bool((bound >= mask_bound(layer, masks, "shift")).all())
+    True
     """
     return mask_bounds(problem, masks, kind, memory=memory, stop=stop).bound
 
@@ -89,17 +118,21 @@ def mask_bounds(
     stop: Stop | None = None,
     progress: Progress | None = None,
 ) -> MaskBounds:
-    """Return what `mask_bound` proves, and of which rows it could have proven more.
+    """Return the bounds of `mask_bound`, and for which rows the method converged.
 
-    Where the work may be stopped, the bound of the plain convex relaxation, which is cheap, comes first: rows that are
-    not reached have it.
+    If `stop` is given, the bound of the plain convex relaxation, which is cheap, is computed first, so that every row
+    has a bound.
 
     Parameters
     ----------
     problem, masks, kind, memory, stop
         As for `mask_bound`.
     progress : callable, optional
-        Called about once per iteration with the fraction of the work that is done, an estimate.
+        Called about once per iteration with the estimated fraction of the work that is done.
+
+    Returns
+    -------
+    MaskBounds
 
     Raises
     ------

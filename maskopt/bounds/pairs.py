@@ -1,4 +1,4 @@
-"""Multipliers of Z_ij >= 0, which the semidefinite relaxation forgets."""
+"""Multipliers of the cuts Z_ij >= 0, which strengthen the semidefinite relaxation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from maskopt.bounds.work import Progress
 
 __all__ = ["pair_multipliers"]
 
-_STEP = 1.6  # of the multipliers; the method converges below (1 + sqrt 5) / 2
+_STEP = 1.6  # step size of the multipliers; the method converges below (1 + sqrt 5) / 2
 _PENALTY = 3.0  # times |Z| / |slack|, at the start
 _REVIEW = 10  # iterations between changes of the penalty
-_DAMPED = 0.92
+_DAMPING = 0.92  # factor on the multipliers returned
 
 
 def pair_multipliers(
@@ -28,25 +28,30 @@ def pair_multipliers(
     stop: Callable[[], bool] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Return N >= 0 with which the forms Q - N have a larger semidefinite bound, shape (forms, d, d).
+    """Return N >= 0 for which the forms Q - N have a larger semidefinite bound.
 
-    As p^T N p >= 0, what is proven of Q - N holds for Q whatever N is. It comes from a few iterations of the
-    alternating direction method for semidefinite programs (Wen, Goldfarb and Yin, Mathematical Programming
-    Computation 2, 2010), whose own dual points are far from feasible for a long time: N is taken from it, and the
-    other multipliers are worked out anew by `bound_forms` on Q - N.
+    As p^T N p >= 0, a lower bound of Q - N is one of Q, whatever N is. N results from a few iterations of the
+    alternating direction method for semidefinite programs (Wen, Goldfarb and Yin, Mathematical Programming Computation
+    2, 2010). The dual points of that method become feasible only slowly; only N is used, and `bound_forms` computes the
+    other multipliers on Q - N.
 
     Parameters
     ----------
     forms, pruned, group
         As for `bound_forms`; neither none nor all of the entries are pruned.
     found : FormBounds
-        Its answer for them, with a finite bound.
+        The result of `bound_forms` for them, with finite bounds.
     iterations : int
-        Each costs one eigendecomposition of size d.
+        Number of iterations, each of which costs one eigendecomposition of size d.
     stop : callable, optional
-        Asked before every iteration; True ends the work.
+        Called before every iteration; True ends the method.
     progress : callable, optional
         Called before every iteration with the fraction of them that is done.
+
+    Returns
+    -------
+    Tensor
+        N, float64, shape (forms, d, d), with zero diagonal.
     """
     d = forms.shape[1]
     s = pruned.to(forms.dtype).unsqueeze(1)
@@ -67,11 +72,11 @@ def pair_multipliers(
         missing = (target - measure(Z, s)) / penalty[:, 0] + measure(forms - S - N, s)
         multipliers = torch.cholesky_solve(missing.unsqueeze(2), C).squeeze(2)
         slack = forms - combination(multipliers[:, 1:], multipliers[:, 0], s)
-        held = Z / penalty
-        N = slack - S - held
+        scaled_point = Z / penalty
+        N = slack - S - scaled_point
         N = (N + N.mT).mul_(0.5).clamp_min_(0.0)
         N.diagonal(dim1=1, dim2=2).zero_()
-        split = slack - N - held
+        split = slack - N - scaled_point
         # Project on the cone of the relaxation, which lies in the span of all p, and on its dual.
         values, vectors = torch.linalg.eigh(drop(split + split.mT, basis).mul_(0.5))
         negative = lift((vectors * (-values).clamp_min(0.0).unsqueeze(1)) @ vectors.mT, basis)
@@ -82,7 +87,7 @@ def pair_multipliers(
             dual = _norm(slack - N - S) / size
             change = torch.where(primal > 2 * dual, 1 / 1.3, torch.where(dual > 2 * primal, 1.3, 1.0))
             penalty = penalty * change.view(-1, 1, 1)
-    return N.mul_(_DAMPED)
+    return N.mul_(_DAMPING)
 
 
 def _norm(M: Tensor) -> Tensor:

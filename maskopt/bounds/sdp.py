@@ -18,37 +18,37 @@ from maskopt.problems import LayerReconstruction
 
 __all__ = ["RowBounds", "convex_part", "sdp_bound"]
 
-_MATRICES = 32  # of size d x d in float64, alive at once for each row worked on
-_AT_ONCE = 2**26  # multiplications in an operation, beyond which processors gain nothing from more rows at a time
-_SOLUTION = 25  # iterations of the multipliers that take as long as one bound, for the estimate of what is left
+_MATRICES = 32  # number of d x d matrices in float64 allocated for each row
+_AT_ONCE = 2**26  # multiplications in an operation beyond which a CPU gains nothing from more rows at a time
+_SOLUTION = 25  # iterations of `pair_multipliers` that take as long as one bound, for the estimate of progress
 
 
 @dataclass(frozen=True)
 class RowBounds:
-    """What is proven of each row, float64, in full units.
+    """Semidefinite bounds of a layer's rows, float64, in units of `problem.objective`.
 
     Attributes
     ----------
     bound : Tensor
-        No mask that keeps the row's number of entries has a smaller error, shape (rows,).
+        Proven lower bound on the error of every mask that keeps the row's number of entries, shape (rows,).
     shift : Tensor
-        D, shape (rows, d). The error plus sum_i D_i (p_i - p_i^2) is the same on masks, convex where sum p = s, and
-        nowhere there smaller than `shifted`: Q - Diag(D) + (y 1^T + 1 y^T) / (2 s) with y = D - shifted / s is
-        positive semidefinite (`convex_part`). Zero where nothing is proven or nothing is to be decided.
+        D, shape (rows, d). The error plus sum_i D_i (p_i - p_i^2) has the same value on masks; on the hyperplane
+        sum p = s it is convex and at least `shifted`: Q - Diag(D) + (y 1^T + 1 y^T) / (2 s) with y = D - shifted / s is
+        positive semidefinite (`convex_part`). Zero where nothing is proven, and where none or all entries are kept.
     shifted : Tensor
         The bound without cuts, shape (rows,).
     primal : Tensor
-        Value of the relaxation's best point found, without cuts: what `shifted` can still become with more iterations,
-        up to rounding; infinite where there is none. Shape (rows,).
+        Value of the best point found of the relaxation without cuts, shape (rows,): up to rounding, the largest value
+        that more iterations could give `shifted`. Infinite where there is no point.
     point : Tensor
-        Pruned shares of the entries in the relaxation, shape (rows, d).
+        Relaxed indicator p of pruned entries in the relaxation, shape (rows, d).
     iterations : Tensor
-        Shape (rows,), int64.
+        Int64, shape (rows,).
     seconds : float
         For all rows together.
     finished : Tensor
-        Whether the work on a row ended by itself, boolean, shape (rows,). Where it was stopped the bound holds, too,
-        but more time would have raised it.
+        Whether the method converged on a row, boolean, shape (rows,). Where it was stopped before, the bound is valid
+        but more time could have raised it.
     """
 
     bound: Tensor
@@ -76,41 +76,61 @@ def sdp_bound(
 ) -> RowBounds:
     """Prove a lower bound on the error of every mask of each row.
 
-    The semidefinite relaxation min <Q, Z> with diag Z = z, Z 1 = s z, 1^T z = s and Z - z z^T positive semidefinite
-    (Helmberg, Rendl and Weismantel, J. Combinatorial Optimization 4, 2000, for cardinalities; its dual is the best
-    convex quadratic of Billionnet, Elloumi and Plateau, Discrete Applied Mathematics 157, 2009), solved by
-    `bound_forms`. Bounds are proven in float64 at any stop: no mask has a smaller error than `bound`.
+    With Q = Diag(w) G Diag(w) and s pruned entries, `bound_forms` solves the semidefinite relaxation min <Q, Z> with
+    diag Z = z, Z 1 = s z, 1^T z = s and Z - z z^T positive semidefinite. Bounds are proven in float64, rounding errors
+    included, whenever the method is stopped.
 
     Parameters
     ----------
     problem : LayerReconstruction
-        Of shape (rows, d). The bound is meant for d up to a few hundred: a row costs about 200 d^3 multiplications.
+        Of shape (rows, d), with d up to a few hundred: a row costs about 200 d^3 multiplications.
     keep : Tensor
         How many entries each row keeps, integers, shape (rows,).
     group : int, optional
-        Every `group` consecutive entries of a row keep equally many (N:M): `keep` * `group` / d.
+        Every `group` consecutive entries of a row keep equally many (N:M), `keep` * `group` / d.
     accuracy : float
-        A row is done when bound and relaxation differ by this, relatively.
+        A row is done when the values of bound and relaxation differ by this, relatively.
     iterations : int
-        At most so many for each row; about 15 are enough for three digits.
+        Maximal number for each row; about 15 suffice for three digits.
     cuts : int
-        Iterations of `pair_multipliers`, which adds Z >= 0: 50 close a third or more of what the bound lacks, at three
-        times the cost.
+        Iterations of `pair_multipliers`, which adds the cuts Z >= 0: 50 close a third or more of the remaining gap, at
+        three times the cost.
     target : Tensor, optional
-        Errors, in full units, shape (rows,): a row is done, too, as soon as its bound has reached this, which is all
-        branch and bound asks, or the relaxation is known not to.
+        In units of `problem.objective`, shape (rows,). A row is also done as soon as its bound has reached the target,
+        as branch and bound requires, or its relaxation has a point below it.
     memory : int
-        Bytes the work may take; at least one row is worked on at a time.
+        Bytes that may be allocated; at least one row is processed at a time.
     stop : callable, optional
-        Asked before every iteration; True ends the work with what is proven until then.
+        Called before every iteration; True ends the method with the bounds proven so far.
     progress : callable, optional
-        Called after every iteration with the fraction of the work that is done, an estimate.
+        Called after every iteration with the estimated fraction of the work that is done.
+
+    Returns
+    -------
+    RowBounds
 
     Raises
     ------
     MaskoptError
-        If `keep` is no vector of integers from 0 to d or does not spread evenly over groups, or if the problem aims at
-        other weights' output.
+        If `keep` is no vector of integers from 0 to d or not a multiple of the number of groups, or if the problem has
+        a target other than its own weights.
+
+    References
+    ----------
+    The relaxation with a cardinality constraint: Helmberg, Rendl and Weismantel, A semidefinite programming approach to
+    the quadratic knapsack problem, J. Combinatorial Optimization 4, 2000. Its dual as the best convex reformulation:
+    Billionnet, Elloumi and Plateau, Improving the performance of standard solvers for quadratic 0-1 programs by a tight
+    convex reformulation: the QCR method, Discrete Applied Mathematics 157, 2009.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import maskopt
+    >>> from maskopt.bounds import sdp_bound
+    >>> layer = maskopt.synthetic(rows=2, d=8).problem()
+    >>> bounds = sdp_bound(layer, keep=torch.tensor([4, 6]))
+    >>> bool((0 < bounds.bound).all()), bool((bounds.bound <= bounds.primal).all()), bounds.finished.tolist()
+    (True, True, [True, True])
     """
     begin = time.perf_counter()
     if problem.aims_elsewhere:
@@ -147,7 +167,7 @@ def sdp_bound(
         primal[part] = _times(found.primal, exponent, wide.unit)
         point[part] = found.point.diagonal(dim1=1, dim2=2)
         spent[part] = found.iterations
-        # Where nothing or everything is pruned there is nothing to be decided.
+        # Where none or all entries are pruned there is only one mask.
         inside = (pruned[part] > 0) & (pruned[part] < d)
         index = (inside & proven).nonzero().flatten()
         level = found.bound[index] / pruned[part][index]
@@ -169,10 +189,25 @@ def sdp_bound(
 
 
 def convex_part(problem: LayerReconstruction, keep: Tensor, bounds: RowBounds, row: int) -> Tensor:
-    """Return the positive semidefinite C, shape (d, d), in full units, that explains a row's bound without cuts.
+    """Return the positive semidefinite matrix C that proves a row's bound without cuts.
 
-    For every p with p_i^2 = p_i and sum p = s the row's error is p^T C p + shifted: the reformulation to hand to
-    mixed-integer solvers instead of Q, as its relaxation at the root is worth `shifted`.
+    For every p in {0, 1}^d with sum p = s the row's error is p^T C p + shifted. This convex reformulation (QCR:
+    Billionnet, Elloumi and Plateau 2009) serves mixed-integer solvers better than Q, as the value of its root
+    relaxation is at least `shifted`.
+
+    Parameters
+    ----------
+    problem : LayerReconstruction
+    keep : Tensor
+        As for `sdp_bound`.
+    bounds : RowBounds
+        The result of `sdp_bound` for them.
+    row : int
+
+    Returns
+    -------
+    Tensor
+        C, in units of `problem.objective`, float64, shape (d, d).
     """
     weight, gram = problem.double().rows(torch.tensor([row])).weight[0], problem.gram.double()
     s = int(problem.shape[1] - keep[row])
@@ -192,7 +227,7 @@ def _balanced(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _in_full(bound: Tensor, exponent: Tensor, unit: float) -> tuple[Tensor, Tensor]:
-    """Return bounds in full units and which of them say something: errors are sums of squares."""
+    """Return bounds in units of the objective, and which of them are positive: errors are sums of squares."""
     full = _times(bound * (1 - 2.0**-51), exponent, unit)
     # Below the smallest normal number, units round up as well as down.
     proven = (bound > 0.0) & (full > torch.finfo(full.dtype).tiny)

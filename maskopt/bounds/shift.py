@@ -1,4 +1,4 @@
-"""One diagonal for a whole layer: the cheap shifts of the convex relaxation."""
+"""Shifts of the convex relaxation by one diagonal for the whole layer, and the bound they prove."""
 
 from __future__ import annotations
 
@@ -10,16 +10,28 @@ from maskopt.oracles import PerRow
 from maskopt.problems import LayerReconstruction
 from maskopt.problems.convexity import diagonal_floor
 
-__all__ = ["layer_shift", "least_eigenvalue", "shifted_bound"]
+__all__ = ["layer_shift", "shifted_bound", "smallest_eigenvalue"]
 
-_SHRINK = 0.2  # of the barrier's weight per round
-_ACCURACY = 1e-3  # of the sum
+_SHRINK = 0.2  # factor on the barrier's weight per iteration
+_ACCURACY = 1e-3  # relative to the sum that is maximised
 _TRIALS = 60  # step sizes tried before a direction is given up; the last is below 1e-9
-_ROUNDING = 1e-13  # of each input's own second moment: what convexity may lack in float64
+_ROUNDING = 1e-13  # relative to each input's second moment: the rounding allowed in the test of convexity
 
 
-def least_eigenvalue(problem: LayerReconstruction) -> Tensor:
-    """Return L = lambda I with G - L positive semidefinite, the diagonal in the units of `gradient`, shape (d,)."""
+def smallest_eigenvalue(problem: LayerReconstruction) -> Tensor:
+    """Return the diagonal of L = lambda_min(G) I, for which G - L is positive semidefinite.
+
+    (Hammer and Rubin, Some remarks on quadratic programming with 0-1 variables, RIRO 4, 1970.)
+
+    Parameters
+    ----------
+    problem : LayerReconstruction
+
+    Returns
+    -------
+    Tensor
+        In the units of `problem.scaled_gram`, float64, shape (d,).
+    """
     gram = problem.symmetric_gram()
     lowest = torch.linalg.eigvalsh(gram)[0].clamp_min(0.0)
     return _safe(problem, lowest.expand(len(gram)))
@@ -28,23 +40,28 @@ def least_eigenvalue(problem: LayerReconstruction) -> Tensor:
 def layer_shift(
     problem: LayerReconstruction, rounds: int = 40, *, stop: Stop | None = None, progress: Progress | None = None
 ) -> Tensor:
-    """Return the diagonal L >= 0 of largest sum of L_i / G_ii with G - L positive semidefinite.
+    """Return the diagonal L >= 0 that maximises sum_i L_i / G_ii subject to G - L positive semidefinite.
 
-    In the units of `gradient`, shape (d,). Every row i of the layer may then be shifted by D = w_i^2 L: the relaxation
-    stays convex and its minimum, the bound of any Frank-Wolfe method, grows. The program is that of minimum trace
-    factor analysis, by Newton's method with shrinking weight on the barrier log det (G - L) + sum log L_i, whose
-    Hessian is the elementwise square of (G - L)^-1 (Vandenberghe and Boyd, SIAM Review 38, 1996). A Cholesky
-    factorisation in float64 checks the result.
+    Row i of the layer may then be shifted by w_i^2 L: its relaxation stays convex, and the relaxation's minimum, which
+    is a lower bound, grows. The maximisation is the semidefinite program of minimum trace factor analysis. It is solved
+    by Newton's method on the barrier log det (G - L) + sum_i log L_i with a shrinking weight; the Hessian of log det is
+    the elementwise square of (G - L)^-1 (Vandenberghe and Boyd, SIAM Review 38, 1996). A Cholesky factorisation in
+    float64 proves that G - L is positive semidefinite up to rounding.
 
     Parameters
     ----------
     problem : LayerReconstruction
     rounds : int
-        Newton steps, each one inverse and one factorisation of size d.
+        Maximal number of Newton steps, each of which costs one inverse and one factorisation of size d.
     stop : callable, optional
-        Asked before every round; True ends the work with the diagonal found until then.
+        Called before every step; True ends the method with the diagonal found so far.
     progress : callable, optional
-        Called before every round with the fraction of them that is done.
+        Called before every step with the fraction of them that is done.
+
+    Returns
+    -------
+    Tensor
+        In the units of `problem.scaled_gram`, float64, shape (d,).
     """
     gram = problem.symmetric_gram()
     scale = gram.diagonal().clamp_min(0.0).sqrt()
@@ -54,7 +71,7 @@ def layer_shift(
     unit = scale[alive]
     matrix = gram[alive][:, alive] / unit / unit.unsqueeze(1)
     d = len(matrix)
-    # A singular Gram has no interior; this much is taken back by the check at the end.
+    # A singular Gram has no interior point; the check at the end subtracts what is added here.
     lowest = float(torch.linalg.eigvalsh(matrix)[0])
     matrix.diagonal().add_(max(1e-10 * d - lowest, 0.0))
     part = torch.full_like(unit, 0.5 * max(lowest, 1e-10 * d))
@@ -67,7 +84,7 @@ def layer_shift(
         direction = _newton(matrix, part, barrier)
         length = 0.0 if direction is None else _longest(matrix, part, direction)
         if direction is None or length == 0.0:
-            break  # what has been reached is a diagonal like any other; it is made safe below
+            break  # the diagonal reached so far is checked below like any other
         part = part + (1.0 if length == 1.0 else 0.8) * length * direction
         if length == 1.0:
             barrier *= _SHRINK
@@ -87,10 +104,11 @@ def shifted_bound(
     stop: Stop | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Return what the shifted relaxation proves of each row, in full units, float64, shape (rows,).
+    """Return a lower bound of each row's shifted relaxation, proven by linear models.
 
-    The minimum of the error plus sum_i w_i^2 L_i (p_i - p_i^2) over 0 <= p <= 1, sum p = s, from below, by Frank-Wolfe
-    with exact line searches: the best tangent on the way.
+    The Frank-Wolfe method with exact line searches minimises the error plus sum_i w_i^2 L_i (p_i - p_i^2) over
+    0 <= p <= 1, sum p = s. The minimum of the linear model at any iterate is a lower bound (the Frank-Wolfe gap: Jaggi,
+    Revisiting Frank-Wolfe, ICML 2013); the largest is returned, less rounding errors.
 
     Parameters
     ----------
@@ -98,23 +116,39 @@ def shifted_bound(
     keep : Tensor
         How many entries each row keeps, integers, shape (rows,).
     diagonal : Tensor
-        L, shape (d,), as `layer_shift` or `least_eigenvalue` return it; zero for the plain relaxation.
+        L, shape (d,), as `layer_shift` or `smallest_eigenvalue` return it; zero for the plain relaxation.
     iterations : int
+        Of the Frank-Wolfe method.
     stop : callable, optional
-        Asked before every iteration; True ends the work with what is proven until then.
+        Called before every iteration; True ends the method with the bounds proven so far.
     progress : callable, optional
         Called before every iteration with the fraction of them that is done.
+
+    Returns
+    -------
+    Tensor
+        In units of `problem.objective`, float64, shape (rows,).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import maskopt
+    >>> from maskopt.bounds import layer_shift, shifted_bound
+    >>> layer, keep = maskopt.synthetic(rows=2, d=8).problem(), torch.tensor([4, 4])
+    >>> plain = shifted_bound(layer, keep, torch.zeros(8, dtype=torch.float64))
+    >>> bool((shifted_bound(layer, keep, layer_shift(layer)) > plain).all())
+    True
     """
     wide, masks = problem.double(), PerRow(keep)
     best = torch.zeros(problem.shape[0], dtype=torch.float64, device=problem.device)
     squares = wide.scaled_weight.square()
     objective = wide.shifted(squares * diagonal)
-    # The shift is one diagonal for all rows, so that one factorisation says how far its convexity falls short.
+    # The shift is one diagonal for all rows, so that one factorisation bounds the convexity error of all rows.
     sizes = torch.maximum(problem.entry_sizes(), diagonal.clamp_min(0.0).sqrt())
-    missing = diagonal_floor(problem.symmetric_gram() - torch.diag(diagonal), sizes)
-    spread = wide.scaled_weight.abs() * sizes
-    off = spread if not problem.aims_elsewhere else spread + (wide.scaled_target - wide.scaled_weight).abs() * sizes
-    rounding = (problem.shape[1] + 8) * 2.0**-50 * (off.sum(1).square() + (squares * diagonal.abs()).sum(1))
+    nonconvexity = diagonal_floor(problem.symmetric_gram() - torch.diag(diagonal), sizes)
+    reach = wide.scaled_weight.abs() * sizes
+    residual = reach if not problem.aims_elsewhere else reach + (wide.scaled_target - wide.scaled_weight).abs() * sizes
+    rounding = (problem.shape[1] + 8) * 2.0**-50 * (residual.sum(1).square() + (squares * diagonal.abs()).sum(1))
     point = objective.evaluate(masks.lmo(-objective.diagonal()))
     for number in range(iterations):
         if stop is not None and stop():
@@ -124,17 +158,17 @@ def shifted_bound(
         gradient = objective.gradient(point)
         search = masks.lmo(gradient) - point.x
         descent = (gradient * search).sum(1)
-        convexity_error = rounding + missing * (spread * torch.maximum(point.x, 1 - point.x)).square().sum(1)
+        convexity_error = rounding + nonconvexity * (reach * torch.maximum(point.x, 1 - point.x)).square().sum(1)
         best = torch.maximum(best, (objective.value(point) + descent - convexity_error) * wide.unit)
-        move = objective.hvp(search)
-        curvature = (objective.hessian(move) * search).sum(1)
-        fraction = torch.where(curvature > 0, -descent / curvature, 1.0).clamp(0.0, 1.0)
-        objective.advance(point, move, fraction.unsqueeze(1))
+        direction = objective.hvp(search)
+        curvature = (objective.hessian(direction) * search).sum(1)
+        step_size = torch.where(curvature > 0, -descent / curvature, 1.0).clamp(0.0, 1.0)
+        objective.advance(point, direction, step_size.unsqueeze(1))
     return best
 
 
 def _newton(matrix: Tensor, part: Tensor, barrier: float) -> Tensor | None:
-    """Return the Newton direction of the barrier problem; None where rounding leaves none."""
+    """Return the Newton direction of the barrier problem; None where a system is singular up to rounding."""
     inverse, info = torch.linalg.inv_ex(matrix - torch.diag(part))
     if int(info) != 0:
         return None
@@ -146,7 +180,7 @@ def _newton(matrix: Tensor, part: Tensor, barrier: float) -> Tensor | None:
 
 
 def _longest(matrix: Tensor, part: Tensor, direction: Tensor) -> float:
-    """Return the first of the step sizes 1, 0.7, 0.49 ... that stays inside; zero: none of those tried does."""
+    """Return the first of the step sizes 1, 0.7, 0.49, ... that stays feasible; zero if none of those tried does."""
     length = 1.0
     for _ in range(_TRIALS):
         if _inside(matrix, part + length * direction):
@@ -162,7 +196,7 @@ def _inside(matrix: Tensor, part: Tensor) -> bool:
 
 
 def _safe(problem: LayerReconstruction, part: Tensor) -> Tensor:
-    """Shrink until G - L is no further from positive semidefinite than rounding may have left G."""
+    """Shrink L until G - L is positive semidefinite up to the rounding error of G itself."""
     gram, sizes = problem.symmetric_gram(), problem.entry_sizes()
     part = torch.minimum(part, sizes.square())  # a diagonal entry of G - L is not negative
     allowed = 1.1 * problem.indefiniteness() + _ROUNDING * len(gram)

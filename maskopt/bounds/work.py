@@ -1,4 +1,4 @@
-"""How far the proof of bounds has come, and whether it has to end."""
+"""Progress reports and early stops of the methods that prove bounds."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from collections.abc import Callable
 __all__ = ["Progress", "Stop", "Stopper", "within"]
 
 Progress = Callable[[float], object]
-"""Called with the fraction of the work that is done, an estimate in [0, 1]."""
+"""Called with the estimated fraction of the work that is done, in [0, 1]."""
 
 Stop = Callable[[], bool]
-"""Asked between iterations; True ends the work with what is proven until then."""
+"""Called between iterations; True ends the method with the bounds proven so far."""
 
 
 class Stopper:
-    """Asks whether to stop until the answer is yes, and remembers it.
+    """A stop condition that stays true once it was.
 
     Parameters
     ----------
     stop : callable, optional
-        What to ask; without it nothing stops.
+        Called until it returns True; without it the condition is never true.
+
+    Attributes
+    ----------
+    stopped : bool
+        Whether it has returned True.
     """
 
     def __init__(self, stop: Stop | None) -> None:
@@ -33,7 +38,15 @@ class Stopper:
 
 
 def within(progress: Progress | None, start: float, end: float) -> Progress | None:
-    """Return what takes the progress of a part of the work, which lies between two fractions of the whole."""
+    """Return a callable for the progress of a part of the work, which reports the progress of the whole.
+
+    Parameters
+    ----------
+    progress : callable, optional
+        For the whole; None gives None.
+    start, end : float
+        Fractions of the whole that are done before and after the part.
+    """
     if progress is None:
         return None
     return lambda fraction: progress(start + (end - start) * fraction)

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from maskopt.oracles.base import HasGroups, MaskSet, face_tolerance
+from maskopt.oracles import HasGroups, MaskSet, face_tolerance
 from maskopt.problems import LayerReconstruction, Problem
 from maskopt.solvers.blocks import block_errors
 from maskopt.solvers.requirements import Requirements

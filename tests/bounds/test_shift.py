@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskopt import PerRow, solve, synthetic
-from maskopt.bounds import layer_shift, least_eigenvalue, shifted_bound
+from maskopt.bounds import layer_shift, shifted_bound, smallest_eigenvalue
 from maskopt.problems import FAMILIES, LayerReconstruction
 from maskopt.solvers import FrankWolfe
 from tests.bounds.test_sdp import minimum_error
@@ -21,7 +21,7 @@ def test_shifts_of_edge_case_grams_are_valid(layer: Layer, kept: int) -> None:
     gram = problem.scaled_gram.double()
     size = float(gram.diagonal().sum())
     keep = torch.full((rows,), min(kept, d))
-    for diagonal in (least_eigenvalue(problem), layer_shift(problem)):
+    for diagonal in (smallest_eigenvalue(problem), layer_shift(problem)):
         assert (diagonal >= 0.0).all()
         assert float(torch.linalg.eigvalsh(gram - torch.diag(diagonal))[0]) >= -1e-13 * d * d * size
         bound = shifted_bound(problem, keep, diagonal, iterations=30)
@@ -52,7 +52,7 @@ def test_diagonals_strengthen_the_relaxation(family: str) -> None:
     plain = shifted_bound(problem, keep, torch.zeros(10, dtype=torch.float64), iterations=2000)
     best = torch.tensor([minimum_error(problem, row, 10 - int(keep[row])) for row in range(3)], dtype=torch.float64)
     slack = 1e-3 * best + 1e-12 * problem.scale()
-    for diagonal in (least_eigenvalue(problem), layer_shift(problem)):
+    for diagonal in (smallest_eigenvalue(problem), layer_shift(problem)):
         shifted = shifted_bound(problem, keep, diagonal, iterations=2000)
         assert (shifted >= plain - slack).all()
         assert (shifted <= best + 1e-12 * problem.scale()).all()
@@ -71,5 +71,5 @@ def test_plain_relaxation_agrees_with_the_solver() -> None:
 def test_a_zero_gram_has_zero_shifts_and_bounds() -> None:
     problem = LayerReconstruction(torch.ones(2, 3), torch.zeros(3, 3))
     assert not layer_shift(problem).any()
-    assert not least_eigenvalue(problem).any()
+    assert not smallest_eigenvalue(problem).any()
     assert not shifted_bound(problem, torch.tensor([1, 2]), layer_shift(problem)).any()

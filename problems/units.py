@@ -1,0 +1,60 @@
+"""Powers of two divided out of data, so that squares and sums of extreme data stay inside the range of floats."""
+
+import math
+
+from torch import Tensor
+
+from maskopt.errors import MaskoptError
+
+__all__ = ["divided", "layer_units"]
+
+
+def layer_units(weight: Tensor, gram: Tensor) -> tuple[float, float]:
+    """Return the units in which a layer's weight and Gram are stored for the solvers.
+
+    Division by a power of two changes no digit. Data of ordinary size have the units one.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Shape (rows, d).
+    gram : Tensor
+        Shape (d, d).
+
+    Returns
+    -------
+    float, float
+        Powers of two. The unit of errors is the product of the first's square and the second.
+
+    Raises
+    ------
+    MaskoptError
+        If the unit of errors exceeds the range of float64.
+    """
+    weight_unit, gram_unit = _power_of_two(weight.abs().max()), _power_of_two(gram.diagonal().max())
+    power = round(2 * math.log2(weight_unit) + math.log2(gram_unit))
+    if power > 1000:
+        raise MaskoptError("Weight and Gram are so large that the error of the layer exceeds float64; scale them down.")
+    # The unit of errors must not underflow, though errors themselves may.
+    return weight_unit * 2.0 ** max(0, (-1000 - power + 1) // 2), gram_unit
+
+
+def divided(matrix: Tensor, unit: float) -> Tensor:
+    """Return a matrix divided by a power of two, in its type; the matrix itself if that is one.
+
+    Parameters
+    ----------
+    matrix : Tensor
+    unit : float
+        A power of two.
+    """
+    # Through float64: the unit of subnormal float32 data is itself no float32 number.
+    return matrix if unit == 1.0 else (matrix.double() / unit).to(matrix.dtype)
+
+
+def _power_of_two(largest: Tensor) -> float:
+    """Return one for data of ordinary size, else the power of two that brings `largest` near one."""
+    size = float(largest)
+    if size == 0.0 or 2.0**-24 <= size <= 2.0**24:
+        return 1.0
+    return 2.0 ** round(math.log2(size))
