@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -69,6 +70,9 @@ class PartitionMatroid(MaskSet):
     >>> masks.count((2, 2)), masks.count((3, 4))
     (4, 81)
     """
+
+    _restriction: ClassVar[type[Any]]
+    """What `restrict` returns; `maskopt.oracles.restricted`, which imports this module, sets it."""
 
     def __init__(
         self, keep: float | int | Tensor, tile: Tile, name: str = "PartitionMatroid", *, at_most: bool = False
@@ -288,9 +292,9 @@ class PartitionMatroid(MaskSet):
         MaskoptError
             If there is no such mask.
         """
-        from maskopt.oracles.restricted import Restricted
-
-        return self if kept is None and pruned is None else Restricted(self, kept, pruned)
+        if kept is None and pruned is None:
+            return self
+        return cast(PartitionMatroid, self._restriction(self, kept, pruned))
 
     def swap_groups(self, shape: Shape) -> Tensor:
         """Return the group of each entry, int64, shape (rows, d); -1 for protected and forbidden ones."""

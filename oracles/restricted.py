@@ -166,3 +166,7 @@ def Protected(base: PartitionMatroid, protected: Tensor) -> Restricted:  # noqa:
         If some group has more protected entries than it keeps.
     """
     return Restricted(base, protected)
+
+
+# Set here, because a restriction is a partition matroid itself.
+PartitionMatroid._restriction = Restricted

@@ -6,13 +6,10 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from maskopt.problems.shifted import ShiftedQuadratic
 
 __all__ = ["Direction", "Point", "Problem", "Quadratic"]
 
@@ -84,6 +81,9 @@ class Problem(ABC):
     lowest : float
         A lower bound on each row's objective, valid for every mask.
     """
+
+    _shift_class: ClassVar[type[Any]]
+    """What `shifted` returns; `maskopt.problems.shifted`, which imports this module, sets it."""
 
     coupled: bool = False
     unit: float = 1.0
@@ -211,9 +211,7 @@ class Problem(ABC):
         -------
         Shifted
         """
-        from maskopt.problems.shifted import Shifted
-
-        return Shifted(self, diagonal, amount)
+        return cast(Problem, self._shift_class(self, diagonal, amount))
 
 
 def shift_convexity_error(point: Point, shift: Tensor | None) -> Tensor:
@@ -268,7 +266,5 @@ class Quadratic(Problem):
     @abstractmethod
     def double(self) -> Quadratic: ...
 
-    def shifted(self, diagonal: Tensor, amount: float = 1.0) -> ShiftedQuadratic:
-        from maskopt.problems.shifted import ShiftedQuadratic
-
-        return ShiftedQuadratic(self, diagonal, amount)
+    def shifted(self, diagonal: Tensor, amount: float = 1.0) -> Quadratic:
+        return cast(Quadratic, self._shift_class(self, diagonal, amount))

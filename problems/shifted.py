@@ -144,3 +144,8 @@ class ShiftedQuadratic(Shifted, Quadratic):
 
     def double(self) -> Quadratic:
         return self.base.double().shifted(self.shift.double(), self.amount)
+
+
+# Set here, because these classes are made from the two.
+Problem._shift_class = Shifted
+Quadratic._shift_class = ShiftedQuadratic

@@ -39,9 +39,9 @@ def _first(state: IterationState) -> Atoms:
     return Atoms(state.row_blocks.flat(state.x))
 
 
-def _flat(state: IterationState, per_band: Tensor) -> Tensor:
+def _flat(state: IterationState, per_block: Tensor) -> Tensor:
     """Return a (row blocks, entries) matrix in the shape of x."""
-    return per_band.reshape(state.x.shape)
+    return per_block.reshape(state.x.shape)
 
 
 @dataclass(frozen=True)

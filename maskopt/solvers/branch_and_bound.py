@@ -42,7 +42,7 @@ class NodeLog:
 
     Attributes
     ----------
-    row block : int
+    row_block : int
         Number of the row block in the block.
     seconds : float
         Since its search began.

@@ -126,7 +126,7 @@ def _spans(masks: PartitionMatroid, shape: Shape, block: int) -> Iterator[_Span]
     rows, columns = shape
     blocks = rows // height
     counts = masks.kept_per_group(shape).view(blocks, columns // width)
-    held, banned = (_per_band(entries, blocks, shape) for entries in (masks.protected, masks.forbidden))
+    held, banned = (_per_block(entries, blocks, shape) for entries in (masks.protected, masks.forbidden))
     free = height - held - banned
     for tile, begin in enumerate(range(0, columns, width)):
         end = begin + width
@@ -149,7 +149,7 @@ def _spans(masks: PartitionMatroid, shape: Shape, block: int) -> Iterator[_Span]
             yield first, last, part.restrict(*fixed)
 
 
-def _per_band(entries: Tensor | None, blocks: int, shape: Shape) -> Tensor:
+def _per_block(entries: Tensor | None, blocks: int, shape: Shape) -> Tensor:
     """Return how many entries of each column are marked in each row block, int64, on the CPU, shape (row blocks, d)."""
     if entries is None:
         return torch.zeros((blocks, shape[1]), dtype=torch.int64)
