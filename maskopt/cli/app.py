@@ -22,7 +22,7 @@ from maskopt.cli.prune import prune
 from maskopt.cli.solve import solve
 from maskopt.cli.trace import trace
 from maskopt.cli.verify import verify
-from maskopt.errors import MaskoptError
+from maskopt.errors import MaskoptError, is_memory_failure
 
 __all__ = ["app"]
 
@@ -101,7 +101,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return f"{' '.join(error.format_message().split()).rstrip('.')}; see {path} --help.", 2
     if isinstance(error, OSError) and _standard_output_fails():
         return f"Standard output takes no more: {files.reason(error)}; {signals.what_was_written()}.", 1
-    if _is_memory_failure(error):
+    if is_memory_failure(error):
         return f"The memory does not suffice; {signals.what_was_written()}; {_LESS}.", 1
     if isinstance(error, OSError):
         named = "" if error.filename is None else f" ({error.filename})"
@@ -159,15 +159,6 @@ def _is_disk_failure(cause: BaseException | None) -> bool:
         return cause.errno in _FULL
     # Its writer keeps the system's error as text only.
     return isinstance(cause, SafetensorError) and "os error" in str(cause)
-
-
-def _is_memory_failure(error: BaseException) -> bool:
-    text = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or any(words in text for words in ("DefaultCPUAllocator", "not enough memory", "Storage size calculation"))
-    )
 
 
 app = typer.Typer(

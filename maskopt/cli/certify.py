@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from maskopt.cli.layer import load_layer
-from maskopt.cli.limit import check_time_limit, stop_after
+from maskopt.cli.limit import stop_after
 from maskopt.cli.mask_file import load_mask
 from maskopt.cli.options import (
     DeviceOption,
@@ -95,6 +95,8 @@ def certify(
     check_outputs(json)
     if bound not in BOUNDS:
         raise MaskoptError(f"There is no bound {bound!r}; choose one of {', '.join(BOUNDS)}.")
+    from maskopt.checks import check_time_limit
+
     check_time_limit(time_limit)
     masks, working, chosen = parse_masks(pattern, sparsity), parse_memory(memory), load_mask(mask)
     _, layer = load_layer(instance, check_device(device))

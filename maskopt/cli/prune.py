@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from maskopt.cli.limit import check_time_limit
 from maskopt.cli.options import (
     WEIGHTS_HELP,
     BatchOption,
@@ -113,6 +112,8 @@ def prune(
     """Prune a language model and save it."""
     began = time.perf_counter()
     check_outputs(json, out)
+    from maskopt.checks import check_time_limit
+
     check_time_limit(time_limit)
     if time_limit is not None and certify is None:
         raise MaskoptError("--time-limit is for the proofs of --certify; give both, or leave it out.")

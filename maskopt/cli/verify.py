@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from maskopt.cli.layer import load_layer
-from maskopt.cli.limit import check_time_limit
 from maskopt.cli.options import JsonOption, PatternOption, QuietOption, SparsityOption, parse_masks
 from maskopt.cli.output import Bar, check_outputs, environment, facts, json_output, tables
 from maskopt.cli.part import RowsOption, parse_rows, part_of
@@ -65,6 +64,7 @@ def verify(
     quiet: QuietOption = False,
 ) -> None:
     """Hold a heuristic's mask against the optimum, row by row (or row block that the set couples)."""
+    from maskopt.checks import check_time_limit
     from maskopt.solvers import check_compatible
 
     check_outputs(json)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from maskopt.checks import shown
 from maskopt.errors import MaskoptError
-from maskopt.models.checks import described
 from maskopt.models.context import context_length
 
 __all__ = ["Batch", "check_token_ids", "prepare_batches"]
@@ -60,7 +60,7 @@ def prepare_batches(model: PreTrainedModel, batches: Iterable[Any]) -> list[Batc
     if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
         raise MaskoptError(
             f"The calibration batches must be an iterable of batches, such as a list of tensors of token ids; got "
-            f"{described(batches)}."
+            f"{shown(batches)}."
         )
     prepared = [_prepare(model, f"calibration batch {index}", item) for index, item in enumerate(batches)]
     if not prepared:
@@ -92,7 +92,7 @@ def _prepare(model: PreTrainedModel, where: str, item: Any) -> Batch:
     check_token_ids(model, where, ids)
     mask = inputs.get("attention_mask")
     if mask is not None and not isinstance(mask, Tensor):
-        raise MaskoptError(f"The {where} needs a tensor as attention_mask; got {described(mask)}.")
+        raise MaskoptError(f"The {where} needs a tensor as attention_mask; got {shown(mask)}.")
     if mask is not None and mask.shape != ids.shape:
         raise MaskoptError(
             f"The {where} has input_ids of shape {tuple(ids.shape)} but an attention_mask of shape "

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from maskopt.checks import SEEDS, shown, whole
 from maskopt.errors import MaskoptError
-from maskopt.models.checks import described, require_positive
+from maskopt.models.checks import require_positive
 from maskopt.models.text import Text, tokenize
 
 __all__ = ["Calibration", "calibration_batches"]
@@ -93,8 +94,8 @@ def calibration_batches(
         `seqlen` tokens.
     """
     require_positive(samples=samples, seqlen=seqlen, batch_size=batch_size)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
-        raise MaskoptError(f"The seed must be an integer of at most 64 bits; got {described(seed)}.")
+    if not isinstance(seed, int) or not whole(*SEEDS).fits(seed):
+        raise MaskoptError(f"The seed must be an integer of at most 64 bits; got {shown(seed)}.")
     stream = tokenize(tokenizer, text)
     stream.require(seqlen)
     generator = torch.Generator().manual_seed(seed)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from maskopt.errors import MaskoptError
+from maskopt.checks import shown, whole
+from maskopt.errors import MaskoptError, is_memory_failure
 
-__all__ = ["check_model", "check_tokenizer", "described", "is_memory_failure", "move_model", "require_positive"]
+__all__ = ["check_model", "check_tokenizer", "move_model", "require_positive"]
+
+_MOST = 2**63 - 1  # what torch can count
 
 
 def check_model(model: Any) -> PreTrainedModel:
@@ -31,7 +33,7 @@ def check_model(model: Any) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise MaskoptError(
             f"The model must be a transformers PreTrainedModel, such as maskopt.models.load_model returns; got "
-            f"{described(model)}."
+            f"{shown(model)}."
         )
     for name, tensor in _saved(model):  # single numbers among the buffers are bounds, which may be infinite
         if tensor.is_meta:
@@ -70,7 +72,7 @@ def check_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
         If it is none.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise MaskoptError(f"The tokenizer must be one of transformers; got {described(tokenizer)}.")
+        raise MaskoptError(f"The tokenizer must be one of transformers; got {shown(tokenizer)}.")
     return tokenizer
 
 
@@ -83,26 +85,8 @@ def require_positive(**numbers: Any) -> None:
         Naming the first.
     """
     for name, number in numbers.items():
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise MaskoptError(f"{name} must be an integer of at least 1; got {described(number)}.")
-        if number < 1:
-            raise MaskoptError(f"{name} must be at least 1; got {number}.")
-
-
-def described(value: object) -> str:
-    """Return what a value is, for a sentence: short strings and numbers themselves, else the type."""
-    if isinstance(value, type):
-        return f"the class {value.__name__} (an instance is needed: {value.__name__}(...))"
-    if isinstance(value, FunctionType):
-        return f"the function {value.__name__}"
-    if value is None or (isinstance(value, (str, int, float, bool)) and len(repr(value)) <= 60):
-        return repr(value)
-    return f"a {type(value).__name__}"
-
-
-def is_memory_failure(error: BaseException) -> bool:
-    """Whether memory was short, which says nothing against what was asked for."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+        if not isinstance(number, int) or not whole(1, _MOST).fits(number):
+            raise MaskoptError(f"{name} must be an integer of at least 1; got {shown(number)}.")
 
 
 def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -13,10 +13,11 @@ from typing import Any
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from maskopt.errors import MaskoptError
+from maskopt.checks import shown
+from maskopt.errors import MaskoptError, is_memory_failure
 from maskopt.models.blocks import find_blocks
 from maskopt.models.checkpoint import check_folder, check_quantization
-from maskopt.models.checks import check_model, described, is_memory_failure, move_model
+from maskopt.models.checks import check_model, move_model
 from maskopt.models.quiet import without_bars
 
 __all__ = ["load_model"]
@@ -56,7 +57,7 @@ def load_model(
         its configuration says, quantised or not finite, or its architecture is unknown or has no blocks to prune.
     """
     if not isinstance(name, (str, os.PathLike)) or not str(name):
-        raise MaskoptError(f"The model must be a folder or an id on the hub; got {described(name)}.")
+        raise MaskoptError(f"The model must be a folder or an id on the hub; got {shown(name)}.")
     folder = Path(name)
     if _lies_there(folder):
         if not folder.is_dir():

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from maskopt.bounds import BoundKind, MaskBounds, check_bound, mask_bounds
-from maskopt.errors import MaskoptError
+from maskopt.checks import check_time_limit
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
 
@@ -34,8 +34,7 @@ class Prover:
 
     def __init__(self, masks: MaskSet, kind: BoundKind, seconds: float | None, memory: int) -> None:
         check_bound(masks, kind)
-        if seconds is not None and not seconds > 0:
-            raise MaskoptError(f"The time for certify must be a positive number of seconds; got {seconds:g}.")
+        check_time_limit(seconds, "time for certify")
         self._masks, self._kind, self._memory = masks, kind, memory
         self._left = seconds
         self._cost = 0.0

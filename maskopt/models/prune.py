@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from maskopt.bounds import BoundKind
+from maskopt.checks import choice, shown
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch, prepare_batches
-from maskopt.models.checks import check_model, described, move_model, require_positive
+from maskopt.models.checks import check_model, move_model
 from maskopt.models.edits import Edits
 from maskopt.models.gram import CallOrder
 from maskopt.models.layers import Layer
@@ -29,6 +30,7 @@ from maskopt.models.selection import LeftDense, Selection, select_layers
 from maskopt.models.solving import Progress, Work
 from maskopt.oracles import MaskSet
 from maskopt.solvers import ContinuationFrankWolfe, Solver
+from maskopt.solvers.arguments import check_masks, check_memory, check_solver
 from maskopt.weights import Joint
 
 __all__ = ["Progress", "PruningError", "prune"]
@@ -182,26 +184,20 @@ def prune(
 
 
 def _check_arguments(
-    masks: object, solver: object, propagate: object, on_error: object, progress: object, memory: int
+    masks: object, solver: object, propagate: object, on_error: object, progress: object, memory: object
 ) -> None:
     """Refuse what is not of the type it should be."""
-    if not isinstance(masks, MaskSet):
-        raise MaskoptError(
-            f"The masks must be a set such as PerRow(keep=0.5) or NM(keep=2, group=4); got {described(masks)}."
-        )
-    if not isinstance(solver, Solver):
-        raise MaskoptError(f"The solver must be an object such as maskopt.solvers.Wanda(); got {described(solver)}.")
-    for name, value, choices in (
-        ("propagate", propagate, (None, *get_args(Propagate))),
-        ("on_error", on_error, get_args(OnError)),
+    check_masks(masks)
+    check_solver(solver)
+    for name, value, options, optional in (
+        ("propagate", propagate, get_args(Propagate), True),
+        ("on_error", on_error, get_args(OnError), False),
     ):
-        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-            raise MaskoptError(
-                f"{name} must be one of {', '.join(choice for choice in choices if choice)}; got {described(value)}."
-            )
+        if not choice(options, optional=optional).fits(value):
+            raise MaskoptError(f"{name} must be one of {', '.join(options)}; got {shown(value)}.")
     if progress is not None and not callable(progress):
-        raise MaskoptError(f"progress must be a function of one argument; got {described(progress)}.")
-    require_positive(memory=memory)
+        raise MaskoptError(f"progress must be a function of one argument; got {shown(progress)}.")
+    check_memory(memory)
 
 
 def _stages(replay: Replay, selection: Selection) -> list[Stage]:
@@ -228,10 +224,10 @@ def _require_calls(replay: Replay, order: CallOrder, stages: Sequence[Stage]) ->
     names = uncalled()
     if names:
         kinds = list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))
-        shown = " and ".join(repr(kind) for kind in kinds[:8]) + (" ..." if len(kinds) > 8 else "")
+        patterns = " and ".join(repr(kind) for kind in kinds[:8]) + (" ..." if len(kinds) > 8 else "")
         raise MaskoptError(
             f"The calibration batches never call {len(names)} of the layers to prune, such as {names[0]} (experts may "
-            f"need more data, and some modules are never called); exclude {shown} to leave them dense."
+            f"need more data, and some modules are never called); exclude {patterns} to leave them dense."
         )
     order.check()
 
@@ -290,7 +286,7 @@ def _restoring(edits: Edits, report: PruneReport, on_error: OnError) -> Iterator
 def _check_fit(layers: Sequence[Layer], masks: MaskSet, start: Mapping[str, Tensor]) -> dict[Layer, Tensor]:
     """Refuse misfits before any work; return the starting masks as (rows, d)."""
     if not isinstance(start, Mapping) or not all(isinstance(mask, Tensor) for mask in start.values()):
-        raise MaskoptError(f"start must be a dict of boolean tensors by layer names; got {described(start)}.")
+        raise MaskoptError(f"start must be a dict of boolean tensors by layer names; got {shown(start)}.")
     named = {layer.name: layer for layer in layers}
     for layer in layers:
         try:

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from maskopt.errors import MaskoptError
+from maskopt.errors import MaskoptError, is_memory_failure
 from maskopt.models.batches import Batch
 from maskopt.models.blocks import Block
-from maskopt.models.checks import is_memory_failure
 from maskopt.threads import sized_threads
 
 __all__ = ["Replay", "evaluation_mode", "run_model"]

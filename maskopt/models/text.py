@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from maskopt.checks import shown
 from maskopt.errors import MaskoptError
-from maskopt.models.checks import check_tokenizer, described
+from maskopt.models.checks import check_tokenizer
 
 __all__ = ["Text", "TokenStream", "read_text", "tokenize"]
 
@@ -111,7 +112,7 @@ def read_text(text: str | Path | Text) -> Text:
     if isinstance(text, Text):
         return text
     if not isinstance(text, (str, Path)):
-        raise MaskoptError(f"The text must be a string, or the pathlib.Path of a file; got {described(text)}.")
+        raise MaskoptError(f"The text must be a string, or the pathlib.Path of a file; got {shown(text)}.")
     source, raw = ("The text", _encoded(text)) if isinstance(text, str) else (str(text), _read(text))
     mark = len(BOM_UTF8) if raw.startswith(BOM_UTF8) else 0
     try:

@@ -123,7 +123,7 @@ def test_nothing_to_lose(run: Run, tmp_path: Path) -> None:
         (("--columns", 10, "-p", "2:4"), "divisible by 4"),
         (("-s", 0.5, "--exact", "oracle"), "no solver 'oracle'"),
         (("-s", 0.5, "-o", "presolve=3"), "branch-and-bound has no setting 'presolve'"),
-        *((("-s", 0.5, "--time-limit", limit), "must be positive") for limit in (0, -1, "nan")),
+        *((("-s", 0.5, "--time-limit", limit), "must be a positive") for limit in (0, -1, "nan")),
         (("-s", 0.5, "--exact", "brute-force", "-o", "limit=10"), "at most 10 masks"),
         ((), "needs a sparsity"),
     ],
