@@ -100,7 +100,7 @@ def test_what_is_not_proven_is_not_said(run: Run, layer: Path, iterations: int, 
 
 @pytest.mark.parametrize("exact", ["wanda", "magnitude", "ria", "one-swap", "continuation"])
 def test_what_proves_nothing_cannot_be_exact(fails: Callable[..., str], layer: Path, exact: str) -> None:
-    assert f"needs a solver that proves bounds, such as scip or brute-force; got {exact}" in fails(
+    assert f"needs a solver that proves bounds, such as branch-and-bound, scip or brute-force; got {exact}" in fails(
         "verify", layer, "-s", 0.5, "--exact", exact
     )
 
