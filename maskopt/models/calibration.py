@@ -1,4 +1,4 @@
-"""Calibration data: windows at random places of a text."""
+"""Calibration data: windows from random positions of a text."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["Calibration", "calibration_batches"]
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Batches of token ids and where they came from; iterating yields the batches.
+    """Batches of token ids and their source; iterating yields the batches.
 
     Parameters
     ----------
     batches : list of Tensor
         Token ids, int64, each of shape (at most batch_size, seqlen).
     samples, seqlen, seed : int
-        As asked for.
+        Arguments of `calibration_batches`.
     source, sha256 : str
         The text and the hash of its bytes.
     text_tokens : int
@@ -68,9 +68,9 @@ def calibration_batches(
     batch_size: int = 8,
     seed: int = 0,
 ) -> Calibration:
-    """Cut windows out of a text at random, as SparseGPT, Wanda and their successors do.
+    """Draw windows from a text at random, the protocol of SparseGPT (arXiv 2301.00774) and Wanda (arXiv 2306.11695).
 
-    The text is tokenised once; every window starts at a token drawn uniformly, so windows may overlap.
+    The text is tokenised once. Every window starts at a token drawn uniformly, so windows may overlap.
 
     Parameters
     ----------
@@ -81,11 +81,15 @@ def calibration_batches(
     samples : int
         Number of windows.
     seqlen : int
-        Tokens per window; `default_seqlen` tells what a model can take.
+        Tokens per window; `default_seqlen` returns what a model can take.
     batch_size : int
         Windows per batch.
     seed : int
         Of the draw, in [-2^63, 2^64).
+
+    Returns
+    -------
+    Calibration
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Models and tokenizers from a folder or the hub, with errors a person can act on."""
+"""Models and tokenizers from a folder or the hub; errors say what to change."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model, in the dtype of its checkpoint, and its tokenizer.
 
-    The class is the one the checkpoint names, so that saving the pruned model loses no head.
+    The class is the one the checkpoint names, so that the saved pruned model has all heads.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def _lies_there(path: Path) -> bool:
 
 
 def _check_complete(name: object, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Refuse a model some of whose weights were made up, or not used, by the loader."""
+    """Check that the loader initialised no weights itself and left none unused."""
     mismatched = sorted(info.get("mismatched_keys", ()))
     if mismatched:
         key, found, expected = mismatched[0]
@@ -124,7 +124,7 @@ def _check_complete(name: object, model: PreTrainedModel, info: Mapping[str, Any
 
 
 def _class_of(name: object, config: Any) -> type[PreTrainedModel]:
-    """Return the class the checkpoint names: any other might drop its head or make one up."""
+    """Return the class the checkpoint names; another one might drop or initialise a head."""
     names = config.architectures
     if not names:
         raise MaskoptError(f'The config.json of {name} does not say which class the model is ("architectures").')
@@ -147,7 +147,7 @@ def _class_of(name: object, config: Any) -> type[PreTrainedModel]:
 
 
 def _try(name: object, what: str, load: Any, *args: Any, **options: Any) -> Any:
-    """Call a transformers loader; its many exceptions become one sentence."""
+    """Call a transformers loader; turn its exceptions into a MaskoptError of one sentence."""
     loggers = [getLogger(library) for library in ("transformers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -165,7 +165,7 @@ def _try(name: object, what: str, load: Any, *args: Any, **options: Any) -> Any:
 
 
 def _reason(name: object, error: Exception) -> str:
-    """Return what an exception says first, without advice that is about another program."""
+    """Return an exception's first sentence, without advice for callers of transformers."""
     text = str(error)
     if "weights_only" in text:
         return "the file holds other things than tensors"

@@ -1,4 +1,4 @@
-"""Bounds on the errors of a model's layers, one layer after the other, within a time limit for all of them."""
+"""Lower bounds on the errors of a model's layers, layer by layer, within one time limit for all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Prover"]
 
 
 class Prover:
-    """Proves bounds for the layers of a model; a time limit is divided among those that are left by what they cost.
+    """Proves lower bounds for the layers of a model; divides the time left in proportion to the layers' cost.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ class Prover:
     seconds : float, optional
         For all layers together.
     memory : int
-        Bytes the work may take.
+        Bytes of working memory.
 
     Raises
     ------
@@ -40,11 +40,11 @@ class Prover:
         self._cost = 0.0
 
     def plan(self, shapes: Iterable[tuple[int, int]]) -> None:
-        """Say for layers of which shapes bounds will be asked."""
+        """Set the shapes of the layers for which `prove` will be called."""
         self._cost = sum(_cost(shape) for shape in shapes)
 
     def prove(self, problem: LayerReconstruction, progress: Callable[[float], object] | None = None) -> MaskBounds:
-        """Return bounds on the error of every mask of a layer (or of several that read the same input), row by row."""
+        """Return lower bounds on the error of every mask of a layer (or of several with one input), row by row."""
         began, own = time.perf_counter(), _cost(problem.shape)
         fraction = min(1.0, own / self._cost) if self._cost > 0.0 else 1.0
         self._cost -= own

@@ -185,7 +185,7 @@ def test_linear_layers_of_other_kinds_are_refused_where_they_are_no_product(buil
     model.model.layers[1].mlp.up_proj.__class__ = Plain
     assert len(prune(model, make_batches(), PerRow(0.5), Wanda()).layers) == 21
     model.model.layers[2].mlp.up_proj.__class__ = Scaled
-    with pytest.raises(MaskoptError, match=r"model.layers.2.mlp.up_proj is a Scaled, which does more than to multiply"):
+    with pytest.raises(MaskoptError, match=r"model.layers.2.mlp.up_proj is a Scaled, which does more than multiply"):
         prune(model, make_batches(), PerRow(0.5), recorder)
     assert not recorder.problems
 
