@@ -4,9 +4,9 @@
     python benchmarks/perplexity.py [...] --name weights --solvers continuation --weights keep,lsq,alps,best
 
 Without models the shipped demo model, calibrated and evaluated on this Python's standard library. Every solver
-sees the same calibration windows; a seed draws other windows. Where the surviving weights move (--weights), errors
-before and after are recorded. --propagate says how blocks are calibrated: default stands for what is each method's
-own, and several are compared. Writes benchmarks/results/NAME.{md,json}, and where weights move NAME.svg.
+has the same calibration windows; a seed draws other windows. Where the surviving weights are updated (--weights),
+errors before and after are recorded. --propagate lists the states on which blocks are calibrated; "default" is each
+method's default. Writes benchmarks/results/NAME.{md,json}, and where weights are updated NAME.svg.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import torch
 from rich.progress import Progress
 
 from maskopt.cli.solvers import parse_comparison
+from maskopt.cli.words import set_words
 from maskopt.demo.corpus import held_out_text, training_text
 from maskopt.demo.run import MODEL
 from maskopt.errors import MaskoptError
@@ -56,14 +57,14 @@ def cell(job: Job, pattern: str, sparsity: float | None, seed: int, options: arg
     records: dict[tuple[str, str], dict] = {}
     for propagate, method in itertools.product(options.propagate, methods):
         asked = None if propagate == "default" else propagate
-        if (method, propagate) in records:  # some method's default
+        if (method, propagate) in records:  # the default, already measured
             continue
         pruned = copy.deepcopy(dense)
         result = prune(pruned, batches, parse_masks(pattern, sparsity), methods[method], propagate=asked)
         used = result.settings["propagate"]
         records[method, used] = {
             "model": name,
-            "masks": pattern if sparsity is None else f"{pattern} {100 * sparsity:g} %",
+            "masks": set_words(pattern, sparsity),
             "seed": seed,
             "solver": method if options.weights == "keep" else f"{method}, {used}",
             "propagate": used,
@@ -172,9 +173,9 @@ def main() -> None:
     parser.add_argument("--weights", default="keep")
     parser.add_argument("--propagate", type=lambda text: text.split(","), default=["pruned"])
     parser.add_argument("--name", default="perplexity")
-    parser.add_argument("--characters", type=int, help="of each text, to measure on; all by default")
+    parser.add_argument("--characters", type=int, help="length of each evaluation text; all by default")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--update", action="store_true", help="keep what results/NAME.json has of other methods")
+    parser.add_argument("--update", action="store_true", help="keep the records of other methods in results/NAME.json")
     parser.add_argument("--only-models", action="store_true", help="leave the demo model out")
     parser.add_argument("--sets", type=parse_sets, default=SETS)
     parser.add_argument("--samples", type=int, default=64)
@@ -210,7 +211,7 @@ def main() -> None:
     settings = f"{options.samples} calibration windows, seeds {options.seeds}, propagate {options.propagate}."
     text = (
         f"Perplexity on text the model was not calibrated with (lower is better), {updates}; mean over the seeds "
-        f"(least-most), the best of each row in bold. {settings}\n\n{summary(records, columns)}\n\n"
+        f"(smallest-largest), the best of each row in bold. {settings}\n\n{summary(records, columns)}\n\n"
         f"{standings(records, columns)}"
     )
     report.write(options.name, "Perplexity of pruned language models", text, {"records": records})
