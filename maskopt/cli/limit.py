@@ -1,4 +1,4 @@
-"""Time limits of commands."""
+"""Time limits as stopping functions."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,7 @@ __all__ = ["stop_after"]
 
 
 def stop_after(seconds: float | None) -> Callable[[], bool] | None:
-    """Return what says whether so many seconds from now have passed, None without a limit."""
+    """Return a function that is true once so many seconds from now have passed; None without a limit."""
     if seconds is None:
         return None
     end = time.perf_counter() + seconds

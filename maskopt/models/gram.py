@@ -317,8 +317,8 @@ class GramCollector(_Inputs):
             return x.reshape(-1, x.shape[-1])[real.reshape(-1)]
         raise MaskoptError(
             f"The layer {layer.name} has inputs of shape {tuple(x.shape)} for a padded batch of shape "
-            f"{tuple(real.shape)}, in which padding cannot be identified; calibrate on sequences of one length or exclude "
-            f"this layer."
+            f"{tuple(real.shape)}, in which padding cannot be identified; calibrate on sequences of one length or "
+            f"exclude this layer."
         )
 
 

@@ -41,7 +41,7 @@ def test_figures(run: Run, layer: Path, mask: Path, read: Any, tmp_path: Path, r
         assert row["proven_share"] == row["bound"] / row["error"]
     assert figures["layer"]["error"] == pytest.approx(sum(errors), rel=1e-12)
     assert figures["layer"]["bound"] == pytest.approx(sum(bounds), rel=1e-9)
-    assert f"{figures['layer']['proven_share']:.4f}" in text
+    assert f"{figures['layer']['proven_fraction']:.4f}" in text
     assert figures["settings"]["bound"] == "gap"
 
 
