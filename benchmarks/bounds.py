@@ -1,4 +1,4 @@
-"""What is proven about the best mask of a row, by which method, in which time.
+"""Lower bounds on the error of a row's best mask: quality and time of every method.
 
     python benchmarks/bounds.py INSTANCE [INSTANCE ...] [--rows 2] [--inputs 48 96 0] [--keep 0.5] [--group 4]
         [--cuts 50] [--check]
@@ -23,7 +23,7 @@ from torch import Tensor
 from maskopt import NM, ContinuationFrankWolfe, FrankWolfe, LayerReconstruction, PerRow, load_instance, solve
 from maskopt.bounds import layer_shift, sdp_bound, shifted_bound, smallest_eigenvalue
 
-LARGEST_CHECKED = 60  # inputs; a conic solver takes minutes beyond
+LARGEST_CHECKED = 60  # inputs; a conic solver takes minutes for more
 
 
 def best_known(problem: LayerReconstruction, masks: PerRow) -> Tensor:
@@ -33,7 +33,7 @@ def best_known(problem: LayerReconstruction, masks: PerRow) -> Tensor:
 
 
 def conic(Q: np.ndarray, s: int, nonnegative: bool) -> float:
-    """Return the value of the bordered relaxation, written down as in the textbook, by clarabel."""
+    """Return the value of the bordered semidefinite relaxation, stated in its standard form, by clarabel."""
     import clarabel
 
     n = len(Q) + 1
@@ -132,7 +132,7 @@ def main() -> None:
     text = report.table(["method", "of the best known", "worst row", "best row", "seconds per row"], table)
     group = "" if options.group is None else f", groups of {options.group}"
     about = f"First {options.rows} rows, {options.keep:g} kept{group}, one thread. "
-    about += "Lower bounds as shares of the error of the best mask known."
+    about += "Lower bounds as fractions of the error of the best mask known."
     report.write("bounds", "Lower bounds", f"{about}\n\n{text}", {"rows": table})
 
 

@@ -34,15 +34,15 @@ def instance(seed: int) -> QuadraticForm:
 
 
 def experiment(name: str, problem: Problem) -> dict[str, Any]:
-    """Run one direction to the gap."""
+    """Run one direction rule until its gap is `GAP`."""
     masks, rule = PerRow(KEEP), DIRECTIONS[name]()
     start = masks.center(problem.shape, problem.dtype, problem.device)
     if rule.from_vertex:
         start = masks.lmo(problem.evaluate(start).gradient)
     runs: list[DirectionRule] = []
 
-    class Followed(type(rule)):  # type: ignore[misc]
-        """The rule, with its run kept for a look at its vertices."""
+    class Recorded(type(rule)):  # type: ignore[misc]
+        """The rule, with a reference to its run, whose vertices are counted."""
 
         def begin(self, state: IterationState) -> DirectionRule:
             runs.append(super().begin(state))
@@ -53,7 +53,7 @@ def experiment(name: str, problem: Problem) -> dict[str, Any]:
         lambda _: problem,
         masks,
         start,
-        direction=Followed(**vars(rule)),
+        direction=Recorded(**vars(rule)),
         step=ExactStep(),
         iterations=LIMIT,
         monitor=Monitor("benchmark", None, None),
@@ -70,7 +70,7 @@ def experiment(name: str, problem: Problem) -> dict[str, Any]:
 
 
 def relaxation(name: str, problem: Problem, limit: int) -> dict[str, Any]:
-    """Solve a layer's relaxation by one direction."""
+    """Solve a layer's relaxation with one direction rule."""
     solver = FrankWolfe(name, iterations=limit, relative_gap=1e-4, polish=False)
     result = solve(problem, PerRow(0.5), solver)
     scale = float(result.scale.sum())
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=2000)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    exact = [name for name in DIRECTIONS if name not in ("momentum", "stochastic")]  # the others want open-loop steps
+    exact = [name for name in DIRECTIONS if name not in ("momentum", "stochastic")]  # the others need open-loop steps
     runs = {name: [experiment(name, instance(seed)) for seed in range(options.seeds)] for name in exact}
     head = ["direction", "solved", "median iterations", "most", "vertices", "ms per iteration"]
     lines = []
@@ -120,7 +120,7 @@ def main() -> None:
     for label, problem in problems.items():
         print(f"{label}: {problem.shape[0]} x {problem.shape[1]}")
         layers[label] = {name: relaxation(name, problem, options.limit) for name in DIRECTIONS}
-        head = ["direction", "all rows solved", "iterations", "seconds", "proven bound", "best mask met"]
+        head = ["direction", "all rows solved", "iterations", "seconds", "proven bound", "best mask found"]
         lines = [
             [
                 name,

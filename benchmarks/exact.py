@@ -1,4 +1,4 @@
-"""How long branch and bound takes to prove the best mask of a row, and how far the default solver was from it.
+"""Time of branch and bound to prove the best mask of a row, and the distance of the default solver from it.
 
     python benchmarks/exact.py INSTANCE [INSTANCE ...] [--rows 8] [--inputs 32 48 64 96] [--seconds 300]
 

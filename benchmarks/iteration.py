@@ -1,4 +1,4 @@
-"""What an iteration of the Frank-Wolfe loop costs, against the bare matrix product it has to do.
+"""Time of an iteration of the Frank-Wolfe loop, relative to its matrix product.
 
     python benchmarks/iteration.py [--size 512] [--device cpu|cuda] [--threads N] [--directions vanilla,dicg]
 
@@ -25,7 +25,7 @@ _WARM, _ITERATIONS = 8, 40
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Return how long a call takes, all of the device's work included."""
+    """Return the time of a call, including all work on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()
@@ -44,7 +44,7 @@ def ratio(name: str, masks: MaskSet, size: int, device: torch.device, repeats: i
         start = masks.lmo(problem.evaluate(start).gradient)
     step = OpenLoopStep() if isinstance(rule, Momentum | Stochastic) else ExactStep()
 
-    def loop_result(iterations: int) -> Callable[[], object]:
+    def run(iterations: int) -> Callable[[], object]:
         return lambda: frank_wolfe(
             lambda _: problem,
             masks,
@@ -59,11 +59,11 @@ def ratio(name: str, masks: MaskSet, size: int, device: torch.device, repeats: i
         for _ in range(_ITERATIONS):
             torch.mm(problem.scaled_weight, problem.scaled_gram)
 
-    loop_result(_WARM)()
+    run(_WARM)()
     iteration, product = [], []
     for _ in range(repeats):
-        short = seconds(loop_result(_WARM), device)
-        iteration.append((seconds(loop_result(_WARM + _ITERATIONS), device) - short) / _ITERATIONS)
+        short = seconds(run(_WARM), device)
+        iteration.append((seconds(run(_WARM + _ITERATIONS), device) - short) / _ITERATIONS)
         product.append(seconds(products, device) / _ITERATIONS)
     return median(iteration), median(product)
 

@@ -35,20 +35,20 @@ SETS = ["--pattern", "per-row", "--pattern", "2:4", "--sparsity", "0.5", "--spar
 
 @dataclass(frozen=True)
 class Recorder(Solver):
-    """Prunes nothing the caller keeps: takes down the problems a model poses."""
+    """Records the problems of a model's layers; its masks are Wanda's."""
 
     row_wise = False
     seen: list[LayerReconstruction] = field(default_factory=list)
 
     def run(self, problem: Problem, masks: PartitionMatroid, start: Tensor | None, monitor: Monitor) -> Outcome:
-        """Record the problem and answer as Wanda does."""
+        """Record the problem and return Wanda's mask."""
         assert isinstance(problem, LayerReconstruction)
         self.seen.append(problem)
         return Outcome(Wanda().run(problem, masks, start, monitor).mask, Status.GREEDY, 1)
 
 
 def demo_layers(folder: Path) -> list[Path]:
-    """Write the layers of the demo model's fourth block as instances: inputs as the dense model makes them."""
+    """Write the layers of the demo model's fourth block as instances, with the inputs of the dense model."""
     model, tokenizer = load_model(MODEL)
     model.float()
     batches = calibration_batches(tokenizer, training_text(800_000), samples=64, seqlen=512)

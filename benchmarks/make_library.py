@@ -1,10 +1,10 @@
-"""Make or extend the library of solved instances, and count who finds the optima.
+"""Make or extend the library of solved instances, and count the optima that each solver finds.
 
     python benchmarks/make_library.py [--seconds 30] [--fresh]
 
-Rows of the demo model's layers (inputs as the dense model makes them) and of synthetic layers, cut to their first d
-inputs, d = 12 ... 96, with several sets. Branch and bound proves them, or what it can in the time given; what is in the
-library already is kept unless something better is found. Writes problems/library.safetensors and
+Rows of the demo model's layers (with the inputs of the dense model) and of synthetic layers, cut to their first d
+inputs, d = 12 ... 96, with several sets. Branch and bound proves their optima, or a bound within the time given; masks
+and bounds in the library are kept unless better ones are found. Writes problems/library.safetensors and
 benchmarks/results/library.{md,json}.
 """
 
@@ -69,7 +69,7 @@ def cuts() -> Iterator[tuple[str, Instance, str, float | None]]:
 
 
 def proven(name: str, part: Instance, pattern: str, sparsity: float | None, seconds: float) -> SolvedInstance:
-    """Solve an instance as far as the time allows."""
+    """Solve an instance within the time given."""
     problem, masks = part.problem(), parse_masks(pattern, sparsity)
     result = solve(problem, masks, BranchAndBound(row_block_seconds=seconds))
     assert result.lower_bound is not None
@@ -78,7 +78,7 @@ def proven(name: str, part: Instance, pattern: str, sparsity: float | None, seco
 
 
 def better(one: SolvedInstance, other: SolvedInstance) -> SolvedInstance:
-    """Return what is known from either."""
+    """Return the better mask and the better bound of two records."""
     mask = one if one.error <= other.error else other
     bound = one if one.bound >= other.bound else other
     return SolvedInstance(
@@ -87,7 +87,7 @@ def better(one: SolvedInstance, other: SolvedInstance) -> SolvedInstance:
 
 
 def write(instances: list[SolvedInstance]) -> None:
-    """Write the library, whole or not at all."""
+    """Write the library atomically."""
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
     for one in instances:
@@ -110,7 +110,7 @@ def main() -> None:
     """Make, extend, count and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--fresh", action="store_true", help="forget what the library knows")
+    parser.add_argument("--fresh", action="store_true", help="ignore the existing library")
     options = parser.parse_args()
     torch.set_num_threads(1)
     known = {} if options.fresh or not LIBRARY.is_file() else {one.name: one for one in library()}
@@ -121,7 +121,6 @@ def main() -> None:
         instances.append(new if old is None else better(old, new))
         print(f"{name}: {new.error:.6g}, proven {new.bound / new.error if new.error else 1.0:.6f}", flush=True)
     figures = {name: count(solver, instances) for name, solver in HEURISTICS.items()}
-    # A heuristic that beats what was best known makes it known.
     write(instances)
     solved = sum(one.solved for one in instances)
     head = ["solver", "optimum found", "median error over optimum", "worst"]

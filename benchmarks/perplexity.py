@@ -461,7 +461,7 @@ def main() -> None:
     parser.add_argument("--tune-once", action="store_true", help="on the first set; the others use what was chosen")
     parser.add_argument("--validation", type=int, default=16, help="windows that --tune chooses on")
     parser.add_argument("--name", default="perplexity")
-    parser.add_argument("--characters", type=int, help="of each text, to measure on; all by default")
+    parser.add_argument("--characters", type=int, help="length of each evaluation text; all by default")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--update", action="store_true", help="keep what results/NAME.json has of other methods")
     parser.add_argument("--resume", action="store_true", help="likewise, and run only what it does not have")

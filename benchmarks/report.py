@@ -1,4 +1,4 @@
-"""What all benchmarks share: the machine they ran on, and how results are written."""
+"""Common to all benchmarks: the description of the machine, and the writing of results."""
 
 import json
 import os

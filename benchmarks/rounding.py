@@ -24,7 +24,7 @@ SETS = {"50 %": PerRow(0.5), "2:4": NM(keep=2, group=4)}
 
 
 def relaxed(problem: LayerReconstruction, masks: PartitionMatroid, iterations: int) -> tuple[Point, list[Tensor]]:
-    """Run SparseFW's iterations; return the last point and the oracle's masks on the way."""
+    """Run SparseFW's iterations; return the last point and all masks that the oracle returned."""
     start = Wanda().run(problem, masks, None, Monitor("benchmark", None, None)).mask
     point, vertices = problem.evaluate(start.to(problem.dtype)), [start]
     for iteration in range(iterations):

@@ -55,7 +55,7 @@ class Settings:
     threads: int
     batch_tokens: int
     short_length: int
-    short_share: float
+    short_fraction: float
     muon_learning_rate: float
     adam_learning_rate: float
     weight_decay: float
@@ -362,7 +362,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * scale
         # Short windows first: they cost less attention; the later part trains all positions.
-        length = settings.short_length if progress < settings.short_share else CONTEXT_LENGTH
+        length = settings.short_length if progress < settings.short_fraction else CONTEXT_LENGTH
         window = next(sources[length])
         with autocast:
             loss = next_token_loss(model, window)
@@ -486,9 +486,10 @@ with {vocabulary} tokens, trained on the training modules; it gives back every t
 {steps:,} steps of {batch_tokens:,} tokens, {seen:,} tokens in all ({epochs:.1f} epochs), {minutes:.0f} minutes on
 {threads} thread(s) of one {processor} with arithmetic in {precision}. Muon (peak learning rate {muon}, weight decay
 {decay}) for the matrices inside the blocks, AdamW (peak learning rate {adam}) for the embedding and the norms, linear
-decay to zero, windows of {short_length} tokens in the first {short_share:.0%} of the time and of {context} tokens after
-that, seed {seed}. Learning rates and batch size were set after a few short runs whose held-out loss was compared; the
-weights are those of the last step. torch {torch}, transformers {transformers}, tokenizers {tokenizers}, numpy {numpy}.
+decay to zero, windows of {short_length} tokens in the first {short_fraction:.0%} of the time and of {context} tokens
+after that, seed {seed}. Learning rates and batch size were set after a few short runs whose held-out loss was compared;
+the weights are those of the last step. torch {torch}, transformers {transformers}, tokenizers {tokenizers}, numpy
+{numpy}.
 
 To train it again (the weights will differ: the run is ended by the clock):
 
@@ -608,7 +609,7 @@ def write_folder(
         adam=settings.adam_learning_rate,
         decay=settings.weight_decay,
         short_length=settings.short_length,
-        short_share=settings.short_share,
+        short_fraction=settings.short_fraction,
         seed=settings.seed,
         torch=torch.__version__,
         transformers=transformers.__version__,
@@ -648,7 +649,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--short-length", type=int, default=256, help="window length in the first part of the run")
-    parser.add_argument("--short-share", type=float, default=0.6, help="fraction of the run with short windows")
+    parser.add_argument("--short-fraction", type=float, default=0.6, help="fraction of the run with short windows")
     parser.add_argument("--muon-learning-rate", type=float, default=0.02)
     parser.add_argument("--adam-learning-rate", type=float, default=0.008)
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of the matrices inside the blocks")

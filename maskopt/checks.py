@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ __all__ = [
     "SEEDS",
     "Rule",
     "check_settings",
+    "check_time_limit",
     "choice",
     "constructed",
     "instance_of",
@@ -54,11 +56,17 @@ def shown(value: object, width: int = 60) -> str:
     >>> shown("a" * 30, width=10)
     "'aaaaaa..."
     """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, FunctionType):
+        return f"the function {value.__name__}"
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     if isinstance(value, Integral) and not -(10**width) < int(value) < 10**width:
         return f"a whole number of {int(value).bit_length()} bits"
     text = repr(value)
+    if "\n" in text:
+        return f"a {type(value).__name__}"
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
@@ -240,6 +248,25 @@ def check_settings(owner: object, **rules: Rule) -> None:
         value = getattr(owner, name)
         if not rule.fits(value):
             raise MaskoptError(f"{type(owner).__name__} needs {rule.words.format(name)}; got {shown(value)}.")
+
+
+def check_time_limit(seconds: object, name: str = "time limit") -> None:
+    """Check a time limit.
+
+    Parameters
+    ----------
+    seconds : float or None
+        None: there is no limit.
+    name : str
+        What messages call it.
+
+    Raises
+    ------
+    MaskoptError
+        If it is no positive number.
+    """
+    if not real(0, above=True, infinite=True, optional=True).fits(seconds):
+        raise MaskoptError(f"The {name} must be a positive number of seconds; got {shown(seconds)}.")
 
 
 def matrix(name: str, value: Any) -> Tensor:

@@ -6,8 +6,8 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the program on the arguments of the process."""
-    from maskopt.cli import signals  # imports next to nothing: from here on an interrupt is one sentence
+    """Run the program with the arguments of the process."""
+    from maskopt.cli import signals  # imports almost nothing, so that interrupts are handled from here on
 
     with signals.handled():
         signals.open_standard_streams()

@@ -1,4 +1,4 @@
-"""The `maskopt` program: its commands, and what failures look like."""
+"""The `maskopt` program: its commands, and the messages and exit codes of failures."""
 
 import errno
 import os
@@ -22,22 +22,23 @@ from maskopt.cli.prune import prune
 from maskopt.cli.solve import solve
 from maskopt.cli.trace import trace
 from maskopt.cli.verify import verify
-from maskopt.errors import MaskoptError
+from maskopt.errors import MaskoptError, is_memory_failure
 
 __all__ = ["app"]
 
-_LONG = 300  # letters without a space, from which on the middle of a word is left out of messages
+_LONG = 300  # letters without a space; longer words are shortened in messages
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EROFS)
 
 
 class _Guarded(TyperGroup):
-    """Turns what may go wrong into one sentence and an exit code; a traceback means a bug.
+    """Turns failures into one sentence and an exit code; a traceback means a bug.
 
-    2: something the user can put right. 1: the machine (disk, memory). 128 + n: ended by signal n.
+    Exit codes: 2 for errors that the user can correct, 1 for failures of the machine (disk, memory), 128 + n where
+    signal n ended the program.
     """
 
     def main(self, args: Any = None, *, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
-        """Run the program and leave with its exit code; without `standalone_mode` return it."""
+        """Run the program and exit with its code; without `standalone_mode` return the code."""
         debug = "--debug" in (sys.argv[1:] if args is None else args)
         try:
             signals.begin()
@@ -49,7 +50,7 @@ class _Guarded(TyperGroup):
             if debug and not hasattr(error, "format_message"):
                 raise
             if type(error).__name__ == "NoArgsIsHelpError":
-                print(error.message, end="")  # type: ignore[union-attr]  # older ones have printed it
+                print(error.message, end="")  # type: ignore[union-attr]  # older versions have printed it
                 sys.exit(2)
             signals.finish()
             sentence, code = _explain(error)
@@ -62,12 +63,12 @@ class _Guarded(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # typer < 0.20 declares click's Context
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as error:  # of which typer would make an exit without a word
+        except KeyboardInterrupt as error:  # typer would exit without a message
             raise signals.Ended(signals.SIGINT) from error
 
 
 def _check_standard_output() -> None:
-    """Find out, before any work, whether what is going to be printed could be; and never fail for a letter's sake."""
+    """Check, before any work, that standard output can be written to; escape characters it cannot encode."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -83,11 +84,11 @@ def _check_standard_output() -> None:
             if any(event & select.POLLERR for _, event in poll.poll(0)):
                 raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
     except OSError as error:
-        raise MaskoptError(f"Standard output takes nothing: {files.reason(error)}.") from error
+        raise MaskoptError(f"Standard output cannot be written to: {files.reason(error)}.") from error
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
-    """Return the sentence and the exit code of a failure; raise it again if it is none that users should see."""
+    """Return the sentence and the exit code of a failure; raise it again if it is a bug."""
     if isinstance(error, KeyboardInterrupt):
         error = signals.Ended(signals.SIGINT)
     if isinstance(error, signals.Ended):
@@ -100,8 +101,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
         path = "maskopt" if context is None else context.command_path
         return f"{' '.join(error.format_message().split()).rstrip('.')}; see {path} --help.", 2
     if isinstance(error, OSError) and _standard_output_fails():
-        return f"Standard output takes no more: {files.reason(error)}; {signals.what_was_written()}.", 1
-    if _is_memory_failure(error):
+        return f"Standard output cannot be written to: {files.reason(error)}; {signals.what_was_written()}.", 1
+    if is_memory_failure(error):
         return f"The memory does not suffice; {signals.what_was_written()}; {_LESS}.", 1
     if isinstance(error, OSError):
         named = "" if error.filename is None else f" ({error.filename})"
@@ -127,7 +128,7 @@ def _with_what_was_written(sentence: str) -> str:
 
 
 def _tell(sentence: str) -> None:
-    """Print a sentence in one line, whatever is in it, with the middle of endless words left out."""
+    """Print a sentence in one line, with unprintable characters escaped and very long words shortened."""
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(sentence.split(" ")))
     line = re.sub(rf"\S{{{_LONG},}}", lambda word: f"{word[0][:100]}...{word[0][-100:]}", line)
     try:
@@ -137,7 +138,7 @@ def _tell(sentence: str) -> None:
 
 
 def _standard_output_fails() -> bool:
-    """Whether what waits for standard output cannot be written; it is then given up."""
+    """Whether buffered standard output cannot be written; it is then discarded."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -147,7 +148,7 @@ def _standard_output_fails() -> bool:
 
 
 def _give_up(stream: Any) -> None:
-    """Let what is still to be written to a stream vanish: Python would complain when it ends."""
+    """Discard the rest of a stream, about which Python would otherwise complain at exit."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except (OSError, ValueError, AttributeError):
@@ -157,17 +158,8 @@ def _give_up(stream: Any) -> None:
 def _is_disk_failure(cause: BaseException | None) -> bool:
     if isinstance(cause, OSError):
         return cause.errno in _FULL
-    # Its writer keeps the system's error as text only.
+    # safetensors keeps the system's error as text only.
     return isinstance(cause, SafetensorError) and "os error" in str(cause)
-
-
-def _is_memory_failure(error: BaseException) -> bool:
-    text = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or any(words in text for words in ("DefaultCPUAllocator", "not enough memory", "Storage size calculation"))
-    )
 
 
 app = typer.Typer(
@@ -190,11 +182,11 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of any failure.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
 ) -> None:
-    """Choose which weights of a network may go, so that its outputs change least."""
+    """Prune neural networks: choose the weights to remove so that the layers' outputs change as little as possible."""
 
 
 _INSTANCE = "layer.safetensors"

@@ -1,4 +1,4 @@
-"""`maskopt certify`: how far from the optimum a mask can be at most."""
+"""`maskopt certify`: a proven bound on the distance of a mask from the optimum."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from maskopt.cli.layer import load_layer
-from maskopt.cli.limit import check_time_limit, stop_after
+from maskopt.cli.limit import stop_after
 from maskopt.cli.mask_file import load_mask
 from maskopt.cli.options import (
     DeviceOption,
+    InstanceArgument,
     JsonOption,
     MemoryOption,
     PatternOption,
@@ -30,6 +31,7 @@ from maskopt.cli.options import (
 )
 from maskopt.cli.output import Bar, check_outputs, environment, facts, json_output, tables
 from maskopt.cli.part import RowsOption, parse_rows
+from maskopt.cli.words import rows_words
 from maskopt.errors import MaskoptError
 
 if TYPE_CHECKING:
@@ -41,17 +43,23 @@ __all__ = ["BOUNDS", "certify"]
 
 Figures = dict[str, Any]
 
-_SHOWN = 40  # row blocks up to which each has a line
+_SHOWN = 40  # largest number of row blocks that are listed one by one
 
 
 BOUNDS = ("gap", "shift", "sdp", "cuts")
-"""What proves lower bounds, by the names people type."""
+"""Kinds of lower bounds: the Frank-Wolfe gap, and those of `maskopt.bounds.mask_bounds`."""
+
+
+_BOUND_HELP = (
+    "Lower bound, from fast to tight: gap (duality gap of Frank-Wolfe), shift (relaxation with a diagonal shift), sdp "
+    "(semidefinite relaxation), cuts (sdp with the constraints Z >= 0)."
+)
 
 
 def _prove(
     kind: str, problem: LayerReconstruction, masks: MaskSet, memory: int, time_limit: float | None, bar: Bar
 ) -> MaskBounds:
-    """Return the bounds, float64, one per row block, and which of them are as good as they become."""
+    """Return the bounds, float64, one per row block, and which of them no time limit has cut short."""
     import torch
 
     from maskopt.bounds import MaskBounds, mask_bounds
@@ -76,25 +84,27 @@ def _prove(
 
 
 def certify(
-    instance: Annotated[Path, typer.Argument(metavar="INSTANCE", help="Safetensors file with `weight`, `gram`.")],
+    instance: InstanceArgument,
     mask: Annotated[Path, typer.Option("--mask", help="Mask file, as written by `maskopt solve --out`.")],
     pattern: PatternOption = "per-row",
     sparsity: SparsityOption = None,
-    bound: Annotated[str, typer.Option("--bound", help=f"What proves it: {', '.join(BOUNDS)}.")] = "gap",
+    bound: Annotated[str, typer.Option("--bound", help=_BOUND_HELP)] = "gap",
     rows: RowsOption = ":",
     time_limit: Annotated[
         float | None,
-        typer.Option("--time-limit", help="Seconds after which what is proven until then counts."),
+        typer.Option("--time-limit", help="Seconds for the proof; the bounds proven by then are reported."),
     ] = None,
     json: JsonOption = None,
     device: DeviceOption = "cpu",
     memory: MemoryOption = "1G",
     quiet: QuietOption = False,
 ) -> None:
-    """Prove how far a mask is from the best of its set at most, row by row and in total."""
+    """Prove a lower bound on the error of every mask in a set, and report how close a given mask comes to it."""
     check_outputs(json)
     if bound not in BOUNDS:
         raise MaskoptError(f"There is no bound {bound!r}; choose one of {', '.join(BOUNDS)}.")
+    from maskopt.checks import check_time_limit
+
     check_time_limit(time_limit)
     masks, working, chosen = parse_masks(pattern, sparsity), parse_memory(memory), load_mask(mask)
     _, layer = load_layer(instance, check_device(device))
@@ -151,7 +161,7 @@ def certify(
 
 
 def _certificate(row: int, rows: int, error: float, bound: float, finished: bool) -> Figures:
-    # An error that is zero cannot be bettered, whatever the bound lost to rounding.
+    # An error of zero is optimal, even where rounding has lowered the bound.
     fraction = min(1.0, bound / error) if error > 0.0 else 1.0
     return {
         "row": row,
@@ -165,16 +175,16 @@ def _certificate(row: int, rows: int, error: float, bound: float, finished: bool
 
 
 def _table(certificates: Sequence[Figures]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=Text("What is proven of each row"), title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=Text("Proven bounds by row"), title_justify="left")
     stopped = not all(one["finished"] for one in certificates)
     for name in ("row", "error", "bound", "gap", "proven fraction", *(("ended by",) if stopped else ())):
         table.add_column(name, justify="right")
     for one in certificates:
         table.add_row(
-            str(one["row"]) if one["rows"] == 1 else f"{one['row']}:{one['row'] + one['rows']}",
+            rows_words(one["row"], one["rows"]),
             *(f"{one[name]:.6g}" for name in ("error", "bound", "gap")),
             f"{one['proven_fraction']:.4f}",
-            *(("itself" if one["finished"] else "time limit",) if stopped else ()),
+            *(("convergence" if one["finished"] else "time limit",) if stopped else ()),
         )
     return table
 
@@ -184,13 +194,13 @@ def _lines(total: Figures, certificates: Sequence[Figures], seconds: float) -> d
     lines = {
         "error": f"{total['error']:.6g}",
         "bound": f"{total['bound']:.6g}: no mask of the set has a smaller error",
-        "proven fraction": f"{total['proven_fraction']:.4f} of the error cannot be avoided",
+        "proven fraction": f"{total['proven_fraction']:.4f} of the error is unavoidable for masks of the set",
         "rows": f"smallest {min(fractions):.4f}, median {median(fractions):.4f}",
         "time": f"{seconds:.1f} s",
     }
     stopped = sum(not one["finished"] for one in certificates)
     if stopped:
         lines["time limit"] = (
-            f"reached: {stopped} of {len(certificates)} bounds hold, but would become better with more time"
+            f"reached: {stopped} of {len(certificates)} bounds are valid, but more time would raise them"
         )
     return lines

@@ -16,7 +16,9 @@ from rich.text import Text
 
 from maskopt.cli.layer import load_layer
 from maskopt.cli.options import (
+    INSTANCE_HELP,
     PATTERN_HELP,
+    SPARSITY_HELP,
     WEIGHTS_HELP,
     DeviceOption,
     JsonOption,
@@ -28,7 +30,7 @@ from maskopt.cli.options import (
 )
 from maskopt.cli.output import Bar, check_outputs, environment, json_output, tables
 from maskopt.cli.solvers import parse_comparison
-from maskopt.cli.words import shortened
+from maskopt.cli.words import set_words, shortened
 from maskopt.errors import MaskoptError
 
 if TYPE_CHECKING:
@@ -43,41 +45,43 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Set:
-    """A pattern with its sparsity, if it needs one, and the masks they stand for."""
+    """A pattern with its sparsity, if it needs one, and their set of masks."""
 
     pattern: str
     sparsity: float | None
     masks: MaskSet
 
     def __str__(self) -> str:
-        return self.pattern if self.sparsity is None else f"{self.pattern} {100 * self.sparsity:g} %"
+        return set_words(self.pattern, self.sparsity)
 
 
 def compare(
-    instance: Annotated[
-        list[Path], typer.Argument(metavar="INSTANCE...", help="Safetensors files with `weight`, `gram`.")
-    ],
+    instance: Annotated[list[Path], typer.Argument(metavar="INSTANCE...", help=INSTANCE_HELP)],
     pattern: Annotated[
         list[str] | None,
         typer.Option("--pattern", "-p", help=f"{PATTERN_HELP} May be repeated.", show_default="per-row"),
     ] = None,
     sparsity: Annotated[
         list[float] | None,
-        typer.Option("--sparsity", "-s", help="Fraction of the weights to prune; may be repeated; n:m has its own."),
+        typer.Option("--sparsity", "-s", help=f"{SPARSITY_HELP} May be repeated."),
     ] = None,
     solvers: Annotated[
-        str, typer.Option("--solvers", help="Comma-separated; settings as in 'sparsefw:iterations=500;alpha=0.5'.")
+        str,
+        typer.Option("--solvers", help="Comma-separated solvers; settings as in 'sparsefw:iterations=500;alpha=0.5'."),
     ] = "wanda,sparsefw,one-swap,continuation",
     weights: Annotated[
-        str, typer.Option("--weights", help=f"Comma-separated; every solver is run with keep and lsq. {WEIGHTS_HELP}")
+        str,
+        typer.Option("--weights", help=f"Comma-separated list; keep and lsq are run with every solver. {WEIGHTS_HELP}"),
     ] = "keep",
-    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Solve so often and take the median time.")] = 1,
+    repeat: Annotated[
+        int, typer.Option("--repeat", min=1, help="Runs of each solver; the median time is reported.")
+    ] = 1,
     json: JsonOption = None,
     device: DeviceOption = "cpu",
     memory: MemoryOption = "1G",
     quiet: QuietOption = False,
 ) -> None:
-    """Compare solvers: errors relative to the first one's, and seconds."""
+    """Compare solvers on layers: errors relative to those of the first solver, and seconds."""
     check_outputs(json)
     from maskopt.problems import synthetic
     from maskopt.solvers import solve
@@ -88,7 +92,7 @@ def compare(
     paths = list(dict.fromkeys(instance))
     check_device(device)
     _check(paths, sets, device)
-    # What torch sets up at its first calls is not the first solver's to pay.
+    # The first calls of torch are slow; their time must not count for the first solver.
     solve(synthetic().problem(device), parse_masks("per-row", 0.5))
     rows: list[Figures] = []
     with Bar(quiet, steps=len(paths) * len(sets) * len(methods) * repeat) as bar:
@@ -124,7 +128,7 @@ def compare(
 
 
 def _sets(patterns: Sequence[str], sparsities: Sequence[float]) -> list[_Set]:
-    """Return all combinations; n:m patterns stand alone."""
+    """Return all combinations of patterns and sparsities; n:m patterns have no sparsity."""
     sets = []
     for pattern in dict.fromkeys(patterns):
         own: Sequence[float | None] = [None] if ":" in pattern else list(dict.fromkeys(sparsities)) or [None]
@@ -133,7 +137,7 @@ def _sets(patterns: Sequence[str], sparsities: Sequence[float]) -> list[_Set]:
 
 
 def _check(paths: Sequence[Path], sets: Sequence[_Set], device: str) -> None:
-    """Find what is wrong with any layer before the first one costs time."""
+    """Check all layers and sets before any work."""
     for path in paths:
         _, problem = load_layer(path, device)
         for one in sets:
@@ -157,7 +161,7 @@ def _measure(
 
     seconds = []
     for _ in range(repeat):
-        # A fresh problem each time: none profits from what another one left in a cache.
+        # A new problem each time, so that no run profits from another's cache.
         fresh = LayerReconstruction(problem.weight, problem.gram, problem.tokens, check=False)
         result = solve(fresh, masks, method, callback=bar.step(what), memory=memory)
         seconds.append(result.seconds)
@@ -187,7 +191,7 @@ def _ratio(value: float, reference: float) -> float:
 
 
 def _summary(rows: Sequence[Figures], specs: Sequence[str]) -> Figures:
-    """Return, for every solver and every other one as reference, what the table says in the median."""
+    """Return median and largest ratios of every solver to every other one."""
 
     def ratios(spec: str, reference: str, figure: str) -> list[float]:
         return [_ratio(row["results"][spec][figure], row["results"][reference][figure]) for row in rows]
@@ -205,11 +209,11 @@ def _summary(rows: Sequence[Figures], specs: Sequence[str]) -> Figures:
     }
 
 
-def _layer_names(rows: Sequence[Figures], room: int) -> list[str]:
-    """Return what tables call the rows' layers: files without folders where that tells them apart."""
-    apart = len({Path(row["instance"]).stem for row in rows}) == len({row["instance"] for row in rows})
-    names = [Path(row["instance"]).stem if apart else row["instance"] for row in rows]
-    return shortened(names, max(12, room))
+def _layer_names(rows: Sequence[Figures], width: int) -> list[str]:
+    """Return the layers' names in tables: file names without folders where these differ."""
+    distinct = len({Path(row["instance"]).stem for row in rows}) == len({row["instance"] for row in rows})
+    names = [Path(row["instance"]).stem if distinct else row["instance"] for row in rows]
+    return shortened(names, max(12, width))
 
 
 def _table(rows: Sequence[Figures], specs: Sequence[str], width: int) -> Table:
@@ -255,7 +259,7 @@ def _updates_table(rows: Sequence[Figures], specs: Sequence[str], width: int) ->
 
 def _summary_table(summary: Figures, cases: int) -> Table:
     """Return the table of solvers against solvers."""
-    title = f"Over {cases} cases, relative to the solver on top: median error (largest), median seconds"
+    title = f"Over {cases} cases, relative to the solver of the column: median error (largest), median seconds"
     table = Table(box=box.SIMPLE_HEAD, title=Text(title), title_justify="left")
     table.add_column("solver")
     for reference in summary:

@@ -18,7 +18,7 @@ __all__ = ["demo"]
 
 
 def demo(json: JsonOption = None, device: DeviceOption = "cpu", quiet: QuietOption = False) -> None:
-    """Prune the small shipped model by every method and compare; takes about two minutes."""
+    """Prune the small shipped model with every method and compare the results; takes about two minutes."""
     began = time.perf_counter()
     check_outputs(json)
     check_device(device)
@@ -33,7 +33,7 @@ def demo(json: JsonOption = None, device: DeviceOption = "cpu", quiet: QuietOpti
         console.print(_table(result))
         console.print(_legend(result))
         console.print(
-            f"Everything took {seconds:.0f} s. The same for your own model:\n"
+            f"Total time: {seconds:.0f} s. To prune your own model:\n"
             "maskopt prune MODEL OUT --calibration text.txt --sparsity 0.6"
         )
 
@@ -67,10 +67,10 @@ def _table(result: DemoResult) -> Table:
 def _legend(result: DemoResult) -> str:
     settings = result.settings
     return (
-        "Weights: moved where the method chooses the surviving weights, too; kept where it chooses the mask alone.\n"
+        "Weights: updated where the method changes the surviving weights, too; kept where it chooses the mask alone.\n"
         f"Layer error: median over the layers, relative to {settings['reference']}, on "
         f"{settings['calibration']['tokens']} tokens of training modules;\n"
-        f"of {settings['default']}, which corrects errors of the layers before, against the dense model's outputs.\n"
-        f"Perplexity: on {settings['evaluation']['tokens']} tokens of modules that the model has never seen.\n"
+        f"for {settings['default']}, which corrects errors of earlier layers, against the dense model's outputs.\n"
+        f"Perplexity: on {settings['evaluation']['tokens']} tokens of modules that the model was not trained on.\n"
         "Seconds: spent choosing masks and weights.\n"
     )

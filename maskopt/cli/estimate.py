@@ -1,24 +1,24 @@
-"""How long a run of several kinds of work will take, from what it has done so far."""
+"""An estimate of the time left in a run with several kinds of work."""
 
 import time
 from collections.abc import Callable, Mapping
 
 __all__ = ["Estimate"]
 
-_TRUST = 0.02  # of the planned work of a kind: what the guess of its speed counts for beside what was measured
+_TRUST = 0.02  # weight of the guessed speed: as if measured on this fraction of the planned work of a kind
 
 
 class Estimate:
-    """Measures what a unit of each kind of work takes; from that, the time left and the fraction done.
+    """Measures the time per unit of each kind of work and estimates the time left and the fraction done.
 
     Parameters
     ----------
     planned : mapping of str to float
         Units of each kind in the whole run; `plan` corrects them.
     guess : mapping of str to float
-        Seconds per unit, until some were done.
+        Seconds per unit of each kind before any measurement.
     clock : callable
-        Seconds since any time.
+        Returns seconds since a fixed time.
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class Estimate:
         self._fraction = 0.0
 
     def plan(self, kind: str, units: float) -> None:
-        """Correct how many units of a kind there are in the whole run."""
+        """Correct the number of units of a kind in the whole run."""
         self._planned[kind] = max(units, self._done[kind])
 
     def reach(self, kind: str, done: float) -> None:
-        """Say what is worked on from now on, and how many of its units are done; time since the last call is over."""
+        """Set the kind of work from now on and its units done; time since the last call counts for the last kind."""
         now = self._clock()
         if self._current is not None:
             self._spent[self._current] += now - self._since
@@ -49,19 +49,19 @@ class Estimate:
 
     @property
     def left(self) -> float:
-        """Seconds, an estimate."""
+        """Estimated seconds until the end."""
         return sum((self._planned[kind] - self._done[kind]) * self._seconds(kind) for kind in self._planned)
 
     @property
     def fraction(self) -> float:
-        """Fraction of the run that is done, an estimate in [0, 1] that never falls."""
+        """Estimated fraction of the run that is done, in [0, 1]; it never decreases."""
         spent = self._since - self._began
         whole = spent + self.left
         self._fraction = max(self._fraction, min(1.0, spent / whole if whole > 0.0 else 0.0))
         return self._fraction
 
     def _seconds(self, kind: str) -> float:
-        """Return what a unit takes."""
+        """Return the seconds per unit."""
         trust = _TRUST * self._planned[kind]
         units = self._done[kind] + trust
         return (self._spent[kind] + trust * self._guess[kind]) / units if units > 0.0 else 0.0

@@ -28,14 +28,14 @@ __all__ = ["evaluate"]
 
 def evaluate(
     model: ModelArgument,
-    text: Annotated[Path, typer.Option("--text", help="Text, or JSONL with a field `text`.")],
+    text: Annotated[Path, typer.Option("--text", help="Text file, or JSON lines with a field `text`.")],
     seqlen: SeqlenOption = None,
     batch_size: BatchOption = 1,
     json: JsonOption = None,
     device: DeviceOption = "cpu",
     quiet: QuietOption = False,
 ) -> None:
-    """Measure perplexity by the fixed-window protocol of the literature."""
+    """Measure the perplexity of a language model on a text, by the fixed-window protocol of the pruning literature."""
     began = time.perf_counter()
     check_outputs(json)
     require_file("text", text)

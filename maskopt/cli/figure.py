@@ -31,7 +31,12 @@ _COLOURS = (
 
 
 def check_figure(path: Path) -> None:
-    """Refuse, before any work, a figure that could not be drawn after it.
+    """Check, before any work, that a figure can be drawn.
+
+    Parameters
+    ----------
+    path : Path
+        Its suffix is the format.
 
     Raises
     ------
@@ -52,7 +57,7 @@ def draw_traces(traces: dict[str, dict[str, list[float]]], path: Path, kind: str
     traces : dict
         Histories (columns as in `maskopt.solvers.COLUMNS`) by solver.
     path : Path
-        Where to.
+        File to write.
     kind : str
         ".png", ".svg" or ".pdf".
     title : str
@@ -69,7 +74,7 @@ def draw_traces(traces: dict[str, dict[str, list[float]]], path: Path, kind: str
                 at = [i for i, y in enumerate(history[name]) if y > 0 and math.isfinite(y)]
                 if not at:
                     continue
-                # Nothing takes no time, and a logarithmic axis has no zero.
+                # A logarithmic axis has no zero.
                 x = [max(history[axis][i], 1e-3 if axis == "seconds" else 0.0) for i in at]
                 marker = "o" if len(at) == 1 else ""
                 panel.plot(x, [history[name][i] for i in at], style, color=colour, marker=marker, linewidth=1.4)
@@ -80,7 +85,7 @@ def draw_traces(traces: dict[str, dict[str, list[float]]], path: Path, kind: str
         panel.grid(alpha=0.3, which="both", linewidth=0.5)
     panels[0].set_xlim(left=0)
     panels[0].set_ylabel("error relative to pruning all")
-    # Early bounds are as near to zero as they like; what matters is where they end.
+    # Early bounds may be arbitrarily close to zero, so the last values set the range.
     ends = [history[name][-1] for history in traces.values() for name in ("incumbent", "bound")]
     lowest = min((end for end in ends if end > 1e-6), default=1e-6)
     panels[0].set_ylim(bottom=lowest / 5)

@@ -1,4 +1,4 @@
-"""Reading the layers that commands are given."""
+"""Reading the layers that commands work on."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ __all__ = ["load_layer"]
 
 
 def load_layer(path: Path, device: str) -> tuple[Instance, LayerReconstruction]:
-    """Return an instance file and its checked problem; errors name the file.
+    """Return the instance in a file and its checked problem.
+
+    Parameters
+    ----------
+    path : Path
+    device : str
+        Where the problem computes.
 
     Raises
     ------
     MaskoptError
-        If the file cannot be read or its data make no problem.
+        If the file cannot be read or its data are no valid problem, with the name of the file.
     """
     from maskopt.problems import load_instance
 

@@ -18,7 +18,21 @@ __all__ = ["load_mask", "mask_bytes"]
 
 
 def mask_bytes(mask: Tensor, about: Mapping[str, Any], weight: Tensor | None = None) -> bytes:
-    """Return the content of a mask file, with the new weights where they were updated; `about` becomes its metadata."""
+    """Return the content of a mask file.
+
+    Parameters
+    ----------
+    mask : Tensor
+        Boolean, shape (rows, d).
+    about : mapping of str to object
+        Metadata, stored as JSON.
+    weight : Tensor, optional
+        Updated weights, shape (rows, d).
+
+    Returns
+    -------
+    bytes
+    """
     from safetensors.torch import save
 
     tensors = {"mask": mask} if weight is None else {"mask": mask, "weight": weight}
@@ -27,7 +41,7 @@ def mask_bytes(mask: Tensor, about: Mapping[str, Any], weight: Tensor | None = N
 
 
 def load_mask(path: Path) -> Tensor:
-    """Return the mask in a file, boolean.
+    """Return the mask in a file, boolean, shape (rows, d).
 
     Raises
     ------

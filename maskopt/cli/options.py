@@ -1,4 +1,4 @@
-"""Options common to several commands, and the words behind them."""
+"""Options common to several commands, and the functions that read them."""
 
 import importlib.util
 import os
@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from maskopt.oracles import MaskSet
 
 __all__ = [
+    "INSTANCE_HELP",
     "PATTERN_HELP",
     "SOLVER_NAMES",
+    "SPARSITY_HELP",
     "WEIGHTS_HELP",
     "BatchOption",
     "DeviceOption",
+    "InstanceArgument",
     "JsonOption",
     "MemoryOption",
     "ModelArgument",
@@ -63,22 +66,28 @@ SOLVER_NAMES = (
     "brute-force",
     "scip",
 )
-"""Names of `maskopt.solvers.SOLVERS`, which takes seconds to import."""
+"""Names of `maskopt.solvers.SOLVERS`, written out because its import takes seconds."""
+
+INSTANCE_HELP = (
+    "Safetensors file of a layer: the matrices `weight` (outputs x inputs) and `gram` (X X^T of its calibration inputs "
+    "X, inputs x inputs)."
+)
+InstanceArgument = Annotated[Path, typer.Argument(metavar="INSTANCE", help=INSTANCE_HELP)]
 
 PATTERN_HELP = (
-    "per-row, unstructured (whole matrix), columns, rows, blocks-HxW, n:m such as 2:4, which keeps 2 of every 4 "
-    "inputs, or transposable-n:m."
+    "Groups in which a fixed number of weights is kept: per-row, unstructured (the whole matrix), n:m such as 2:4 "
+    "(keeps 2 of every 4 inputs), transposable-n:m; or whole units: columns, rows, blocks-HxW."
 )
 
 PatternOption = Annotated[str, typer.Option("--pattern", "-p", help=PATTERN_HELP)]
-SparsityOption = Annotated[
-    float | None, typer.Option("--sparsity", "-s", help="Fraction of the weights to prune, 0 to 1; not needed by n:m.")
-]
+SPARSITY_HELP = "Fraction of the weights to prune, 0 to 1; required unless the pattern is n:m."
+SparsityOption = Annotated[float | None, typer.Option("--sparsity", "-s", help=SPARSITY_HELP)]
 SolverOption = Annotated[
-    str | None, typer.Option("--solver", help=f"One of {', '.join(SOLVER_NAMES)}.", show_default="continuation")
+    str | None,
+    typer.Option("--solver", help=f"Chooses the mask; one of {', '.join(SOLVER_NAMES)}.", show_default="continuation"),
 ]
 WEIGHTS_HELP = (
-    "What becomes of the surviving weights: keep, lsq (least squares on the solver's mask), or a method that chooses "
+    "Update of the surviving weights: keep (none), lsq (least squares on the solver's mask), or a method that chooses "
     "mask and weights together: sparsegpt, admm, alps, fista, best."
 )
 SettingsOption = Annotated[
@@ -87,30 +96,37 @@ SettingsOption = Annotated[
         "--option",
         "-o",
         metavar="KEY=VALUE",
-        help="Change a setting of the solver (of the method where --weights chooses the mask); may be repeated.",
+        help="Setting of the solver, or of the --weights method where that chooses the mask; may be repeated.",
     ),
 ]
 JsonOption = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="Write every figure as JSON to a new file; - prints it.")
+    str | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Write all results as JSON to a new file; - prints them to standard output."
+    ),
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1 ...")]
+DeviceOption = Annotated[str, typer.Option("--device", help="Device of the computation: cpu, cuda, cuda:1 ...")]
 MemoryOption = Annotated[str, typer.Option("--memory", help="Working memory of the solver, such as 500M or 2G.")]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or an id on the Hugging Face hub.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model folder, or the id of a model on the Hugging Face hub.")
+]
 SeqlenOption = Annotated[
     int | None,
-    typer.Option("--seqlen", min=2, help="Tokens per window; by default 2048 or what the model can take."),
+    typer.Option(
+        "--seqlen", min=2, help="Tokens per window; by default 2048, or the model's context length if shorter."
+    ),
 ]
-BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Windows run through the model at a time.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Windows per forward pass of the model.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")]
 
 
 def parse_memory(text: str) -> int:
-    """Return the number of bytes meant by "2G", "500M", "1.5GiB" or a plain number.
+    """Return the number of bytes in a size such as "2G", "500M", "1.5GiB" or a plain number.
 
     Raises
     ------
     MaskoptError
-        If it is none of these.
+        If it is no such size.
     """
     match = re.fullmatch(
         r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?)(?:iB|B)?", text.strip(), re.IGNORECASE | re.ASCII
@@ -122,8 +138,8 @@ def parse_memory(text: str) -> int:
 
 
 def parse_masks(pattern: str, sparsity: float | None) -> "MaskSet":
-    """Return the set named by a pattern and the fraction of weights to prune, as `maskopt.oracles.parse_masks` does."""
-    from maskopt.oracles import parse_masks as parse  # takes seconds, which no help should take
+    """Return the set of a pattern and a fraction of weights to prune; see `maskopt.oracles.parse_masks`."""
+    from maskopt.oracles import parse_masks as parse  # takes seconds, too long for --help
 
     return parse(pattern, sparsity)
 
@@ -142,7 +158,7 @@ def check_device(name: str) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.zeros((), device=name, dtype=torch.float64).item()
-    except Exception as error:  # torch has many for devices that this build, or this machine, lacks
+    except Exception as error:  # torch raises many kinds for missing devices
         said = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
         raise MaskoptError(f"The device {name!r} cannot be used: {said or type(error).__name__}.") from error
     return name
@@ -151,10 +167,17 @@ def check_device(name: str) -> str:
 def check_seqlen(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", wanted: int | None) -> int:
     """Return the window length to use.
 
+    Parameters
+    ----------
+    model : PreTrainedModel
+    tokenizer : PreTrainedTokenizerBase
+    wanted : int or None
+        Tokens asked for; None for the default.
+
     Raises
     ------
     MaskoptError
-        If the one asked for is longer than the model can take.
+        If it is longer than the model can take.
     """
     from maskopt.models import context_length, default_seqlen
 
@@ -165,14 +188,20 @@ def check_seqlen(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
 
 
 def require_file(what: str, path: Path) -> Path:
-    """Return `path` if a non-empty file lies there, before anything slow is started.
+    """Return a path after a check that it is a non-empty file.
+
+    Parameters
+    ----------
+    what : str
+        What messages call it.
+    path : Path
 
     Raises
     ------
     MaskoptError
-        If not.
+        If it is not.
     """
-    if not os.path.isfile(path):  # false for every name that cannot be one
+    if not os.path.isfile(path):  # false, and no exception, for invalid names
         raise MaskoptError(f"The {what} {path} does not exist or is not a file.")
     if path.stat().st_size == 0:
         raise MaskoptError(f"The {what} {path} is empty.")
@@ -180,7 +209,7 @@ def require_file(what: str, path: Path) -> Path:
 
 
 def require_transformers() -> None:
-    """Insist on the optional dependency that language models need.
+    """Check that transformers, an optional dependency, is installed.
 
     Raises
     ------

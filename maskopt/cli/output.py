@@ -1,4 +1,4 @@
-"""What commands print and write: tables, progress bars, JSON."""
+"""The output of commands: tables, progress bars, JSON."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Bar", "check_outputs", "environment", "facts", "finite", "json_output", "stderr", "tables"]
 
-_FILE_WIDTH = 200  # columns where no terminal says how wide it is; tables are as wide as they need
+_FILE_WIDTH = 200  # columns at most where output is no terminal
 
 
 class _Console(Console):
-    """A console that says so when its reader is gone, instead of leaving in silence."""
+    """A console that raises an error when its reader has closed the pipe, where rich exits silently."""
 
     def on_broken_pipe(self) -> NoReturn:
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
@@ -52,14 +52,14 @@ def stderr() -> Console:
 
 
 def tables(json_target: str | None) -> Console:
-    """Return the console of tables: standard output, unless the JSON goes there."""
+    """Return the console of tables: standard output, or standard error where the JSON is printed."""
     to_stderr = json_target == "-"
     stream = sys.stderr if to_stderr else sys.stdout
     return _Console(stderr=to_stderr, width=None if stream.isatty() else _FILE_WIDTH, highlight=False)
 
 
 def facts(lines: Mapping[str, str]) -> Table:
-    """Return names and values as a table without borders."""
+    """Return a table of names and values, without borders."""
     table = Table.grid(padding=(0, 2))
     for name, value in lines.items():
         table.add_row(Text(name, style="bold"), Text(value))
@@ -67,7 +67,7 @@ def facts(lines: Mapping[str, str]) -> Table:
 
 
 class _TimeLeft(TimeRemainingColumn):
-    """What the command says is left; without that, what the speed of the last minute says."""
+    """The time left as the command estimates it, else from the speed of the last minute."""
 
     max_refresh = 0.5
 
@@ -87,16 +87,21 @@ class Bar:
     quiet : bool
         Whether to stay invisible.
     what : str
-        What is being done first.
+        Description of the first work.
     steps : int
-        How often `step` will be called.
+        Number of calls of `step` to come.
+
+    Attributes
+    ----------
+    visible : bool
+        Whether the bar is shown.
     """
 
     def __init__(self, quiet: bool, what: str = "", steps: int = 1) -> None:
         self.visible = not quiet and sys.stderr.isatty()
         self._steps, self._begun = steps, 0
         console = stderr()
-        # Percent and times need 28 columns, and are what a narrow terminal shows in any case.
+        # Percentage and times need 28 columns, which even a narrow terminal reserves.
         words = max(12, min(44, console.width - 40))
         self._progress = Progress(
             TextColumn("{task.description}", markup=False, table_column=Column(max_width=words, no_wrap=True)),
@@ -123,15 +128,15 @@ class Bar:
         self._progress.stop()
 
     def tell(self, what: str, fraction: float, left: float | None = None) -> None:
-        """Show what is being done, which fraction of everything is done, and the seconds left if the command knows."""
+        """Show a description of the work, the fraction of everything that is done, and the seconds left if known."""
         self._progress.update(self._task, description=what, total=1.0, completed=fraction, left=left)
 
     def stage(self, what: str) -> None:
-        """Begin something else at zero."""
+        """Begin other work, at zero."""
         self._progress.reset(self._task, description=what)
 
     def step(self, what: str) -> Callback | None:
-        """Begin the next step and return the callback that shows a solver's progress in it, None where unseen."""
+        """Begin the next step and return the callback that shows a solver's progress; None if the bar is invisible."""
         done = self._begun
         self._begun += 1
         self.tell(what, done / self._steps)
@@ -143,22 +148,22 @@ class Bar:
 
 
 def check_outputs(json: str | None, *targets: str | Path | None) -> None:
-    """Refuse, before any work, outputs that could not be written after it.
+    """Check, before any work, that all outputs can be written.
 
     Parameters
     ----------
     json : str, optional
-        Where figures go; "-" is standard output.
+        File of the JSON; "-" is standard output.
     *targets : path-like, optional
-        Where everything else goes.
+        Other outputs.
 
     Raises
     ------
     MaskoptError
-        If one exists, cannot be made, or two are the same.
+        If one exists or cannot be made, or two are the same.
     """
     if "-" in map(str, targets):
-        raise MaskoptError("Only --json writes to standard output for a -; give other outputs names.")
+        raise MaskoptError("Only --json accepts - for standard output; give other outputs file names.")
     named = [target for target in (None if json == "-" else json, *targets) if target is not None]
     paths = [require_absent(target) for target in named]
     places = [path.absolute().parent.resolve() / path.name for path in paths]
@@ -169,16 +174,16 @@ def check_outputs(json: str | None, *targets: str | Path | None) -> None:
 
 @contextmanager
 def json_output(target: str | None, figures: Mapping[str, Any]) -> Iterator[None]:
-    """Write figures aside, run the body (other outputs), then let the JSON file take its name.
+    """Write figures to a temporary file, run the body (other outputs), then rename the file.
 
-    A number that is not finite becomes null: JSON has none.
+    Numbers that are not finite become null, because JSON has none.
 
     Parameters
     ----------
     target : str, optional
         A path that does not exist, "-" for standard output, None for nothing.
     figures : mapping
-        What to write.
+        Content of the JSON.
     """
     text = json.dumps(finite(figures), indent=2, allow_nan=False) + "\n"
     if target is None or target == "-":
@@ -201,7 +206,7 @@ def finite(value: Any) -> Any:
 
 
 def environment() -> dict[str, Any]:
-    """Return versions and circumstances that figures depend on."""
+    """Return the versions, platform and threads on which results depend."""
     import torch
 
     versions = {
@@ -211,5 +216,5 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
     }
-    transformers = sys.modules.get("transformers")  # never imported for its version's sake
+    transformers = sys.modules.get("transformers")  # not imported only to read its version
     return versions if transformers is None else {**versions, "transformers": transformers.__version__}

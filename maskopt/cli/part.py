@@ -1,4 +1,4 @@
-"""Some rows and columns of a layer, as commands name them."""
+"""Parts of a layer: ranges of rows and columns."""
 
 from __future__ import annotations
 
@@ -15,17 +15,28 @@ if TYPE_CHECKING:
 __all__ = ["RowsOption", "parse_rows", "part_of"]
 
 RowsOption = Annotated[
-    str, typer.Option("--rows", metavar="A:B", help="Rows from A up to, but not including, B; 0:8 are the first eight.")
+    str,
+    typer.Option(
+        "--rows",
+        metavar="A:B",
+        help="Range of rows from A up to, but not including, B: 0:8 are the first eight, : is all.",
+    ),
 ]
 
 
 def parse_rows(text: str, rows: int) -> slice:
-    """Return the rows meant by "2:6", ":6", "2:", ":" or "2".
+    """Return the range of rows in a text such as "2:6", ":6", "2:", ":" or "2".
+
+    Parameters
+    ----------
+    text : str
+    rows : int
+        Of the layer.
 
     Raises
     ------
     MaskoptError
-        If it is none of these, or names no row of a layer with so many.
+        If it is no such range, or exceeds the layer's rows.
     """
     match = re.fullmatch(r"([0-9]{0,18})(:?)([0-9]{0,18})", text.strip())
     if match is None or not (match[1] or match[2]):
@@ -33,17 +44,24 @@ def parse_rows(text: str, rows: int) -> slice:
     first = int(match[1] or 0)
     last = int(match[3] or rows) if match[2] else first + 1
     if not first < last <= rows:
-        raise MaskoptError(f"The rows {text} are none of the layer's, which are 0:{rows}.")
+        raise MaskoptError(f"The rows {text} are not within the layer's, which are 0:{rows}.")
     return slice(first, last)
 
 
 def part_of(problem: LayerReconstruction, rows: slice, columns: int | None = None) -> LayerReconstruction:
-    """Return a checked problem's rows, with its first columns only, as a problem that holds nothing else.
+    """Return some rows and the first columns of a checked problem, as a problem with copies of its data.
+
+    Parameters
+    ----------
+    problem : LayerReconstruction
+    rows : slice
+    columns : int, optional
+        All by default.
 
     Raises
     ------
     MaskoptError
-        If there are not so many columns.
+        If there are fewer columns.
     """
     from maskopt.problems import LayerReconstruction
 
@@ -51,6 +69,6 @@ def part_of(problem: LayerReconstruction, rows: slice, columns: int | None = Non
     columns = d if columns is None else columns
     if not 1 <= columns <= d:
         raise MaskoptError(f"The layer has {d} columns; --columns {columns} is out of range.")
-    # Copies: a slice would carry the whole layer to other processes.
+    # Copies, because a slice would send the whole layer to other processes.
     weight, gram = problem.weight[rows, :columns].clone(), problem.gram[:columns, :columns].clone()
     return LayerReconstruction(weight, gram, problem.tokens, check=False)

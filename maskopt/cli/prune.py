@@ -1,4 +1,4 @@
-"""`maskopt prune`: a whole language model."""
+"""`maskopt prune`: prune a whole language model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from maskopt.cli.limit import check_time_limit
 from maskopt.cli.options import (
     WEIGHTS_HELP,
     BatchOption,
@@ -45,7 +44,7 @@ __all__ = ["prune"]
 
 
 class Propagate(StrEnum):
-    """What later blocks are calibrated on."""
+    """States on which later blocks are calibrated."""
 
     CORRECTED = "corrected"
     PRUNED = "pruned"
@@ -53,7 +52,7 @@ class Propagate(StrEnum):
 
 
 class Certify(StrEnum):
-    """Which lower bound."""
+    """Kind of lower bound."""
 
     SHIFT = "shift"
     SDP = "sdp"
@@ -62,8 +61,10 @@ class Certify(StrEnum):
 
 def prune(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make, for model, masks and report.")],
-    calibration: Annotated[Path, typer.Option("--calibration", help="Text, or JSONL with a field `text`.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="New folder for the pruned model, its masks and the report.")
+    ],
+    calibration: Annotated[Path, typer.Option("--calibration", help="Text file, or JSON lines with a field `text`.")],
     pattern: PatternOption = "per-row",
     sparsity: SparsityOption = None,
     solver: SolverOption = None,
@@ -71,39 +72,48 @@ def prune(
         str | None, typer.Option("--weights", help=WEIGHTS_HELP, show_default="best, or keep where --solver is given")
     ] = None,
     option: SettingsOption = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration windows.")] = 128,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Number of calibration windows.")] = 128,
     seqlen: SeqlenOption = None,
     batch_size: BatchOption = 8,
-    seed: Annotated[int, typer.Option("--seed", help="Of the choice of calibration windows.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the random choice of calibration windows.")] = 0,
     propagate: Annotated[
         Propagate | None,
         typer.Option(
             "--propagate",
-            help="Calibrate on the pruned or the dense model's states, or aim at the latter on the former.",
+            help="Inputs on which a layer is calibrated: those in the pruned model, those in the dense one, or "
+            "corrected: inputs in the pruned model, with the dense model's outputs as target.",
             show_default="corrected for continuation, lsq, fista and best, else pruned",
         ),
     ] = None,
     include: Annotated[
         list[str] | None,
-        typer.Option("--include", metavar="GLOB", help="Prune only layers of such names; may be repeated."),
+        typer.Option("--include", metavar="GLOB", help="Prune only layers whose full name matches; may be repeated."),
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Leave such layers dense; may be repeated.")
+        list[str] | None,
+        typer.Option("--exclude", metavar="GLOB", help="Leave layers dense whose full name matches; may be repeated."),
     ] = None,
     evaluate: Annotated[
-        Path | None, typer.Option("--evaluate", help="Text to measure perplexity on before and after.")
+        Path | None, typer.Option("--evaluate", help="Text file on which perplexity is measured before and after.")
     ] = None,
     calibration_perplexity: Annotated[
         bool,
-        typer.Option("--calibration-perplexity", help="Measure it on the beginning of the calibration text, too."),
+        typer.Option(
+            "--calibration-perplexity", help="Measure perplexity on the beginning of the calibration text, too."
+        ),
     ] = False,
     certify: Annotated[
         Certify | None,
-        typer.Option("--certify", help="Prove how good any mask could be, layer by layer; takes longer than pruning."),
+        typer.Option(
+            "--certify",
+            help="Prove a lower bound on the error of every mask, layer by layer; takes longer than pruning.",
+        ),
     ] = None,
     time_limit: Annotated[
         float | None,
-        typer.Option("--time-limit", help="Seconds for the proofs of --certify together; what is proven then counts."),
+        typer.Option(
+            "--time-limit", help="Seconds for all proofs of --certify together; the bounds proven by then are reported."
+        ),
     ] = None,
     json: JsonOption = None,
     device: DeviceOption = "cpu",
@@ -113,9 +123,11 @@ def prune(
     """Prune a language model and save it."""
     began = time.perf_counter()
     check_outputs(json, out)
+    from maskopt.checks import check_time_limit
+
     check_time_limit(time_limit)
     if time_limit is not None and certify is None:
-        raise MaskoptError("--time-limit is for the proofs of --certify; give both, or leave it out.")
+        raise MaskoptError("--time-limit applies to the proofs of --certify; give both, or leave it out.")
     treatment = weights or ("best" if solver is None and certify is None else "keep")
     method = parse_weights(treatment, solver, option or ())
     masks, working = parse_masks(pattern, sparsity), parse_memory(memory)
@@ -133,7 +145,7 @@ def prune(
         length = check_seqlen(network, tokenizer, seqlen)
         batches = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
         if calibration_perplexity:
-            # As much text as is calibrated on, at four characters a token, and surely one window.
+            # As much text as the calibration uses, at four characters a token, and at least one window.
             texts["calibration"] = corpus.opening(max(4 * samples, 32) * length)
 
         selection = models.select_layers(network, include or (), exclude or ())
@@ -163,7 +175,7 @@ def prune(
             certify=None if certify is None else certify.value,
             certify_seconds=time_limit,
             memory=working,
-            on_error="keep",  # the model is given up with the program
+            on_error="keep",  # the program ends after an error, so the model need not be restored
             progress=whole.prune if bar.visible else None,
         )
         pruned = perplexities("pruned")
@@ -194,19 +206,19 @@ def prune(
     lines |= {"solver": solver_words(method), "time": _times(report, time.perf_counter() - began), "saved in": str(out)}
     console.print(facts(lines))
     if network.can_generate():
-        # In one piece, however narrow the terminal is, so that it can be copied.
+        # Without line breaks, so that it can be copied.
         command = f"maskopt evaluate {shlex.quote(str(out))} --text {_text_for(evaluate)}"
         console.print(f"Next: {command}", markup=False, soft_wrap=True)
 
 
 def _layers(layers: list[dict[str, Any]], width: int) -> Table:
-    """Return the table of layers; what is the same for all of them has no column, and names have what room is left."""
-    moved = any(layer["kept_error"] != layer["relative_error"] for layer in layers)
+    """Return the table of layers; a status that all have in common has no column."""
+    updated = any(layer["kept_error"] != layer["relative_error"] for layer in layers)
     certified = any(layer["lower_bound"] is not None for layer in layers)
     columns = {
         "shape": [f"{layer['rows']} x {layer['columns']}" for layer in layers],
         "sparsity": [f"{layer['sparsity']:.3f}" for layer in layers],
-        **({"before": [f"{layer['kept_error']:.5f}" for layer in layers]} if moved else {}),
+        **({"before": [f"{layer['kept_error']:.5f}" for layer in layers]} if updated else {}),
         "error": [f"{layer['relative_error']:.5f}" for layer in layers],
         **({"proven": [_proven(layer) for layer in layers]} if certified else {}),
         "seconds": [f"{layer['seconds']:.2f}" for layer in layers],
@@ -222,7 +234,7 @@ def _status(layer: dict[str, Any]) -> str:
 
 
 def _proven(layer: dict[str, Any]) -> str:
-    """Return which fraction of a layer's error no mask can avoid, starred where a time limit cut the proof short."""
+    """Return the fraction of a layer's error that no mask can avoid, starred where a time limit ended a proof."""
     if layer["lower_bound"] is None:
         return ""
     fraction = layer["lower_bound"] / layer["objective"] if layer["objective"] > 0 else 1.0
@@ -232,12 +244,12 @@ def _proven(layer: dict[str, Any]) -> str:
 def _summary(figures: dict[str, Any], masks: str, kept: str) -> dict[str, str]:
     layers = figures["layers"]
     fraction = f"{100 * figures['sparsity']:.2f} %"
-    moved = any(layer["kept_error"] != layer["relative_error"] for layer in layers)
+    updated = any(layer["kept_error"] != layer["relative_error"] for layer in layers)
     lines = {
         "pruned": f"{fraction} of {figures['weights']} weights in {len(layers)} layers",
         "masks": masks + (f"; {kept}" if kept else ""),
         "relative error": f"median {figures['median_relative_error']:.5f}, mean {figures['mean_relative_error']:.5f}"
-        + (" (`before`: with the surviving weights as they were)" if moved else ""),
+        + (" (`before`: before the update of the surviving weights)" if updated else ""),
     }
     statuses = {_status(layer) for layer in layers}
     if len(statuses) == 1:
@@ -246,7 +258,7 @@ def _summary(figures: dict[str, Any], masks: str, kept: str) -> dict[str, str]:
         lines["proven"] = "fraction of the error that no mask can avoid"
         unfinished = sum(layer["unfinished_rows"] for layer in layers)
         if unfinished:
-            lines["proven"] += f"; * the time limit cut {unfinished} rows short, whose bounds hold nevertheless"
+            lines["proven"] += f"; * the time limit cut {unfinished} proofs of rows short; their bounds are valid"
     for name, values in figures["perplexity"].items():
         dense, pruned = values["dense"], values["pruned"]
         lines[f"perplexity, {name} text"] = (
@@ -267,5 +279,5 @@ def _times(report: PruneReport, seconds: float) -> str:
 
 
 def _text_for(evaluated: Path | None) -> str:
-    """Return a text to name in the next command."""
+    """Return the text file for the next command."""
     return "TEXT" if evaluated is None else shlex.quote(str(evaluated))

@@ -1,4 +1,4 @@
-"""One progress bar for all that `maskopt prune` does."""
+"""The progress bar of `maskopt prune`."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 
 __all__ = ["PruneProgress"]
 
-# Guesses that hold until the work itself was measured: operations per second, and per rows x d x d of a layer.
+# Guesses before any measurement: operations per second, and operations per rows x d x d of a layer.
 _SPEED = 2e10
 _SOLVE, _CERTIFY = 500.0, 400.0
 _RUNS = 6  # of every block on every batch
 
 
 class PruneProgress:
-    """Shows on a bar what is done of a whole run, and how long the rest takes.
+    """Shows the fraction of a whole run that is done, and the time left, on one bar.
 
     Parameters
     ----------
     bar : Bar
     model : PreTrainedModel
     selection : Selection
-        What will be pruned.
+        Layers to prune.
     calibration : Calibration
     certify : bool
         Whether bounds are proven, too.
     measurements : int
-        Perplexities to be taken, each of about as many windows.
+        Number of perplexities to measure, each on about as many windows as the calibration has.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class PruneProgress:
         self._estimate = Estimate(planned, guess)
 
     def perplexity(self, what: str) -> Callable[[int, int], None]:
-        """Begin a measurement and return the callback that takes the windows done and their number."""
+        """Begin to measure a perplexity and return its progress callback, called with windows done and in all."""
         before = self._windows
         self._show(what, "perplexity", before)
 
@@ -86,7 +86,7 @@ class PruneProgress:
         return tell
 
     def prune(self, event: Progress) -> None:
-        """Take what `maskopt.prune` says about itself."""
+        """Show a `Progress` of `maskopt.models.prune`."""
         if event.stage == "calibrate":
             self._finish()
             self._calibrate(event.name)
@@ -101,7 +101,7 @@ class PruneProgress:
             self._show(f"{event.stage} {self._called()}", event.stage, before + event.fraction * self._sum(costs))
 
     def _calibrate(self, block: str) -> None:
-        """Count a run of a block on a batch; once the first block is done, all are taken to need as many."""
+        """Count a run of a block on a batch; the runs of the finished blocks predict those of the others."""
         if block not in self._blocks:
             self._blocks.append(block)
         finished = len(self._blocks) - 1
@@ -111,7 +111,7 @@ class PruneProgress:
         self._runs += 1
 
     def _finish(self) -> None:
-        """Count the layers that were worked on last as done."""
+        """Count the current layers as done."""
         self._solved += self._sum(self._costs)
         self._proven += self._sum(self._proofs)
         self._names = ()

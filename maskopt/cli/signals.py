@@ -1,4 +1,4 @@
-"""Signals and closed streams: an interrupt, whenever it comes, leaves nothing half-written and is one sentence."""
+"""Signals and closed streams: an interrupt leaves no partial output and is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = [
 ]
 
 CODES = {number: 128 + number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))}
-"""Exit codes of the signals that end the program in order."""
+"""Exit codes by the signals that end the program in an orderly manner."""
 
-_VERBS = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}
+_ENDINGS = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}
 
 
 NOTHING = "nothing was written"
@@ -42,17 +42,17 @@ class Ended(BaseException):
 
 
 _arrived: list[int] = []
-"""Signals that have come."""
+"""Signals received."""
 
 _shields = 0
-"""How many blocks are open in which signals wait."""
+"""Number of open `shield` blocks."""
 
 _first = 0
-"""Number of the first output that the running command may complete."""
+"""Number of outputs that were complete when the command began."""
 
 
 def begin() -> None:
-    """Say that a command begins: what was written before is not its doing."""
+    """Begin a command: outputs written before are not reported as its own."""
     from maskopt import files
 
     global _first
@@ -64,7 +64,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if _shields:
         return
     if _is_importing(frame):
-        # An exception in the middle of an import is swallowed or turned into others; nothing is lost by leaving now.
+        # Imports swallow exceptions or turn them into others, and have no output to clean up.
         _leave_at_once(number)
     raise Ended(number)
 
@@ -88,12 +88,12 @@ def _leave_at_once(number: int) -> None:
 
 
 def outcome(number: int) -> str:
-    """Return the sentence that says what a signal ended and what had been written by then."""
-    return f"{_VERBS.get(number, 'Ended')}; {what_was_written()}."  # type: ignore[call-overload]
+    """Return the sentence that reports a signal and the outputs written before it."""
+    return f"{_ENDINGS.get(number, 'Ended')}; {what_was_written()}."  # type: ignore[call-overload]
 
 
 def what_was_written() -> str:
-    """Return the half of a sentence that says which outputs are complete."""
+    """Return a clause that says which outputs are complete."""
     files = sys.modules.get("maskopt.files")
     complete = files.written_since(_first) if files is not None and hasattr(files, "written_since") else []
     if not complete:
@@ -105,10 +105,10 @@ def what_was_written() -> str:
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Make the signals that end programs raise `Ended` inside the block, and print it as one sentence."""
+    """Make signals raise `Ended` inside the block, and print one sentence for it."""
     try:
         for number in CODES:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has it ignored on purpose
                 signal.signal(number, _handle)
         sys.unraisablehook = _raise_later
         yield
@@ -120,7 +120,7 @@ def handled() -> Iterator[None]:
 
 
 def _raise_later(unraisable: sys.UnraisableHookArgs) -> None:
-    """Ask once more where Python had to swallow the exception, as in the callbacks of weak references."""
+    """Raise the signal again where Python had to swallow the exception, as in callbacks of weak references."""
     if not isinstance(unraisable.exc_value, Ended):
         sys.__unraisablehook__(unraisable)
         return
@@ -131,7 +131,7 @@ def _raise_later(unraisable: sys.UnraisableHookArgs) -> None:
 
 
 def finish() -> None:
-    """Ignore signals from here on: the program is about to leave, with its last sentence or without one."""
+    """Ignore signals from here on, because the program is about to exit."""
     for number in CODES:
         if signal.getsignal(number) is _handle:
             signal.signal(number, signal.SIG_IGN)
@@ -139,7 +139,7 @@ def finish() -> None:
 
 @contextlib.contextmanager
 def shield() -> Iterator[None]:
-    """Let signals wait until the block has ended."""
+    """Delay signals until the end of the block."""
     global _shields
     before = len(_arrived)
     _shields += 1
@@ -152,9 +152,9 @@ def shield() -> Iterator[None]:
 
 
 def open_standard_streams() -> None:
-    """Give closed standard streams something to write to, and refuse to work for a closed standard output.
+    """Open closed standard streams on the null device, and exit if standard output was closed.
 
-    Otherwise the next file opened would take the stream's number, and what is printed would end up in it.
+    Otherwise the next file opened would have the stream's number, and printed text would be written into it.
     """
     closed = sys.stdout is None
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:

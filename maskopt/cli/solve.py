@@ -1,4 +1,4 @@
-"""`maskopt solve`: one layer, one mask."""
+"""`maskopt solve`: choose the mask of one layer."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +10,7 @@ from maskopt.cli.mask_file import load_mask, mask_bytes
 from maskopt.cli.options import (
     WEIGHTS_HELP,
     DeviceOption,
+    InstanceArgument,
     JsonOption,
     MemoryOption,
     PatternOption,
@@ -31,28 +32,30 @@ __all__ = ["solve"]
 
 
 def solve(
-    instance: Annotated[Path, typer.Argument(metavar="INSTANCE", help="Safetensors file with `weight`, `gram`.")],
+    instance: InstanceArgument,
     pattern: PatternOption = "per-row",
     sparsity: SparsityOption = None,
     solver: SolverOption = None,
     weights: Annotated[str, typer.Option("--weights", help=WEIGHTS_HELP)] = "keep",
     option: SettingsOption = None,
     start: Annotated[
-        Path | None, typer.Option("--start", help="Mask file to start from, for solvers that improve a mask.")
+        Path | None, typer.Option("--start", help="Mask file to start from, for solvers that improve a given mask.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Write the mask, and updated weights, to a new safetensors file."),
+        typer.Option(
+            "--out", help="Write the mask, and the weights where they are updated, to a new safetensors file."
+        ),
     ] = None,
     time_limit: Annotated[
-        float | None, typer.Option("--time-limit", help="Seconds after which the best mask so far is taken.")
+        float | None, typer.Option("--time-limit", help="Seconds after which the solver returns its best mask so far.")
     ] = None,
     json: JsonOption = None,
     device: DeviceOption = "cpu",
     memory: MemoryOption = "1G",
     quiet: QuietOption = False,
 ) -> None:
-    """Choose the mask of one layer, and what becomes of the surviving weights."""
+    """Choose the mask of one layer, and update the surviving weights if --weights says so."""
     check_outputs(json, out)
     from maskopt.solvers import solve as solve_problem
 

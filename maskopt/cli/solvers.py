@@ -1,4 +1,4 @@
-"""Solvers from the words people type: `sparsefw`, `sparsefw:iterations=500;start=ria`."""
+"""Solvers from texts such as `sparsefw` and `sparsefw:iterations=500;start=ria`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0"
 
 
 def parse_solvers(text: str) -> dict[str, Solver]:
-    """Return the solvers of a comma-separated list, by what was typed for them.
+    """Return the solvers of a comma-separated list, by their texts.
 
     Raises
     ------
@@ -33,12 +33,12 @@ def parse_solvers(text: str) -> dict[str, Solver]:
 
 
 def parse_comparison(solvers: str, weights: str) -> dict[str, Solver]:
-    """Return every solver with its weights kept and refitted, as far as asked for, and the joint methods.
+    """Return solvers by their texts: every solver with each of keep and lsq that is listed, and the joint methods.
 
     Parameters
     ----------
     solvers, weights : str
-        Comma-separated lists; `weights` of the names in `WEIGHTS`, with settings as solvers have them.
+        Comma-separated lists; `weights` has names in `WEIGHTS`, with settings as for solvers.
 
     Raises
     ------
@@ -78,21 +78,21 @@ def _spec(spec: str) -> tuple[str, list[str]]:
 
 
 def parse_weights(spec: str, solver: str | None = None, settings: Sequence[str] = ()) -> Solver:
-    """Return what chooses the mask and does with the weights what `spec` says.
+    """Return the solver of a method for the surviving weights.
 
     Parameters
     ----------
     spec : str
         "name" or "name:key=value;key=value", a name in `WEIGHTS`.
     solver : str, optional
-        Spec of what chooses the mask, for methods that do not do so themselves.
+        Text of the solver that chooses the mask, for keep and lsq.
     settings : sequence of str
         More "key=value": of the solver where the method is keep or lsq, else of the method.
 
     Raises
     ------
     MaskoptError
-        If there is no such method, solver or setting, or a solver is named that has nothing to do.
+        If there is no such method, solver or setting, or the method chooses the mask itself and a solver is given.
     """
     from maskopt.weights import WEIGHTS, make_weights
 
@@ -103,7 +103,7 @@ def parse_weights(spec: str, solver: str | None = None, settings: Sequence[str] 
         first = parse_solver("continuation" if solver is None else solver, settings if chooses else ())
     method = WEIGHTS.get(name)
     if method is None or (first is not None and not chooses):
-        return make_weights(name, first, **dict.fromkeys(own))  # or the sentence that says what is wrong
+        return make_weights(name, first, **dict.fromkeys(own))  # or raises the error that fits
     values = _settings(f"method {name}", method, own if chooses else [*own, *settings])
     return make_weights(name, first, **values)
 
@@ -116,8 +116,8 @@ def parse_solver(spec: str, settings: Sequence[str] = ()) -> Solver:
     spec : str
         "name" or "name:key=value;key=value".
     settings : sequence of str
-        More "key=value"; they win. Values are read as the setting's type says; where that is a solver, the value is
-        such a spec.
+        More "key=value", which override those of `spec`. Values are read by the setting's type; where that is a solver,
+        the value is such a text.
 
     Raises
     ------
@@ -128,14 +128,14 @@ def parse_solver(spec: str, settings: Sequence[str] = ()) -> Solver:
 
     name, own = _spec(spec)
     if name not in SOLVERS:
-        return make_solver(name)  # raises the sentence that lists the names
+        return make_solver(name)  # raises an error that lists the names
     return make_solver(name, **_settings(f"solver {name}", SOLVERS[name], [*own, *settings]))
 
 
 def _settings(what: str, make: Callable[..., Solver], items: Sequence[str]) -> dict[str, Any]:
-    """Read "key=value" items as what makes the solver wants them."""
+    """Read "key=value" items by the types of a factory's parameters."""
     known = dict(inspect.signature(make, eval_str=True).parameters)
-    known.pop("solver", None)  # has an option of its own
+    known.pop("solver", None)  # has its own option
     values: dict[str, Any] = {}
     for item in items:
         key, equals, text = (part.strip() for part in item.partition("="))
@@ -154,7 +154,7 @@ def _settings(what: str, make: Callable[..., Solver], items: Sequence[str]) -> d
 
 
 def _read(text: str, kind: Any) -> Any:
-    """Read a value of an annotated type; the ValueError of a misfit says what would fit."""
+    """Read a value of an annotated type; a ValueError says what would be valid."""
     from maskopt.solvers import Solver
 
     kinds = get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
@@ -179,7 +179,7 @@ def _read(text: str, kind: Any) -> Any:
 
 
 def _is_rule(kind: Any) -> bool:
-    """Whether values are objects that can only be made in Python."""
+    """Whether values are direction or step rules, which have no text form."""
     from maskopt.solvers import DirectionRule, StepRule
 
     return isinstance(kind, type) and issubclass(kind, (DirectionRule, StepRule))

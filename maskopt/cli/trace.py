@@ -1,4 +1,4 @@
-"""`maskopt trace`: what solvers do over iterations and seconds, as a figure and as a table of numbers."""
+"""`maskopt trace`: trajectories of solvers over iterations and seconds, as a figure and as numbers."""
 
 import csv
 from pathlib import Path
@@ -11,6 +11,7 @@ from maskopt.cli.figure import check_figure, draw_traces
 from maskopt.cli.layer import load_layer
 from maskopt.cli.options import (
     DeviceOption,
+    InstanceArgument,
     JsonOption,
     MemoryOption,
     PatternOption,
@@ -31,28 +32,35 @@ __all__ = ["trace"]
 
 
 def trace(
-    instance: Annotated[Path, typer.Argument(metavar="INSTANCE", help="Safetensors file with `weight`, `gram`.")],
+    instance: InstanceArgument,
     solvers: Annotated[
-        str, typer.Option("--solvers", help="Comma-separated; settings as in 'pairwise:step=short;iterations=500'.")
+        str,
+        typer.Option("--solvers", help="Comma-separated solvers; settings as in 'pairwise:step=short;iterations=500'."),
     ] = "sparsefw,blended-pairwise,dicg,continuation",
     pattern: PatternOption = "per-row",
     sparsity: SparsityOption = None,
     rows: RowsOption = ":",
     every: Annotated[
         int | None,
-        typer.Option("--every", min=1, help="Record every so many iterations; by default 0, 1, 2, 4, 8 ..."),
+        typer.Option(
+            "--every",
+            min=1,
+            help="Iterations between two records; by default iterations 0, 1, 2, 4, 8 ... are recorded.",
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Draw into a new .png, .svg or .pdf file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Draw the trajectories into a new .png, .svg or .pdf file.")
+    ] = None,
     table: Annotated[Path | None, typer.Option("--csv", help="Write the trajectories to a new .csv file.")] = None,
     time_limit: Annotated[
-        float | None, typer.Option("--time-limit", help="Seconds for each solver, without the recording.")
+        float | None, typer.Option("--time-limit", help="Seconds for each solver, without the time of recording.")
     ] = None,
     json: JsonOption = None,
     device: DeviceOption = "cpu",
     memory: MemoryOption = "1G",
     quiet: QuietOption = False,
 ) -> None:
-    """Follow solvers: relaxed value, proven bound and rounded error against iterations and seconds."""
+    """Record trajectories of solvers: relaxed value, proven bound and rounded error over iterations and seconds."""
     check_outputs(json, out, table)
     from maskopt.solvers import check_compatible, solve
 
@@ -66,7 +74,7 @@ def trace(
         check_compatible(problem, masks, method)
     scale = float(problem.scale().sum())
     if scale == 0.0:
-        raise MaskoptError(f"The layer {instance} has no output to lose, so there is nothing to follow.")
+        raise MaskoptError(f"The layer {instance} has no output to lose, so there is nothing to record.")
     traces: dict[str, dict[str, list[float]]] = {}
     with Bar(quiet, steps=len(methods)) as bar:
         for spec, method in methods.items():
@@ -125,7 +133,7 @@ def _summary(traces: dict[str, dict[str, Any]], width: int) -> Table:
     }
     digits = 6 if width >= 100 else 5
     for history in traces.values():
-        # The last record of all is the mask handed back; the relaxed point is in the one before.
+        # The last record is the returned mask; the last one with a relaxed point is before it.
         relaxed = [index for index, value in enumerate(history["value"]) if value == value]
         at = relaxed[-1] if relaxed else -1
         cells = (
@@ -139,7 +147,7 @@ def _summary(traces: dict[str, dict[str, Any]], width: int) -> Table:
         )
         for column, cell in zip(columns.values(), cells, strict=True):
             column.append(cell)
-    title = "Where each ended, relative to pruning all: relaxed value, its gap, proven bound, rounded and best mask"
+    title = "Last values, relative to pruning all: relaxed value, its gap, proven bound, rounded and best mask"
     return named_table(title, "solver", list(traces), columns, width)
 
 

@@ -1,10 +1,9 @@
-"""`maskopt verify`: a heuristic against an exact solver, row by row."""
+"""`maskopt verify`: compare a heuristic with an exact solver, row by row."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,12 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from maskopt.cli.layer import load_layer
-from maskopt.cli.limit import check_time_limit
-from maskopt.cli.options import JsonOption, PatternOption, QuietOption, SparsityOption, parse_masks
+from maskopt.cli.options import InstanceArgument, JsonOption, PatternOption, QuietOption, SparsityOption, parse_masks
 from maskopt.cli.output import Bar, check_outputs, environment, facts, json_output, tables
 from maskopt.cli.part import RowsOption, parse_rows, part_of
 from maskopt.cli.solvers import parse_solver
-from maskopt.cli.words import set_words
+from maskopt.cli.words import rows_words, set_words
 from maskopt.errors import MaskoptError
 
 if TYPE_CHECKING:
@@ -32,39 +30,42 @@ __all__ = ["verify"]
 
 Figures = dict[str, Any]
 
-_SAME = 1e-12  # errors that differ by less are the same but for the order of sums
+_SAME = 1e-12  # relative difference of errors that rounding explains
 
 
 def verify(
-    instance: Annotated[Path, typer.Argument(metavar="INSTANCE", help="Safetensors file with `weight`, `gram`.")],
+    instance: InstanceArgument,
     rows: RowsOption = "0:8",
     columns: Annotated[
         int | None,
-        typer.Option("--columns", min=1, help="Only the first columns of the layer, which exact solvers can master."),
+        typer.Option("--columns", min=1, help="Use only so many first columns: exact solvers need small problems."),
     ] = None,
     pattern: PatternOption = "per-row",
     sparsity: SparsityOption = None,
     solver: Annotated[
-        str, typer.Option("--solver", help="The heuristic to check; settings as in 'sparsefw:iterations=500'.")
+        str, typer.Option("--solver", help="Heuristic to verify; settings as in 'sparsefw:iterations=500'.")
     ] = "continuation",
     exact: Annotated[
         str | None,
         typer.Option(
             "--exact",
-            help="What it is compared with: branch-and-bound, scip, brute-force or any solver that proves bounds.",
-            show_default="branch-and-bound, or scip where the set asks for it",
+            help="Exact solver: branch-and-bound, scip, brute-force or any other that proves bounds.",
+            show_default="branch-and-bound, or scip where the set requires it",
         ),
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", "-o", metavar="KEY=VALUE", help="Change a setting of --exact; may be repeated."),
+        typer.Option("--option", "-o", metavar="KEY=VALUE", help="Setting of the exact solver; may be repeated."),
     ] = None,
-    time_limit: Annotated[float, typer.Option("--time-limit", help="Seconds for each row.")] = 60.0,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Rows verified at a time, each in its process.")] = 1,
+    time_limit: Annotated[float, typer.Option("--time-limit", help="Seconds of the exact solver for each row.")] = 60.0,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="Processes, each of which verifies one row at a time.")
+    ] = 1,
     json: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Hold a heuristic's mask against the optimum, row by row (or row block that the set couples)."""
+    """Compare a heuristic's mask with the proven optimum, row by row (or by blocks of rows that the set couples)."""
+    from maskopt.checks import check_time_limit
     from maskopt.solvers import check_compatible
 
     check_outputs(json)
@@ -107,7 +108,7 @@ def verify(
 
 
 def _exact_for(problem: LayerReconstruction, masks: MaskSet) -> str:
-    """Return the exact solver that is fastest on such sets."""
+    """Return the fastest exact solver for a set."""
     from maskopt.solvers import BranchAndBound
 
     return "branch-and-bound" if BranchAndBound().requirements.met(problem, masks) else "scip"
@@ -168,7 +169,7 @@ def _verdict(
     time_limit: float,
     callback: Callback | None = None,
 ) -> Figures:
-    """Return what is found out about the heuristic's mask of one row block, errors relative to pruning all of it."""
+    """Return the comparison for one row block, with errors relative to pruning all of it."""
     import torch
 
     from maskopt.solvers import solve as solve_problem
@@ -241,9 +242,8 @@ def _table(verdicts: Sequence[Figures], title: str) -> Table:
     for name in ("row", "heuristic", "best known", "proven bound", "gap", "verdict", "seconds"):
         table.add_column(name, justify="left" if name == "verdict" else "right")
     for verdict in verdicts:
-        last = verdict["row"] + verdict["rows"]
         table.add_row(
-            str(verdict["row"]) if verdict["rows"] == 1 else f"{verdict['row']}:{last}",
+            rows_words(verdict["row"], verdict["rows"]),
             f"{verdict['heuristic']:.6f}",
             f"{verdict['best']:.6f}",
             "" if verdict["bound"] is None else f"{verdict['bound']:.6f}",

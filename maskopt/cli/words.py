@@ -1,4 +1,4 @@
-"""Names and numbers in the words that tables and result lines have room for."""
+"""Short texts of names and numbers for tables and result lines."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.text import Text
 if TYPE_CHECKING:
     from maskopt.oracles import MaskSet
 
-__all__ = ["duration", "kept_words", "named_table", "set_words", "shortened", "solver_words"]
+__all__ = ["duration", "kept_words", "named_table", "rows_words", "set_words", "shortened", "solver_words"]
 
 
 def shortened(names: Sequence[str], width: int) -> list[str]:
-    """Return names of at most `width` columns that differ where the given ones differ, as far as that is possible.
+    """Return names shortened to at most `width` characters; different names stay different, as far as possible.
 
-    Names that fit stay as they are. Else what all have in common goes, first whole parts at the beginning and at the
-    end, then characters in the middle.
+    Names that fit stay as they are. Else common parts at the beginning and at the end are removed, then characters in
+    the middle.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def shortened(names: Sequence[str], width: int) -> list[str]:
         if max(map(len, short), default=0) <= width:
             return short
     different = len(set(short))
-    # The end tells the layers of a block apart, the beginning the blocks: give the beginning as little as it takes.
+    # The end identifies the layer in a block, the beginning the block: use as few characters of it as possible.
     for head in range(1, max(2, width - 2)):
         cut = [_cut(name, width, head) for name in short]
         if len(set(cut)) == different:
@@ -47,7 +47,7 @@ def shortened(names: Sequence[str], width: int) -> list[str]:
 def named_table(
     title: str, heading: str, names: Sequence[str], columns: Mapping[str, Sequence[str]], width: int
 ) -> Table:
-    """Return a table of numbers, none of which is cut, whose names take what room is left.
+    """Return a table of numbers in full and names shortened to the width left.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def named_table(
     """
     table = Table(box=box.SIMPLE_HEAD, title=Text(title) if title else None, title_justify="left")
     table.add_column(heading, no_wrap=True)
-    taken = 4  # of the table's own margins
+    taken = 4  # margins of the table
     for name, cells in columns.items():
         table.add_column(name, justify="right", no_wrap=True)
         taken += 3 + max(len(cell) for cell in (name, *cells))
@@ -75,7 +75,7 @@ def named_table(
 
 
 def _without_common(parts: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-    """Take away the first parts that all share, as long as something is left of each."""
+    """Remove the first parts that all have in common, as long as something is left of each."""
     if len(set(map(tuple, parts))) < 2:
         return list(parts)
     common = 0
@@ -91,7 +91,7 @@ def _cut(name: str, width: int, head: int) -> str:
 
 
 def solver_words(solver: Any) -> str:
-    """Return a solver's name with the settings that differ from the defaults, and nothing else."""
+    """Return a solver's name with the settings that differ from the defaults."""
     if not is_dataclass(solver) or isinstance(solver, type):
         return str(solver)
     changed = []
@@ -104,14 +104,19 @@ def solver_words(solver: Any) -> str:
 
 
 def set_words(pattern: str, sparsity: float | None) -> str:
-    """Return a set of masks as people name it: `per-row 60 %`, `2:4`."""
+    """Return a set of masks as text: `per-row 60 %`, `2:4`."""
     return pattern if sparsity is None or ":" in pattern else f"{pattern} {100 * sparsity:g} %"
 
 
-def kept_words(masks: MaskSet, shapes: Iterable[tuple[int, int]]) -> str:
-    """Return how many entries are kept where a fraction was asked for that is no whole number of them, else nothing.
+def rows_words(first: int, count: int) -> str:
+    """Return a row as its number, several rows as `first:end`."""
+    return str(first) if count == 1 else f"{first}:{first + count}"
 
-    Kept counts are rounded up, so that the sparsity reached lies below the one asked for.
+
+def kept_words(masks: MaskSet, shapes: Iterable[tuple[int, int]]) -> str:
+    """Return how many entries of a group are kept where the kept fraction is no whole number of them, else "".
+
+    Kept counts are rounded up, so that the sparsity is below the one asked for.
     """
     from maskopt.oracles import PartitionMatroid
 
@@ -137,7 +142,7 @@ def _group_words(tile: tuple[int | None, int | None]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in seconds, minutes or hours, whichever says it with three digits."""
+    """Return a time in seconds, minutes or hours, with about three digits."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes = seconds / 60

@@ -1,4 +1,4 @@
-"""The shipped model pruned by every method: what `maskopt demo` shows."""
+"""The shipped model pruned by every method, for `maskopt demo`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["MODEL", "DemoResult", "DemoRow", "run_demo"]
 
 MODEL = Path(__file__).with_name("model")
 SETS: tuple[tuple[str, float | None], ...] = (("per-row", 0.6), ("2:4", None))
-# Names and how long each takes, roughly, so that the time left can be told. What `prune` does by default comes first.
+# Names, and rough relative times for the estimate of the time left. The default of `maskopt prune` comes first.
 WEIGHTS = {"best": 8, "alps": 5, "sparsegpt": 5}
 SOLVERS = {"continuation": 9, "one-swap": 5, "sparsefw": 20, "wanda": 4, "magnitude": 4}
-# SparseFW takes most of the time, and one set says where it stands.
+# SparseFW takes most of the time, and one set suffices to compare it.
 LEFT_OUT = {("2:4", "sparsefw")}
 DEFAULT = "best"
 REFERENCE = "wanda"
 
-# Enough for a clear ranking, little enough for two minutes on two cores.
+# Enough for a clear ranking within two minutes on two cores.
 _WINDOWS, _SEQLEN = 12, 512
 _CALIBRATION_CHARACTERS = 1_000_000
 _EVALUATION_CHARACTERS = 40_000
@@ -40,15 +40,15 @@ class DemoRow:
     Parameters
     ----------
     masks, solver : str
-        What was asked for.
-    weights : str
-        "moved" where the method chooses the surviving weights, too, "kept" where it chooses the mask alone.
+        The set, and the name of the method.
+    weights : {"updated", "kept"}
+        Whether the method updates the surviving weights or chooses the mask alone.
     error_ratio : float
         Median over the layers of the relative error divided by Wanda's.
     perplexity : float
         On held-out text.
     seconds : float
-        Spent choosing masks and weights.
+        Time spent on masks and weights.
     """
 
     masks: str
@@ -61,7 +61,7 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """All rows, and the model before pruning.
+    """Results of all methods, and of the model before pruning.
 
     Parameters
     ----------
@@ -87,25 +87,30 @@ def run_demo(
 ) -> DemoResult:
     """Prune one model by every method at 60 % per row and at 2:4; deterministic.
 
-    Every method is run as it is by default: published ones on the inputs that their authors use, `best` with errors
-    upstream corrected. Masks alone are all chosen on the same inputs, so that nothing but the masks differs.
+    Methods that update weights run with their defaults: published ones on the inputs that their authors use, `best`
+    with corrected errors of earlier layers. Methods that choose masks alone all have the same inputs, so that only
+    the masks differ.
 
-    Calibration text are source files of the standard library that the shipped model was trained on, evaluation text
-    is files it has never seen.
+    The calibration text consists of source files of the standard library on which the shipped model was trained, the
+    evaluation text of files that were held out.
 
     Parameters
     ----------
     progress : callable, optional
-        Called with what is being done and the fraction of everything that is done.
+        Called with a description of the current work and the fraction of everything that is done.
     model : str or Path, optional
-        Another causal language model than the shipped one.
+        A causal language model instead of the shipped one.
     device : str
-        Where to compute.
+        Device of the computation.
+
+    Returns
+    -------
+    DemoResult
 
     Raises
     ------
     MaskoptError
-        If the model cannot be loaded or this Python keeps no source files of its standard library.
+        If the model cannot be loaded or this Python has no source files of its standard library.
     """
     model = MODEL if model is None else model
     dense, tokenizer = load_model(model, device=device)
@@ -144,7 +149,7 @@ def run_demo(
             DemoRow(
                 masks=pattern if sparsity is None else f"{pattern} {100 * sparsity:g} %",
                 solver=name,
-                weights="moved" if name in WEIGHTS else "kept",
+                weights="updated" if name in WEIGHTS else "kept",
                 error_ratio=_error_ratio(report, reports[pattern, REFERENCE]),
                 perplexity=perplexities[pattern, name],
                 seconds=report.solve_seconds,

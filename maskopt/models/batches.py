@@ -1,4 +1,4 @@
-"""Calibration batches as the rest of the package sees them: checked, on the model's device, padding made explicit."""
+"""Calibration batches: checked, on the model's device, with explicit padding."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from maskopt.checks import shown
 from maskopt.errors import MaskoptError
-from maskopt.models.checks import described
 from maskopt.models.context import context_length
 
 __all__ = ["Batch", "check_token_ids", "prepare_batches"]
@@ -52,6 +52,10 @@ def prepare_batches(model: PreTrainedModel, batches: Iterable[Any]) -> list[Batc
         Keyword arguments of the model's forward, with its main input (``input_ids``, or ``pixel_values`` for vision
         models), or the tensor of the main input alone.
 
+    Returns
+    -------
+    list of Batch
+
     Raises
     ------
     MaskoptError
@@ -60,7 +64,7 @@ def prepare_batches(model: PreTrainedModel, batches: Iterable[Any]) -> list[Batc
     if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
         raise MaskoptError(
             f"The calibration batches must be an iterable of batches, such as a list of tensors of token ids; got "
-            f"{described(batches)}."
+            f"{shown(batches)}."
         )
     prepared = [_prepare(model, f"calibration batch {index}", item) for index, item in enumerate(batches)]
     if not prepared:
@@ -92,7 +96,7 @@ def _prepare(model: PreTrainedModel, where: str, item: Any) -> Batch:
     check_token_ids(model, where, ids)
     mask = inputs.get("attention_mask")
     if mask is not None and not isinstance(mask, Tensor):
-        raise MaskoptError(f"The {where} needs a tensor as attention_mask; got {described(mask)}.")
+        raise MaskoptError(f"The {where} needs a tensor as attention_mask; got {shown(mask)}.")
     if mask is not None and mask.shape != ids.shape:
         raise MaskoptError(
             f"The {where} has input_ids of shape {tuple(ids.shape)} but an attention_mask of shape "
@@ -108,12 +112,20 @@ def _prepare(model: PreTrainedModel, where: str, item: Any) -> Batch:
 
 
 def check_token_ids(model: PreTrainedModel, where: str, ids: Tensor) -> None:
-    """Refuse token ids the model has no embedding or no position for.
+    """Check that a model has an embedding and a position for all token ids.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    where : str
+        What messages call the ids.
+    ids : Tensor
+        Integer, shape (sequences, positions).
 
     Raises
     ------
     MaskoptError
-        Naming `where`.
+        If they are of another type or shape, an id is unknown to the model, or sequences are too long.
     """
     if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or ids.numel() == 0:
         raise MaskoptError(
@@ -134,9 +146,9 @@ def check_token_ids(model: PreTrainedModel, where: str, ids: Tensor) -> None:
 
 
 def _vocabulary(model: PreTrainedModel) -> int | None:
-    """Return the number of tokens, None where the model does not tell."""
+    """Return the number of tokens in the vocabulary, None where the model does not say."""
     try:
         size = model.get_input_embeddings().num_embeddings
-    except (NotImplementedError, AttributeError):  # models with several towers, or whose tokens are no table's rows
+    except (NotImplementedError, AttributeError):  # several embeddings, or none that is a table
         size = getattr(model.config.get_text_config(), "vocab_size", None)
     return size if isinstance(size, int) else None

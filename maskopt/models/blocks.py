@@ -1,4 +1,4 @@
-"""Finding the transformer blocks of any model."""
+"""The transformer blocks of any model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration data: windows at random places of a text."""
+"""Calibration data: windows from random positions of a text."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from maskopt.checks import SEEDS, shown, whole
 from maskopt.errors import MaskoptError
-from maskopt.models.checks import described, require_positive
+from maskopt.models.checks import require_positive
 from maskopt.models.text import Text, tokenize
 
 __all__ = ["Calibration", "calibration_batches"]
@@ -20,14 +21,14 @@ __all__ = ["Calibration", "calibration_batches"]
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Batches of token ids and where they came from; iterating yields the batches.
+    """Batches of token ids and their source; iterating yields the batches.
 
     Parameters
     ----------
     batches : list of Tensor
         Token ids, int64, each of shape (at most batch_size, seqlen).
     samples, seqlen, seed : int
-        As asked for.
+        Arguments of `calibration_batches`.
     source, sha256 : str
         The text and the hash of its bytes.
     text_tokens : int
@@ -67,9 +68,9 @@ def calibration_batches(
     batch_size: int = 8,
     seed: int = 0,
 ) -> Calibration:
-    """Cut windows out of a text at random, as SparseGPT, Wanda and their successors do.
+    """Draw windows from a text at random, the protocol of SparseGPT (arXiv 2301.00774) and Wanda (arXiv 2306.11695).
 
-    The text is tokenised once; every window starts at a token drawn uniformly, so windows may overlap.
+    The text is tokenised once. Every window starts at a token drawn uniformly, so windows may overlap.
 
     Parameters
     ----------
@@ -80,11 +81,15 @@ def calibration_batches(
     samples : int
         Number of windows.
     seqlen : int
-        Tokens per window; `default_seqlen` tells what a model can take.
+        Tokens per window; `default_seqlen` returns what a model can take.
     batch_size : int
         Windows per batch.
     seed : int
         Of the draw, in [-2^63, 2^64).
+
+    Returns
+    -------
+    Calibration
 
     Raises
     ------
@@ -93,8 +98,8 @@ def calibration_batches(
         `seqlen` tokens.
     """
     require_positive(samples=samples, seqlen=seqlen, batch_size=batch_size)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
-        raise MaskoptError(f"The seed must be an integer of at most 64 bits; got {described(seed)}.")
+    if not isinstance(seed, int) or not whole(*SEEDS).fits(seed):
+        raise MaskoptError(f"The seed must be an integer of at most 64 bits; got {shown(seed)}.")
     stream = tokenize(tokenizer, text)
     stream.require(seqlen)
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The files of a saved model, looked at before a library reads them: what is missing, damaged or of another kind."""
+"""Checks of the files of a saved model before transformers reads them: missing, damaged or of another kind."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _PLAIN = ("F64", "F32", "F16", "BF16")
 
 
 def check_folder(folder: Path, types: Container[str]) -> None:
-    """Refuse a folder that is no complete, undamaged model with plain weights.
+    """Check that a folder is a complete, undamaged model with unquantised weights.
 
     Parameters
     ----------
     folder : Path
     types : container of str
-        What ``model_type`` may be.
+        Values that ``model_type`` may have.
 
     Raises
     ------
     MaskoptError
-        Naming the file, and in weight files the tensor.
+        If not, with the name of the file, and in weight files of the tensor.
     """
     if not (folder / "config.json").is_file():
         raise MaskoptError(f"The folder {folder} holds no config.json, so it is not a Hugging Face model.")
@@ -52,7 +52,7 @@ def check_folder(folder: Path, types: Container[str]) -> None:
         own = " and comes with code of its own, which is not run" if config.get("auto_map") else ""
         raise MaskoptError(f"The model {folder} is of the type {kind!r}, which transformers does not have{own}.")
     check_quantization(folder, config.get("quantization_config"))
-    # Without files transformers may make up an empty tokenizer.
+    # Without these files transformers may make an empty tokenizer.
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise MaskoptError(f"The folder {folder} holds no tokenizer (such as tokenizer.json).")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -63,12 +63,19 @@ def check_folder(folder: Path, types: Container[str]) -> None:
 
 
 def check_quantization(name: object, settings: Any) -> None:
-    """Refuse a model whose configuration says that its weights are quantised.
+    """Check that a model's weights are not quantised.
+
+    Parameters
+    ----------
+    name : object
+        What messages call the model.
+    settings : dict, object or None
+        The ``quantization_config`` of its configuration.
 
     Raises
     ------
     MaskoptError
-        Naming the method.
+        If they are, with the name of the method.
     """
     if settings is not None:
         known = isinstance(settings, dict)

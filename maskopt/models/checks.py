@@ -1,50 +1,66 @@
-"""Refusals common to all functions on whole models."""
+"""Checks of models, tokenizers and counts, common to all functions on whole models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from maskopt.errors import MaskoptError
+from maskopt.checks import shown, whole
+from maskopt.errors import MaskoptError, is_memory_failure
 
-__all__ = ["check_model", "check_tokenizer", "described", "is_memory_failure", "move_model", "require_positive"]
+__all__ = ["check_model", "check_tokenizer", "move_model", "require_positive"]
+
+_MOST = 2**63 - 1  # what torch can count
 
 
 def check_model(model: Any) -> PreTrainedModel:
-    """Return a model that can be run: one of transformers', with data and only finite numbers in it.
+    """Return a model of transformers after a check that all its tensors have data and finite entries.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Parameters and the buffers that are saved with them are looked at.
+        Its parameters, and the buffers that are saved with them, are checked.
+
+    Returns
+    -------
+    PreTrainedModel
 
     Raises
     ------
     MaskoptError
-        If it is no such model, or naming the first tensor that holds no data, or NaN or infinite entries.
+        If it is no such model, or with the name of the first tensor without data or with NaN or infinite entries.
     """
     if not isinstance(model, PreTrainedModel):
         raise MaskoptError(
             f"The model must be a transformers PreTrainedModel, such as maskopt.models.load_model returns; got "
-            f"{described(model)}."
+            f"{shown(model)}."
         )
-    for name, tensor in _saved(model):  # single numbers among the buffers are bounds, which may be infinite
+    for name, tensor in _saved(model):  # buffers of one number are bounds, which may be infinite
         if tensor.is_meta:
             raise MaskoptError(
                 f"The model's {name} holds no data (it is on the meta device, or offloaded); load it first."
             )
         if not _is_finite(tensor, bound=tensor.numel() == 1 and not isinstance(tensor, nn.Parameter)):
-            raise MaskoptError(f"The model's {name} has NaN or infinite entries; mend the checkpoint first.")
+            raise MaskoptError(f"The model's {name} has NaN or infinite entries; repair the checkpoint first.")
     return model
 
 
 def move_model(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
     """Move a model to a device and return it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    device : str or torch.device
+
+    Returns
+    -------
+    PreTrainedModel
+        The same object.
 
     Raises
     ------
@@ -62,47 +78,42 @@ def move_model(model: PreTrainedModel, device: str | torch.device) -> PreTrained
 
 
 def check_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
-    """Return what is a tokenizer.
+    """Return a tokenizer after a check of its type.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+
+    Returns
+    -------
+    PreTrainedTokenizerBase
 
     Raises
     ------
     MaskoptError
-        If it is none.
+        If it is no tokenizer of transformers.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise MaskoptError(f"The tokenizer must be one of transformers; got {described(tokenizer)}.")
+        raise MaskoptError(f"The tokenizer must be one of transformers; got {shown(tokenizer)}.")
     return tokenizer
 
 
 def require_positive(**numbers: Any) -> None:
-    """Refuse what is no integer of at least one, by name.
+    """Check that arguments are positive integers.
+
+    Parameters
+    ----------
+    **numbers
+        By name.
 
     Raises
     ------
     MaskoptError
-        Naming the first.
+        With the name of the first that is not.
     """
     for name, number in numbers.items():
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise MaskoptError(f"{name} must be an integer of at least 1; got {described(number)}.")
-        if number < 1:
-            raise MaskoptError(f"{name} must be at least 1; got {number}.")
-
-
-def described(value: object) -> str:
-    """Return what a value is, for a sentence: short strings and numbers themselves, else the type."""
-    if isinstance(value, type):
-        return f"the class {value.__name__} (an instance is needed: {value.__name__}(...))"
-    if isinstance(value, FunctionType):
-        return f"the function {value.__name__}"
-    if value is None or (isinstance(value, (str, int, float, bool)) and len(repr(value)) <= 60):
-        return repr(value)
-    return f"a {type(value).__name__}"
-
-
-def is_memory_failure(error: BaseException) -> bool:
-    """Whether memory was short, which says nothing against what was asked for."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+        if not isinstance(number, int) or not whole(1, _MOST).fits(number):
+            raise MaskoptError(f"{name} must be an integer of at least 1; got {shown(number)}.")
 
 
 def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

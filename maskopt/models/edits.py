@@ -1,4 +1,4 @@
-"""Masks and new weights that go into a model, and back out of it."""
+"""Changes to a model: masks and new weights that are chosen, applied and undone."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ __all__ = ["Edits"]
 
 
 class Edits:
-    """What is chosen for the layers of a model, which of them have it already, and how they were.
+    """Masks and weights chosen for the layers of a model, which layers have them, and the dense weights.
 
     Parameters
     ----------
     restorable : bool
         Whether to keep the dense weights, in the main memory, for `undo`.
+
+    Attributes
+    ----------
+    applied : list of Layer
+        Layers that are pruned in the model, in order.
     """
 
     def __init__(self, restorable: bool) -> None:
@@ -26,14 +31,13 @@ class Edits:
         self._dense: dict[Layer, Tensor] = {}
         self._current: Layer | None = None
         self.applied: list[Layer] = []
-        """Layers that are pruned in the model, in order."""
 
     def choose(self, layer: Layer, mask: Tensor, weight: Tensor | None) -> None:
-        """Note the mask, and the new weights if there are any, of a layer, as it stores its weight."""
+        """Record the mask of a layer, and its new weights if there are any, in the orientation of its parameter."""
         self._chosen[layer] = mask, weight
 
     def apply(self, layers: Sequence[Layer]) -> None:
-        """Prune layers in the model as was chosen."""
+        """Prune layers in the model as chosen."""
         for layer in layers:
             if self._restorable:
                 self._dense[layer] = layer.weight.detach().to("cpu", copy=True)
@@ -41,7 +45,7 @@ class Edits:
             self._write(layer)
 
     def settle(self) -> None:
-        """Finish the layer that an interrupt found half-written: no layer is anything but dense or pruned."""
+        """Finish a layer that an interrupt left half-written, so that every layer is either dense or pruned."""
         if self._current is not None:
             self._write(self._current)
 

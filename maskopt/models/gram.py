@@ -1,4 +1,4 @@
-"""Second moments of what layers see: G = sum of x x^T over the calibration tokens, in float32."""
+"""Second moments of layers' inputs: G = sum of x x^T over the calibration tokens, in float32."""
 
 from __future__ import annotations
 
@@ -25,19 +25,29 @@ __all__ = ["CallOrder", "DenseInputs", "Gram", "GramCollector"]
 
 @dataclass(eq=False)
 class Gram:
-    """A second-moment matrix, shape (d, d), and the number of tokens in it."""
+    """A second-moment matrix.
+
+    Attributes
+    ----------
+    matrix : Tensor
+        Sum of y y^T over the inputs y, float32, shape (d, d).
+    leader : Layer
+        The layer whose calls add to it; other layers with the same input tensors use it, too.
+    tokens : int
+        Terms of the sum.
+    cross : Tensor, optional
+        Sum of x y^T, shape (d, d), where x is the input of the dense model; None where not asked for, or where x and y
+        belong to different tokens (experts that a router chose differently).
+    """
 
     matrix: Tensor
     leader: Layer
-    """The layer that adds to it; others that see the same tensors use it too."""
     tokens: int = 0
     cross: Tensor | None = None
-    """Sum of x y^T, where y is what the layers see and x what they saw in the dense model; None where not asked for,
-    or where the two are not the same tokens (experts chosen anew)."""
 
 
 class _Inputs(ABC):
-    """Context manager that shows what layers are handed, call by call."""
+    """Context manager that hooks layers and passes their inputs to `_see`, call by call."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = layers
@@ -64,14 +74,14 @@ class _Inputs(ABC):
 
 
 class CallOrder(_Inputs):
-    """Context manager that records the order in which layers are called first, and which see the same tensor.
+    """Context manager that records in which order layers are first called, and which have the same input tensor.
 
-    Nothing is computed from what they see.
+    It computes nothing from the inputs.
 
     Parameters
     ----------
     blocks : mapping of Block to sequence of Layer
-        The layers of each block; tensors are told apart within a block.
+        The layers of each block; only layers of one block are grouped by their input.
     outside : sequence of Layer
         Layers outside the blocks.
     """
@@ -83,7 +93,7 @@ class CallOrder(_Inputs):
         self._groups: dict[Layer, list[Layer]] = {}
         self._sizes: dict[int, int] = {}
         self._nonlinear: list[Layer] = []
-        # Holding on to the tensors of a block keeps their addresses from being used again.
+        # The references keep the addresses of a block's tensors from being used again.
         self._seen: dict[tuple[object, ...], tuple[Tensor, list[Layer]]] = {}
 
     def __exit__(
@@ -112,7 +122,7 @@ class CallOrder(_Inputs):
         return self
 
     def _compare(self, layer: Layer, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        """Look whether a subclass of nn.Linear still is a product of its weight and its input."""
+        """Record a subclass of nn.Linear whose output is not its weight times its input."""
         if not isinstance(output, Tensor):
             return  # routers return choices made from the product
         x = args[0] if args else next(iter(kwargs.values()))
@@ -129,17 +139,17 @@ class CallOrder(_Inputs):
             self._nonlinear.append(layer)
 
     def check(self) -> None:
-        """Refuse layers whose outputs are not their inputs times their weights, for which a Gram says nothing.
+        """Check that outputs of layers are their weights times their inputs, as reconstruction from a Gram assumes.
 
         Raises
         ------
         MaskoptError
-            Naming the first.
+            With the name of the first layer for which they are not.
         """
         if self._nonlinear:
             layer = self._nonlinear[0]
             raise MaskoptError(
-                f"The layer {layer.name} is a {type(layer.module).__name__}, which does more than to multiply its "
+                f"The layer {layer.name} is a {type(layer.module).__name__}, which does more than multiply its "
                 f"input by its weight; exclude it to leave it dense."
             )
 
@@ -147,19 +157,19 @@ class CallOrder(_Inputs):
         return layer in self._groups
 
     def groups(self, layers: Iterable[Layer]) -> list[list[Layer]]:
-        """Return those of some layers that were called, in order, those that saw the same tensor together."""
+        """Return the called ones of some layers, in order, grouped where they have the same input tensor."""
         wanted = set(layers)
         groups = {id(group): group for group in self._groups.values()}
         chosen = ([layer for layer in group if layer in wanted] for group in groups.values())
         return [group for group in chosen if group]
 
     def size(self, layers: Iterable[Layer]) -> int:
-        """Return the bytes of the tensors that some layers saw in their first calls, each tensor once."""
+        """Return the bytes of some layers' input tensors in their first calls, each tensor once."""
         return sum(self._sizes[group] for group in {id(self._groups[layer]) for layer in layers})
 
 
 class DenseInputs(_Inputs):
-    """Context manager that hooks layers and remembers the inputs of batches, for a `GramCollector` to pair.
+    """Context manager that hooks layers and stores their inputs, for a `GramCollector` to pair with later ones.
 
     Parameters
     ----------
@@ -174,7 +184,7 @@ class DenseInputs(_Inputs):
         self._latest: tuple[Tensor, int, Tensor] | None = None
 
     def _see(self, layer: Layer, x: Tensor) -> None:
-        # A copy, for models may change their states in place; one for layers that see the same tensor.
+        # A copy, because models may change their states in place; one for all layers with the same tensor.
         if self._latest is None or self._latest[0] is not x or self._latest[1] != x._version:
             self._latest = x, x._version, x.clone()
         self._seen.setdefault(layer, []).append(self._latest[2])
@@ -186,16 +196,16 @@ class DenseInputs(_Inputs):
         self._latest = None
 
     def begin(self, index: int) -> None:
-        """Announce the number of the batch that is run or asked for next."""
+        """Set the number of the batch that runs, or is asked for, next."""
         self._seen = self._batches.setdefault(index, {})
 
     def forget(self, index: int) -> None:
-        """Drop what is left of a batch."""
+        """Drop the inputs of a batch that are left."""
         self._batches.pop(index, None)
         self._seen = {}
 
     def pop(self, layer: Layer) -> Tensor | None:
-        """Return what a layer saw first of all that has not been asked for."""
+        """Return a layer's earliest input that has not been returned yet, None if there is none."""
         calls = self._seen.get(layer)
         return calls.pop(0) if calls else None
 
@@ -203,7 +213,7 @@ class DenseInputs(_Inputs):
 class GramCollector(_Inputs):
     """Context manager that hooks layers and accumulates the Gram matrix of their inputs.
 
-    Layers that are handed the same tensor (queries, keys and values; gate and up) have one matrix in common. Padded
+    Layers with the same input tensor (queries, keys and values; gate and up) have one matrix in common. Padded
     positions are left out.
 
     Parameters
@@ -211,7 +221,7 @@ class GramCollector(_Inputs):
     layers : sequence of Layer
         The layers to observe; call `begin` before every batch.
     dense : DenseInputs, optional
-        What the layers saw of the same batch in the dense model; then cross terms are summed, too.
+        The layers' inputs in the dense model for the same batches; then cross terms are summed, too.
     """
 
     def __init__(self, layers: Sequence[Layer], dense: DenseInputs | None = None) -> None:
@@ -219,7 +229,7 @@ class GramCollector(_Inputs):
         self._dense = dense
         self._grams: dict[Layer, Gram] = {}
         self._calls: dict[Layer, int] = dict.fromkeys(layers, 0)
-        # Holding on to the tensors of a batch keeps their addresses from being used again.
+        # The references keep the addresses of a batch's tensors from being used again.
         self._seen: dict[tuple[object, ...], tuple[Tensor, Gram]] = {}
         self._batch: Batch | None = None
 
@@ -230,17 +240,17 @@ class GramCollector(_Inputs):
         self._seen.clear()
 
     def begin(self, batch: Batch) -> None:
-        """Announce the batch that runs next."""
+        """Set the batch that runs next."""
         self._batch = batch
         self._seen.clear()
 
     def __getitem__(self, layer: Layer) -> Gram:
-        """Return what was collected for a layer.
+        """Return the Gram matrix of a layer.
 
         Raises
         ------
         MaskoptError
-            If the layer was never called, or what it saw cannot be told from what another layer saw.
+            If the layer was never called, or has another layer's input in some batches only.
         """
         gram = self._grams.get(layer)
         if gram is None or gram.tokens == 0:
@@ -258,10 +268,10 @@ class GramCollector(_Inputs):
         key = _identity(x)
         gram = self._grams.get(layer)
         if key in self._seen:
-            shared = self._seen[key][1]
+            common = self._seen[key][1]
             if gram is None:
-                self._grams[layer] = shared
-            if gram is None or gram is shared:
+                self._grams[layer] = common
+            if gram is None or gram is common:
                 return
         if gram is None:
             size = x.shape[-1]
@@ -283,10 +293,10 @@ class GramCollector(_Inputs):
             )
 
     def _paired(self, cross: Tensor, layer: Layer, before: Tensor | None, x: Tensor, rows: Tensor) -> Tensor | None:
-        """Return the cross term with what this call adds, None if the dense model's call was about other tokens."""
+        """Return the cross term plus this call's part, None if the dense model's call had other tokens."""
         assert self._batch is not None
         sequences, positions = self._batch.shape
-        # Experts see some tokens only, and in the dense model other ones, be they as many.
+        # An expert's tokens may differ from those in the dense model even where their number is the same.
         whole = x.shape[:-1].numel() == sequences * positions or (x.ndim > 2 and x.shape[0] == sequences)
         if before is None or before.shape != x.shape or not whole:
             return None
@@ -296,7 +306,7 @@ class GramCollector(_Inputs):
         """Return the inputs at the positions that are not padding, shape (tokens, d)."""
         assert self._batch is not None, "begin() announces a batch first"
         real = self._batch.real
-        # One row per sequence (a pooler's) is no padding either.
+        # Inputs with one row per sequence, such as a pooler's, have no padding.
         if real is None or x.shape[:-1] == real.shape[:1]:
             return x.reshape(-1, x.shape[-1])
         real = real.to(x.device)
@@ -306,14 +316,14 @@ class GramCollector(_Inputs):
         if _longer_axes(x.shape[:-1]) in (_longer_axes(real.shape), [real.numel()]):
             return x.reshape(-1, x.shape[-1])[real.reshape(-1)]
         raise MaskoptError(
-            f"The layer {layer.name} sees inputs of shape {tuple(x.shape)} for a padded batch of shape "
-            f"{tuple(real.shape)}, where padding cannot be told apart; calibrate on sequences of one length or exclude "
-            f"this layer."
+            f"The layer {layer.name} has inputs of shape {tuple(x.shape)} for a padded batch of shape "
+            f"{tuple(real.shape)}, in which padding cannot be identified; calibrate on sequences of one length or "
+            f"exclude this layer."
         )
 
 
 def _identity(x: Tensor) -> tuple[object, ...]:
-    """Return what two tensors have in common only if they are the same, as long as both live."""
+    """Return a key that two tensors have in common only if they are the same, as long as both exist."""
     return x.data_ptr(), x.shape, x.stride(), x.dtype, x._version
 
 
@@ -323,14 +333,14 @@ def _longer_axes(shape: torch.Size) -> list[int]:
 
 def _inseparable(layer: Layer, leader: Layer) -> MaskoptError:
     return MaskoptError(
-        f"The layers {leader.name} and {layer.name} see the same tensor in one calibration batch and different ones in "
+        f"The layers {leader.name} and {layer.name} have the same input in one calibration batch and different ones in "
         f"another; exclude one of them."
     )
 
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Multiply float32 matrices in float32, whatever shortcut (TF32, bf16) the caller has allowed."""
+    """Multiply float32 matrices in float32, even where the caller has allowed TF32 or bf16."""
     backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]  # torch >= 2.9
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:

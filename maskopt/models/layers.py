@@ -64,7 +64,7 @@ class Layer:
         self.weight.data.masked_fill_(~mask.to(self.weight.device), 0.0)
 
     def check_prunable(self) -> None:
-        """Refuse a weight that cannot be pruned in place.
+        """Check that the weight can be pruned in place.
 
         Raises
         ------
@@ -85,16 +85,32 @@ class Layer:
                 f"unquantised floating-point matrices (float64, float32, bfloat16, float16) can be pruned."
             )
         if not bool(torch.isfinite(weight).all()):
-            raise MaskoptError(f"The weight of {self.name} has NaN or infinite entries; mend the checkpoint first.")
+            raise MaskoptError(f"The weight of {self.name} has NaN or infinite entries; repair the checkpoint first.")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is one of the two kinds of layers that are pruned."""
+    """Whether a module is nn.Linear or transformers' Conv1D, the layers that are pruned.
+
+    Parameters
+    ----------
+    module : nn.Module
+    """
     return isinstance(module, (nn.Linear, Conv1D))
 
 
 def linear_layers(module: nn.Module, name: str = "") -> Iterator[Layer]:
-    """Yield the linear layers in a module called `name`, each once, in order."""
+    """Yield the linear layers in a module, each once, in order.
+
+    Parameters
+    ----------
+    module : nn.Module
+    name : str
+        Full name of the module; empty for a whole model.
+
+    Yields
+    ------
+    Layer
+    """
     for inner, child in module.named_modules(prefix=name):
         if is_linear(child):
             yield Layer(inner, child)

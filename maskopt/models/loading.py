@@ -1,4 +1,4 @@
-"""Models and tokenizers from a folder or the hub, with errors a person can act on."""
+"""Models and tokenizers from a folder or the hub; errors say what to change."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from maskopt.errors import MaskoptError
+from maskopt.checks import shown
+from maskopt.errors import MaskoptError, is_memory_failure
 from maskopt.models.blocks import find_blocks
 from maskopt.models.checkpoint import check_folder, check_quantization
-from maskopt.models.checks import check_model, described, is_memory_failure, move_model
+from maskopt.models.checks import check_model, move_model
 from maskopt.models.quiet import without_bars
 
 __all__ = ["load_model"]
@@ -33,7 +34,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model, in the dtype of its checkpoint, and its tokenizer.
 
-    The class is the one the checkpoint names, so that saving the pruned model loses no head.
+    The class is the one the checkpoint names, so that the saved pruned model has all heads.
 
     Parameters
     ----------
@@ -56,7 +57,7 @@ def load_model(
         its configuration says, quantised or not finite, or its architecture is unknown or has no blocks to prune.
     """
     if not isinstance(name, (str, os.PathLike)) or not str(name):
-        raise MaskoptError(f"The model must be a folder or an id on the hub; got {described(name)}.")
+        raise MaskoptError(f"The model must be a folder or an id on the hub; got {shown(name)}.")
     folder = Path(name)
     if _lies_there(folder):
         if not folder.is_dir():
@@ -97,7 +98,7 @@ def _lies_there(path: Path) -> bool:
 
 
 def _check_complete(name: object, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Refuse a model some of whose weights were made up, or not used, by the loader."""
+    """Check that the loader initialised no weights itself and left none unused."""
     mismatched = sorted(info.get("mismatched_keys", ()))
     if mismatched:
         key, found, expected = mismatched[0]
@@ -123,7 +124,7 @@ def _check_complete(name: object, model: PreTrainedModel, info: Mapping[str, Any
 
 
 def _class_of(name: object, config: Any) -> type[PreTrainedModel]:
-    """Return the class the checkpoint names: any other might drop its head or make one up."""
+    """Return the class the checkpoint names; another one might drop or initialise a head."""
     names = config.architectures
     if not names:
         raise MaskoptError(f'The config.json of {name} does not say which class the model is ("architectures").')
@@ -146,7 +147,7 @@ def _class_of(name: object, config: Any) -> type[PreTrainedModel]:
 
 
 def _try(name: object, what: str, load: Any, *args: Any, **options: Any) -> Any:
-    """Call a transformers loader; its many exceptions become one sentence."""
+    """Call a transformers loader; turn its exceptions into a MaskoptError of one sentence."""
     loggers = [getLogger(library) for library in ("transformers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -164,7 +165,7 @@ def _try(name: object, what: str, load: Any, *args: Any, **options: Any) -> Any:
 
 
 def _reason(name: object, error: Exception) -> str:
-    """Return what an exception says first, without advice that is about another program."""
+    """Return an exception's first sentence, without advice for callers of transformers."""
     text = str(error)
     if "weights_only" in text:
         return "the file holds other things than tensors"

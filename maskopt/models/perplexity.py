@@ -27,7 +27,7 @@ _MOST = 700.0  # e^709 is the largest float
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity and how it was taken.
+    """A perplexity and how it was measured.
 
     Parameters
     ----------
@@ -67,9 +67,9 @@ def perplexity(
 ) -> Perplexity:
     """Measure the perplexity of a causal language model on a text.
 
-    The protocol of SparseGPT and Wanda: the whole text is tokenised once and cut into floor(n / seqlen) windows
-    without overlap (the rest is dropped); every window is read by itself, and the mean negative log-likelihood of its
-    tokens but the first is averaged over the windows.
+    The protocol of SparseGPT (arXiv 2301.00774) and Wanda (arXiv 2306.11695): the whole text is tokenised once and cut
+    into floor(n / seqlen) windows without overlap; the remaining tokens are dropped. The model reads every window by
+    itself, and the mean negative log-likelihood of its tokens but the first is averaged over the windows.
 
     Parameters
     ----------
@@ -85,6 +85,10 @@ def perplexity(
         Windows read at a time.
     progress : callable, optional
         Called with (windows done, windows in all) after every batch.
+
+    Returns
+    -------
+    Perplexity
 
     Raises
     ------

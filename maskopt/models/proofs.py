@@ -1,4 +1,4 @@
-"""Bounds on the errors of a model's layers, one layer after the other, within a time limit for all of them."""
+"""Lower bounds on the errors of a model's layers, layer by layer, within one time limit for all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from maskopt.bounds import BoundKind, MaskBounds, check_bound, mask_bounds
-from maskopt.errors import MaskoptError
+from maskopt.checks import check_time_limit
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
 
@@ -14,7 +14,7 @@ __all__ = ["Prover"]
 
 
 class Prover:
-    """Proves bounds for the layers of a model; a time limit is divided among those that are left by what they cost.
+    """Proves lower bounds for the layers of a model; divides the time left in proportion to the layers' cost.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ class Prover:
     seconds : float, optional
         For all layers together.
     memory : int
-        Bytes the work may take.
+        Bytes of working memory.
 
     Raises
     ------
@@ -34,18 +34,17 @@ class Prover:
 
     def __init__(self, masks: MaskSet, kind: BoundKind, seconds: float | None, memory: int) -> None:
         check_bound(masks, kind)
-        if seconds is not None and not seconds > 0:
-            raise MaskoptError(f"The time for certify must be a positive number of seconds; got {seconds:g}.")
+        check_time_limit(seconds, "time for certify")
         self._masks, self._kind, self._memory = masks, kind, memory
         self._left = seconds
         self._cost = 0.0
 
     def plan(self, shapes: Iterable[tuple[int, int]]) -> None:
-        """Say for layers of which shapes bounds will be asked."""
+        """Set the shapes of the layers for which `prove` will be called."""
         self._cost = sum(_cost(shape) for shape in shapes)
 
     def prove(self, problem: LayerReconstruction, progress: Callable[[float], object] | None = None) -> MaskBounds:
-        """Return bounds on the error of every mask of a layer (or of several that read the same input), row by row."""
+        """Return lower bounds on the error of every mask of a layer (or of several with one input), row by row."""
         began, own = time.perf_counter(), _cost(problem.shape)
         fraction = min(1.0, own / self._cost) if self._cost > 0.0 else 1.0
         self._cost -= own

@@ -1,4 +1,4 @@
-"""What blocks are calibrated on: the dense model's states, those of what is pruned, or both."""
+"""The states on which blocks are calibrated: the dense model's, the pruned model's, or both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,17 @@ __all__ = ["Corrected", "Dense", "Propagation", "Pruned", "Stage", "last_uses"]
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of the work: a block by its position in the order of execution, or (None) all that lies outside."""
+    """One part of the work: a block, or everything outside the blocks.
+
+    Attributes
+    ----------
+    position : int or None
+        Of the block in the order of execution; None for everything outside the blocks.
+    name : str
+        Of the block.
+    layers : tuple of Layer
+        Layers to prune.
+    """
 
     position: int | None
     name: str
@@ -30,16 +40,24 @@ class Stage:
 
 
 class Propagation(ABC):
-    """Runs the blocks, stage by stage, and says when what was chosen goes into the model.
+    """Runs the blocks, stage by stage, and applies the chosen masks and weights to the model.
 
-    For each stage: `turns`, then `collect` and `chosen` for each turn, then `leave`. At the end: `finish`.
+    Order of calls: for each stage `turns`, then `collect` and `chosen` for each turn, then `leave`; `finish` at the
+    end.
 
     Parameters
     ----------
     replay : Replay
         Of the model.
     edits : Edits
-        What is chosen.
+        Masks and weights that are chosen.
+
+    Attributes
+    ----------
+    seconds : float
+        Time spent running the model.
+    before_batch : callable or None
+        Called with the stage before a block runs on a batch, to count progress.
     """
 
     def __init__(self, replay: Replay, edits: Edits) -> None:
@@ -47,28 +65,26 @@ class Propagation(ABC):
         self._edits = edits
         self._waiting: list[Layer] = []
         self.seconds = 0.0
-        """Time spent running the model."""
         self.before_batch: Callable[[Stage], None] | None = None
-        """Called before a block runs on a batch: progress is counted by it."""
 
     def turns(self, stage: Stage) -> list[tuple[Layer, ...]]:
-        """Return the layers of a stage, together where they are solved on the same run of the block."""
+        """Return the layers of a stage in turns; those of one turn are calibrated on the same run of the block."""
         return [stage.layers] if stage.layers else []
 
     @abstractmethod
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
-        """Run the stage's block and return the second moments of what the layers of a turn see."""
+        """Run the stage's block and return the second moments of the inputs of a turn's layers."""
 
     @abstractmethod
     def chosen(self, layers: Sequence[Layer]) -> None:
-        """Take note that the edits hold what was chosen for the layers of a turn."""
+        """Apply, or queue, the edits of a turn's layers, which have been chosen."""
 
     @abstractmethod
     def leave(self, stage: Stage) -> None:
-        """Make the inputs of the next block; called for all stages but the last."""
+        """Compute the inputs of the next block; called for all stages but the last."""
 
     def finish(self) -> None:
-        """Apply what waits for the end."""
+        """Apply the edits that are still queued."""
         self._edits.apply(self._waiting)
 
     def _run(self, replay: Replay, stage: Stage, indices: Iterable[int] | None = None, **options: Any) -> None:
@@ -86,7 +102,13 @@ class Propagation(ABC):
 
 
 class Dense(Propagation):
-    """Every block sees the states of the dense model, which is pruned at the end."""
+    """Calibrates every block on the states of the dense model, which is pruned at the end.
+
+    Parameters
+    ----------
+    replay, edits
+        See `Propagation`.
+    """
 
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
         return self._collect(stage, layers, store=True)
@@ -95,12 +117,18 @@ class Dense(Propagation):
         self._waiting += layers
 
     def leave(self, stage: Stage) -> None:
-        if not stage.layers:  # the others have been stored when they were calibrated
+        if not stage.layers:  # `collect` has stored the outputs of stages with layers
             self._run(self._replay, stage, store=True)
 
 
 class Pruned(Propagation):
-    """Every block sees what the pruned blocks before it give out."""
+    """Calibrates every block on the outputs of the pruned blocks before it.
+
+    Parameters
+    ----------
+    replay, edits
+        See `Propagation`.
+    """
 
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
         return self._collect(stage, layers, store=False)
@@ -113,21 +141,22 @@ class Pruned(Propagation):
 
 
 class Corrected(Pruned):
-    """Every layer sees what all pruned layers before it give out, and is told what it saw in the dense model.
+    """Calibrates every layer on its inputs behind all pruned layers, with its inputs in the dense model as target.
 
-    Two streams of states run through the blocks. The layers of a block have turns in the order of their calls, so that
-    errors of the first are in the inputs of the next, which can make up for them.
+    Two streams of states run through the blocks: the pruned model's and the dense model's. The layers of a block have
+    turns in the order of their calls, so that the inputs of later layers contain the errors of earlier ones, which the
+    later layers can compensate.
 
     Parameters
     ----------
     replay, edits
-        As for all.
+        See `Propagation`.
     order : CallOrder
         Of the layers.
     uses : mapping of Layer to int
-        The position of the last stage that uses a layer's weight, where later ones than its own do.
+        The position of the last stage that uses a layer's weight, where that is later than the layer's own.
     memory : int
-        Bytes up to which the dense model's inputs of a block's layers are kept from one turn to the next; beyond, the
+        Bytes up to which the dense model's inputs of a block's layers are kept for all turns; where they need more, the
         dense block runs again for every turn.
     """
 
@@ -141,10 +170,10 @@ class Corrected(Pruned):
         self._kept: DenseInputs | None = None
 
     def turns(self, stage: Stage) -> list[tuple[Layer, ...]]:
-        """Return a stage's layers in the order of their calls, together where they see the same or are of one kind.
+        """Return a stage's layers in the order of their calls; one turn has those with one input or of one kind.
 
-        Layers of one kind are those whose names differ in numbers only, such as experts: turns of their own would take
-        as many runs.
+        Layers are of one kind where their names differ in numbers only, such as experts: with a turn for each, the
+        block would run as many times.
         """
         turns: dict[str, list[Layer]] = {}
         for group in self._order.groups(stage.layers):
@@ -178,14 +207,14 @@ class Corrected(Pruned):
         if not stage.layers:
             for index in range(self._dense.batches):
                 self._run_dense(stage, None, index, store=True)
-        assert stage.position is not None, "what lies outside the blocks comes last"
+        assert stage.position is not None, "the stage outside the blocks is the last"
         position = stage.position
         self._originals = {
             layer: weight for layer, weight in self._originals.items() if self._uses.get(layer, -1) > position
         }
 
     def _all_inputs(self, stage: Stage) -> DenseInputs | None:
-        """Run the dense block once for all turns and return what its layers see; None where memory is short."""
+        """Run the dense block once for all turns and return its layers' inputs; None if they exceed the memory."""
         if self._order.size(stage.layers) * self._replay.growth > self._memory:
             return None
         inputs = DenseInputs(stage.layers)
@@ -204,7 +233,7 @@ class Corrected(Pruned):
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
-        """Give pruned layers their dense weights for a while, wherever else these are used."""
+        """Give pruned layers their dense weights inside the block, for modules that use the same parameters."""
         pruned = {layer: layer.weight.data for layer in self._originals}
         try:
             for layer, weight in self._originals.items():
@@ -216,16 +245,26 @@ class Corrected(Pruned):
 
 
 def last_uses(model: nn.Module, replay: Replay, stages: Sequence[Stage]) -> dict[Layer, int]:
-    """Return the position of the last block that uses a layer's weight, where that is not its own stage alone.
+    """Return the position of the last stage that uses a layer's weight, for layers whose own stage is an earlier one.
 
-    What lies outside the blocks counts as one more at the end.
+    Parameters
+    ----------
+    model : nn.Module
+    replay : Replay
+        Of the model.
+    stages : sequence of Stage
+
+    Returns
+    -------
+    dict of Layer to int
+        Positions in the order of execution; the modules outside the blocks have the one after the last block.
     """
     last: dict[int, int] = {}
     for position, block in enumerate(replay.order):
         last.update((id(parameter), position) for parameter in block.module.parameters())
     inside = {id(parameter) for block in replay.order for parameter in block.module.parameters()}
-    shared = {id(p) for module in _outside(model, replay) for p in module.parameters(recurse=False)} & inside
-    last.update(dict.fromkeys(shared, len(replay.order)))
+    tied = {id(p) for module in _outside(model, replay) for p in module.parameters(recurse=False)} & inside
+    last.update(dict.fromkeys(tied, len(replay.order)))
     return {
         layer: last[id(layer.weight)]
         for stage in stages

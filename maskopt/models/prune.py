@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from maskopt.bounds import BoundKind
+from maskopt.checks import choice, shown
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch, prepare_batches
-from maskopt.models.checks import check_model, described, move_model, require_positive
+from maskopt.models.checks import check_model, move_model
 from maskopt.models.edits import Edits
 from maskopt.models.gram import CallOrder
 from maskopt.models.layers import Layer
@@ -29,6 +30,7 @@ from maskopt.models.selection import LeftDense, Selection, select_layers
 from maskopt.models.solving import Progress, Work
 from maskopt.oracles import MaskSet
 from maskopt.solvers import ContinuationFrankWolfe, Solver
+from maskopt.solvers.arguments import check_masks, check_memory, check_solver
 from maskopt.weights import Joint
 
 __all__ = ["Progress", "PruningError", "prune"]
@@ -38,12 +40,12 @@ OnError = Literal["restore", "keep"]
 
 
 class PruningError(MaskoptError):
-    """Pruning stopped after some layers were pruned, and these were to be kept.
+    """Pruning failed after some layers were pruned, with ``on_error="keep"``.
 
     Attributes
     ----------
     report : PruneReport
-        Of what was done: the keys of ``report.masks`` are exactly the layers that are pruned in the model.
+        Of the layers that are pruned in the model: exactly the keys of ``report.masks``.
     """
 
     def __init__(self, sentence: str, report: PruneReport) -> None:
@@ -70,14 +72,14 @@ def prune(
 ) -> PruneReport:
     """Choose a mask for every linear layer in a model's blocks and set the pruned weights to zero, in place.
 
-    Where the solver updates the surviving weights too (`maskopt.weights`), these are replaced.
+    Where the solver updates the surviving weights (`maskopt.weights`), these are replaced.
 
-    Block by block, in order of execution: the calibration batches run through the block, the Gram matrices of its
-    layers' inputs are summed in float32 without padded positions, every layer is solved on its own, and the
-    block runs again to make the next one's inputs. Only one block's Gram matrices exist at a time. Should an error or
-    an interrupt stop it, the model is as it was before, see `on_error`.
+    The blocks are pruned in order of execution. For each, the calibration batches run through the block, the Gram
+    matrices of its layers' inputs are summed in float32 without padded positions, every layer is solved on its own,
+    and the block runs again to compute the inputs of the next one. Only one block's Gram matrices exist at a time.
+    After an error or an interrupt the model is as it was before, see `on_error`.
 
-    Before the first block is pruned, batches run through the dense model until every layer to prune was called.
+    Before the first block is pruned, batches run through the dense model until every layer to prune has been called.
 
     Parameters
     ----------
@@ -91,37 +93,36 @@ def prune(
         The set of masks, the same for every layer, such as ``PerRow(keep=0.5)`` or ``NM(keep=2, group=4)``.
     solver : Solver, optional
         ContinuationFrankWolfe() by default: masks alone. `maskopt.weights.ConditionalADMM()` updates weights as well.
-    propagate : {"corrected", "pruned", "dense"}
-        Whether a block is calibrated on what the pruned blocks before it give out, or on the dense model's states; or
-        ("corrected") on the former, aiming at the outputs of the dense model on the latter: see
-        `LayerReconstruction.towards`. Layers within a block are then pruned one after the other, each on what those
-        before it give out; it takes a multiple of the calibration time and a second copy of the states. By default
-        "corrected" for our own methods and what was published so (`Solver.corrects`: `ContinuationFrankWolfe`,
-        `LeastSquares`, `FISTAPruner`, `ConditionalADMM`), "pruned" for all others, with `certify`, and where a model's
-        blocks cannot be run one at a time.
+    propagate : {"corrected", "pruned", "dense"}, optional
+        The states on which a block is calibrated. "pruned": outputs of the pruned blocks before it. "dense": those of
+        the dense model. "corrected": outputs of the pruned blocks, while the target is the layer's output in the
+        dense model, see `LayerReconstruction.towards`. Layers within a block are then pruned one after the other, each
+        on the outputs of those before it; this takes a multiple of the calibration time and a second copy of the
+        states. By default "corrected" for solvers with `Solver.corrects` (`ContinuationFrankWolfe`, `LeastSquares`,
+        `FISTAPruner`, `ConditionalADMM`), "pruned" for all others, with `certify`, and where a model's blocks cannot
+        be run one at a time.
     include, exclude : sequence of str
         Patterns of `fnmatch` on full layer names, see `select_layers`. By default all linear layers inside the
         blocks are pruned. Layers outside the blocks come last.
     start : mapping of str to Tensor, optional
-        A mask per layer to start from, as in ``report.masks``; layers without one start afresh.
+        A mask per layer to start from, as in ``report.masks``; other layers start from the solver's own choice.
     certify : {"shift", "sdp", "cuts"}, optional
-        Prove for every layer how small the error of any mask could be, see `maskopt.bounds.mask_bound`; the record's
-        `lower_bound`. Meant for layers of up to a few hundred inputs.
+        Prove for every layer a lower bound on the error of every mask, see `maskopt.bounds.mask_bound`; it is the
+        record's `lower_bound`. Meant for layers of up to a few hundred inputs.
     certify_seconds : float, optional
-        Time for the proofs of all layers together, divided among them by what they cost. Rows that are not reached have
-        the bound of the plain convex relaxation; a record's `unfinished_rows` counts whose bounds time cut short.
+        Time for the proofs of all layers together, divided in proportion to their cost. Rows that are not reached have
+        the bound of the plain convex relaxation; a record's `unfinished_rows` counts those the time limit cut short.
     device : str or torch.device, optional
         Move the model there first (it stays there).
     memory : int
         Bytes of working memory for the solver.
     progress : callable, optional
-        Called with a `Progress` whenever there is some.
+        Called with a `Progress` before every batch and about once per iteration of a solver.
     on_error : {"restore", "keep"}
-        What becomes of the model where an error or an interrupt stops the work midway. By default all layers get
-        their dense weights back, of which a copy is kept in the main memory meanwhile: as much as the pruned layers
-        take (with ``propagate="dense"`` only for a moment, at the end). "keep" needs no copy and leaves those pruned
-        that are done: a MaskoptError is then a `PruningError` with the report of these layers, and
-        any exception has a note with their names.
+        What happens to the model after an error or an interrupt. "restore" gives all layers their dense weights back;
+        the copy it needs takes as much main memory as the pruned layers (with ``propagate="dense"`` only at the end).
+        "keep" needs no copy and leaves finished layers pruned: a MaskoptError is then a `PruningError` with the report
+        of these layers, and any exception has a note with their names.
 
     Returns
     -------
@@ -134,6 +135,17 @@ def prune(
         If an argument is of the wrong type, there is nothing to prune or to calibrate with, a pattern matches nothing,
         expert weights are neither pruned nor excluded, `masks` does not fit a layer, the batches never call a layer,
         or weights or activations are not finite.
+
+    Examples
+    --------
+    >>> import maskopt
+    >>> from maskopt.models import calibration_batches, load_model, save_pruned
+    >>> model, tokenizer = load_model("Qwen/Qwen3-0.6B")  # doctest: +SKIP
+    >>> batches = calibration_batches(tokenizer, "The calibration text ...", samples=128)  # doctest: +SKIP
+    >>> report = maskopt.prune(model, batches, maskopt.NM(keep=2, group=4))  # doctest: +SKIP
+    >>> report.sparsity  # doctest: +SKIP
+    0.5
+    >>> save_pruned("pruned", model, tokenizer, report)  # doctest: +SKIP
     """
     solver = ContinuationFrankWolfe() if solver is None else solver
     _check_arguments(masks, solver, propagate, on_error, progress, memory)
@@ -182,26 +194,20 @@ def prune(
 
 
 def _check_arguments(
-    masks: object, solver: object, propagate: object, on_error: object, progress: object, memory: int
+    masks: object, solver: object, propagate: object, on_error: object, progress: object, memory: object
 ) -> None:
-    """Refuse what is not of the type it should be."""
-    if not isinstance(masks, MaskSet):
-        raise MaskoptError(
-            f"The masks must be a set such as PerRow(keep=0.5) or NM(keep=2, group=4); got {described(masks)}."
-        )
-    if not isinstance(solver, Solver):
-        raise MaskoptError(f"The solver must be an object such as maskopt.solvers.Wanda(); got {described(solver)}.")
-    for name, value, choices in (
-        ("propagate", propagate, (None, *get_args(Propagate))),
-        ("on_error", on_error, get_args(OnError)),
+    """Check the types of arguments."""
+    check_masks(masks)
+    check_solver(solver)
+    for name, value, options, optional in (
+        ("propagate", propagate, get_args(Propagate), True),
+        ("on_error", on_error, get_args(OnError), False),
     ):
-        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-            raise MaskoptError(
-                f"{name} must be one of {', '.join(choice for choice in choices if choice)}; got {described(value)}."
-            )
+        if not choice(options, optional=optional).fits(value):
+            raise MaskoptError(f"{name} must be one of {', '.join(options)}; got {shown(value)}.")
     if progress is not None and not callable(progress):
-        raise MaskoptError(f"progress must be a function of one argument; got {described(progress)}.")
-    require_positive(memory=memory)
+        raise MaskoptError(f"progress must be a function of one argument; got {shown(progress)}.")
+    check_memory(memory)
 
 
 def _stages(replay: Replay, selection: Selection) -> list[Stage]:
@@ -216,7 +222,7 @@ def _stages(replay: Replay, selection: Selection) -> list[Stage]:
 
 
 def _require_calls(replay: Replay, order: CallOrder, stages: Sequence[Stage]) -> None:
-    """Refuse layers that no batch calls; experts may need more batches than the first, which has run."""
+    """Run further batches, which experts may need, until every layer was called; fail if one never is."""
 
     def uncalled() -> list[str]:
         return [layer.name for stage in stages for layer in stage.layers if layer not in order]
@@ -228,10 +234,10 @@ def _require_calls(replay: Replay, order: CallOrder, stages: Sequence[Stage]) ->
     names = uncalled()
     if names:
         kinds = list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))
-        shown = " and ".join(repr(kind) for kind in kinds[:8]) + (" ..." if len(kinds) > 8 else "")
+        patterns = " and ".join(repr(kind) for kind in kinds[:8]) + (" ..." if len(kinds) > 8 else "")
         raise MaskoptError(
             f"The calibration batches never call {len(names)} of the layers to prune, such as {names[0]} (experts may "
-            f"need more data, and some modules are never called); exclude {shown} to leave them dense."
+            f"need more data, and some modules are never called); exclude {patterns} to leave them dense."
         )
     order.check()
 
@@ -259,7 +265,7 @@ def _propagation(
 
 @contextmanager
 def _restoring(edits: Edits, report: PruneReport, on_error: OnError) -> Iterator[None]:
-    """Leave the model whole where the work fails, or say exactly which layers are pruned."""
+    """Where the work fails, restore the model, or report exactly which layers are pruned."""
     try:
         yield
     except BaseException as error:
@@ -288,9 +294,9 @@ def _restoring(edits: Edits, report: PruneReport, on_error: OnError) -> Iterator
 
 
 def _check_fit(layers: Sequence[Layer], masks: MaskSet, start: Mapping[str, Tensor]) -> dict[Layer, Tensor]:
-    """Refuse misfits before any work; return the starting masks as (rows, d)."""
+    """Check that sets and starting masks fit the layers; return the starting masks as (rows, d)."""
     if not isinstance(start, Mapping) or not all(isinstance(mask, Tensor) for mask in start.values()):
-        raise MaskoptError(f"start must be a dict of boolean tensors by layer names; got {described(start)}.")
+        raise MaskoptError(f"start must be a dict of boolean tensors by layer names; got {shown(start)}.")
     named = {layer.name: layer for layer in layers}
     for layer in layers:
         try:
@@ -310,7 +316,7 @@ def _check_fit(layers: Sequence[Layer], masks: MaskSet, start: Mapping[str, Tens
 
 
 def _unreached(replay: Replay, selection: Selection) -> list[LeftDense]:
-    """Account for blocks that the batches never reach, such as the vision tower of a model fed with text."""
+    """Return the layers of blocks that the batches never reach, such as the vision part of a model fed with text."""
     reached = set(replay.order)
     return [
         LeftDense(f"{layer.name}.weight", tuple(layer.weight.shape), f"{block.name} is not run by these batches")

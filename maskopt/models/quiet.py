@@ -1,4 +1,4 @@
-"""Keeping transformers' own progress bars out of other people's tables."""
+"""Switching off the progress bars of transformers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ __all__ = ["without_bars"]
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Switch the progress bars of transformers off for a while."""
+    """Switch the progress bars of transformers off inside the block."""
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,9 +1,9 @@
-"""Running a model one block at a time, without knowing what its blocks are fed.
+"""Running a model one block at a time, for any architecture.
 
-Blocks need arguments of their own (masks, rotary embeddings, position biases, states of an encoder), and what they
-are differs by architecture, by layer and by version. So nothing is captured or replayed by hand: the model's
-own forward runs, every block that already had its turn answers at once with the stored output of the latest one,
-and the forward is left as soon as the block in question has run.
+Blocks take arguments (masks, rotary embeddings, position biases, states of an encoder) that differ by architecture, by
+layer and by version of transformers. So no argument is captured: the model's own forward runs, every block before the
+current one returns the stored output of the latest one at once, and the forward ends as soon as the current block has
+run.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from maskopt.errors import MaskoptError
+from maskopt.errors import MaskoptError, is_memory_failure
 from maskopt.models.batches import Batch
 from maskopt.models.blocks import Block
-from maskopt.models.checks import is_memory_failure
 from maskopt.threads import sized_threads
 
 __all__ = ["Replay", "evaluation_mode", "run_model"]
@@ -30,9 +29,13 @@ __all__ = ["Replay", "evaluation_mode", "run_model"]
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients; every module gets its own mode back.
+    """Put a model into evaluation mode without gradients; restore every module's mode afterwards.
 
     A caller's autocast is off inside: the model computes in its own type, and Gram matrices in float32.
+
+    Parameters
+    ----------
+    model : nn.Module
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -51,12 +54,25 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def run_model(model: nn.Module, where: str, inputs: Mapping[str, Any]) -> Any:
-    """Return what a model makes of its inputs.
+    """Return a model's output, computed without a cache of keys and values.
+
+    Parameters
+    ----------
+    model : nn.Module
+    where : str
+        What messages call the inputs.
+    inputs : mapping of str to object
+        Keyword arguments of the model's forward.
+
+    Returns
+    -------
+    object
+        Of the model's type.
 
     Raises
     ------
     MaskoptError
-        Naming `where`, if the model cannot be run on them. A lack of memory is raised as it is.
+        With `where`, if the model cannot be run on them. Exceptions about memory are raised as they are.
     """
     inputs = dict(inputs)
     if "use_cache" in inspect.signature(model.forward).parameters:
@@ -75,11 +91,11 @@ def run_model(model: nn.Module, where: str, inputs: Mapping[str, Any]) -> Any:
 
 
 class Replay:
-    """Feeds batches through a model block by block, in the order in which the blocks are executed.
+    """Runs a model on batches block by block, in the order in which the model executes its blocks.
 
-    One forward of the first batch finds that order, and it is verified that running the blocks one by one gives the
-    model's own states. Where it does not (blocks that run several times, states shared by side channels),
-    `shortcut` is False and every block is reached by running all blocks before it: slower, but right for any model.
+    One forward of the first batch finds that order. A test run checks that running the blocks one by one gives the
+    model's own states. Where it does not (blocks that run several times, states passed outside the blocks' outputs),
+    `shortcut` is False and all blocks before the current one run again: slower, but correct for any model.
 
     Parameters
     ----------
@@ -89,6 +105,13 @@ class Replay:
         The blocks of all stacks.
     batches : sequence of Batch
         Non-empty.
+
+    Attributes
+    ----------
+    order : list of Block
+        In the order of execution; blocks that the first batch does not reach are missing.
+    shortcut : bool
+        Whether blocks can be run one at a time.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch]) -> None:
@@ -102,14 +125,14 @@ class Replay:
         self.shortcut = self.shortcut and self._reproduces(finals)
 
     def dense_copy(self) -> Replay:
-        """Return a replay of the same model on the same batches with states of its own; nothing is run."""
+        """Return a replay of the same model on the same batches with its own states; nothing is run."""
         other = copy.copy(self)
         other._states = {stack: {} for stack in self._states}
         return other
 
     @property
     def batches(self) -> int:
-        """How many batches there are."""
+        """Number of batches."""
         return len(self._batches)
 
     @property
@@ -125,7 +148,7 @@ class Replay:
         before: Callable[[Batch], None] | None = None,
         indices: Iterable[int] | None = None,
     ) -> None:
-        """Run the block ``order[position]`` on every batch, or with None everything that lies outside the blocks.
+        """Run the block ``order[position]`` on every batch, or with None everything outside the blocks.
 
         Parameters
         ----------
@@ -153,12 +176,12 @@ class Replay:
                 self._states[current.stack][index] = output
 
     def run_whole(self, index: int) -> None:
-        """Run the whole model on a batch, whatever has been stored."""
+        """Run the whole model on a batch, without stored states."""
         with sized_threads(self._size):
             self._forward(index)
 
     def _forward(self, index: int, until: Block | None = None) -> Any:
-        """Run the model on a batch; with `until`, leave after that block's last call and return its output."""
+        """Run the model on a batch; with `until`, stop after that block's last call and return its output."""
         inputs, where = self._batches[index].inputs, f"calibration batch {index}"
         if until is None:
             return run_model(self._model, where, inputs)
@@ -201,11 +224,11 @@ class Replay:
         """Whether running the blocks one by one ends in the states of the model's own forward of the first batch."""
         try:
             for position in range(len(self.order)):
-                # The second batch overwrites what a model may remember of the first one.
+                # The second batch overwrites states that a model may have kept of the first one.
                 self.run(position, store=True, indices=range(min(2, len(self._batches))))
             return all(_close(_first_tensor(self._states[stack][0]), final) for stack, final in finals.items())
         except Exception:
-            # Whatever a model cannot bear about skipped blocks, it is run without skipping.
+            # A model that fails when blocks are skipped is run without skipping.
             return False
         finally:
             for states in self._states.values():
@@ -213,7 +236,7 @@ class Replay:
 
 
 class _Reached(Exception):  # noqa: N818 - control flow, not an error
-    """Leaves a model's forward once the block in question has run."""
+    """Ends a model's forward once the current block has run."""
 
     def __init__(self, output: Any) -> None:
         self.output = output
@@ -221,7 +244,7 @@ class _Reached(Exception):  # noqa: N818 - control flow, not an error
 
 @contextmanager
 def _answering(module: nn.Module, output: Any) -> Iterator[None]:
-    """Let a module answer every call with (a copy of) `output`."""
+    """Let every call of a module return (a copy of) `output`."""
     own = module.__dict__.get("forward")  # an instance's forward, as accelerate sets it
     # A copy, because a model may add to its hidden states in place.
     module.forward = lambda *args, **kwargs: tree_map_only(Tensor, Tensor.clone, output)

@@ -1,4 +1,4 @@
-"""What pruning a model did: one record per layer, totals, and everything that stayed dense."""
+"""The report of a pruned model: one record per layer, totals, and everything that stayed dense."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class LayerRecord:
     rows, columns : int
         Out and in features.
     relative_error : float
-        ||W X - V X||^2 / ||W X||^2 on the inputs it was calibrated with; V is M * W where the weights stay, and the
-        first W is the target where errors upstream are corrected (`LayerReconstruction.towards`).
+        ||W X - V X||^2 / ||W X||^2 on the calibration inputs X; V is M * W where the weights stay. Where errors of
+        earlier layers are corrected, the first W is the target (`LayerReconstruction.towards`).
     kept_error : float
         The same with V = M * W: before any update of the surviving weights.
     objective : float
@@ -33,19 +33,21 @@ class LayerRecord:
     lower_bound : float or None
         Bound on the objective of any mask of the set, where the solver proves one.
     gap_kind : str
-        What the bound is: the name of a `GapKind`.
+        Kind of the bound: the name of a `GapKind`.
     sparsity : float
         Fraction of the weights pruned.
     nonzeros : int
         Number of weights kept.
     tokens : int
         Calibration tokens in its Gram matrix, padding excluded.
-    iterations, seconds
-        The solver's.
+    iterations : int
+        Of the solver.
+    seconds : float
+        Of the solver; layers that are solved together have their part by rows.
     status : str
         Why it stopped: the name of a `Status`.
     unfinished_rows : int
-        Rows whose part of `lower_bound` holds, but was cut short by a time limit.
+        Rows whose part of `lower_bound` holds although the time limit ended the proof early.
     """
 
     name: str
@@ -67,7 +69,7 @@ class LayerRecord:
 
 @dataclass
 class PruneReport:
-    """The outcome of `maskopt.prune`.
+    """The result of `maskopt.prune`.
 
     Parameters
     ----------
@@ -78,7 +80,7 @@ class PruneReport:
     masks : dict of str to Tensor
         Per layer, boolean, True = kept, oriented as the layer's weight parameter, on the CPU.
     settings : dict
-        What was asked for, on what data, with which versions.
+        Arguments, calibration data and versions.
     calibration_seconds, solve_seconds, certify_seconds : float
         Time spent running the model, choosing masks, and proving bounds.
     """

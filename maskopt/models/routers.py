@@ -1,4 +1,4 @@
-"""Finding the layers that decide: routers of experts, gates of shared experts, choices between inputs."""
+"""Layers that choose: routers of experts, gates of shared experts, choices between inputs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _EXPERT = re.compile(r"expert", re.IGNORECASE)
 def find_routers(module: nn.Module, name: str = "") -> dict[str, str]:
     """Return the linear layers in a module whose outputs choose between experts or weigh them.
 
-    These are told by their role, however a model calls them: layers whose own name, or a module around them, speaks of
-    a router; and beside experts (``experts``, ``shared_expert`` ...) those that are called a gate or have one output
-    for each expert. The gate of a gated MLP (``gate_proj``) multiplies features and is none of them.
+    They are found by role: layers whose name, or the name or class of a module around them, contains "router"; and,
+    in modules that hold experts (``experts``, ``shared_expert`` ...), layers that are called a gate or have one output
+    for each expert. The gate of a gated MLP (``gate_proj``) multiplies features and is no router.
 
     Parameters
     ----------
@@ -34,13 +34,13 @@ def find_routers(module: nn.Module, name: str = "") -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        By full layer name: the part of the name by which a pattern must call it.
+        By full layer name: the part of the name that a pattern of `select_layers` must contain.
     """
     return dict(_search(module, name, None))
 
 
 def _search(module: nn.Module, path: str, inside: str | None) -> Iterator[tuple[str, str]]:
-    """Yield routers; `inside` is the name of the router module around, if there is one."""
+    """Yield routers; `inside` is the name of the enclosing router module, if there is one."""
     experts = _experts(module)
     for key, child in module.named_children():
         full = f"{path}.{key}" if path else key

@@ -40,12 +40,13 @@ def save_pruned(
 ) -> None:
     """Write a folder that `from_pretrained` loads, with ``masks.safetensors`` and ``report.json``.
 
-    Everything is written aside and renamed at the end, so that a full disk or an interrupt leaves nothing behind.
+    The folder is written under a temporary name and renamed at the end, so that a full disk or an interrupt leaves no
+    partial output.
 
     Parameters
     ----------
     path : path-like
-        The folder to make; must not exist (`check_output` tells before the work starts).
+        The folder to make; must not exist (`check_output` checks that before the work starts).
     model : PreTrainedModel
         The pruned model.
     tokenizer : PreTrainedTokenizerBase
@@ -75,7 +76,7 @@ def save_pruned(
 
 
 def save_masks(path: str | os.PathLike[str], masks: Mapping[str, Tensor]) -> None:
-    """Write masks at one bit per weight, with a JSON manifest (shape, kept count) in the file's metadata.
+    """Write masks with one bit per weight, and a JSON manifest (shape, kept count) in the file's metadata.
 
     Parameters
     ----------
@@ -122,7 +123,7 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _layers(file: Path, text: str) -> dict[str, Any]:
-    """Return the manifest's entries by the names of their layers."""
+    """Return the manifest's entries by layer name."""
     try:
         manifest = json.loads(text, object_pairs_hook=_without_repetitions)
     except (ValueError, RecursionError) as error:
@@ -152,7 +153,7 @@ def _damaged(file: Path, what: str) -> MaskoptError:
 
 
 def _unpack(file: Path, name: str, bits: np.ndarray[Any, Any], entry: Any) -> Tensor:
-    """Return the mask of a layer from its bits, if these and its entry of the manifest agree."""
+    """Return the mask of a layer from its bits after a check against its entry in the manifest."""
     if not isinstance(entry, dict) or set(entry) != {"shape", "kept"}:
         raise _damaged(file, f"the manifest must say shape and kept of {name}, and nothing else; got {shown(entry)}")
     shape, kept = entry["shape"], entry["kept"]

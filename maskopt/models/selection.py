@@ -1,4 +1,4 @@
-"""Which layers are pruned: name patterns, and a full account of what stays dense."""
+"""Which layers are pruned: name patterns, and a list of everything that stays dense."""
 
 from __future__ import annotations
 
@@ -21,7 +21,16 @@ _STACKED = "stacked matrices"
 
 @dataclass(frozen=True)
 class LeftDense:
-    """A weight of two or more dimensions that is not pruned, and why."""
+    """A weight of two or more dimensions that is not pruned.
+
+    Attributes
+    ----------
+    name : str
+        Full parameter name.
+    shape : tuple of int
+    reason : str
+        Why it is not pruned.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -35,11 +44,11 @@ class Selection:
     Parameters
     ----------
     blocks : mapping of Block to tuple of Layer
-        All blocks, in the order of the model's modules, and what is pruned in them.
+        All blocks, in the order of the model's modules, and the layers to prune in them.
     outside : tuple of Layer
-        Layers outside the blocks (lm_head, pooler) that a pattern asked for.
+        Layers outside the blocks (lm_head, pooler) that a pattern selects.
     left_dense : tuple of LeftDense
-        The rest.
+        All other weights.
     """
 
     blocks: Mapping[Block, tuple[Layer, ...]]
@@ -61,9 +70,10 @@ def select_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequen
     the full name (``model.layers.0.mlp.up_proj``); ``*`` also matches dots. Weights that several modules have in
     common are pruned once, where they come first.
 
-    Layers that choose between experts or weigh them (routers, gates of shared experts: `find_routers`) stay dense: they
-    are small, and decide much. A pattern of `include` prunes them if it contains the part of the name that says so:
-    ``*.router``, ``*.mlp.gate``, ``*shared_expert_gate``, but not ``*`` or ``*.mlp.*``.
+    Layers that choose between experts or weigh them (routers, gates of shared experts: `find_routers`) stay dense,
+    because they are small and their errors change which experts run. A pattern of `include` prunes them if it contains
+    the part of the name that marks the router: ``*.router``, ``*.mlp.gate``, ``*shared_expert_gate``, but not ``*`` or
+    ``*.mlp.*``.
 
     Parameters
     ----------
@@ -71,6 +81,10 @@ def select_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequen
         Usually a transformers model.
     include, exclude : sequence of str
         Patterns.
+
+    Returns
+    -------
+    Selection
 
     Raises
     ------
@@ -116,7 +130,7 @@ def select_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequen
 
 
 class _Patterns:
-    """Include and exclude patterns that remember whether they ever matched."""
+    """Include and exclude patterns, and which of them have matched."""
 
     def __init__(self, include: Sequence[str], exclude: Sequence[str]) -> None:
         for name, value in (("include", include), ("exclude", exclude)):
@@ -129,7 +143,7 @@ class _Patterns:
         self.used: set[str] = set()
 
     def select(self, *names: str, inside: bool) -> bool:
-        """Whether what is known by any of these names is pruned; `inside` says whether it lies in a block."""
+        """Whether a weight with any of these names is pruned; `inside` says whether it is in a block."""
         excluded = self._match(self.exclude, names)
         return (self._match(self.include, names) if self.include else inside) and not excluded
 
@@ -142,7 +156,7 @@ class _Patterns:
         return "excluded by a pattern" if self._match(self.exclude, names) else "matched by no include pattern"
 
     def require_used(self, model: nn.Module) -> None:
-        """Refuse patterns that never matched: they are typing errors."""
+        """Check that every pattern has matched; one that has not is probably misspelt."""
         for pattern in (*self.include, *self.exclude):
             if pattern not in self.used:
                 sample = next(linear_layers(model)).name
@@ -161,11 +175,11 @@ def _left_dense(
     patterns: _Patterns,
     routers: Mapping[str, str],
 ) -> Iterator[LeftDense]:
-    """Account for every weight of two or more dimensions that is not pruned."""
+    """Yield every weight of two or more dimensions that is not pruned."""
     for name, parameter in model.named_parameters():
         owner_name = name.rpartition(".")[0]
         owner = model.get_submodule(owner_name)
-        # Vectors, in whatever shape; the weight of a layer with one output is none.
+        # Parameters that are vectors up to axes of length one; the weight of a layer with one output is a matrix.
         vector = parameter.numel() == max(parameter.shape, default=1)
         if (vector and not (parameter.ndim == 2 and is_linear(owner))) or id(parameter) in taken:
             continue

@@ -26,17 +26,26 @@ __all__ = ["Progress", "Work"]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where `prune` is: sent before every batch, about once per iteration of a solver or proof, and at the end."""
+    """Progress of `prune`: sent before every batch, about once per iteration of a solver or proof, and at the end.
+
+    Attributes
+    ----------
+    stage : {"calibrate", "solve", "certify", "done"}
+    name : str
+        The block being run, or the layer being solved (several, joined by commas, where they have the same input).
+    done : int
+        Layers that have their mask.
+    total : int
+        Layers to prune, known from the start.
+    fraction : float
+        Fraction of the current layer's solution or proof that is done; an estimate.
+    """
 
     stage: Literal["calibrate", "solve", "certify", "done"]
     name: str
-    """The block being run, or the layer being solved (several, joined by commas, where they read the same input)."""
     done: int
-    """Layers that have their mask."""
     total: int
-    """Layers to prune, known from the start."""
     fraction: float = 0.0
-    """Fraction of the current layer's solution or proof that is done; an estimate."""
 
 
 _Solved = tuple[LayerRecord, Tensor, Tensor | None]
@@ -44,7 +53,7 @@ _Solved = tuple[LayerRecord, Tensor, Tensor | None]
 
 @dataclass
 class Work:
-    """The loop over the stages and what it needs.
+    """The loop over the stages.
 
     Parameters
     ----------
@@ -59,9 +68,11 @@ class Work:
     propagation : Propagation
         Runs the blocks.
     edits : Edits
-        Takes what is chosen.
+        Receives the chosen masks and weights.
     report : PruneReport
-        Written to, layer by layer.
+        Extended layer by layer.
+    solved : dict
+        Records, masks and weights of layers solved together with an earlier one, until their turn.
     """
 
     masks: MaskSet
@@ -87,7 +98,7 @@ class Work:
                 grams = self.propagation.collect(stage, turn)
                 for layers in self._together(turn, grams):
                     self._solve(layers, grams[layers[0]])
-                del grams  # before the next turn's come into being
+                del grams  # before those of the next turn are allocated
                 for layer in turn:
                     record, mask, weight = self.solved.pop(layer)
                     self.report.masks[layer.name] = mask
@@ -100,7 +111,7 @@ class Work:
         self._tell("done", "")
 
     def _together(self, layers: Sequence[Layer], grams: GramCollector) -> list[list[Layer]]:
-        """Group the layers that read the same input, where stacking their rows changes nothing but the speed."""
+        """Group layers with the same input where stacking their rows changes the speed only."""
         same_for_any_rows = self.masks.separable and self.masks.rows(slice(None), layers[0].shape) is self.masks
         if not (same_for_any_rows and self.solver.solves_rows_apart(self.masks)):
             return [[layer] for layer in layers]
@@ -111,7 +122,7 @@ class Work:
         return list(groups.values())
 
     def _solve(self, layers: Sequence[Layer], gram: Gram) -> None:
-        """Choose the masks of layers with one Gram matrix and write their records."""
+        """Choose the masks of layers with one Gram matrix and store their records."""
         name = ", ".join(layer.name for layer in layers)
         self._tell("solve", name)
         began = time.perf_counter()
@@ -153,7 +164,7 @@ class Work:
             unfinished = 0 if bounds is None else int((~bounds.finished[index]).sum())
             first = index.stop
             mask = layer.oriented(part.mask).cpu().contiguous()
-            # In the layer's own type: it is rounded to that in any case, and waits for the end where nothing is.
+            # In the layer's own type, to which it is rounded anyway: with dense propagation all weights are kept.
             updated = None if part.weight is None else layer.oriented(part.weight).to(layer.weight.dtype)
             self.solved[layer] = _record(layer, gram, part, unfinished), mask, updated
 

@@ -1,4 +1,4 @@
-"""From text files to one stream of tokens: the one place where text is read."""
+"""Reading text files, and tokenising them into one stream."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from maskopt.checks import shown
 from maskopt.errors import MaskoptError
-from maskopt.models.checks import check_tokenizer, described
+from maskopt.models.checks import check_tokenizer
 
 __all__ = ["Text", "TokenStream", "read_text", "tokenize"]
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text that was read.
+    """The content of a text file.
 
     Parameters
     ----------
     documents : tuple of str
-        Lines end in line feeds, and there is no byte-order mark.
+        With line feeds as line ends and without a byte-order mark.
     separate : bool
         Whether documents are tokenised one by one, with marked bounds (JSON lines); plain text is one document.
     source : str
-        Where the text came from, for messages.
+        What messages call the text.
     sha256 : str
         Hash of the bytes of the file (or of the text in UTF-8).
     """
@@ -41,9 +42,9 @@ class Text:
     sha256: str
 
     def opening(self, characters: int) -> Text:
-        """Return the beginning: so many characters of plain text, or the first documents with as many.
+        """Return the beginning: a number of characters of plain text, or the first documents with at least as many.
 
-        The same if there are no more.
+        Where the text has no more, it is returned itself.
         """
         taken, length = [], 0
         for document in self.documents:
@@ -67,7 +68,7 @@ class TokenStream:
     ids : Tensor
         Token ids, int64, shape (tokens,).
     source : str
-        Where the text came from, for messages.
+        What messages call the text.
     sha256 : str
         Hash of the bytes of the file (or of the text in UTF-8).
     """
@@ -77,7 +78,7 @@ class TokenStream:
     sha256: str
 
     def require(self, needed: int) -> None:
-        """Insist on a number of tokens.
+        """Check that there are enough tokens.
 
         Raises
         ------
@@ -92,16 +93,20 @@ class TokenStream:
 
 
 def read_text(text: str | Path | Text) -> Text:
-    """Read a text, in the same manner for all purposes.
+    """Read a text.
 
-    Files are in UTF-8; a byte-order mark is dropped, and carriage returns become line feeds. What a file holds is told
-    by its name, in any case: ``.jsonl`` (``.ndjson``) one JSON object per line, whose field "text" is a document;
-    ``.json`` the same, or one list of such objects or of strings; everything else is plain text.
+    Files are in UTF-8; a byte-order mark is dropped, and carriage returns become line feeds. The format follows from
+    the suffix, in upper or lower case: ``.jsonl`` (``.ndjson``) has one JSON object per line, whose field "text" is a
+    document; ``.json`` the same, or one list of such objects or of strings; every other file is plain text.
 
     Parameters
     ----------
     text : str, Path or Text
         The text itself, or the path of a file.
+
+    Returns
+    -------
+    Text
 
     Raises
     ------
@@ -111,7 +116,7 @@ def read_text(text: str | Path | Text) -> Text:
     if isinstance(text, Text):
         return text
     if not isinstance(text, (str, Path)):
-        raise MaskoptError(f"The text must be a string, or the pathlib.Path of a file; got {described(text)}.")
+        raise MaskoptError(f"The text must be a string, or the pathlib.Path of a file; got {shown(text)}.")
     source, raw = ("The text", _encoded(text)) if isinstance(text, str) else (str(text), _read(text))
     mark = len(BOM_UTF8) if raw.startswith(BOM_UTF8) else 0
     try:
@@ -136,9 +141,9 @@ def read_text(text: str | Path | Text) -> Text:
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str | Path | Text) -> TokenStream:
     """Tokenise a whole text at once, as the pruning literature does.
 
-    The tokenizer adds the special tokens it adds by itself (most: one at the very beginning). Documents of JSON files
-    (see `read_text`) are tokenised one by one and joined, with an end-of-text token after each where the tokenizer
-    marks their bounds by no token of its own.
+    The tokenizer adds its default special tokens (most: one at the very beginning). Documents of JSON files (see
+    `read_text`) are tokenised one by one and joined; where the tokenizer adds no special tokens, an end-of-text token
+    follows each document.
 
     Parameters
     ----------
@@ -146,6 +151,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str | Path | Text) -> Tok
         The model's.
     text : str, Path or Text
         The text itself, the path of a file, or what `read_text` returned.
+
+    Returns
+    -------
+    TokenStream
 
     Raises
     ------

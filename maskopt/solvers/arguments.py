@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from maskopt.checks import real, shown, whole
+from maskopt.checks import check_time_limit, shown, whole
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
 from maskopt.problems import Instance, Problem
 from maskopt.solvers.base import Solver
 
-__all__ = ["check_arguments", "check_masks", "check_solver", "check_time_limit", "ordinary_torch"]
+__all__ = ["check_arguments", "check_masks", "check_memory", "check_solver", "ordinary_torch"]
 
 
 _LONG = 2**63 - 1
@@ -48,8 +48,7 @@ def check_arguments(
     if callback is not None and not callable(callback):
         raise MaskoptError(f"The callback must be a function that takes a State; got {shown(callback)}.")
     check_time_limit(time_limit)
-    if not whole(1, _LONG).fits(memory):
-        raise MaskoptError(f"The memory must be a positive whole number of bytes; got {shown(memory)}.")
+    check_memory(memory)
     if not (record == "doubling" if isinstance(record, str) else whole(0, _LONG, optional=True).fits(record)):
         raise MaskoptError(f'record must be a number of iterations >= 0 or "doubling"; got {shown(record)}.')
 
@@ -72,10 +71,10 @@ def check_solver(solver: object, *, optional: bool = False) -> None:
         raise MaskoptError(f"A solver is an object such as Wanda(); got {shown(solver)}.")
 
 
-def check_time_limit(time_limit: object) -> None:
-    """Raise MaskoptError if this is no time limit."""
-    if not real(0, above=True, infinite=True, optional=True).fits(time_limit):
-        raise MaskoptError(f"The time limit must be a positive number of seconds; got {shown(time_limit)}.")
+def check_memory(memory: object) -> None:
+    """Raise MaskoptError if this is no number of bytes."""
+    if not whole(1, _LONG).fits(memory):
+        raise MaskoptError(f"The memory must be a positive whole number of bytes; got {shown(memory)}.")
 
 
 def _is_solver(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""What the surviving weights become: least squares on a mask, and methods that choose mask and weights together."""
+"""Updates of the surviving weights: least squares on a mask, and methods that choose mask and weights together."""
 
 from maskopt.weights.admm import ADMM
 from maskopt.weights.alps import ALPS

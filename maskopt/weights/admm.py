@@ -22,26 +22,35 @@ __all__ = ["ADMM"]
 class ADMM(Joint):
     """Alternating directions between least squares and the mask, one factorisation for all iterations.
 
-    In inputs of unit diagonal, with u the scaled dual:
+    In inputs of unit variance, with u the scaled dual variable, an iteration is
 
-        z = (v + u) where the mask keeps, u = v + u - z
+        z = (v + u) where the mask keeps, else 0
+        u = v + u - z
         v = argmin (w - v)^T (H + ridge I) (w - v) + penalty ||v - z + u||^2
 
-    In the first `selections` iterations the mask is chosen anew by |v + u|, pruning a fraction 1 - (1 - (t+1) / n)^3 of
-    what has to go in the end. Boza, "Fast and Effective Weight Update for Pruned Large Language Models" (arXiv
-    2401.02938). Any set works: until then the mask is the nearest member and, of each row block, the largest of
-    the other entries. The authors' code counts these over the whole matrix for N:M.
+    In iteration t = 0, ..., n - 1, n = `selections`, the mask is chosen again by |v + u|. It prunes a fraction
+    1 - (1 - (t+1) / n)^3 of the entries that the final mask prunes. Any set works: while t < n - 1 the mask is the
+    nearest member of the set and, in each row block, the largest of the other entries. The authors' code counts
+    these over the whole matrix for N:M.
 
     Parameters
     ----------
     ridge : float
         Added to the unit diagonal: a fraction of each input's own second moment, unlike in `System.of`.
     penalty : float
+        Of the augmented Lagrangian, in inputs of unit variance.
     iterations : int
+        In all; each is one matrix product.
     selections : int
-        Iterations in which the mask is chosen anew.
+        Iterations that choose the mask; it is fixed afterwards.
     gradual : bool
         Whether sparsity grows over these; False is what the authors' code does for masks of the whole matrix.
+
+    References
+    ----------
+    V. Boza, "Fast and Effective Weight Update for Pruned Large Language Models", arXiv 2401.02938: the weight update
+    on a fixed mask and its gradual choice. S. Boyd et al., "Distributed Optimization and Statistical Learning via
+    the Alternating Direction Method of Multipliers", 2011, section 3.1.1: the scaled form.
     """
 
     ridge: float = 0.1
@@ -59,7 +68,7 @@ class ADMM(Joint):
         w = system.weight
         gram = system.gram  # not used elsewhere, so it may be overwritten
         gram.diagonal().add_(self.ridge + self.penalty)
-        pull = definite_inverse(gram).mul_(self.penalty)
+        solution = definite_inverse(gram).mul_(self.penalty)
         selections = min(self.selections, self.iterations)
         v, near, u, cost = w.clone(), torch.empty_like(w), torch.zeros_like(w), torch.empty_like(w)
         mask, done = torch.ones_like(w), 0
@@ -72,7 +81,7 @@ class ADMM(Joint):
             torch.sub(near, v, out=u)
             # v = (H + penalty I)^-1 (H w + penalty (z - u)), written with one product.
             v.sub_(u).sub_(w)
-            torch.addmm(w, v, pull, out=near)
+            torch.addmm(w, v, solution, out=near)
             v, near = near, v
             done += 1
             monitor.counters["products"] += 1
@@ -83,7 +92,7 @@ class ADMM(Joint):
 
 
 def _loosened(masks: MaskSet, cost: Tensor, fraction: float) -> Tensor:
-    """Return the cheapest mask and each row block's cheapest other entries: a fraction of what it prunes is pruned."""
+    """Return the cheapest mask with each row block's cheapest pruned entries added, so that a fraction stays pruned."""
     chosen = masks.lmo(cost)
     if fraction == 1.0:
         return chosen

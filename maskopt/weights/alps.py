@@ -21,24 +21,23 @@ __all__ = ["ALPS"]
 
 @dataclass(frozen=True)
 class ALPS(Joint):
-    """ADMM on weights b and sparse copies d = b, with a penalty that grows until the mask stands still.
+    """ADMM on weights b and sparse copies d = b, with a penalty that grows until the mask no longer changes.
 
-    In inputs of unit diagonal, with H's eigenvectors found once:
+    In inputs of unit variance, with one eigendecomposition of H, an iteration is
 
         b = argmin (w - b)^T H (w - b) / 2 + dual^T (b - d) + penalty / 2 ||b - d||^2
         d = the point of the set nearest to b + dual / penalty
         dual += penalty * (b - d)
 
-    The weights are d, improved by conjugate gradients on the last mask. Two matrix products per iteration. Meng et
-    al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models" (arXiv
-    2406.07831), which keeps a fixed number of the whole matrix or N of M; any set works.
+    The weights are d, improved by conjugate gradients on the last mask. An iteration is two matrix products. The
+    paper keeps a fixed number of entries of the whole matrix or N of M; here any set works.
 
     Parameters
     ----------
     ridge : float
         See `System.of`.
     penalty : float
-        At the start.
+        Its value in the first iterations.
     growth : (float, float, float)
         Factors of the penalty where, since the last check, at least a tenth of the kept entries changed, at least
         one in 200, or fewer.
@@ -48,6 +47,22 @@ class ALPS(Joint):
         At most; the method ends when the mask has not changed between two checks.
     polish : int
         Steps of conjugate gradients at the end.
+
+    References
+    ----------
+    X. Meng, K. Behdin, H. Wang and R. Mazumder, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for
+    Large Language Models", arXiv 2406.07831, algorithm 1 (section 3.2) for the mask and algorithm 2 (section 3.3)
+    for the weights on it.
+
+    Examples
+    --------
+    >>> import maskopt
+    >>> layer = maskopt.synthetic("correlated", rows=8, d=32).problem()
+    >>> result = maskopt.solve(layer, maskopt.NM(keep=2, group=4), ALPS())
+    >>> result.status.name, result.sparsity
+    ('COMPLETED', 0.5)
+    >>> result.relative_error < 0.5 * result.kept_error  # after and before the update of the weights
+    True
     """
 
     penalty: float = 0.1
@@ -90,7 +105,7 @@ class ALPS(Joint):
             torch.add(b, dual, alpha=1.0 / penalty, out=near)
             mask = masks.lmo(torch.mul(near, near, out=cost).neg_())
             torch.mul(near, mask, out=d)
-            # dual / penalty + b - d is what d leaves of `near`.
+            # dual / penalty + b - d is `near` - d.
             torch.sub(near, d, out=dual).mul_(penalty)
             done += 1
             monitor.counters["products"] += 2

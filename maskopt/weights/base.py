@@ -1,4 +1,4 @@
-"""The damped, scaled least-squares problem behind all methods that update the surviving weights."""
+"""The damped, scaled least-squares problem that all methods solve which update the surviving weights."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["Joint", "System"]
 class System:
     """min over supports S and weights v on S of (w - v)^T H (w - v), one term per row, in scaled inputs.
 
-    H = D^-1 (G + ridge I) D^-1 has a unit diagonal and w stands for w D: layers with outlier channels are no worse
-    conditioned than others, and supports are the same.
+    H = D^-1 (G + ridge I) D^-1 has a unit diagonal and w stands for w D. The scaling leaves supports as they are and
+    conditions layers with outlier channels like others.
 
     Attributes
     ----------
     weight : Tensor
-        Scaled weight, shape (rows, d).
+        Scaled weight w D, shape (rows, d).
     gram : Tensor
         H, shape (d, d), symmetric with unit diagonal, positive definite for a positive ridge.
     size : Tensor
@@ -44,11 +44,15 @@ class System:
         ----------
         problem : LayerReconstruction
         ridge : float
-            Added to the diagonal of the Gram, as a fraction of its mean: keeps rank-deficient layers well-posed, draws
-            weights towards the dense ones.
+            Added to the diagonal of the Gram, as a fraction of its mean. It makes rank-deficient layers well-posed
+            and draws the weights towards the dense ones.
         each : bool
             Whether the ridge is a fraction of each input's own second moment instead of the mean, which outlier
-            channels dominate: then the other inputs would hardly count.
+            channels dominate.
+
+        Returns
+        -------
+        System
         """
         # A float32 Gram may be asymmetric in its last digits, which factorisations and their users see differently.
         gram = (problem.scaled_gram + problem.scaled_gram.T).mul_(0.5)
@@ -69,7 +73,7 @@ class System:
         return cls(problem.scaled_target * size, gram, size)
 
     def finish(self, problem: LayerReconstruction, scaled: Tensor) -> Tensor:
-        """Return scaled weights in the units of the layer's own."""
+        """Return scaled weights, shape (rows, d), in the units and type of the layer's weight."""
         return (scaled / self.size * problem.weight_unit).to(problem.dtype)
 
 

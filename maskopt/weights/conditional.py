@@ -1,4 +1,4 @@
-"""Our joint method: alternating directions in the metric of conditional variances."""
+"""The default joint method: ADMM in the metric of conditional variances."""
 
 from __future__ import annotations
 
@@ -21,36 +21,52 @@ __all__ = ["ConditionalADMM"]
 
 @dataclass(frozen=True)
 class ConditionalADMM(Joint):
-    """ADMM whose penalty weighs each input by what the other inputs cannot make up for.
+    """ADMM whose penalty weighs each input by its variance given the other inputs.
 
-    ADMM on v = z, z in the set, chooses by |v| in the metric of its penalty, and the supports that it settles on are
-    stable in that metric only. Inputs of unit variance, which ADMM pruning and ALPS use, are the wrong measure where
-    inputs are correlated: removing one costs w_j^2 times its variance given the others, as long as these are there to
-    make up for it. So the penalty is rho * sum_j c_j (v_j - z_j)^2 with c_j = 1 / (H + tau I)^-1_jj - tau, the
-    variance of input j that the others leave unexplained up to noise tau. In this metric rho has a natural scale:
-    removing w_j costs w_j^2, so supports form around rho = 1 whatever the layer, and a few stages suffice.
+    ADMM on v = z, z in the set, chooses entries by |v| in the metric of its penalty. ADMM and ALPS use inputs of
+    unit variance. Where inputs are correlated, that metric is wrong: removing w_j costs w_j^2 times the variance of
+    input j given the other inputs, while these are kept and their weights can compensate. Here the penalty is
+    rho * sum_j c_j (v_j - z_j)^2 with c_j = 1 / (H + tau I)^-1_jj - tau, the variance of input j given the others, up
+    to noise tau. In this metric removing w_j costs w_j^2 in every layer, so masks settle near rho = 1 and a few
+    stages of a growing rho suffice.
 
-    Each stage has one factorisation, so that an iteration is one matrix product (ALPS: two, and an
-    eigendecomposition). With x = v + dual / rho, an iteration is Douglas-Rachford's: z is the part of x in the set,
-    and x changes by `relaxation` times v - z. Rows are independent where the set lets them. Conjugate gradients on the
-    last mask end it.
+    A stage has one factorisation, and an iteration one matrix product (ALPS: two, and an eigendecomposition). With
+    x = v + dual / rho an iteration is one of Douglas-Rachford splitting: z is the point of the set nearest to x, and
+    x changes by `relaxation` times v - z. Rows are independent where the set allows it. Conjugate gradients on the
+    last mask follow.
 
     Parameters
     ----------
     ridge : float
         Added to the diagonal of the Gram, as a fraction of each input's own second moment.
     penalty : (float, float)
-        rho at the start and at the end. Where inputs are independent, no mask stands still below one.
+        rho in the first and in the last stage. Where inputs are independent, masks keep changing while rho < 1.
     noise : float
         tau, in inputs of unit variance.
     stages : int
-        Values of the penalty.
+        Values of rho, a geometric sequence.
     iterations : int
         In all stages together.
     relaxation : float
         In (0, 1].
     polish : int
         Steps of conjugate gradients at the end.
+
+    References
+    ----------
+    The metric is this project's own. J. Eckstein and D. P. Bertsekas, "On the Douglas-Rachford splitting method and
+    the proximal point algorithm for maximal monotone operators", Mathematical Programming 55, 1992: ADMM as
+    Douglas-Rachford splitting, with relaxation.
+
+    Examples
+    --------
+    >>> import maskopt
+    >>> layer = maskopt.synthetic("correlated", rows=8, d=32).problem()
+    >>> result = maskopt.solve(layer, maskopt.PerRow(0.5), ConditionalADMM())
+    >>> result.status.name, result.iterations, tuple(result.weight.shape)
+    ('COMPLETED', 52, (8, 32))
+    >>> result.relative_error < 0.5 * result.kept_error  # after and before the update of the weights
+    True
     """
 
     penalty: tuple[float, float] = (0.8, 2.0)
@@ -82,7 +98,7 @@ class ConditionalADMM(Joint):
         gram = system.gram / metric / metric.unsqueeze(1)
         w = system.weight * metric
         target = w @ gram
-        x, near, pulled, cost = w.clone(), *(torch.empty_like(w) for _ in range(3))
+        x, near, reflected, cost = w.clone(), *(torch.empty_like(w) for _ in range(3))
         mask = None if start is None else start.to(w.dtype)
         rho, done = self.penalty[0], 0
         stages = min(self.stages, self.iterations)
@@ -105,8 +121,8 @@ class ConditionalADMM(Joint):
                 if before != rho:
                     x.mul_(before / rho)
                     before = rho
-                torch.sub(near, x, out=pulled)
-                torch.addmm(constant, pulled, inverse, out=cost)  # v
+                torch.sub(near, x, out=reflected)
+                torch.addmm(constant, reflected, inverse, out=cost)  # v
                 x.add_(near)
                 # x + relaxation * (v + dual / rho - x), and x - dual / rho is z.
                 x.add_(cost.sub_(near), alpha=self.relaxation)
@@ -121,9 +137,9 @@ class ConditionalADMM(Joint):
 
 
 def _conditional_deviations(gram: Tensor, noise: float) -> Tensor:
-    """Return the standard deviation of each input that the others leave unexplained up to noise, shape (d,)."""
+    """Return the standard deviation of each input given the others, up to noise, shape (d,)."""
     noisy = gram.clone()
     noisy.diagonal().add_(noise)
     unexplained = definite_inverse(noisy).diagonal().reciprocal().sub_(noise)
-    # What is explained but for a trace of the noise keeps that, or float32 could not hold the metric and the rest.
+    # A variance far below the noise is raised to a fraction of it: float32 could not hold the range of the metric.
     return unexplained.clamp_(min=noise / 32).sqrt_()

@@ -1,4 +1,4 @@
-"""FISTAPruner: a convex relaxation of the mask, least squares with an l1 penalty on the weights."""
+"""FISTAPruner: least squares with an l1 penalty on the weights, a convex relaxation of the mask."""
 
 from __future__ import annotations
 
@@ -25,26 +25,32 @@ _SMALLEST = 1e-8  # penalty tried, as a fraction of the one that prunes everythi
 
 @dataclass(frozen=True)
 class FISTAPruner(Joint):
-    """Accelerated proximal gradients on an l1 penalty, then rounding; the penalty by bisection.
+    """FISTA on an l1 penalty, then rounding; bisection finds the penalty.
 
-    Each round minimises 1/2 ||(W - V) X||^2 + penalty * sum |V_ij| from the best weights so far and rounds V to the
-    nearest member R of the set. Where ||(R - V) X|| is a large fraction of ||(R - W) X||, V was not sparse enough, and
-    the penalty grows, else it shrinks. The answer is the best R, whose weights stay shrunk as they are. Zhao et al.,
-    "A Convex-optimization-based Layer-wise Post-training Pruner for Large Language Models" (arXiv 2408.03728).
+    A round minimises 1/2 ||(W - V) X||^2 + penalty * sum |V_ij| from the best weights so far and rounds V to the
+    nearest member R of the set. Where ||(R - V) X|| is a large fraction of ||(R - W) X||, V was not sparse enough and
+    the penalty grows; else it shrinks. The result is the best R; its weights stay as the penalty has shrunk them.
 
-    Where the paper leaves it open: bisection is geometric, between the penalty that prunes everything and 1e-8 of it;
-    all rounds are run. The pruned layer gets the same inputs X as the dense one.
+    Choices that the paper leaves open: bisection is geometric, between the penalty that prunes everything and 1e-8
+    of it, and all rounds are run. The pruned layer gets the same inputs X as the dense one.
 
     Parameters
     ----------
     ridge : float
-        Of `SparseGPT`, whose weights are the first; on sets it does not know, or from a `start`, these are the dense
-        ones where the mask keeps. The problem itself has no ridge.
+        Of `SparseGPT`, whose weights are the first. Where it does not work on the set, or a `start` is given, the first
+        are the dense ones on the mask. The problem itself has no ridge.
     threshold : float
         The fraction above which the penalty grows.
     rounds : int
+        Of bisection.
     iterations : int
-        Of each round.
+        Of FISTA in each round, one matrix product each.
+
+    References
+    ----------
+    P. Zhao et al., "A Convex-optimization-based Layer-wise Post-training Pruner for Large Language Models", arXiv
+    2408.03728. A. Beck and M. Teboulle, "A Fast Iterative Shrinkage-Thresholding Algorithm for Linear Inverse
+    Problems", SIAM Journal on Imaging Sciences 2, 2009, section 4: FISTA with constant step size.
     """
 
     threshold: float = 0.3
@@ -110,15 +116,15 @@ class FISTAPruner(Joint):
         penalty: float,
         stops: Callable[[int], bool],
     ) -> tuple[Tensor, int]:
-        """Return what the iterations of one round make of v, and how many were run."""
+        """Return the weights after one round of FISTA from v, and the number of its iterations."""
         ahead, free, momentum, limit = v.clone(), torch.empty_like(v), 1.0, penalty / steepness
         for iteration in range(self.iterations):
-            # The first one is the caller's: it has just asked.
+            # The caller has checked before the first iteration.
             if iteration > 0 and stops(iteration):
                 return v, iteration
             torch.addmm(ahead, ahead, gram, alpha=-1.0 / steepness, out=free)
             free.add_(target, alpha=1.0 / steepness)
-            # Soft thresholding: what lies beyond the limits.
+            # Soft thresholding.
             new = free - free.clamp(-limit, limit)
             following = (1.0 + math.sqrt(1.0 + 4.0 * momentum**2)) / 2.0
             torch.lerp(v, new, 1.0 + (momentum - 1.0) / following, out=ahead)
@@ -126,6 +132,6 @@ class FISTAPruner(Joint):
         return v, self.iterations
 
 
-def _energy(off: Tensor, gram: Tensor) -> float:
-    """Return the error of a layer whose weights are off by so much, in scaled units."""
-    return float((off @ gram).mul_(off).sum(dtype=torch.float64))
+def _energy(residual: Tensor, gram: Tensor) -> float:
+    """Return the error of a layer whose weights differ by `residual`, shape (rows, d), in scaled units."""
+    return float((residual @ gram).mul_(residual).sum(dtype=torch.float64))

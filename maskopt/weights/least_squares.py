@@ -1,4 +1,4 @@
-"""Least squares on a mask: the best weights where it keeps, zero where it prunes."""
+"""Least squares on a mask: the weights of minimal error where it keeps, zero where it prunes."""
 
 from __future__ import annotations
 
@@ -33,19 +33,34 @@ _DENSE = 512  # inputs up to which a factorisation per row beats conjugate gradi
 
 @dataclass(frozen=True)
 class LeastSquares(Joint):
-    """The mask of another solver, then the best weights on it.
+    """The mask of another solver, then the weights of minimal error on it.
 
     Parameters
     ----------
     ridge : float
         See `System.of`.
     solver : Solver
-        Chooses the mask, as if the weights stayed as they are.
+        Chooses the mask for the weights as they are.
     method : {"auto", "cholesky", "cg"}
         One factorisation for each row, in float64, or preconditioned conjugate gradients for all rows at once; by
         default the former up to 512 inputs.
     steps : int
         Of conjugate gradients.
+
+    References
+    ----------
+    The normal equations on a support: X. Meng et al., "ALPS", arXiv 2406.07831, section 3.3. Conjugate gradients:
+    algorithm 2 there; Y. Saad, "Iterative Methods for Sparse Linear Systems", 2nd edition, 2003, algorithm 9.1.
+
+    Examples
+    --------
+    >>> import maskopt
+    >>> layer = maskopt.synthetic("correlated", rows=8, d=32).problem()
+    >>> result = maskopt.solve(layer, maskopt.PerRow(0.5), LeastSquares(solver=maskopt.Wanda()))
+    >>> bool((result.mask == maskopt.solve(layer, maskopt.PerRow(0.5), maskopt.Wanda()).mask).all())
+    True
+    >>> result.relative_error < 0.5 * result.kept_error  # after and before the update of the weights
+    True
     """
 
     solver: Solver = field(default_factory=ContinuationFrankWolfe)
@@ -63,7 +78,7 @@ class LeastSquares(Joint):
             method=choice(("auto", "cholesky", "cg")),
             steps=whole(0),
         )
-        # What holds for the solver holds for the pair.
+        # Start, row-wise work and recording are those of the solver that chooses the mask.
         for name in ("start", "row_wise", "blockwise", "record"):
             object.__setattr__(self, name, getattr(self.solver, name))
         object.__setattr__(self, "arrays", max(self.solver.arrays, Joint.arrays))
@@ -92,7 +107,7 @@ class LeastSquares(Joint):
             v = system.weight * outcome.mask
             if monitor.ended is None:
                 v = polish(problem, masks, system, outcome.mask, v, self.steps, monitor)
-        # What is proven of masks alone, bounds among it, is not of masks with weights.
+        # Proofs about masks alone, bounds among them, do not hold for masks with updated weights.
         proven = outcome.status in (Status.OPTIMAL, Status.WITHIN_GAP, Status.LOCAL_OPTIMUM)
         status = Status.COMPLETED if proven else outcome.status
         return replace(outcome, status=status, lower_bound=None, weight=system.finish(problem, v))
@@ -101,7 +116,7 @@ class LeastSquares(Joint):
 def exact_weights(
     system: System, mask: Tensor, memory: int = 2**28, stops: Callable[[int], bool] | None = None
 ) -> Tensor:
-    """Return the scaled weights of smallest error on a mask: H_SS v = (H w)_S for each row, in float64.
+    """Return the scaled weights of minimal error on a mask: H_SS v = (H w)_S for each row, in float64.
 
     Parameters
     ----------
@@ -109,20 +124,25 @@ def exact_weights(
     mask : Tensor
         Boolean, shape (rows, d).
     memory : int
-        Bytes for the rows' own matrices, which are of size kept x kept: so many rows are solved at a time.
+        Bytes for the rows' own matrices, of size kept x kept; it sets how many rows are solved at a time.
     stops : callable, optional
-        Called with the number of rows solved before each such step; where it returns True, the other rows keep the
-        weights of the system.
+        Called before each chunk of rows with the number of rows solved; where it returns True, the other rows keep
+        the weights of the system.
 
     Returns
     -------
     Tensor
-        Shape (rows, d), zero where pruned, in the system's type. Where entries explain each other exactly (duplicate
-        inputs without a ridge), one of the best.
+        Shape (rows, d), zero where pruned, in the system's type. Where the minimum is not unique (duplicate inputs
+        without a ridge), one of the minimisers.
+
+    Raises
+    ------
+    MaskoptError
+        If an entry of the system is NaN or infinite.
     """
     gram = system.gram.double()
     target = system.weight.double() @ gram
-    # A Gram in float32 that should be singular is indefinite by its rounding, to which weights shall not be fitted.
+    # The rounding of float32 makes a singular Gram indefinite; weights must not be fitted to that rounding.
     rounding = torch.finfo(system.gram.dtype).eps * len(gram)
     counts = mask.sum(1)
     order = torch.argsort(mask, dim=1, descending=True, stable=True)
@@ -162,12 +182,27 @@ def polish(
     monitor: Monitor,
     done: int = 0,
 ) -> Tensor:
-    """Run `conjugate_gradients` after `done` iterations of a method, until the solve has to stop; products are counted.
+    """Run `conjugate_gradients` at the end of a method, until the solve has to stop, and count its products.
+
+    Parameters
+    ----------
+    problem, masks
+        As in `Solver.run`.
+    system : System
+    mask : Tensor
+        1 (or True) where kept, shape (rows, d).
+    v : Tensor
+        Scaled weights to start from, zero where pruned, shape (rows, d).
+    steps : int
+        At most.
+    monitor : Monitor
+    done : int
+        Iterations of the method before.
 
     Returns
     -------
     Tensor
-        The best weights so far.
+        The scaled weights reached, shape (rows, d).
     """
 
     def stops(step: int) -> bool:
@@ -184,8 +219,9 @@ def conjugate_gradients(
 ) -> Tensor:
     """Lower the error of scaled weights on their mask by Jacobi-preconditioned conjugate gradients.
 
-    All rows at once, each with steps of its own; the residual is projected on the mask, so nothing of size
-    rows x d x d exists. One matrix product per step, and one before.
+    All rows are updated at once, each with its own step size. The residual is projected on the mask, so that memory is
+    that of a few (rows, d) matrices. The cost is one matrix product per step, and one before. X. Meng et al., "ALPS",
+    arXiv 2406.07831, algorithm 2; Y. Saad, "Iterative Methods for Sparse Linear Systems", 2003, algorithm 9.1.
 
     Parameters
     ----------
@@ -211,7 +247,7 @@ def conjugate_gradients(
     r = ((system.weight - v) @ system.gram).mul_(mask)
     z = r / diagonal
     p, size = z.clone(), torch.linalg.vecdot(r, z)
-    # What is left below this is rounding; a step in it would be noise.
+    # A residual below this is rounding.
     minimum = size * torch.finfo(v.dtype).eps ** 2
     for step in range(steps):
         if stops is not None and stops(step):
@@ -235,13 +271,18 @@ def definite_inverse(matrix: Tensor) -> Tensor:
 
 
 def definite_factor(matrices: Tensor) -> Tensor:
-    """Return the lower Cholesky factors of symmetric matrices, each shifted as little as that takes.
+    """Return the lower Cholesky factors of symmetric matrices, shifted by a small multiple of I where not definite.
 
     Parameters
     ----------
     matrices : Tensor
-        Symmetric, diagonal of about one, shape (..., d, d): what a positive ridge left definite is not shifted.
-        Rounding and rank deficiency without a ridge are.
+        Symmetric, diagonal of about one, shape (..., d, d). Matrices that a positive ridge makes definite are not
+        shifted; those that are indefinite by rounding or rank deficiency are.
+
+    Returns
+    -------
+    Tensor
+        Shape (..., d, d).
 
     Raises
     ------

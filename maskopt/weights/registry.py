@@ -1,4 +1,4 @@
-"""What may become of the surviving weights, by the names people type."""
+"""Methods for the surviving weights, by name."""
 
 from collections.abc import Callable
 
@@ -25,25 +25,35 @@ _METHODS: dict[str, Callable[..., Joint]] = {
 }
 
 WEIGHTS: dict[str, Callable[..., Joint] | None] = {"keep": None, **_METHODS}
-"""What makes the solver; None: nothing is done to the weights."""
+"""Class of the solver by name; None where the weights are kept as they are."""
 
 
 def make_weights(name: str, solver: Solver | None = None, **settings: object) -> Solver:
-    """Return the solver that does with the weights what the name says.
+    """Return a solver by the name of its method for the surviving weights.
 
     Parameters
     ----------
     name : str
-        keep: `solver`, weights stay; lsq: `solver`, then least squares; others choose the mask themselves.
+        A name in `WEIGHTS`. keep: `solver`, and weights stay as they are; lsq: `solver`, then least squares; the other
+        methods choose the mask themselves.
     solver : Solver, optional
-        What chooses the mask for keep and lsq; `ContinuationFrankWolfe()` by default.
+        Chooses the mask for keep and lsq; `ContinuationFrankWolfe()` by default.
     **settings
         Of the method.
+
+    Returns
+    -------
+    Solver
 
     Raises
     ------
     MaskoptError
         If there is no such method or setting, or a solver is given to a method that chooses the mask itself.
+
+    Examples
+    --------
+    >>> make_weights("alps", iterations=50).iterations
+    50
     """
     if name not in WEIGHTS:
         raise MaskoptError(f"There is no method {name!r} for weights; choose one of {', '.join(WEIGHTS)}.")

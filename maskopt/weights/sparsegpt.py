@@ -1,4 +1,4 @@
-"""SparseGPT: prune from the first input to the last, the later ones making up for each loss."""
+"""SparseGPT: prune from the first input to the last; the weights of later inputs compensate each loss."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ __all__ = ["SparseGPT"]
 class SparseGPT(Joint):
     """One pass over the inputs: prune where it costs least, update the weights of all later inputs.
 
-    With U^T U = H^-1, U upper triangular, removing w_j costs w_j^2 / U_jj^2 when inputs before j stay as they
-    are; the best answer of the later ones is w - w_j / U_jj * U_j. Frantar and Alistarh, "SparseGPT: Massive Language
-    Models Can Be Accurately Pruned in One-Shot" (ICML 2023, arXiv 2301.00774).
+    With U^T U = H^-1, U upper triangular, removing w_j costs w_j^2 / U_jj^2 when weights of inputs before j stay as
+    they are; the best update of the later ones is w - w_j / U_jj * U_j.
 
     Entries are chosen when the pass reaches their group. Wider groups, such as rows or the whole matrix, are cut into
-    spans of `block` inputs, and each keeps its fraction: of 50 % of the whole matrix, half of every rows x 128 entries.
+    spans of `block` inputs that each keep the same fraction: for 50 % of the whole matrix, half of every rows x 128
+    entries.
 
     Parameters
     ----------
@@ -44,6 +44,21 @@ class SparseGPT(Joint):
     ------
     MaskoptError
         In `solve`, if the set is no `PartitionMatroid`: others cannot be chosen block by block.
+
+    References
+    ----------
+    E. Frantar and D. Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023,
+    arXiv 2301.00774, algorithm 1.
+
+    Examples
+    --------
+    >>> import maskopt
+    >>> layer = maskopt.synthetic("correlated", rows=8, d=32).problem()
+    >>> result = maskopt.solve(layer, maskopt.NM(keep=2, group=4), SparseGPT())
+    >>> result.mask.view(8, 8, 4).sum(2).unique().tolist()
+    [2]
+    >>> result.relative_error < 0.5 * result.kept_error  # after and before the update of the weights
+    True
     """
 
     block: int = 128
@@ -74,22 +89,27 @@ class SparseGPT(Joint):
         stops : callable
             Called before every input with its number; once it returns True, masks are still chosen but no weights
             are updated.
+
+        Returns
+        -------
+        mask, weight : Tensor
+            Boolean, and in the problem's type; shape (rows, d).
         """
         system = System.of(problem, self.ridge)
         columns = problem.shape[1]
-        # H = R R^T with R upper triangular is the factorisation of H turned by half a circle, and U = R^-1.
+        # With H flipped in both axes, its lower factor flipped back is the R of H = R R^T, upper triangular; U = R^-1.
         with factor_threads(columns):
             factor = definite_factor(system.gram.flip((0, 1))).flip((0, 1))
-            push = torch.linalg.solve_triangular(factor, torch.eye(columns).to(factor), upper=True)
-        size = push.diagonal().clone()
-        push.div_(size.unsqueeze(1))
+            upper = torch.linalg.solve_triangular(factor, torch.eye(columns).to(factor), upper=True)
+        size = upper.diagonal().clone()
+        upper.div_(size.unsqueeze(1))
         # Inputs first: the pass works on one after the other.
         v = system.weight.T.contiguous()
         keep, lost = torch.ones_like(v), torch.empty_like(v)
         stopped = False
         for spans in _blocks(masks, problem.shape, self.block):
             begin, end = spans[0][0], spans[-1][1]
-            done = begin  # inputs whose losses the later ones of the block make up for
+            done = begin  # inputs whose losses the later ones of the block compensate
             for first, last, choice in spans:
                 cost = (v[first:last] / size[first:last].unsqueeze(1)).square_().neg_()
                 keep[first:last] = choice.lmo(cost.T.contiguous()).T
@@ -99,10 +119,10 @@ class SparseGPT(Joint):
                     if stopped:
                         break
                     torch.mul(v[j], pruned[j - first], out=lost[j])
-                    v[j + 1 : end].addr_(push[j, j + 1 : end], lost[j], alpha=-1.0)
+                    v[j + 1 : end].addr_(upper[j, j + 1 : end], lost[j], alpha=-1.0)
                     done = j + 1
             if done > begin and end < columns:
-                v[end:].addmm_(push[begin:done, end:].T, lost[begin:done], alpha=-1.0)
+                v[end:].addmm_(upper[begin:done, end:].T, lost[begin:done], alpha=-1.0)
         return keep.T.bool().contiguous(), system.finish(problem, v.mul_(keep).T).contiguous()
 
 
@@ -126,12 +146,12 @@ def _spans(masks: PartitionMatroid, shape: Shape, block: int) -> Iterator[_Span]
     rows, columns = shape
     blocks = rows // height
     counts = masks.kept_per_group(shape).view(blocks, columns // width)
-    held, banned = (_per_block(entries, blocks, shape) for entries in (masks.protected, masks.forbidden))
+    held, banned = (_per_row_block(entries, blocks, shape) for entries in (masks.protected, masks.forbidden))
     free = height - held - banned
     for tile, begin in enumerate(range(0, columns, width)):
         end = begin + width
         total = free[:, begin:end].sum(1)
-        # Sets of at most so many may count more than there are.
+        # Sets that bound a count from above may allow more entries than there are.
         open_ = torch.minimum(counts[:, tile] - held[:, begin:end].sum(1), total)
         before, seen = torch.zeros_like(total), torch.zeros_like(total)
         for first in range(begin, end, block):
@@ -149,7 +169,7 @@ def _spans(masks: PartitionMatroid, shape: Shape, block: int) -> Iterator[_Span]
             yield first, last, part.restrict(*fixed)
 
 
-def _per_block(entries: Tensor | None, blocks: int, shape: Shape) -> Tensor:
+def _per_row_block(entries: Tensor | None, blocks: int, shape: Shape) -> Tensor:
     """Return how many entries of each column are marked in each row block, int64, on the CPU, shape (row blocks, d)."""
     if entries is None:
         return torch.zeros((blocks, shape[1]), dtype=torch.int64)

@@ -88,7 +88,7 @@ def test_bad_arguments_are_refused(fails: Callable[..., str], layer: Path, mask:
     assert "does not belong to PerRow" in words("--mask", mask, "-s", 0.75)
     assert "does not belong to NM" in words("--mask", mask, "-p", "2:4")
     assert "choose one of gap" in words("--mask", mask, "-s", 0.5, "--bound", "guess")
-    assert "must be positive" in words("--mask", mask, "-s", 0.5, "--time-limit", "nan")
+    assert "must be a positive" in words("--mask", mask, "-s", 0.5, "--time-limit", "nan")
     assert "0:12" in words("--mask", mask, "-s", 0.5, "--rows", "12")
     assert "couples 12 rows" in words("--mask", mask, "-p", "unstructured", "-s", 0.5, "--rows", "0:4")
     assert "does not exist" in words("--mask", tmp_path / "none", "-s", 0.5)

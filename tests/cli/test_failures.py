@@ -63,7 +63,7 @@ def test_a_failure_of_compare_leaves_nothing(run, layer, tmp_path, untouched, mo
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (FULL, 1)])
-@pytest.mark.parametrize("place", ["maskopt.models.saving.save_masks", "maskopt.solvers.base.Monitor.block"])
+@pytest.mark.parametrize("place", ["maskopt.models.saving.save_masks", "maskopt.solvers.base.Monitor.chunk"])
 def test_a_failure_of_prune_leaves_nothing(fails, model, text, tmp_path, untouched, monkeypatch, place, error, code):
     monkeypatch.setattr(place, raising(error))
     arguments = ("--calibration", text, "-s", 0.5, "--solver", "wanda", "--samples", 2)

@@ -190,7 +190,7 @@ def test_a_time_limit_ends_the_proofs_and_says_so(run, fails, model, text, tmp_p
     assert layer["unfinished_rows"] == 0
     assert report["layers"][0]["lower_bound"] < layer["lower_bound"] <= layer["objective"]
     assert "--certify" in fails("prune", model, tmp_path / "no", *arguments[:6], "--time-limit", 5)
-    assert "must be positive" in fails("prune", model, tmp_path / "no", *arguments, "--time-limit", "nan")
+    assert "must be a positive" in fails("prune", model, tmp_path / "no", *arguments, "--time-limit", "nan")
 
 
 @pytest.mark.parametrize("width", [80, 100])

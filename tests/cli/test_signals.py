@@ -124,7 +124,7 @@ def test_a_full_standard_output_is_found_before_the_work(layer, tmp_path):
     with open("/dev/full", "w") as full:
         done = run_program(layer, "--out", tmp_path / "mask", stdout=full)
     assert done.returncode == 1
-    assert done.stderr == "Standard output takes nothing: No space left on device.\n"
+    assert done.stderr == "Standard output cannot be written to: No space left on device.\n"
     assert list(tmp_path.iterdir()) == [layer]
 
 
@@ -136,7 +136,7 @@ def test_a_broken_pipe_is_found_before_the_work(layer, tmp_path):
     finally:
         os.close(writer)
     assert done.returncode == 1
-    assert done.stderr == "Standard output takes nothing: Broken pipe.\n"
+    assert done.stderr == "Standard output cannot be written to: Broken pipe.\n"
     assert list(tmp_path.iterdir()) == [layer]
 
 

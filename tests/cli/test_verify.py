@@ -102,7 +102,7 @@ def test_without_a_proof_none_is_claimed(run: Run, layer: Path, iterations: int,
 
 @pytest.mark.parametrize("exact", ["wanda", "magnitude", "ria", "one-swap", "continuation"])
 def test_what_proves_nothing_cannot_be_exact(fails: Callable[..., str], layer: Path, exact: str) -> None:
-    assert f"needs a solver that proves bounds, such as scip or brute-force; got {exact}" in fails(
+    assert f"needs a solver that proves bounds, such as branch-and-bound, scip or brute-force; got {exact}" in fails(
         "verify", layer, "-s", 0.5, "--exact", exact
     )
 
@@ -125,7 +125,7 @@ def test_zero_rows_are_proven_optimal(run: Run, tmp_path: Path) -> None:
         (("--columns", 10, "-p", "2:4"), "divisible by 4"),
         (("-s", 0.5, "--exact", "oracle"), "no solver 'oracle'"),
         (("-s", 0.5, "-o", "presolve=3"), "branch-and-bound has no setting 'presolve'"),
-        *((("-s", 0.5, "--time-limit", limit), "must be positive") for limit in (0, -1, "nan")),
+        *((("-s", 0.5, "--time-limit", limit), "must be a positive") for limit in (0, -1, "nan")),
         (("-s", 0.5, "--exact", "brute-force", "-o", "limit=10"), "at most 10 masks"),
         ((), "needs a sparsity"),
     ],

@@ -86,7 +86,7 @@ def test_padding_that_cannot_be_told_apart_is_refused(tensors):
     real = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]).bool()
     with torch.no_grad(), GramCollector([layer]) as grams:
         grams.begin(batch_of(tensors[0], real))
-        with pytest.raises(MaskoptError, match=r"routed sees inputs of shape \(7, 6\) for a padded batch"):
+        with pytest.raises(MaskoptError, match=r"routed has inputs of shape \(7, 6\) for a padded batch"):
             layer.module(torch.randn(7, 6))
 
 
@@ -127,7 +127,7 @@ def test_layers_with_one_input_in_some_batches_only_are_refused(tensors, calls):
         layers, grams = collect(Fickle(), tensors)
         return [grams[layer] for layer in layers]
 
-    with pytest.raises(MaskoptError, match="a and b see the same tensor in one calibration batch"):
+    with pytest.raises(MaskoptError, match="a and b have the same input in one calibration batch"):
         run()
 
 

@@ -181,7 +181,7 @@ def test_text_that_is_too_short_is_refused(tokenizer, llama):
 
 @pytest.mark.parametrize("name", ["samples", "seqlen", "batch_size"])
 def test_numbers_must_be_positive(tokenizer, name):
-    with pytest.raises(MaskoptError, match=f"{name} must be at least 1; got 0"):
+    with pytest.raises(MaskoptError, match=f"{name} must be an integer of at least 1; got 0"):
         calibration_batches(tokenizer, TEXT, **{"seqlen": 4, name: 0})
 
 
@@ -250,7 +250,7 @@ def test_perplexity_needs_a_causal_language_model(build, tokenizer):
 def test_perplexity_refuses_what_it_cannot_measure(llama, build, tokenizer):
     with pytest.raises(MaskoptError, match="seqlen must be at least 2"):
         perplexity(llama, tokenizer, TEXT, seqlen=1)
-    with pytest.raises(MaskoptError, match="batch_size must be at least 1"):
+    with pytest.raises(MaskoptError, match="batch_size must be an integer of at least 1"):
         perplexity(llama, tokenizer, TEXT, batch_size=0)
     with pytest.raises(MaskoptError, match="The text has sequences of 40 tokens, but the model takes at most 32"):
         perplexity(llama, tokenizer, TEXT, seqlen=40)
