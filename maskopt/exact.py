@@ -9,10 +9,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["WIDEST", "ExactMatrix", "exact_difference", "floor_of_sum", "fraction", "integers", "summable", "summed"]
+__all__ = [
+    "WIDEST",
+    "ExactMatrix",
+    "condition",
+    "exact_difference",
+    "floor_of_sum",
+    "fraction",
+    "integers",
+    "rounded",
+    "summable",
+    "summed",
+]
 
 WIDEST = 512
 """Inputs up to which sums are repeated exactly where float64 is in doubt; beyond, one sum takes too long."""
+
+
+def condition(inputs: int) -> float:
+    """Return how many times larger than their sum the terms of an error may be before it is repeated exactly.
+
+    The longer a sum, the more it costs to repeat it, and the more its terms exceed it on ordinary data.
+    """
+    return 64.0 + 2.0 * inputs**2
 
 
 def integers(values: np.ndarray) -> tuple[np.ndarray, int]:
@@ -31,6 +50,14 @@ def integers(values: np.ndarray) -> tuple[np.ndarray, int]:
 def fraction(number: int, exponent: int) -> Fraction:
     """Return number 2^exponent."""
     return Fraction(number << exponent) if exponent >= 0 else Fraction(number, 1 << -exponent)
+
+
+def rounded(value: Fraction) -> float:
+    """Return the nearest float; infinity where there is none."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 def summed(values: Tensor) -> Fraction:

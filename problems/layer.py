@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.exact import WIDEST, ExactMatrix, exact_difference
+from maskopt.exact import WIDEST, ExactMatrix, condition, exact_difference, rounded
 from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
 from maskopt.problems.checks import (
     check_finite,
@@ -326,11 +326,11 @@ class LayerReconstruction(Quadratic):
             return errors
         # Where terms cancel, or are too small for their products, the sum is repeated without rounding.
         size = off.abs_() @ self.entry_sizes()
-        doubtful = (size > 0) & (errors / self.unit < (size.square() / (2.0 * self.shape[1] ** 2)).clamp_min(1e-290))
+        doubtful = (size > 0) & (errors / self.unit < (size.square() / condition(self.shape[1])).clamp_min(1e-290))
         index = doubtful.nonzero().flatten()
         if len(index):
             exact = self.rows(index).exact_objective(mask[index])
-            errors[index] = torch.tensor([_float(value) for value in exact], dtype=errors.dtype, device=errors.device)
+            errors[index] = torch.tensor([rounded(value) for value in exact], dtype=errors.dtype, device=errors.device)
         return errors
 
     def exact_objective(self, mask: Tensor) -> list[Fraction]:
@@ -361,7 +361,7 @@ class LayerReconstruction(Quadratic):
 
     def scale(self) -> Tensor:
         if self._scale is None:
-            self._scale = self._quadratic_form(self.target.double() / self._weight_unit)
+            self._scale = self.objective(torch.zeros_like(self.weight, dtype=torch.bool))
         return self._scale
 
     def _quadratic_form(self, rows: Tensor) -> Tensor:
@@ -385,13 +385,6 @@ class _Known:
         self.sizes: Tensor | None = None
         self.indefinite: float | None = None
         self.exact: ExactMatrix | None = None
-
-
-def _float(value: Fraction) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
 
 
 def _power_of_two(largest: Tensor) -> float:

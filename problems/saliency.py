@@ -5,7 +5,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from maskopt.exact import summed
+from maskopt.exact import condition, rounded, summed
 from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
 
 __all__ = ["Saliency"]
@@ -86,9 +86,9 @@ class Saliency(Quadratic):
         lost = self.scores.double().masked_fill(mask, 0.0)
         values = lost.sum(1)
         # Scores of both signs may cancel; then the sum is repeated without rounding.
-        index = (values.abs() * (2.0 * self.shape[1] ** 2) < lost.abs().sum(1)).nonzero().flatten()
+        index = (values.abs() * condition(self.shape[1]) < lost.abs().sum(1)).nonzero().flatten()
         if len(index):
-            values[index] = torch.tensor([float(summed(row)) for row in lost[index]], dtype=torch.float64).to(values)
+            values[index] = torch.tensor([rounded(summed(row)) for row in lost[index]], dtype=torch.float64).to(values)
         return values
 
     def exact_objective(self, mask: Tensor) -> list[Fraction]:
