@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "WIDEST",
     "ExactMatrix",
+    "condition",
     "exact_difference",
     "floor_of_sum",
     "fraction",
@@ -23,6 +24,14 @@ __all__ = [
 
 WIDEST = 512
 """Number of inputs up to which doubtful sums are repeated exactly; beyond, one sum takes too long."""
+
+
+def condition(inputs: int) -> float:
+    """Return how many times larger than their sum the terms of an error may be before it is repeated exactly.
+
+    The longer a sum, the more it costs to repeat it, and the more its terms exceed it on ordinary data.
+    """
+    return 64.0 + 2.0 * inputs**2
 
 
 def integers(values: np.ndarray) -> tuple[np.ndarray, int]:
@@ -65,17 +74,11 @@ def fraction(number: int, exponent: int) -> Fraction:
 
 
 def nearest_float(value: Fraction) -> float:
-    """Return the float nearest to a number, infinity where that exceeds the range of floats.
-
-    Parameters
-    ----------
-    value : Fraction
-        Not negative.
-    """
+    """Return the float nearest to a number, infinity of its sign where that exceeds the range of floats."""
     try:
         return float(value)
     except OverflowError:
-        return math.inf
+        return math.copysign(math.inf, value)
 
 
 def summed(values: Tensor) -> Fraction:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from maskopt.checks import shown, sides
 from maskopt.errors import MaskoptError
+from maskopt.exact import summable
 from maskopt.oracles.base import Index, MaskSet, Shape, fitted
 from maskopt.oracles.fixed import joined, refuse_contradiction
 from maskopt.oracles.matroid import PartitionMatroid
@@ -99,7 +100,7 @@ class Units(MaskSet):
         return units.reshape(shape[0], shape[1])
 
     def _sum(self, cost: Tensor) -> Tensor:
-        return self._units(cost).sum((1, 3), dtype=torch.promote_types(cost.dtype, torch.float32))
+        return self._units(cost).sum((1, 3), dtype=torch.float64)
 
     @property
     def separable(self) -> bool:
@@ -132,6 +133,13 @@ class Units(MaskSet):
 
     def lmo(self, cost: Tensor) -> Tensor:
         return self._repeat(self.base.lmo(self._sum(cost)).to(cost.dtype), cost.shape)
+
+    def lmo_bound(self, cost: Tensor) -> Tensor:
+        # The cost of a unit is a sum that is rounded, which may decide between units.
+        height, width = self.unit_of(cost.shape)
+        flat = cost.double().reshape(-1, self.row_block(cost.shape) * cost.shape[1])
+        rounding = flat.abs().sum(1).mul_(height * width * 2.0**-51)
+        return super().lmo_bound(cost) - torch.where(summable(flat), 0.0, rounding)
 
     def inface(self, cost: Tensor, x: Tensor) -> Tensor:
         """Return the vertex of minimal cost on the smallest face that contains `x`.

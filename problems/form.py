@@ -7,7 +7,7 @@ from torch import Tensor
 
 from maskopt.checks import matrix
 from maskopt.errors import MaskoptError
-from maskopt.exact import WIDEST, ExactMatrix, summed
+from maskopt.exact import WIDEST, ExactMatrix, condition, nearest_float, summed
 from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
 from maskopt.problems.checks import symmetrised
 from maskopt.problems.convexity import eigenvalue_floor
@@ -81,10 +81,10 @@ class QuadraticForm(Quadratic):
             return values
         # Where terms cancel, the sum is repeated in exact arithmetic.
         size = ((x @ exact.quadratic.abs()).add_(exact.linear.abs())).mul_(x).sum(1)
-        index = (values.abs() * (2.0 * self.shape[1] ** 2) < size).nonzero().flatten()
+        index = (values.abs() * condition(self.shape[1]) < size).nonzero().flatten()
         if len(index):
             whole = self.rows(index).exact_objective(mask[index])
-            values[index] = torch.tensor([float(value) for value in whole], dtype=torch.float64).to(values)
+            values[index] = torch.tensor([nearest_float(value) for value in whole], dtype=torch.float64).to(values)
         return values
 
     def exact_objective(self, mask: Tensor) -> list[Fraction]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from maskopt.checks import matrix
 from maskopt.errors import MaskoptError
-from maskopt.exact import WIDEST, ExactMatrix, exact_difference, nearest_float
+from maskopt.exact import WIDEST, ExactMatrix, condition, exact_difference, nearest_float
 from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
 from maskopt.problems.checks import (
     check_finite,
@@ -335,7 +335,7 @@ class LayerReconstruction(Quadratic):
             return errors
         # Where terms cancel or their products underflow, the sum is repeated in exact arithmetic.
         size = residual.abs_() @ self.entry_sizes()
-        doubtful = (size > 0) & (errors / self.unit < (size.square() / (2.0 * self.shape[1] ** 2)).clamp_min(1e-290))
+        doubtful = (size > 0) & (errors / self.unit < (size.square() / condition(self.shape[1])).clamp_min(1e-290))
         index = doubtful.nonzero().flatten()
         if len(index):
             exact = self.rows(index).exact_objective(mask[index])
@@ -372,7 +372,7 @@ class LayerReconstruction(Quadratic):
 
     def scale(self) -> Tensor:
         if self._scale is None:
-            self._scale = self._quadratic_form(self.target.double() / self._weight_unit)
+            self._scale = self.objective(torch.zeros_like(self.weight, dtype=torch.bool))
         return self._scale
 
     def _quadratic_form(self, rows: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from maskopt.checks import matrix
 from maskopt.errors import MaskoptError
-from maskopt.exact import summed
+from maskopt.exact import condition, nearest_float, summed
 from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
 
 __all__ = ["Saliency"]
@@ -139,9 +139,11 @@ class Saliency(Quadratic):
         lost = self.scores.double().masked_fill(mask, 0.0)
         values = lost.sum(1)
         # Scores of both signs may cancel; then the sum is repeated in exact arithmetic.
-        index = (values.abs() * (2.0 * self.shape[1] ** 2) < lost.abs().sum(1)).nonzero().flatten()
+        index = (values.abs() * condition(self.shape[1]) < lost.abs().sum(1)).nonzero().flatten()
         if len(index):
-            values[index] = torch.tensor([float(summed(row)) for row in lost[index]], dtype=torch.float64).to(values)
+            values[index] = torch.tensor([nearest_float(summed(row)) for row in lost[index]], dtype=torch.float64).to(
+                values
+            )
         return values
 
     def exact_objective(self, mask: Tensor) -> list[Fraction]:

@@ -232,7 +232,7 @@ def _asymmetric(random: np.random.Generator, gram: np.ndarray) -> np.ndarray:
 
 def layer_of(random: np.random.Generator, shape: Shape, scaling: str) -> tuple[np.ndarray, np.ndarray]:
     """Return a weight and a Gram, float64."""
-    _, d = shape
+    d = shape[1]
     weight = random.standard_normal(shape)
     x = random.standard_normal((d, int(random.integers(max(1, d // 2), 2 * d + 2))))
     x += random.choice([0.0, 1.0, 3.0]) * random.standard_normal((1, x.shape[1]))
@@ -404,8 +404,8 @@ def check_result(
         if result.lower_bound is None:
             finding.false.append("no bound")
         elif any(
-            value - bound > (gap + ULPS * 2.0**-53) * abs(value)
-            for value, bound in zip(reported.tolist(), result.lower_bound.tolist(), strict=True)
+            value - bound > (gap + ULPS * 2.0**-53) * float(size)
+            for value, bound, size in zip(reported.tolist(), result.lower_bound.tolist(), sizes, strict=True)
         ):
             finding.false.append("gap")
     if result.status is Status.LOCAL_OPTIMUM:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskopt.checks import check_settings, whole
 from maskopt.errors import MaskoptError
-from maskopt.exact import WIDEST
+from maskopt.exact import WIDEST, condition
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction, Problem, Quadratic
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
@@ -198,7 +198,7 @@ class _Evaluation:
             self._size = float(size * (entries + 8)) * 2.0**-51
         if isinstance(problem.unshifted(), LayerReconstruction) and problem.shape[1] <= WIDEST:
             # Errors whose sums cancel are repeated exactly: the others have a small relative error.
-            relative: float = float(problem.shape[1] ** 2 * (entries + 8)) * 2.0**-50
+            relative: float = condition(problem.shape[1]) * float(entries + 8) * 2.0**-51
             return min(self._size, abs(value) * relative)
         return self._size
 

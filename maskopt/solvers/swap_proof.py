@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.exact import integers
+from maskopt.exact import WIDEST, exact_difference, integers
 from maskopt.oracles import PartitionMatroid
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers.swap_search import SwapSearch
@@ -42,7 +42,8 @@ def exact_swaps(
 ) -> Swaps | None:
     """Return swaps that lower the error although float64 is in doubt of it, one change per row; none: none does.
 
-    None where there are so many doubts that they cannot all be looked at.
+    None where there are so many doubts that they cannot all be looked at, and where a Gram that is indefinite by
+    rounding makes a row's sum negative: its error counts as zero, so that swaps with other rows have other prices.
 
     Parameters
     ----------
@@ -70,12 +71,26 @@ def exact_swaps(
         if swap is not None:
             found.append((row, swap[0], row, swap[1]))
     if not found and search.height > 1:
+        if _negative_somewhere(problem, kept):
+            return None
         across = _across_rows(problem, kept, search, low_add, low_drop, budget)
         if across is None:
             return None
         found = across
     columns = torch.tensor(found, dtype=torch.int64, device=kept.device).view(-1, 4)
     return columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3]
+
+
+def _negative_somewhere(problem: LayerReconstruction, kept: Tensor) -> bool:
+    """Whether some row's quadratic form is negative."""
+    rows = ((problem.objective(kept) == 0) & (problem.target != problem.weight * kept).any(1)).nonzero().flatten()
+    if not len(rows) or problem.indefiniteness() == 0.0:
+        return False
+    if problem.shape[1] > WIDEST:
+        return True
+    off, exponent = exact_difference(problem.target[rows], problem.weight[rows] * kept[rows])
+    gram = problem.exact_gram()
+    return any(gram.form(row, exponent) < 0 for row in off)
 
 
 def _pairs_in_row(search: SwapSearch, row: int, add: Tensor, drop: Tensor) -> np.ndarray:
