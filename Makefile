@@ -43,7 +43,7 @@ DEMO_STUDY := --name weights-demo --solvers continuation --weights lsq,admm,alps
 	--sets per-row:0.6,2:4 --samples 10 --characters 40000
 SMOLLM_STUDY := --name smollm2 --only-models --solvers wanda,continuation --weights sparsegpt,alps,best,keep \
 	--propagate default --tune sparsegpt,alps --tune-once --sets per-row:0.5,per-row:0.6,2:4 --samples 32 --batch-size 2 \
-	--characters 250000
+	--validation 8 --characters 250000
 bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOLLM= add to them, see README)
 	$(BIN)/python benchmarks/layers.py $(LAYERS)
 	$(BIN)/python benchmarks/layers.py $(LAYERS) --name joint --solvers continuation $(JOINT)

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 import report
+from grids import GRIDS
 
 README = Path(__file__).parent.parent / "README.md"
 LAYERS = {
@@ -21,8 +22,8 @@ LAYERS = {
     "l1_intermediate": "MLP up",
     "l1_output": "MLP down",
 }
-Rows = dict[str, dict[str, float]]
-"""Figures by the first column of a table and by method."""
+Rows = dict[str, dict[str, tuple[float, str]]]
+"""Figures and the settings that were chosen for them, by the first column of a table and by method."""
 
 
 def layer_errors(name: str) -> Rows:
@@ -31,20 +32,27 @@ def layer_errors(name: str) -> Rows:
     found: Rows = {}
     for (layer, label), row in sorted(rows.items(), key=lambda item: [*LAYERS, item[0][0]].index(item[0][0])):
         if layer in LAYERS:
-            errors = {method: one["relative_error"] for method, one in row["results"].items()}
+            # Results without a setting are those of the published default.
+            errors = {
+                method: (one["relative_error"], one.get("setting", GRIDS.get(method, ("",))[0]))
+                for method, one in row["results"].items()
+            }
             found[f"{LAYERS[layer]} {row['rows']} x {row['columns']}, {label}"] = errors
     return found
 
 
 def perplexities(name: str, title: str = "{model}, {masks}") -> Rows:
     """Return mean perplexities over the seeds, and those of the dense models."""
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, list[tuple[float, str]]]] = {}
     for record in figures(name)["records"]:
         model = record["model"].removesuffix("-llama")
         row = found.setdefault(title.format(model=model, masks=record["masks"]), {})
-        row.setdefault("dense", []).append(record["dense_perplexity"])
-        row.setdefault(record["solver"], []).append(record["perplexity"])
-    return {row: {method: fmean(values) for method, values in own.items()} for row, own in found.items()}
+        row.setdefault("dense", []).append((record["dense_perplexity"], ""))
+        row.setdefault(record["solver"], []).append((record["perplexity"], record.get("setting", "")))
+    return {
+        row: {method: (fmean(value for value, _ in values), values[0][1]) for method, values in own.items()}
+        for row, own in found.items()
+    }
 
 
 def figures(name: str) -> dict[str, Any]:
@@ -56,7 +64,7 @@ def figures(name: str) -> dict[str, Any]:
 TABLES: list[tuple[str, Mapping[str, str], str, Callable[[], Rows]]] = [
     (
         "layer, masks",
-        {"Wanda": "wanda", "SparseFW": "sparsefw", "1-swap from Wanda": "one-swap", "maskopt": "continuation"},
+        {"Wanda": "wanda", "SparseFW (alpha)": "sparsefw", "1-swap from Wanda": "one-swap", "maskopt": "continuation"},
         ".4f",
         lambda: layer_errors("layers"),
     ),
@@ -79,7 +87,7 @@ TABLES: list[tuple[str, Mapping[str, str], str, Callable[[], Rows]]] = [
         {
             "dense": "dense",
             "Wanda": "wanda",
-            "SparseFW": "sparsefw",
+            "SparseFW (alpha)": "sparsefw",
             "1-swap from Wanda": "one-swap",
             "maskopt": "continuation",
         },
@@ -105,8 +113,8 @@ TABLES: list[tuple[str, Mapping[str, str], str, Callable[[], Rows]]] = [
         {
             "dense": "dense",
             "Wanda": "wanda, pruned",
-            "SparseGPT": "sparsegpt, pruned",
-            "ALPS": "alps, pruned",
+            "SparseGPT (ridge)": "sparsegpt, pruned",
+            "ALPS (ridge)": "alps, pruned",
             "masks alone": "continuation, corrected",
             "best": "best, corrected",
         },
@@ -118,13 +126,18 @@ OURS = ("maskopt", "best")
 
 
 def table(first: str, columns: Mapping[str, str], form: str, rows: Rows) -> str:
-    """Return a table whose lowest figures, but for the dense model's, are bold."""
+    """Return a table whose lowest figures, but for the dense model's, are bold; settings that heads name are shown."""
     lines = []
     for row, values in rows.items():
-        lowest = min((name for name in columns if name != "dense"), key=lambda name: values[columns[name]])
-        entries = {name: format(values[method], form) for name, method in columns.items()}
+        lowest = min((name for name in columns if name != "dense"), key=lambda name: values[columns[name]][0])
+        entries = {name: entry(*values[method], form, setting="(" in name) for name, method in columns.items()}
         lines.append([row, *(f"**{text}**" if name == lowest else text for name, text in entries.items())])
     return report.table([first, *(f"**{name}**" if name in OURS else name for name in columns)], lines) + "\n"
+
+
+def entry(value: float, chosen: str, form: str, *, setting: bool) -> str:
+    """Return a figure, and in brackets the value of the setting that it was found with."""
+    return f"{value:{form}} ({chosen.partition('=')[2]})" if setting else f"{value:{form}}"
 
 
 def main() -> None:

@@ -131,12 +131,22 @@ def _check_layers(table: Table, columns: dict[str, str], name: str) -> None:
         assert words is not None, row
         results = rows[LAYERS[words[1]], words[2]]
         errors = {column: results[method]["relative_error"] for column, method in columns.items()}
-        assert entries == {column: f"{error:.4f}" for column, error in errors.items()}, row
+        shown = {column: f"{error:.4f}" for column, error in errors.items()}
+        for column in errors:
+            if "(" in column:
+                setting = results[columns[column]].get("setting", "alpha=0")  # the default
+                shown[column] += f" ({setting.partition('=')[2]})"
+        assert entries == shown, row
         assert table.bold[row] == {min(errors, key=lambda column: errors[column])}, row
 
 
 def test_layer_errors_are_those_of_the_results() -> None:
-    columns = {"Wanda": "wanda", "SparseFW": "sparsefw", "1-swap from Wanda": "one-swap", "maskopt": "continuation"}
+    columns = {
+        "Wanda": "wanda",
+        "SparseFW (alpha)": "sparsefw",
+        "1-swap from Wanda": "one-swap",
+        "maskopt": "continuation",
+    }
     _check_layers(_table("layer, masks", "Wanda"), columns, "layers")
 
 
@@ -173,16 +183,32 @@ def _check_perplexities(table: Table, columns: Mapping[str, str], name: str, mod
     for row, entries in table.rows.items():
         cell = cells[(model, row) if model is not None else tuple(row.split(", ", 1))]
         values = {column: cell[method] for column, method in columns.items()}
-        assert entries == {column: f"{value:.2f}" for column, value in values.items()}, row
+        shown = {column: f"{value:.2f}" for column, value in values.items()}
+        for column, method in columns.items():
+            if "(" in column:
+                shown[column] += f" ({_setting(name, row, method)})"
+        assert entries == shown, row
         pruned = {column: value for column, value in values.items() if column != "dense"}
         assert table.bold[row] == {min(pruned, key=lambda column: pruned[column])}, row
+
+
+def _setting(name: str, row: str, method: str) -> str:
+    """Return the value of the setting that a method's records of a row have in common."""
+    values = {
+        record["setting"].partition("=")[2]
+        for record in _figures(name)["records"]
+        if record["solver"] == method
+        and row in (record["masks"], f"{record['model'].removesuffix('-llama')}, {record['masks']}")
+    }
+    assert len(values) == 1
+    return values.pop()
 
 
 def test_perplexities_of_masks_alone_are_those_of_the_results() -> None:
     columns = {
         "dense": "dense",
         "Wanda": "wanda",
-        "SparseFW": "sparsefw",
+        "SparseFW (alpha)": "sparsefw",
         "1-swap from Wanda": "one-swap",
         "maskopt": "continuation",
     }
@@ -193,8 +219,8 @@ def test_perplexities_of_a_larger_model_are_those_of_the_results() -> None:
     columns = {
         "dense": "dense",
         "Wanda": "wanda, pruned",
-        "SparseGPT": "sparsegpt, pruned",
-        "ALPS": "alps, pruned",
+        "SparseGPT (ridge)": "sparsegpt, pruned",
+        "ALPS (ridge)": "alps, pruned",
         "masks alone": "continuation, corrected",
         "best": "best, corrected",
     }
