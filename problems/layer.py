@@ -329,23 +329,13 @@ class LayerReconstruction(Quadratic):
         return convexity_error + (self.shape[1] + 8) * 2.0**-50 * rounding + self.shape[1] ** 2 * 2.0**-1070
 
     def objective(self, mask: Tensor) -> Tensor:
-        residual = self._residual(self._wide_weight().masked_fill(~mask, 0.0))
-        errors = self._quadratic_form(residual)
-        if self.shape[1] > WIDEST:
-            return errors
-        # Where terms cancel or their products underflow, the sum is repeated in exact arithmetic.
-        size = residual.abs_() @ self.entry_sizes()
-        doubtful = (size > 0) & (errors / self.unit < (size.square() / condition(self.shape[1])).clamp_min(1e-290))
-        index = doubtful.nonzero().flatten()
-        if len(index):
-            exact = self.rows(index).exact_objective(mask[index])
-            errors[index] = torch.tensor(
-                [nearest_float(value) for value in exact], dtype=errors.dtype, device=errors.device
-            )
-        return errors
+        return self.error(self.weight.masked_fill(~mask, 0.0))
 
     def exact_objective(self, mask: Tensor) -> list[Fraction]:
-        residual, exponent = exact_difference(self.target, self.weight.masked_fill(~mask, 0.0))
+        return self._exact_error(self.weight.masked_fill(~mask, 0.0))
+
+    def _exact_error(self, weight: Tensor) -> list[Fraction]:
+        residual, exponent = exact_difference(self.target, weight)
         gram = self.exact_gram()
         return [max(Fraction(0), gram.form(row, exponent)) for row in residual]
 
@@ -363,12 +353,19 @@ class LayerReconstruction(Quadratic):
         weight : Tensor
             V, shape (rows, d).
         """
-        return self._quadratic_form(self._residual(weight.double() / self._weight_unit))
-
-    def _residual(self, weight: Tensor) -> Tensor:
-        """Return T - V for scaled weights V, float64."""
         target = self._wide_weight() if self._target is None else self._target.double() / self._weight_unit
-        return target - weight
+        residual = target - (weight.double() if self._weight_unit == 1.0 else weight.double() / self._weight_unit)
+        errors = self._quadratic_form(residual)
+        if self.shape[1] > WIDEST:
+            return errors
+        # Where terms cancel or their products underflow, the sum is repeated in exact arithmetic.
+        size = residual.abs_() @ self.entry_sizes()
+        doubtful = (size > 0) & (errors / self.unit < (size.square() / condition(self.shape[1])).clamp_min(1e-290))
+        index = doubtful.nonzero().flatten()
+        if len(index):
+            exact = [nearest_float(value) for value in self.rows(index)._exact_error(weight[index])]
+            errors[index] = torch.tensor(exact, dtype=errors.dtype, device=errors.device)
+        return errors
 
     def scale(self) -> Tensor:
         if self._scale is None:

@@ -158,7 +158,7 @@ def test_files_that_are_no_layers_are_refused(fails, tmp_path):
         (("-s", "0.5", "--solver", "branch-and-bound", "-o", "row_block_seconds=nan"), "needs row_block_seconds > 0"),
         (("-s", "0.5", "--time-limit", "nan"), "time limit must be a positive number of seconds; got nan"),
         (("-s", "0.5", "--time-limit", "0"), "time limit must be a positive number of seconds; got 0.0"),
-        (("-s", "0.5", "--out", "-"), "Only --json writes to standard output"),
+        (("-s", "0.5", "--out", "-"), "Only --json accepts - for standard output"),
         (("-s", "0.5", "--json", ""), "needs a name"),
         *(
             (("-s", "0.5", "--device", name), f"{name!r} cannot be used")

@@ -114,7 +114,10 @@ def test_options_choose_how_weights_are_updated(run, model, text, tmp_path, read
         (("-o", "second=0"), "The method best has no setting 'second'"),
         (("--weights", "lsq", "--certify", "shift"), "certify proves bounds on masks whose weights stay"),
         (("--weights", "best", "--certify", "shift"), "certify proves bounds on masks whose weights stay"),
-        (("--weights", "sparsegpt", "-p", "columns"), "SparseGPT chooses block by block"),
+        (
+            ("--weights", "sparsegpt", "-p", "columns"),
+            "with SparseGPT: it must be a PartitionMatroid",
+        ),
     ],
 )
 def test_bad_weights_are_refused(fails, model, text, tmp_path, options, words):

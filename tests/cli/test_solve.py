@@ -183,7 +183,10 @@ def test_least_squares_starts_where_its_solver_does(run, layer, tmp_path, read, 
         (("--weights", "alps:iterations"), "A setting has the form key=value; got 'iterations'"),
         (("--weights", "alps:iterations=many"), "takes a whole number; got 'many'"),
         (("--weights", "admm:ridge=-1"), "ADMM needs a finite ridge >= 0; got -1.0"),
-        (("--weights", "sparsegpt", "-p", "columns"), "SparseGPT chooses block by block"),
+        (
+            ("--weights", "sparsegpt", "-p", "columns"),
+            "with SparseGPT: it must be a PartitionMatroid",
+        ),
     ],
 )
 def test_bad_weights_are_refused_in_one_sentence(fails, layer, tmp_path, arguments, words):

@@ -67,7 +67,7 @@ def test_feasible_evaluated_and_never_below_the_optimum(
     checked(layer, masks, result, dtype)
     assert torch.equal(problem.weight, weight)
     assert torch.equal(problem.gram, gram)
-    best, size = layer_case(layer, dtype=dtype).lmo_bound(masks)
+    best, size = layer_case(layer, dtype=dtype).minimum(masks)
     assert bool((result.objective.view(len(best), -1).sum(1) >= best - 1e-13 * size).all())
     if result.lower_bound is not None:
         assert result.lower_bound.shape == best.shape

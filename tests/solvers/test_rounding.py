@@ -181,7 +181,7 @@ def test_groups_below_their_count_are_rounded(one: list[float]) -> None:
 
 
 def test_sets_without_groups_are_refused_with_what_is_missing() -> None:
-    with pytest.raises(MaskoptError, match=r"AtMost does not have groups and ungroup\."):
+    with pytest.raises(MaskoptError, match=r"dependent rounding: it must implement groups, ungroup"):
         rounding.dependent(AtMost(2), torch.full((2, 4), 0.5), seeded(0))
 
 

@@ -90,7 +90,7 @@ def test_nothing_is_proposed_where_nothing_can_be_swapped() -> None:
 def test_sets_without_swap_groups_are_refused() -> None:
     problem, masks = synthetic(rows=3, d=8).problem(), Columns(4)
     state = SwapState(problem, masks, masks.lmo_mask(torch.zeros(3, 8)))
-    with pytest.raises(MaskoptError, match=r"Columns.* has no swap_groups"):
+    with pytest.raises(MaskoptError, match=r"Columns.* with SwapState: it must implement swap_groups"):
         state.random(seeded(0))
 
 

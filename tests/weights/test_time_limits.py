@@ -96,8 +96,8 @@ def test_more_time_for_polishing_is_never_worse(clock: Clock, name: str) -> None
 def test_factorisations_end_when_time_is_up(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     import maskopt.weights.conditional as conditional
 
-    factorised, plain = [], conditional.definite_factor
-    monkeypatch.setattr(conditional, "definite_factor", lambda matrix: (factorised.append(None), plain(matrix))[1])
+    factorised, plain = [], conditional.definite_inverse
+    monkeypatch.setattr(conditional, "definite_inverse", lambda matrix: (factorised.append(None), plain(matrix))[1])
     solve(problem(), PerRow(0.5), LONG["best, stages"], time_limit=5)
     assert len(factorised) <= 8
 
