@@ -93,7 +93,8 @@ class LayerReconstruction(Quadratic):
         if check:
             check_positive_semidefinite(self.gram)
         # Powers of two change no digit; they keep squares and sums of extreme data inside the float range.
-        self._weight_unit = _power_of_two(self.weight.abs().max())
+        largest = self.weight.abs().max()
+        self._weight_unit = _power_of_two(largest if target is None else torch.maximum(largest, target.abs().max()))
         self._gram_unit = _power_of_two(self.gram.diagonal().max())
         power = round(2 * math.log2(self._weight_unit) + math.log2(self._gram_unit))
         # The unit of errors must not underflow, though errors themselves may.
@@ -138,9 +139,10 @@ class LayerReconstruction(Quadratic):
         wide = gram.double()
         wide = wide / 2 + wide.T / 2
         diagonal = wide.diagonal()
-        diagonal.add_(ridge * float(diagonal.mean()) + torch.finfo(torch.float64).tiny)
-        size = diagonal.sqrt()
-        # Unit diagonal: outlier channels would spoil the factorisation.
+        diagonal.add_(ridge * float(diagonal.mean()))
+        # About unit diagonal: outlier channels would spoil the factorisation.
+        size = entry_sizes(wide)
+        size = torch.where(size > 0, size, 1.0)
         scaled = wide / size / size.unsqueeze(1)
         factor = ridged_factor(scaled)
         drift = (cross.double() - gram.double()) / size
