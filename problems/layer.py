@@ -110,7 +110,7 @@ class LayerReconstruction(Quadratic):
         self.gram = symmetrised(self.gram)
         if check:
             check_positive_semidefinite(self.gram)
-        self._weight_unit, self._gram_unit = layer_units(self.weight, self.gram)
+        self._weight_unit, self._gram_unit = layer_units(self.weight, self.gram, target)
         self.unit = self._weight_unit**2 * self._gram_unit
         self._w = divided(self.weight, self._weight_unit)
         self._g = divided(self.gram, self._gram_unit)
@@ -148,9 +148,10 @@ class LayerReconstruction(Quadratic):
         wide = gram.double()
         wide = wide / 2 + wide.T / 2
         diagonal = wide.diagonal()
-        diagonal.add_(ridge * float(diagonal.mean()) + torch.finfo(torch.float64).tiny)
-        size = diagonal.sqrt()
-        # Scaled to unit diagonal: outlier channels would make the factorisation inaccurate.
+        diagonal.add_(ridge * float(diagonal.mean()))
+        # Scaled to about unit diagonal: outlier channels would make the factorisation inaccurate.
+        size = entry_sizes(wide)
+        size = torch.where(size > 0, size, 1.0)
         scaled = wide / size / size.unsqueeze(1)
         with factor_threads(len(scaled)):
             factor = ridged_factor(scaled)

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
@@ -9,7 +10,7 @@ from maskopt.errors import MaskoptError
 __all__ = ["divided", "layer_units"]
 
 
-def layer_units(weight: Tensor, gram: Tensor) -> tuple[float, float]:
+def layer_units(weight: Tensor, gram: Tensor, target: Tensor | None = None) -> tuple[float, float]:
     """Return the units in which a layer's weight and Gram are stored for the solvers.
 
     Division by a power of two changes no digit. Data of ordinary size have the units one.
@@ -20,6 +21,8 @@ def layer_units(weight: Tensor, gram: Tensor) -> tuple[float, float]:
         Shape (rows, d).
     gram : Tensor
         Shape (d, d).
+    target : Tensor, optional
+        Shape (rows, d); in the unit of the weight.
 
     Returns
     -------
@@ -31,7 +34,10 @@ def layer_units(weight: Tensor, gram: Tensor) -> tuple[float, float]:
     MaskoptError
         If the unit of errors exceeds the range of float64.
     """
-    weight_unit, gram_unit = _power_of_two(weight.abs().max()), _power_of_two(gram.diagonal().max())
+    largest = weight.abs().max()
+    if target is not None:
+        largest = torch.maximum(largest, target.abs().max())
+    weight_unit, gram_unit = _power_of_two(largest), _power_of_two(gram.diagonal().max())
     power = round(2 * math.log2(weight_unit) + math.log2(gram_unit))
     if power > 1000:
         raise MaskoptError("Weight and Gram are so large that the error of the layer exceeds float64; scale them down.")

@@ -1,14 +1,15 @@
 """Diagonals shared by a layer: they are valid, of largest trace, and their bounds hold for every mask."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from maskopt import PerRow, solve, synthetic
-from maskopt.bounds import layer_shift, shifted_bound, smallest_eigenvalue
+from maskopt.bounds import layer_shift, mask_bound, shifted_bound, smallest_eigenvalue
 from maskopt.problems import FAMILIES, LayerReconstruction
-from maskopt.solvers import FrankWolfe
+from maskopt.solvers import BruteForce, FrankWolfe
 from tests.bounds.test_sdp import minimum_error
 from tests.helpers import Layer, examples, layers
 
@@ -73,3 +74,40 @@ def test_a_zero_gram_has_zero_shifts_and_bounds() -> None:
     assert not layer_shift(problem).any()
     assert not smallest_eigenvalue(problem).any()
     assert not shifted_bound(problem, torch.tensor([1, 2]), layer_shift(problem)).any()
+
+
+SINGULAR = [
+    [[1.0408483743667603, 1.174208402633667], [1.174208402633667, 1.324655294418335]],
+    [
+        [4.946779727935791, 2.945359706878662, 1.5517513751983643],
+        [2.945359706878662, 1.7536951303482056, 0.9239275455474854],
+        [1.5517513751983643, 0.9239275455474854, 0.48676764965057373],
+    ],
+]
+
+
+@pytest.mark.parametrize("gram", SINGULAR, ids=["two inputs", "three inputs"])
+def test_singular_grams_by_rounding(gram: list[list[float]]) -> None:
+    problem = LayerReconstruction(torch.ones(1, len(gram)), torch.tensor(gram))
+    for kind in ("shift", "sdp", "cuts"):
+        bound = mask_bound(problem, PerRow(1), kind)  # type: ignore[arg-type]
+        assert 0.0 <= float(bound) <= minimum_error(problem, 0, len(gram) - 1) * (1 + 1e-12)
+
+
+@given(st.integers(0, 2**20))
+@examples(50)
+def test_no_gram_is_too_singular(seed: int) -> None:
+    """Rank one, copies, dead inputs, scales apart, float32: a bound comes back, and it holds."""
+    random = np.random.default_rng(seed)
+    d = int(random.integers(1, 6))
+    x = random.standard_normal((d, int(random.integers(1, d + 1))))
+    x *= 10.0 ** random.integers(-6, 7, (d, 1)) if random.random() < 0.5 else 1.0
+    x[random.integers(d)] = x[random.integers(d)] * random.choice([0.0, 1.0, 1.0 + 1e-9])
+    dtype = torch.float32 if random.random() < 0.5 else torch.float64
+    weight = torch.from_numpy(random.standard_normal((1, d))).to(dtype)
+    problem = LayerReconstruction(weight, torch.from_numpy(x @ x.T).to(dtype))
+    keep = int(random.integers(0, d + 1))
+    best = solve(problem, PerRow(keep), BruteForce()).total
+    shift = shifted_bound(problem, torch.tensor([keep]), layer_shift(problem), iterations=20)
+    for bound in (shift, mask_bound(problem, PerRow(keep), "sdp")):
+        assert 0.0 <= float(bound) <= best * (1 + 1e-12)

@@ -135,3 +135,37 @@ def test_faces_are_not_offered() -> None:
 def test_bad_budgets_are_refused(make: object, sentence: str) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         make()
+
+
+def test_subnormal_costs() -> None:
+    masks = Budget(torch.tensor([[3.0, 2.0, 2.0]]), 4.0)
+    assert masks.lmo_mask(-5e-324 * torch.tensor([[1.0, 2.0, 1.0]], dtype=torch.float64)).int().tolist() == [[0, 1, 1]]
+    assert masks.lmo_mask(-1e-45 * torch.tensor([[9.0, 2.0, 2.0]])).int().tolist() == [[1, 0, 0]]
+    assert Budget(5e-324 * torch.tensor([[3.0, 2.0, 2.0]]).double(), 2e-323).lmo_mask(-torch.ones(1, 3)).tolist() == [
+        [False, True, True]
+    ]
+
+
+@given(st.integers(0, 2**16), st.sampled_from(["large", "all", "huge", "subnormal"]), st.booleans())
+@examples(120)
+def test_small_ones_are_exact_over_any_scale(seed: int, kind: str, prices: bool) -> None:
+    """Against all patterns in rational numbers; both the mask and the bound."""
+    random = np.random.default_rng(seed)
+    price, cost = random.random((1, 7)) + 0.1, random.standard_normal((1, 7)) - 0.5
+    wide = price if prices else cost
+    if kind == "large":
+        wide.flat[random.integers(7, size=2)] *= [1e10, 1e-12]
+    elif kind == "all":
+        wide *= 10.0 ** random.integers(-12, 13, 7)
+    else:
+        wide[:] = np.round(8 * wide) * (1e300 if kind == "huge" else 5e-324)
+    budget = float(price[0, random.random(7) < 0.5].sum())
+    masks = Budget(torch.from_numpy(price), budget)
+    chosen = masks.lmo_mask(torch.from_numpy(cost))
+    exact = [[Fraction(value) for value in row[0].tolist()] for row in (price, cost)]
+    patterns = [[pattern >> place & 1 for place in range(7)] for pattern in range(2**7)]
+    affordable = [p for p in patterns if sum(a * b for a, b in zip(p, exact[0], strict=True)) <= Fraction(budget)]
+    totals = [sum((a * b for a, b in zip(p, exact[1], strict=True)), Fraction(0)) for p in affordable]
+    assert chosen[0].int().tolist() in affordable
+    assert totals[affordable.index(chosen[0].int().tolist())] == min(totals)
+    assert Fraction(float(masks.lmo_bound(torch.from_numpy(cost)))) <= min(totals)

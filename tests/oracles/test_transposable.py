@@ -1,6 +1,7 @@
 """Transposable N:M: exact on tiles of every size, against enumeration and linear programming."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.oracles import TransposableNM, regular
 from maskopt.oracles.regular import cheapest_regular, count_regular, every_regular
+from maskopt.problems import Saliency
+from maskopt.solvers import FrankWolfe, solve
 from tests.helpers import every_mask, examples
 
 KINDS = ["normal", "negative", "heavy", "integers", "signs", "rank one", "tiny spread"]
@@ -197,3 +200,106 @@ def test_impossible_sets_are_refused(make: object, sentence: str) -> None:
 def test_transposable_takes_keywords_only() -> None:
     with pytest.raises(TypeError):
         TransposableNM(2, 4)
+
+
+def whole(cost: Tensor) -> np.ndarray:
+    """Return the costs as integers, all times one power of two."""
+    ratios = [Fraction(value) for value in cost.flatten().tolist()]
+    largest = max(ratio.denominator for ratio in ratios)
+    found = np.empty(len(ratios), dtype=object)
+    found[:] = [int(ratio * largest) for ratio in ratios]
+    return found
+
+
+SCALES = {
+    "one large": lambda random, cost: cost.flat.__setitem__(random.integers(cost.size), 1e10),
+    "some large": lambda random, cost: cost.flat.__setitem__(random.integers(cost.size, size=3), [1e8, -1e8, 1e12]),
+    "all": lambda random, cost: np.multiply(cost, 10.0 ** random.integers(-12, 13, cost.shape), out=cost),
+    "subnormal": lambda random, cost: np.multiply(np.round(3 * cost), 5e-324, out=cost),
+    "tiny differences": lambda random, cost: np.add(1e8, cost, out=cost),
+    "ties": lambda random, cost: np.copyto(cost, np.round(cost) * 0.1),
+}
+
+
+@given(st.integers(0, 2**16), st.sampled_from([(3, 1), (4, 2), (4, 1), (5, 2), (5, 3)]), st.booleans(), st.booleans())
+@pytest.mark.parametrize("kind", SCALES)
+@examples(25)
+def test_no_difference_is_too_small(kind: str, seed: int, size: tuple[int, int], fixed: bool, face: bool) -> None:
+    """Against all matrices in whole numbers: free, with fixed entries that cost most, and on faces."""
+    group, keep = size
+    random = np.random.default_rng(seed)
+    cost = random.standard_normal((group, group))
+    SCALES[kind](random, cost)
+    table = np.zeros((count_regular(group, keep), group * group), dtype=object)
+    for row, ones in enumerate(every_regular(group, keep)):
+        table[row, list(ones)] = 1
+    masks, allowed = TransposableNM(keep=keep, group=group), np.ones(len(table), dtype=bool)
+    one, other = (table[random.integers(len(table))].astype(bool) for _ in range(2))
+    kept, pruned = one & (random.random(len(one)) < 0.5), ~one & (random.random(len(one)) < 0.5)
+    if fixed:
+        allowed = (table[:, kept] == 1).all(1) & (table[:, pruned] == 0).all(1)
+        masks = masks.restrict(*(torch.from_numpy(part.reshape(group, group)) for part in (kept, pruned)))
+        cost.flat[np.flatnonzero(kept)[:1]] = 1e12
+    if face:
+        kept, pruned = one & other, ~one & ~other
+        allowed = (table[:, kept] == 1).all(1) & (table[:, pruned] == 0).all(1)
+        at = torch.from_numpy((one.astype(float) + other).reshape(group, group) / 2)
+        chosen = TransposableNM(keep=keep, group=group).inface(torch.from_numpy(cost), at)
+    else:
+        chosen = masks.lmo(torch.from_numpy(cost))
+    totals = table @ whole(torch.from_numpy(cost))
+    place = np.flatnonzero((table == chosen.flatten().int().tolist()).all(1))
+    assert len(place) == 1
+    assert allowed[place[0]]
+    assert totals[place[0]] == totals[allowed].min()
+    if count_regular(group, keep) <= 128:  # of equal matrices the first
+        assert place[0] == np.flatnonzero(allowed & (totals == totals[allowed].min()))[0]
+    if not face:
+        assert Fraction(float(masks.lmo_bound(torch.from_numpy(cost)))) <= sum(
+            (Fraction(value) for value in cost[chosen.bool().numpy()].tolist()), Fraction(0)
+        )
+
+
+@pytest.mark.parametrize("size", [1e8, 1e10, 1e15])
+@pytest.mark.parametrize("group", [6, 8])
+def test_a_large_score_does_not_hide_the_others(size: float, group: int) -> None:
+    """Against scipy's MILP, in which the large score is fixed."""
+    for seed in range(4):
+        score = np.random.default_rng(seed).random((group, group))
+        score[0, 0] = size
+        kept = torch.zeros((group, group), dtype=torch.bool)
+        kept[1, 1] = True
+        plain = TransposableNM(keep=group // 2, group=group)
+        lower = kept.clone()
+        lower[0, 0] = True
+        small = score.copy()
+        small[0, 0] = 0.0
+        best = minimum(plain, torch.from_numpy(-small), lower)
+        for masks in (plain.restrict(kept), plain.restrict(lower)):
+            chosen = masks.lmo_mask(torch.from_numpy(-score))
+            assert bool(chosen[0, 0])
+            assert -float(small[chosen.numpy()].sum()) == pytest.approx(best, abs=1e-9)
+        other = plain.lmo_mask(torch.from_numpy(np.random.default_rng(seed + 50).random((group, group))))
+        at = (plain.lmo_mask(torch.from_numpy(-score)).double() + other) / 2
+        inface = plain.inface(torch.from_numpy(-score), at)
+        lower[1, 1] = False
+        best = minimum(plain, torch.from_numpy(-small), (at == 1) | lower, at > 0)
+        assert bool(inface[0, 0])
+        assert -float(small[inface.bool().numpy()].sum()) == pytest.approx(best, abs=1e-9)
+
+
+def test_proofs_of_large_scores() -> None:
+    for seed in range(3):
+        scores = np.random.default_rng(seed).random((8, 8))
+        scores[0, 0] = 1e8
+        kept = torch.zeros(8, 8, dtype=torch.bool)
+        kept[1, 1] = True
+        masks = TransposableNM(keep=4, group=8)
+        result = solve(Saliency(torch.from_numpy(scores)), masks.restrict(kept), FrankWolfe(iterations=5, polish=False))
+        lower = kept.clone()
+        lower[0, 0] = True
+        small = torch.from_numpy(np.where(lower.numpy() & ~kept.numpy(), 0.0, scores))
+        best = float(small.sum()) + minimum(masks, -small, lower)
+        assert result.lower_bound is not None
+        assert float(result.lower_bound.sum()) <= best * (1 + 1e-12)
+        assert result.total == pytest.approx(best, rel=1e-9)

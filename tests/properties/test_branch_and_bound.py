@@ -8,9 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles import PartitionMatroid, Restricted
-from maskopt.problems import QuadraticForm
-from maskopt.solvers import BranchAndBound, Status, Stop, Wanda, solve
+from maskopt.oracles import PartitionMatroid, PerRow, Restricted
+from maskopt.problems import LayerReconstruction, QuadraticForm
+from maskopt.solvers import BranchAndBound, BruteForce, Magnitude, Status, Stop, Wanda, branch_and_bound, solve
 from maskopt.solvers.fixing import fixable
 from tests.helpers import (
     ALL_SETS,
@@ -156,3 +156,64 @@ def test_sets_without_groups_are_refused() -> None:
     layer = Layer(torch.ones(2, 4).double(), torch.eye(4).double(), "")
     with pytest.raises(MaskoptError, match="it must be a PartitionMatroid; it is a Budget"):
         solve(layer.problem(), ALL_SETS["budget"](layer.shape, 0.5), SMALL)
+
+
+def outlier_layer(seed: int, kind: str, size: float) -> LayerReconstruction:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(10, 12, generator=generator, dtype=torch.float64)
+    x += 2 * torch.randn(1, 12, generator=generator, dtype=torch.float64)
+    weight = torch.randn(1, 10, generator=generator, dtype=torch.float64)
+    if kind == "weight":
+        weight[0, 0] = size
+    elif kind == "input":
+        x[3] *= size
+    elif kind == "several":
+        weight[0, [1, 4, 7]] = torch.tensor([size, -size / 3, size**0.5], dtype=torch.float64)
+    else:  # two that cancel
+        x[6] = x[2]
+        weight[0, 2], weight[0, 6] = size, -size
+    return LayerReconstruction(weight, x @ x.T)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e7, 1e10, 1e12])
+@pytest.mark.parametrize("kind", ["weight", "input", "several", "cancelling"])
+def test_weights_far_larger_than_the_others_hide_no_optimum(kind: str, size: float) -> None:
+    masks = PerRow(5)
+    for seed in range(6):
+        problem = outlier_layer(seed, kind, size)
+        best = solve(problem, masks, BruteForce()).total
+        for start in (Magnitude(), Wanda()):
+            result = solve(problem, masks, BranchAndBound(start=start))
+            assert result.status is Status.OPTIMAL
+            assert result.total <= best * (1 + 1e-9)
+            assert result.lower_bound is not None
+            assert result.total * (1 - 1e-9) <= float(result.lower_bound) <= best
+
+
+def test_what_rounding_hides_is_not_called_optimal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nodes within rounding of the target are too many to branch on, the bound is what is proven of them."""
+    monkeypatch.setattr(branch_and_bound, "_DOUBTS", 0)
+    seen = set()
+    for seed in range(8):
+        problem = outlier_layer(seed, "cancelling", 1e10)
+        best = solve(problem, PerRow(5), BruteForce()).total
+        result = solve(problem, PerRow(5), BranchAndBound(start=Magnitude()))
+        assert result.lower_bound is not None
+        assert float(result.lower_bound) <= best
+        proven = result.total - float(result.lower_bound) <= 1e-9 * result.total
+        assert proven == (result.status is Status.OPTIMAL)
+        seen.add(result.status)
+    assert Status.COMPLETED in seen
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-12, 1e-3, 0.5])
+def test_optimal_means_within_the_gap_that_was_asked_for(gap: float) -> None:
+    for seed in range(6):
+        problem = outlier_layer(seed, "weight", 3.0)
+        result = solve(problem, PerRow(5), BranchAndBound(start=Magnitude(), gap=gap))
+        best = solve(problem, PerRow(5), BruteForce()).total
+        assert result.lower_bound is not None
+        assert float(result.lower_bound) <= best * (1 + 1e-15)
+        if result.status is Status.OPTIMAL:
+            assert result.total - float(result.lower_bound) <= gap * result.total
+        assert result.total * (1 - gap) <= best * (1 + 1e-15)

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from maskopt.oracles import NM, PartitionMatroid, PerRow, Unstructured
 from maskopt.problems import LayerReconstruction, synthetic
-from maskopt.solvers import swap_search
+from maskopt.solvers import Magnitude, OneSwap, Status, solve, swap_search
 from maskopt.solvers.swap_search import SwapSearch
 from tests.helpers import best_swaps, feasible
+from tests.scales import improving_swap
 
 FAMILY = ["independent", "correlated", "outliers", "rank-deficient", "dead"]
 KEEP = [0.3, 0.5, 0.8]
@@ -149,3 +150,47 @@ def test_swaps_of_a_row_in_neither_half_are_found() -> None:
         total = float(problem.objective(kept).sum())
         assert float(within.min()) >= -2e-6 * total
         assert across >= -2e-6 * total
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("gain", [4e-7, 1e-6, 1e-4])
+def test_no_gain_is_too_small(gain: float, dtype: torch.dtype) -> None:
+    weight = torch.tensor([[1.0, 1.0 + gain, 3.0]], dtype=dtype)
+    problem = LayerReconstruction(weight, torch.eye(3, dtype=dtype))
+    result = solve(problem, PerRow(2), OneSwap(), start=torch.tensor([[True, False, True]]))
+    assert result.status is Status.LOCAL_OPTIMUM
+    assert result.mask.tolist() == [[False, True, True]]
+    assert result.total == 1.0
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [
+        PerRow(0.5),
+        NM(keep=2, group=4),
+        Unstructured(0.5),
+        PartitionMatroid(0.5, (None, 1)),
+        PartitionMatroid(4, (2, 4)),
+    ],
+    ids=lambda masks: f"{masks.name} {masks.tile}",
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_local_optima_are_proven_in_whole_numbers(masks: PartitionMatroid, dtype: torch.dtype) -> None:
+    """Copies, cancelling weights, scales apart: no exchange lowers the error, not even in the last digit."""
+    for seed in range(12):
+        random = torch.Generator().manual_seed(seed)
+        x = torch.randn(8, 5 + seed, generator=random, dtype=torch.float64)
+        weight = torch.randn(4, 8, generator=random, dtype=torch.float64)
+        x[3] = x[1]
+        if seed % 3 == 1:
+            weight[:, 1] *= 1e7
+            weight[:, 3] = -weight[:, 1]
+        if seed % 3 == 2:
+            weight[1] *= 1e-6
+            x[5] *= 1e5
+        problem = LayerReconstruction(weight.to(dtype), (x @ x.T).to(dtype))
+        result = solve(problem, masks, OneSwap(start=Magnitude()))
+        if result.status is Status.LOCAL_OPTIMUM:
+            assert not improving_swap(problem, masks, result.mask)
+        else:  # a form that is negative by rounding, in float32
+            assert dtype == torch.float32
