@@ -127,8 +127,8 @@ def main() -> None:
     print(f"\n{wrong} of {asked} answers false, {sum(tally.refused.values())} refused, {seconds:.0f} s")
     text = (
         f"{wrong} of {asked} answers were false; {sum(tally.refused.values())} instances were refused as data or as a "
-        f"combination. Seed {options.seed}, {seconds:.0f} s with {options.jobs} process(es). *Proven* is the fraction of "
-        "instances on which an exact solver, without a limit, called its mask optimal or within its gap.\n\n"
+        f"combination. Seed {options.seed}, {seconds:.0f} s with {options.jobs} process(es). *Proven* is the fraction "
+        "of instances on which an exact solver, without a limit, called its mask optimal or within its gap.\n\n"
     )
     text += report.table(["solver", "answers", "false", "of which", "proven"], tally.by_solver())
     text += "\n\n" + report.table(["scaling", "answers", "false"], tally.by_scaling())
