@@ -113,9 +113,8 @@ TABLES: list[tuple[str, Mapping[str, str], str, Callable[[], Rows]]] = [
         {
             "dense": "dense",
             "Wanda": "wanda, pruned",
-            "SparseGPT (ridge)": "sparsegpt, pruned",
-            "ALPS (ridge)": "alps, pruned",
-            "masks alone": "continuation, corrected",
+            "SparseGPT": "sparsegpt, pruned",
+            "ALPS": "alps, pruned",
             "best": "best, corrected",
         },
         ".2f",
