@@ -148,5 +148,5 @@ def test_towards_takes_any_gram() -> None:
         gram = torch.from_numpy(x @ x.T) - 1e-6 * size**2 * torch.eye(6, dtype=torch.float64)
         problem = LayerReconstruction.towards(torch.ones(2, 6), gram.float(), gram.float(), ridge=0.0)
         assert bool(problem.target.isfinite().all())
-    with pytest.raises(MaskoptError, match="cross Gram must be finite"):
+    with pytest.raises(MaskoptError, match="cross term must be finite"):
         LayerReconstruction.towards(torch.ones(1, 2), torch.eye(2), torch.tensor([[1.0, float("nan")], [0.0, 1.0]]))
