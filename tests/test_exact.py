@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskopt.exact import ExactMatrix, exact_difference, floor_of_sum, fraction, integers, rounded, summable, summed
+from maskopt.exact import ExactMatrix, exact_difference, floor_of_sum, fraction, integers, nearest_float, summable, summed
 from tests.helpers import examples
 
 numbers = st.one_of(
@@ -66,6 +66,6 @@ def test_forms_that_cancel(size: float) -> None:
 
 
 def test_numbers_beyond_float64() -> None:
-    assert rounded(Fraction(10) ** 400) == math.inf
-    assert rounded(-(Fraction(10) ** 400)) == -math.inf
-    assert rounded(Fraction(1, 3)) == 1 / 3
+    assert nearest_float(Fraction(10) ** 400) == math.inf
+    assert nearest_float(-(Fraction(10) ** 400)) == -math.inf
+    assert nearest_float(Fraction(1, 3)) == 1 / 3
