@@ -9,7 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskopt.exact import ExactMatrix, exact_difference, floor_of_sum, fraction, integers, nearest_float, summable, summed
+from maskopt.exact import (
+    ExactMatrix,
+    exact_difference,
+    floor_of_sum,
+    fraction,
+    integers,
+    nearest_float,
+    summable,
+    summed,
+)
 from tests.helpers import examples
 
 numbers = st.one_of(
