@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -140,8 +140,8 @@ def mask_bounds(
         As for `mask_bound`.
     """
     check_bound(masks, kind)
-    assert isinstance(masks, PartitionMatroid)
-    keep = masks.kept_per_group(problem.shape)
+    matroid = cast(PartitionMatroid, masks)  # `check_bound` refuses others
+    keep = matroid.kept_per_group(problem.shape)
     rows, d = problem.shape
     per_row = keep.view(rows, -1).sum(1)
     stopper = Stopper(stop)
@@ -155,7 +155,7 @@ def mask_bounds(
             bound = shifted_bound(problem, per_row, diagonal, stop=stopper, progress=within(rest, 0.5, 1.0))
             finished = torch.full_like(bound, not stopper.stopped, dtype=torch.bool)
         else:
-            width = masks.tile_of(problem.shape)[1]
+            width = matroid.tile_of(problem.shape)[1]
             alike = width < d and bool((keep == keep[0]).all())
             found = sdp_bound(
                 problem,

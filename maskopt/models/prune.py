@@ -113,7 +113,7 @@ def prune(
         Time for the proofs of all layers together, divided in proportion to their cost. Rows that are not reached have
         the bound of the plain convex relaxation; a record's `unfinished_rows` counts those the time limit cut short.
     device : str or torch.device, optional
-        Move the model there first (it stays there).
+        Where the model is moved first (it stays there).
     memory : int
         Bytes of working memory for the solver.
     progress : callable, optional

@@ -163,7 +163,7 @@ class _Search:
         """Start at the root, with what is known to be kept."""
         self.relaxation = Relaxation.of(self.problem, self.masks, self.mask, self.kept)
         self.nodes = Nodes.root(self.masks, self.problem, self.kept, self.relaxation.known)
-        self.aside = math.inf  # least bound of nodes that rounding keeps from being decided
+        self.aside = math.inf  # smallest bound of nodes that rounding leaves undecided
         self.began_with = self.full
 
     def run(self) -> Status:

@@ -190,7 +190,6 @@ class _Evaluation:
             return largest * fraction
         if self._size == 0.0:
             exact = problem.double()
-            assert isinstance(exact, Quadratic)
             # d terms exact to 2^-53 each; no row of Q sums to more than half the smoothness, and signs may cancel.
             kept = exact.gradient(exact.evaluate(torch.ones(exact.shape, dtype=exact.dtype, device=exact.device)))
             linear = kept.abs().sum(1) + 0.5 * problem.shape[1] * exact.smoothness().double()

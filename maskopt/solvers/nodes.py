@@ -265,7 +265,7 @@ def _convex_shift(form: Tensor, aim: Tensor, basis: Tensor, kept: Tensor) -> tup
     """Return a diagonal near `aim` that leaves a form convex on a basis, and how far it may still be from convex."""
     size = float(form.diagonal().sum())
     # Whatever a shift claims, it is taken back as far as convexity lacks; should little be left, what all
-    # sets have is better: none at all, brought up to the least eigenvalue.
+    # sets have is better: none at all, brought up to the smallest eigenvalue.
     candidates: list[Tensor] = []
     for start in (aim, torch.zeros_like(aim)):
         # The basis is orthonormal to rounding, and products with it are rounded too.

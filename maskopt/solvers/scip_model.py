@@ -67,7 +67,7 @@ def _shift(matrix: Tensor) -> Tensor:
     largest = float(matrix.abs().amax())
     if largest == 0.0:
         return torch.zeros(len(matrix), dtype=torch.float64)
-    # The least eigenvalue of the matrix with unit diagonal is free of the channels' scales.
+    # The smallest eigenvalue of the matrix with unit diagonal is free of the channels' scales.
     size = matrix.diagonal().clone()
     small = size <= 2.0**-40 * largest
     size[small] = matrix.abs().sum(1)[small].clamp_min(2.0**-40 * largest)
