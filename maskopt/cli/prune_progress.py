@@ -92,6 +92,11 @@ class PruneProgress:
             self._calibrate(event.name)
         elif event.stage == "done":
             self._finish()
+            # What was planned and not needed is no work that is left.
+            self._estimate.plan("calibrate", self._runs)
+            self._estimate.reach("calibrate", self._runs)
+            self._estimate.reach("solve", self._solved)
+            self._show("all layers pruned", "certify", self._proven)
         else:
             names = tuple(event.name.split(", "))
             if names != self._names:

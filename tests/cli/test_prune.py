@@ -221,9 +221,9 @@ def test_progress_of_a_whole_run_never_falls_and_ends_at_one(model, text, monkey
     fractions = [fraction for _, fraction, _ in told]
     assert fractions == sorted(fractions)
     assert 0.0 <= fractions[0] < 0.5
-    assert fractions[-1] == pytest.approx(1.0, abs=0.05)
+    assert fractions[-1] == pytest.approx(1.0)  # whatever the steps took
     assert all(left >= 0.0 for *_, left in told)
-    assert {what.split()[0] for what, *_ in told} == {"dense", "calibrate", "solve", "certify"}
+    assert {what.split()[0] for what, *_ in told} == {"dense", "calibrate", "solve", "certify", "all"}
 
 
 def test_an_existing_folder_is_kept(fails, model, text, tmp_path):
