@@ -28,8 +28,8 @@ def cheapest_by_cycles(cost: Tensor, keep: int, level: Tensor | None) -> Tensor:
         At most n.
     level : Tensor, optional
         Small integers as float64, shape (tiles, n, n), minimised first: the cheapest among the matrices of minimal
-        total level is returned. The optimal potentials of the levels describe these matrices, so that costs are never
-        added to levels.
+        total level is returned. Levels other than -1, 0 and 1 are those of fixed entries, all of one size. The optimal
+        potentials of the levels describe these matrices, so that costs are never added to levels.
 
     Returns
     -------
@@ -40,8 +40,13 @@ def cheapest_by_cycles(cost: Tensor, keep: int, level: Tensor | None) -> Tensor:
         chosen = _mended(_greedy(cost, keep), cost, keep)
         return _without_cycles(chosen, cost, None, None)
     chosen = _mended(_greedy(cost, keep, level), level, keep)
-    chosen = _without_cycles(chosen, level, None, None)
-    stay, away = _decided(chosen, level)
+    if bool((level.abs() == 1.0).any()):
+        chosen = _without_cycles(chosen, level, None, None)
+        stay, away = _decided(chosen, level)
+    else:  # nothing but fixed entries: what is decided is known, and mostly reached already
+        stay, away = level < 0, level > 0
+        wrong = ((chosen & away) | (~chosen & stay)).flatten(1).any(1).nonzero().flatten()
+        chosen[wrong] = _without_cycles(chosen[wrong], level[wrong], None, None)
     return _without_cycles(chosen, torch.where(stay | away, 0.0, cost), stay, away)
 
 

@@ -67,14 +67,14 @@ def _leveled(cost: Tensor, kept: Tensor | None, pruned: Tensor | None) -> tuple[
     infinite = cost.isinf()
     level: Tensor | None = None
     if bool(infinite.any()):
-        level = torch.where(infinite, cost.sign(), 0.0)
-        cost = torch.where(infinite, 0.0, cost)
+        level = cost.sign().masked_fill(~infinite, 0.0)
+        cost = cost.masked_fill(infinite, 0.0)
     weight = 2.0 * cost.shape[1] ** 2 + 1.0
     for fixed, sign in ((kept, -1.0), (pruned, 1.0)):
         if fixed is not None:
             level = torch.zeros_like(cost) if level is None else level
-            level = torch.where(fixed, sign * weight, level)
-            cost = torch.where(fixed, 0.0, cost)
+            level = level.masked_fill(fixed, sign * weight)
+            cost = cost.masked_fill(fixed, 0.0)
     largest = cost.abs().amax((1, 2), keepdim=True)
     if bool((largest > 2.0**900).any()):  # sums must not overflow
         cost = torch.where(largest > 2.0**900, cost * 2.0**-140, cost)
@@ -85,7 +85,7 @@ def _first_of(table: Tensor, cost: Tensor, level: Tensor | None) -> Tensor:
     """Return the first of the cheapest matrices for each tile, shape (tiles,)."""
     sums = cost @ table.T
     if level is not None:
-        ranks = level @ table.T
+        ranks = level.float() @ table.float().T  # small whole numbers
         sums.masked_fill_(ranks > ranks.amin(1, keepdim=True), torch.inf)
     minimum, best = sums.min(1)
     rough = (~summable(cost)).nonzero().flatten()
