@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from maskopt.checks import SEEDS, shown, whole
 from maskopt.errors import MaskoptError
 from maskopt.problems.instance import Instance
 
@@ -86,7 +87,7 @@ def synthetic(
     Raises
     ------
     MaskoptError
-        If the family is unknown or a size is not positive.
+        If the family is unknown, a size is not positive, or the seed has more than 64 bits.
 
     Examples
     --------
@@ -102,6 +103,8 @@ def synthetic(
     tokens = 8 * d if tokens is None else tokens
     if min(rows, d, tokens) < 1:
         raise MaskoptError(f"A synthetic layer needs positive sizes; got rows {rows}, d {d}, tokens {tokens}.")
+    if not whole(*SEEDS).fits(seed):
+        raise MaskoptError(f"The seed must be an integer of at most 64 bits; got {shown(seed)}.")
     random = torch.Generator().manual_seed(seed)
     x = FAMILIES[family](d, tokens, random)
     weight = torch.randn(rows, d, generator=random, dtype=torch.float64) / d**0.5

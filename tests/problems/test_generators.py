@@ -109,3 +109,9 @@ def test_a_tenth_are_copies_of_their_neighbours(d: int) -> None:
 def test_bad_settings_are_refused(settings: dict[str, object], sentence: str) -> None:
     with pytest.raises(MaskoptError, match=sentence):
         synthetic(**settings)
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 10**500, 0.5, "1"])
+def test_seeds_that_no_generator_takes_are_refused(seed: object) -> None:
+    with pytest.raises(MaskoptError, match=r"^The seed must be an integer of at most 64 bits; got [^\n]*\.$"):
+        synthetic(rows=2, d=4, seed=seed)  # type: ignore[arg-type]
