@@ -45,6 +45,7 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS="a.safetensors ...
 	$(if $(LAYERS),$(BIN)/python benchmarks/bounds.py $(LAYERS) --rows 8 --inputs 96 0 --cuts 100)
 	$(if $(LAYERS),$(BIN)/python benchmarks/exact.py $(LAYERS))
 	$(BIN)/python benchmarks/make_library.py
+	$(BIN)/python benchmarks/false_claims.py
 	$(BIN)/python benchmarks/perplexity.py $(MODELS) $(MASKS_STUDY)
 	$(if $(MODELS),$(BIN)/python benchmarks/perplexity.py $(MODELS) $(WEIGHTS_STUDY))
 	$(BIN)/python benchmarks/perplexity.py $(DEMO_STUDY)
