@@ -111,7 +111,8 @@ class LayerReconstruction(Quadratic):
         if check:
             check_positive_semidefinite(self.gram)
         self._weight_unit, self._gram_unit = layer_units(self.weight, self.gram, target)
-        self.unit = self._weight_unit**2 * self._gram_unit
+        # In this order neither product leaves the range of float64.
+        self.unit = self._weight_unit * self._gram_unit * self._weight_unit
         self._w = divided(self.weight, self._weight_unit)
         self._g = divided(self.gram, self._gram_unit)
         # T - W and (T - W) G, in scaled units; None where T = W.

@@ -32,17 +32,17 @@ def layer_units(weight: Tensor, gram: Tensor, target: Tensor | None = None) -> t
     Raises
     ------
     MaskoptError
-        If the unit of errors exceeds the range of float64.
+        If errors of the layer may exceed the range of float64.
     """
-    largest = weight.abs().max()
-    if target is not None:
-        largest = torch.maximum(largest, target.abs().max())
-    weight_unit, gram_unit = _power_of_two(largest), _power_of_two(gram.diagonal().max())
-    power = round(2 * math.log2(weight_unit) + math.log2(gram_unit))
-    if power > 1000:
+    largest = max(float(matrix.abs().max()) for matrix in (weight, target) if matrix is not None)
+    widest = float(gram.diagonal().max())
+    # An error is at most (d * largest)^2 * widest per row.
+    if 2 * _exponent(largest * weight.shape[1]) + _exponent(widest) > 1020:
         raise MaskoptError("Weight and Gram are so large that the error of the layer exceeds float64; scale them down.")
+    weight_unit, gram_unit = _power_of_two(largest), _power_of_two(widest)
     # The unit of errors must not underflow, though errors themselves may.
-    return weight_unit * 2.0 ** max(0, (-1000 - power + 1) // 2), gram_unit
+    power = 2 * round(math.log2(weight_unit)) + round(math.log2(gram_unit))
+    return math.ldexp(weight_unit, max(0, (-1000 - power + 1) // 2)), gram_unit
 
 
 def divided(matrix: Tensor, unit: float) -> Tensor:
@@ -58,9 +58,13 @@ def divided(matrix: Tensor, unit: float) -> Tensor:
     return matrix if unit == 1.0 else (matrix.double() / unit).to(matrix.dtype)
 
 
-def _power_of_two(largest: Tensor) -> float:
-    """Return one for data of ordinary size, else the power of two that brings `largest` near one."""
-    size = float(largest)
-    if size == 0.0 or 2.0**-24 <= size <= 2.0**24:
+def _power_of_two(size: float) -> float:
+    """Return one for data of ordinary size, else the power of two that brings `size` near one."""
+    if size <= 0.0 or 2.0**-24 <= size <= 2.0**24:
         return 1.0
     return 2.0 ** round(math.log2(size))
+
+
+def _exponent(size: float) -> int:
+    """Return the binary exponent of a number; of infinity, one beyond every number's."""
+    return math.frexp(size)[1] if size < math.inf else 2000

@@ -150,3 +150,23 @@ def test_towards_takes_any_gram() -> None:
         assert bool(problem.target.isfinite().all())
     with pytest.raises(MaskoptError, match="cross term must be finite"):
         LayerReconstruction.towards(torch.ones(1, 2), torch.eye(2), torch.tensor([[1.0, float("nan")], [0.0, 1.0]]))
+
+
+@pytest.mark.parametrize(
+    ("weight", "gram", "error"),
+    [(1e154, 1e-200, 5e108), (1e200, 1e-300, 5e100), (1e-160, 1.0, 5e-320), (5e-324, 5e-324, 0.0), (1e7, 1e290, 5e304)],
+)
+def test_units_neither_overflow_nor_underflow(weight: float, gram: float, error: float) -> None:
+    values = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
+    problem = LayerReconstruction(values * weight, torch.eye(3, dtype=torch.float64) * gram)
+    result = solve(problem, PerRow(1), BruteForce())
+    assert result.total == pytest.approx(error, rel=1e-3)
+    bound = solve(problem, PerRow(1), FrankWolfe(iterations=3)).lower_bound
+    assert bound is not None
+    assert 0.0 <= float(bound) <= result.total
+
+
+@pytest.mark.parametrize(("weight", "gram"), [(1e7, 1e300), (1e150, 1e8), (1e150, 1e300)])
+def test_errors_beyond_float64_are_refused(weight: float, gram: float) -> None:
+    with pytest.raises(MaskoptError, match="exceeds float64; scale them down"):
+        LayerReconstruction(torch.full((1, 3), weight, dtype=torch.float64), torch.eye(3, dtype=torch.float64) * gram)
