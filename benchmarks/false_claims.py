@@ -95,7 +95,7 @@ def _answers(options: argparse.Namespace) -> Iterator[tuple[int, scales.Finding]
     if options.jobs == 1:
         yield from itertools.chain.from_iterable(map(_some, tasks))
         return
-    with multiprocessing.get_context("spawn").RowBlocks(options.jobs) as processes:
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as processes:
         yield from itertools.chain.from_iterable(processes.imap_unordered(_some, tasks))
 
 

@@ -244,7 +244,9 @@ class _CorrectiveRun(_Run):
             open_ = stopped
             if not bool(open_.any()):
                 break
-        return weight / weight.sum(1, keepdim=True)
+        # Where the system is so ill-conditioned that no weights come out of it, the present ones stay.
+        total = weight.sum(1, keepdim=True)
+        return torch.where(total.isfinite() & (total > 0), weight / total, self.atoms.weight)
 
     def update(self, state: IterationState, direction: Direction, step_size: Tensor, max_step: Tensor) -> None:
         atoms, step = self.atoms, state.row_blocks.first(step_size).double().unsqueeze(1)

@@ -64,4 +64,6 @@ def dual_bound(objective: Problem, masks: MaskSet, row_blocks: RowBlocks, x: Ten
     bound: Tensor | None = None
     if convexity_error is not None:
         bound = ((value + reach - row_blocks.total(convexity_error)) * objective.unit).clamp_min(objective.lowest)
+        # A point that is no number proves nothing.
+        bound = torch.where(bound.isnan(), -torch.inf, bound)
     return DualBound(value * objective.unit, -reach * objective.unit, bound, vertex.bool(), gradient)

@@ -10,16 +10,18 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from maskopt.oracles import PartitionMatroid
-from maskopt.problems import Direction, Problem
+from maskopt.problems import Direction, Problem, QuadraticForm
 from maskopt.solvers import (
     DIRECTIONS,
     Away,
     BlendedPairwise,
     BlockCoordinate,
     Boosted,
+    BruteForce,
     Conjugate,
     DirectionRule,
     ExactStep,
+    FrankWolfe,
     FullyCorrective,
     InFace,
     IterationState,
@@ -33,6 +35,7 @@ from maskopt.solvers import (
     StepRule,
     Stochastic,
     Vanilla,
+    solve,
 )
 from maskopt.solvers.atoms import Atoms
 from tests.helpers import ALL_SETS, FREE_SETS, SETS, Layer, every_mask, examples, layers
@@ -628,3 +631,26 @@ def test_oracle_calls_and_products_are_counted() -> None:
         monitor = Monitor("test", None, None)
         run_loop(problem, masks, DIRECTIONS[name](), step_for(name), 10, monitor=monitor)
         assert (monitor.counters["lmo"], monitor.counters["products"]) == (oracle, products), name
+
+
+def test_weights_that_an_ill_conditioned_system_does_not_give_stay() -> None:
+    quadratic = torch.tensor(
+        [
+            [-2.9683, 0.6847, -0.0436, 2.9469, 0.5874],
+            [0.6847, -2.1172, 1.6884, 1.6679, -1.2664],
+            [-0.0436, 1.6884, 3.6394, -3.8683, -2.9519],
+            [2.9469, 1.6679, -3.8683, 3.3132, 2.2981],
+            [0.5874, -1.2664, -2.9519, 2.2981, -1.8671],
+        ],
+        dtype=torch.float64,
+    )
+    linear = torch.tensor(
+        [[1.408, 2.56, -3.201e-08, -4.372e-09, 1.884e4], [-1e5, -7.589e9, 1e5, 0.6159, 0.464]], dtype=torch.float64
+    )
+    solver = FrankWolfe("fully-corrective", iterations=12, gap=0.0, relative_gap=0.0, polish=False)
+    problem = QuadraticForm(quadratic, linear)
+    masks = PartitionMatroid(0.5, (2, None))
+    result = solve(problem, masks, solver)
+    assert result.lower_bound is not None
+    least = solve(problem, masks, BruteForce()).total
+    assert -1e10 < float(result.lower_bound) <= least
