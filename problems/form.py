@@ -1,6 +1,7 @@
 """A plain quadratic form, with one matrix for all rows."""
 
 from fractions import Fraction
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -83,14 +84,21 @@ class QuadraticForm(Quadratic):
         size = ((x @ exact.quadratic.abs()).add_(exact.linear.abs())).mul_(x).sum(1)
         index = (values.abs() * condition(self.shape[1]) < size).nonzero().flatten()
         if len(index):
-            whole = self.rows(index).exact_objective(mask[index])
+            whole = self._exact_values(mask[index], self.linear[index])
             values[index] = torch.tensor([nearest_float(value) for value in whole], dtype=torch.float64).to(values)
         return values
 
     def exact_objective(self, mask: Tensor) -> list[Fraction]:
-        matrix, places = ExactMatrix(self.quadratic), mask.long().cpu().numpy().astype(object)
-        linear = (summed(row[kept]) for row, kept in zip(self.linear, mask, strict=True))
-        return [matrix.form(chosen, 0) + part for chosen, part in zip(places, linear, strict=True)]
+        return self._exact_values(mask, self.linear)
+
+    def _exact_values(self, mask: Tensor, linear: Tensor) -> list[Fraction]:
+        places = mask.long().cpu().numpy().astype(object)
+        sums = (summed(row[kept]) for row, kept in zip(linear, mask, strict=True))
+        return [self._exact_matrix.form(chosen, 0) + part for chosen, part in zip(places, sums, strict=True)]
+
+    @cached_property
+    def _exact_matrix(self) -> ExactMatrix:
+        return ExactMatrix(self.quadratic)
 
     def scale(self) -> Tensor:
         # Pruning everything gives zero; gaps are relative to the sum of all terms' absolute values instead.
