@@ -88,7 +88,7 @@ __all__ = [
 ]
 
 
-# In the order of their imports: each loads the ones before it.
+# From light to heavy; from `bounds` on, each loads the ones before it.
 _FOLDERS = ("oracles", "problems", "bounds", "solvers", "weights", "models")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 
 __all__ = [
+    "FLOATS",
     "SEEDS",
     "Rule",
     "check_settings",
@@ -33,7 +34,8 @@ __all__ = [
 ]
 
 _Made = TypeVar("_Made")
-_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Types of weights."""
 SEEDS = (-(2**63), 2**64 - 1)
 """The range of seeds that torch's generators accept."""
 
@@ -291,7 +293,7 @@ def matrix(name: str, value: Any) -> Tensor:
         raise MaskoptError(f"The {name} must be a torch tensor; got {_kind(value)}.")
     if value.layout != torch.strided or value.is_nested:
         raise MaskoptError(f"The {name} must be a dense tensor; got a {value.layout} one, so call to_dense() first.")
-    if value.dtype not in _TYPES:
+    if value.dtype not in FLOATS:
         hint = " (its scales lie elsewhere, so widen it first)" if value.dtype.itemsize == 1 else ""
         raise MaskoptError(f"The {name} must be floating point, of 16, 32 or 64 bits; got {value.dtype}{hint}.")
     if value.device.type == "meta":

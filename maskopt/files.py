@@ -2,7 +2,6 @@
 
 import os
 import re
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ except ImportError:  # pragma: no cover - Windows has no such locks; no folder c
 __all__ = [
     "atomic_path",
     "discard_unfinished",
+    "first_line",
     "open_tensors",
     "reason",
     "remove_stale",
@@ -60,6 +60,17 @@ def reason(error: BaseException) -> str:
     return " ".join(text.split()).rstrip(".") or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text without a full stop, or the name of its type.
+
+    Parameters
+    ----------
+    error : BaseException
+    """
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__).rstrip(".")
+
+
 def require_absent(path: str | os.PathLike[str]) -> Path:
     """Check that an output can be written at `path`: nothing exists there, and files can be made in its folder.
 
@@ -78,6 +89,14 @@ def require_absent(path: str | os.PathLike[str]) -> Path:
     MaskoptError
         If something exists at `path`, the parent is not a folder that can be written to, or the name is empty.
     """
+    path = _checked(path)
+    # Read-only and full file systems are detected only by writing.
+    with _private_folder(path):
+        return path
+
+
+def _checked(path: str | os.PathLike[str]) -> Path:
+    """Check all that `require_absent` checks, except that files can really be made."""
     if os.fspath(path) == "":
         raise MaskoptError("An output needs a name; got an empty one.")
     path = Path(path)
@@ -91,9 +110,7 @@ def require_absent(path: str | os.PathLike[str]) -> Path:
     if not os.access(folder, os.W_OK):
         raise MaskoptError(f"The output {path} cannot be written because the folder {path.parent} is read-only.")
     remove_stale(folder)
-    # Read-only and full file systems are detected only by writing.
-    with _private_folder(path):
-        return path
+    return path
 
 
 def _require_free(path: Path) -> None:
@@ -144,7 +161,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     ...     (Path(folder) / "note.txt").read_text()
     'complete'
     """
-    path = require_absent(path)
+    path = _checked(path)
     with _private_folder(path) as folder:
         aside = folder / path.name
         try:
@@ -163,7 +180,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 @contextmanager
 def _private_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder in a hidden one next to `path`, which is locked during the block and removed afterwards."""
-    hidden = path.absolute().parent / f".{path.name[:40]}.{secrets.token_hex(8)}.tmp"
+    hidden = path.absolute().parent / f".{path.name[:40]}.{os.urandom(8).hex()}.tmp"
     lock = None
     _unfinished.add(hidden)
     try:

@@ -5,6 +5,7 @@ from maskopt.bounds.masks import BoundKind, MaskBounds, check_bound, mask_bound,
 from maskopt.bounds.pairs import pair_multipliers
 from maskopt.bounds.sdp import RowBounds, convex_part, sdp_bound
 from maskopt.bounds.shift import layer_shift, shifted_bound, smallest_eigenvalue
+from maskopt.bounds.work import stop_after
 
 __all__ = [
     "BoundKind",
@@ -21,4 +22,5 @@ __all__ = [
     "sdp_bound",
     "shifted_bound",
     "smallest_eigenvalue",
+    "stop_after",
 ]

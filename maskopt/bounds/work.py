@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
-__all__ = ["Progress", "Stop", "Stopper", "within"]
+__all__ = ["Progress", "Stop", "Stopper", "stop_after", "within"]
 
 Progress = Callable[[float], object]
 """Called with the estimated fraction of the work that is done, in [0, 1]."""
 
 Stop = Callable[[], bool]
 """Called between iterations; True ends the method with the bounds proven so far."""
+
+
+def stop_after(seconds: float | None) -> Stop | None:
+    """Return a condition that is true once some time has passed from now on.
+
+    Parameters
+    ----------
+    seconds : float or None
+        None for no limit.
+
+    Returns
+    -------
+    callable or None
+        None without a limit.
+    """
+    if seconds is None:
+        return None
+    end = time.perf_counter() + seconds
+    return lambda: time.perf_counter() > end
 
 
 class Stopper:

@@ -129,7 +129,7 @@ def _with_what_was_written(sentence: str) -> str:
 
 def _tell(sentence: str) -> None:
     """Print a sentence in one line, with unprintable characters escaped and very long words shortened."""
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(sentence.split(" ")))
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in sentence)
     line = re.sub(rf"\S{{{_LONG},}}", lambda word: f"{word[0][:100]}...{word[0][-100:]}", line)
     try:
         stderr().print(line, style="bold red", markup=False, highlight=False, soft_wrap=True)

@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from maskopt.cli.layer import load_layer
-from maskopt.cli.limit import stop_after
 from maskopt.cli.mask_file import load_mask
 from maskopt.cli.options import (
     DeviceOption,
@@ -39,14 +38,14 @@ if TYPE_CHECKING:
     from maskopt.oracles import MaskSet
     from maskopt.problems import LayerReconstruction
 
-__all__ = ["BOUNDS", "certify"]
+__all__ = ["certify"]
 
 Figures = dict[str, Any]
 
 _SHOWN = 40  # largest number of row blocks that are listed one by one
 
 
-BOUNDS = ("gap", "shift", "sdp", "cuts")
+_BOUNDS = ("gap", "shift", "sdp", "cuts")
 """Kinds of lower bounds: the Frank-Wolfe gap, and those of `maskopt.bounds.mask_bounds`."""
 
 
@@ -62,7 +61,7 @@ def _prove(
     """Return the bounds, float64, one per row block, and which of them no time limit has cut short."""
     import torch
 
-    from maskopt.bounds import MaskBounds, mask_bounds
+    from maskopt.bounds import MaskBounds, mask_bounds, stop_after
     from maskopt.solvers import FrankWolfe, Status, solve
 
     if kind != "gap":
@@ -101,8 +100,8 @@ def certify(
 ) -> None:
     """Prove a lower bound on the error of every mask in a set, and report how close a given mask comes to it."""
     check_outputs(json)
-    if bound not in BOUNDS:
-        raise MaskoptError(f"There is no bound {bound!r}; choose one of {', '.join(BOUNDS)}.")
+    if bound not in _BOUNDS:
+        raise MaskoptError(f"There is no bound {bound!r}; choose one of {', '.join(_BOUNDS)}.")
     from maskopt.checks import check_time_limit
 
     check_time_limit(time_limit)

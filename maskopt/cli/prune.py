@@ -34,7 +34,7 @@ from maskopt.cli.options import (
 from maskopt.cli.output import Bar, check_outputs, environment, facts, finite, json_output, tables
 from maskopt.cli.prune_progress import PruneProgress
 from maskopt.cli.solvers import parse_weights
-from maskopt.cli.words import duration, kept_words, named_table, set_words, solver_words
+from maskopt.cli.words import duration, masks_words, named_table, solver_words
 from maskopt.errors import MaskoptError
 
 if TYPE_CHECKING:
@@ -201,8 +201,8 @@ def prune(
         models.save_pruned(out, network, tokenizer, report, finite(extra))
     console = tables(json)
     console.print(_layers(figures["layers"], console.width))
-    kept = kept_words(masks, dict.fromkeys((layer.rows, layer.columns) for layer in report.layers))
-    lines = _summary(figures, set_words(pattern, sparsity), kept)
+    shapes = dict.fromkeys((layer.rows, layer.columns) for layer in report.layers)
+    lines = _summary(figures, masks_words(pattern, sparsity, masks, shapes))
     lines |= {"solver": solver_words(method), "time": _times(report, time.perf_counter() - began), "saved in": str(out)}
     console.print(facts(lines))
     if network.can_generate():
@@ -241,13 +241,13 @@ def _proven(layer: dict[str, Any]) -> str:
     return f"{fraction:.3f}" + ("*" if layer["unfinished_rows"] else "")
 
 
-def _summary(figures: dict[str, Any], masks: str, kept: str) -> dict[str, str]:
+def _summary(figures: dict[str, Any], masks: str) -> dict[str, str]:
     layers = figures["layers"]
     fraction = f"{100 * figures['sparsity']:.2f} %"
     updated = any(layer["kept_error"] != layer["relative_error"] for layer in layers)
     lines = {
         "pruned": f"{fraction} of {figures['weights']} weights in {len(layers)} layers",
-        "masks": masks + (f"; {kept}" if kept else ""),
+        "masks": masks,
         "relative error": f"median {figures['median_relative_error']:.5f}, mean {figures['mean_relative_error']:.5f}"
         + (" (`before`: before the update of the surviving weights)" if updated else ""),
     }

@@ -50,7 +50,6 @@ class PruneProgress:
         self._bar, self._measurements = bar, measurements
         self._costs = {layer.name: float(layer.shape[0]) * layer.shape[1] ** 2 for layer in selection.layers}
         self._short = dict(zip(self._costs, shortened(list(self._costs), 24), strict=True))
-        proofs = sum(float(layer.shape[0]) * layer.shape[1] ** 3 for layer in selection.layers) if certify else 0.0
         self._proofs = {layer.name: float(layer.shape[0]) * layer.shape[1] ** 3 for layer in selection.layers}
         self._stages = sum(bool(layers) for layers in selection.blocks.values()) + bool(selection.outside)
         self._runs = self._windows = 0
@@ -63,7 +62,7 @@ class PruneProgress:
             "perplexity": float(measurements * calibration.samples),
             "calibrate": float(self._stages * len(calibration) * _RUNS),
             "solve": sum(self._costs.values()),
-            "certify": proofs,
+            "certify": sum(self._proofs.values()) if certify else 0.0,
         }
         guess = {
             "perplexity": 2 * size * calibration.seqlen / _SPEED,

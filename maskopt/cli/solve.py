@@ -24,7 +24,7 @@ from maskopt.cli.options import (
 )
 from maskopt.cli.output import Bar, check_outputs, environment, facts, json_output, tables
 from maskopt.cli.solvers import parse_weights
-from maskopt.cli.words import kept_words, set_words, solver_words
+from maskopt.cli.words import masks_words, solver_words
 from maskopt.errors import MaskoptError
 from maskopt.files import atomic_path
 
@@ -95,8 +95,7 @@ def solve(
         if out is not None:
             with atomic_path(out) as aside:
                 aside.write_bytes(mask_bytes(result.mask, figures, result.weight))
-    kept = kept_words(masks, [problem.shape])
-    words = {"masks": set_words(pattern, sparsity) + (f"; {kept}" if kept else ""), "solver": solver_words(method)}
+    words = {"masks": masks_words(pattern, sparsity, masks, [problem.shape]), "solver": solver_words(method)}
     tables(json).print(facts(_lines(figures, words, out)))
 
 

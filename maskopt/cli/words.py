@@ -13,7 +13,16 @@ from rich.text import Text
 if TYPE_CHECKING:
     from maskopt.oracles import MaskSet
 
-__all__ = ["duration", "kept_words", "named_table", "rows_words", "set_words", "shortened", "solver_words"]
+__all__ = [
+    "duration",
+    "kept_words",
+    "masks_words",
+    "named_table",
+    "rows_words",
+    "set_words",
+    "shortened",
+    "solver_words",
+]
 
 
 def shortened(names: Sequence[str], width: int) -> list[str]:
@@ -106,6 +115,12 @@ def solver_words(solver: Any) -> str:
 def set_words(pattern: str, sparsity: float | None) -> str:
     """Return a set of masks as text: `per-row 60 %`, `2:4`."""
     return pattern if sparsity is None or ":" in pattern else f"{pattern} {100 * sparsity:g} %"
+
+
+def masks_words(pattern: str, sparsity: float | None, masks: MaskSet, shapes: Iterable[tuple[int, int]]) -> str:
+    """Return a set of masks as text, with the kept counts of layers of these shapes where they were rounded."""
+    kept = kept_words(masks, shapes)
+    return set_words(pattern, sparsity) + (f"; {kept}" if kept else "")
 
 
 def rows_words(first: int, count: int) -> str:

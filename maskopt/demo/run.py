@@ -122,15 +122,15 @@ def run_demo(
     held_out = held_out_text(_EVALUATION_CHARACTERS)
     before = perplexity(dense, tokenizer, held_out, seqlen=seqlen)
     rows = []
-    work = [(pattern, sparsity, name, fraction) for pattern, sparsity in SETS for name, fraction in _methods(pattern)]
-    done, total = 0, sum(fraction for *_, fraction in work)
+    work = [(pattern, sparsity, name, cost) for pattern, sparsity in SETS for name, cost in _methods(pattern)]
+    done, total = 0, sum(cost for *_, cost in work)
     reports: dict[tuple[str, str], PruneReport] = {}
     perplexities: dict[tuple[str, str], float] = {}
-    for pattern, sparsity, name, fraction in work:
+    for pattern, sparsity, name, cost in work:
 
-        def tell(at: Progress, what: str = f"{pattern}, {name}", done: int = done, fraction: int = fraction) -> None:
+        def tell(at: Progress, what: str = f"{pattern}, {name}", done: int = done, cost: int = cost) -> None:
             assert progress is not None
-            progress(what, (done + fraction * (at.done + at.fraction) / at.total) / total)
+            progress(what, (done + cost * (at.done + at.fraction) / at.total) / total)
 
         pruned = copy.deepcopy(dense)
         reports[pattern, name] = prune(
@@ -142,7 +142,7 @@ def run_demo(
             progress=progress and tell,
         )
         perplexities[pattern, name] = perplexity(pruned, tokenizer, held_out, seqlen=seqlen).perplexity
-        done += fraction
+        done += cost
     for pattern, sparsity, name, _ in work:
         report = reports[pattern, name]
         rows.append(
@@ -167,8 +167,8 @@ def run_demo(
 
 
 def _methods(pattern: str) -> list[tuple[str, int]]:
-    """Return the methods run on a set and the fraction of the time each takes."""
-    return [(name, fraction) for name, fraction in (WEIGHTS | SOLVERS).items() if (pattern, name) not in LEFT_OUT]
+    """Return the methods run on a set and the relative time each takes."""
+    return [(name, cost) for name, cost in (WEIGHTS | SOLVERS).items() if (pattern, name) not in LEFT_OUT]
 
 
 def _error_ratio(report: PruneReport, reference: PruneReport) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from maskopt.errors import MaskoptError
+from maskopt.files import reason
 
 __all__ = ["check_folder", "check_quantization"]
 
@@ -91,7 +92,7 @@ def _object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise MaskoptError(f"The file {file} cannot be read: {error.strerror}.") from error
+        raise MaskoptError(f"The file {file} cannot be read: {reason(error)}.") from error
     except (ValueError, RecursionError) as error:
         raise MaskoptError(f"The file {file} is damaged: it is no JSON.") from error
     if not isinstance(content, dict):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maskopt.checks import shown, whole
 from maskopt.errors import MaskoptError, is_memory_failure
+from maskopt.files import first_line
 
 __all__ = ["check_model", "check_tokenizer", "move_model", "require_positive"]
 
@@ -73,8 +74,7 @@ def move_model(model: PreTrainedModel, device: str | torch.device) -> PreTrained
     except (RuntimeError, AssertionError, TypeError) as error:  # torch built without CUDA asserts
         if is_memory_failure(error):
             raise
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise MaskoptError(f"The model cannot be moved to the device {device!r}: {reason}.") from error
+        raise MaskoptError(f"The model cannot be moved to the device {device!r}: {first_line(error)}.") from error
 
 
 def check_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:

@@ -71,12 +71,17 @@ class _Inputs(ABC):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._release()
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Drop references to tensors that only serve while the hooks are in place."""
 
 
 class CallOrder(_Inputs):
     """Context manager that records in which order layers are first called, and which have the same input tensor.
 
-    It computes nothing from the inputs.
+    It computes nothing from the inputs, except to compare the outputs of subclasses of nn.Linear (`check`).
 
     Parameters
     ----------
@@ -92,14 +97,11 @@ class CallOrder(_Inputs):
         self._current: Block | None = None
         self._groups: dict[Layer, list[Layer]] = {}
         self._sizes: dict[int, int] = {}
-        self._nonlinear: list[Layer] = []
+        self._nonlinear: Layer | None = None  # the first that does more than multiply
         # The references keep the addresses of a block's tensors from being used again.
         self._seen: dict[tuple[object, ...], tuple[Tensor, list[Layer]]] = {}
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
+    def _release(self) -> None:
         self._seen.clear()
 
     def _see(self, layer: Layer, x: Tensor) -> None:
@@ -123,7 +125,7 @@ class CallOrder(_Inputs):
 
     def _compare(self, layer: Layer, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Record a subclass of nn.Linear whose output is not its weight times its input."""
-        if not isinstance(output, Tensor):
+        if self._nonlinear is not None or not isinstance(output, Tensor):
             return  # routers return choices made from the product
         x = args[0] if args else next(iter(kwargs.values()))
         weight, bias = layer.oriented(layer.weight), getattr(layer.module, "bias", None)
@@ -135,8 +137,7 @@ class CallOrder(_Inputs):
                 output.float(), product.float(), rtol=0.0, atol=rounding * size, equal_nan=True
             ):
                 return
-        if layer not in self._nonlinear:
-            self._nonlinear.append(layer)
+        self._nonlinear = layer
 
     def check(self) -> None:
         """Check that outputs of layers are their weights times their inputs, as reconstruction from a Gram assumes.
@@ -146,8 +147,8 @@ class CallOrder(_Inputs):
         MaskoptError
             With the name of the first layer for which they are not.
         """
-        if self._nonlinear:
-            layer = self._nonlinear[0]
+        layer = self._nonlinear
+        if layer is not None:
             raise MaskoptError(
                 f"The layer {layer.name} is a {type(layer.module).__name__}, which does more than multiply its "
                 f"input by its weight; exclude it to leave it dense."
@@ -189,10 +190,7 @@ class DenseInputs(_Inputs):
             self._latest = x, x._version, x.clone()
         self._seen.setdefault(layer, []).append(self._latest[2])
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
+    def _release(self) -> None:
         self._latest = None
 
     def begin(self, index: int) -> None:
@@ -233,10 +231,7 @@ class GramCollector(_Inputs):
         self._seen: dict[tuple[object, ...], tuple[Tensor, Gram]] = {}
         self._batch: Batch | None = None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
+    def _release(self) -> None:
         self._seen.clear()
 
     def begin(self, batch: Batch) -> None:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from maskopt.checks import FLOATS
 from maskopt.errors import MaskoptError
 
 __all__ = ["Layer", "is_linear", "linear_layers"]
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +78,7 @@ class Layer:
             )
         if weight.is_meta:
             raise MaskoptError(f"The weight of {self.name} holds no data (it is on the meta device); load it first.")
-        if weight.dtype not in _DTYPES or weight.ndim != 2 or weight.layout is not torch.strided:
+        if weight.dtype not in FLOATS or weight.ndim != 2 or weight.layout is not torch.strided:
             raise MaskoptError(
                 f"The weight of {self.name} is stored as {weight.dtype} of shape {tuple(weight.shape)}; only "
                 f"unquantised floating-point matrices (float64, float32, bfloat16, float16) can be pruned."

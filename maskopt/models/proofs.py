@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-from maskopt.bounds import BoundKind, MaskBounds, check_bound, mask_bounds
+from maskopt.bounds import BoundKind, MaskBounds, check_bound, mask_bounds, stop_after
 from maskopt.checks import check_time_limit
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
@@ -48,13 +48,13 @@ class Prover:
         began, own = time.perf_counter(), _cost(problem.shape)
         fraction = min(1.0, own / self._cost) if self._cost > 0.0 else 1.0
         self._cost -= own
-        end = None if self._left is None else began + self._left * fraction
-        stop = None if end is None else lambda: time.perf_counter() > end
+        limit = None if self._left is None else self._left * fraction
+        stop = stop_after(limit)
 
         def tell(done: float) -> None:
             assert progress is not None
-            now = time.perf_counter()
-            progress(done if end is None or now >= end else max(done, (now - began) / (end - began)))
+            passed = time.perf_counter() - began
+            progress(done if limit is None or passed >= limit else max(done, passed / limit))
 
         found = mask_bounds(
             problem, self._masks, self._kind, memory=self._memory, stop=stop, progress=progress and tell

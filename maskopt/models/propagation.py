@@ -198,15 +198,17 @@ class Corrected(Pruned):
         return grams
 
     def chosen(self, layers: Sequence[Layer]) -> None:
-        self._originals.update((layer, layer.weight.data.clone()) for layer in layers)
+        # Where the dense model's inputs are kept, its block does not run again in this stage.
+        needed = [layer for layer in layers if self._kept is None or layer in self._uses]
+        self._originals.update((layer, layer.weight.data.clone()) for layer in needed)
         super().chosen(layers)
 
     def leave(self, stage: Stage) -> None:
         super().leave(stage)
         self._kept = None
         if not stage.layers:
-            for index in range(self._dense.batches):
-                self._run_dense(stage, None, index, store=True)
+            with self._as_it_was():
+                self._run(self._dense, stage, store=True)
         assert stage.position is not None, "the stage outside the blocks is the last"
         position = stage.position
         self._originals = {
@@ -223,13 +225,9 @@ class Corrected(Pruned):
             self._run_dense(stage, inputs, index, store=True)
         return inputs
 
-    def _run_dense(self, stage: Stage, inputs: DenseInputs | None, index: int, *, store: bool) -> None:
-        with self._as_it_was():
-            if inputs is None:
-                self._run(self._dense, stage, store=store, indices=[index])
-            else:
-                with inputs:
-                    self._run(self._dense, stage, store=store, indices=[index])
+    def _run_dense(self, stage: Stage, inputs: DenseInputs, index: int, *, store: bool) -> None:
+        with self._as_it_was(), inputs:
+            self._run(self._dense, stage, store=store, indices=[index])
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
@@ -262,8 +260,7 @@ def last_uses(model: nn.Module, replay: Replay, stages: Sequence[Stage]) -> dict
     last: dict[int, int] = {}
     for position, block in enumerate(replay.order):
         last.update((id(parameter), position) for parameter in block.module.parameters())
-    inside = {id(parameter) for block in replay.order for parameter in block.module.parameters()}
-    tied = {id(p) for module in _outside(model, replay) for p in module.parameters(recurse=False)} & inside
+    tied = {id(p) for module in _outside(model, replay) for p in module.parameters(recurse=False)} & last.keys()
     last.update(dict.fromkeys(tied, len(replay.order)))
     return {
         layer: last[id(layer.weight)]

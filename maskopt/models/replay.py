@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from maskopt.errors import MaskoptError, is_memory_failure
+from maskopt.files import first_line
 from maskopt.models.batches import Batch
 from maskopt.models.blocks import Block
 from maskopt.threads import sized_threads
@@ -84,9 +85,8 @@ def run_model(model: nn.Module, where: str, inputs: Mapping[str, Any]) -> Any:
     except Exception as error:
         if is_memory_failure(error):
             raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise MaskoptError(
-            f"The {type(model).__name__} cannot be run on {where}: {reason.rstrip('.')} ({type(error).__name__})."
+            f"The {type(model).__name__} cannot be run on {where}: {first_line(error)} ({type(error).__name__})."
         ) from error
 
 
@@ -168,7 +168,6 @@ class Replay:
             if before is not None:
                 before(batch)
             with ExitStack() as undo:
-                undo.enter_context(sized_threads(self._size))
                 for block in passed:
                     undo.enter_context(_answering(block.module, self._states[block.stack][index]))
                 output = self._forward(index, current)
@@ -177,14 +176,14 @@ class Replay:
 
     def run_whole(self, index: int) -> None:
         """Run the whole model on a batch, without stored states."""
-        with sized_threads(self._size):
-            self._forward(index)
+        self._forward(index)
 
     def _forward(self, index: int, until: Block | None = None) -> Any:
         """Run the model on a batch; with `until`, stop after that block's last call and return its output."""
         inputs, where = self._batches[index].inputs, f"calibration batch {index}"
         if until is None:
-            return run_model(self._model, where, inputs)
+            with sized_threads(self._size):
+                return run_model(self._model, where, inputs)
         calls = 0
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -195,7 +194,8 @@ class Replay:
 
         hook = until.module.register_forward_hook(leave)
         try:
-            run_model(self._model, where, inputs)
+            with sized_threads(self._size):
+                run_model(self._model, where, inputs)
         except _Reached as reached:
             return reached.output
         finally:

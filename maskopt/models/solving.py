@@ -93,7 +93,6 @@ class Work:
             self.prover.plan(layer.shape for stage in self.stages for layer in stage.layers)
         self.propagation.before_batch = lambda stage: self._tell("calibrate", stage.name)
         for stage in self.stages:
-            self._tell("calibrate", stage.name)
             for turn in self.propagation.turns(stage):
                 grams = self.propagation.collect(stage, turn)
                 for layers in self._together(turn, grams):

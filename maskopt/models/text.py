@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from maskopt.checks import shown
 from maskopt.errors import MaskoptError
+from maskopt.files import reason
 from maskopt.models.checks import check_tokenizer
 
 __all__ = ["Text", "TokenStream", "read_text", "tokenize"]
@@ -174,8 +175,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
-        reason = getattr(error, "strerror", None) or error
-        raise MaskoptError(f"The text file {path} cannot be read: {reason}.") from error
+        raise MaskoptError(f"The text file {path} cannot be read: {reason(error)}.") from error
 
 
 def _encoded(text: str) -> bytes:
