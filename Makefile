@@ -44,6 +44,7 @@ DEMO_STUDY := --name weights-demo --solvers continuation --weights lsq,admm,alps
 SMOLLM_STUDY := --name smollm2 --only-models --solvers wanda --weights sparsegpt,alps,best,keep \
 	--propagate default --tune sparsegpt --tune-once --sets per-row:0.5,per-row:0.6,2:4 --samples 32 --batch-size 2 \
 	--validation 8 --characters 250000
+# SMOLLM names the folder that benchmarks/make_smollm2.py makes.
 bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOLLM= add to them, see README)
 	$(BIN)/python benchmarks/layers.py $(LAYERS)
 	$(BIN)/python benchmarks/layers.py $(LAYERS) --name joint --solvers continuation $(JOINT)
@@ -51,7 +52,7 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOL
 	$(BIN)/python benchmarks/iteration.py
 	$(if $(LAYERS),$(BIN)/python benchmarks/bounds.py $(LAYERS) --rows 8 --inputs 96 0 --cuts 100)
 	$(if $(LAYERS),$(BIN)/python benchmarks/exact.py $(LAYERS))
-	$(BIN)/python benchmarks/false_claims.py
+	$(BIN)/python benchmarks/false_claims.py --instances 50000 --jobs 2
 	$(BIN)/python benchmarks/make_library.py
 	$(BIN)/python benchmarks/perplexity.py $(MODELS) $(MASKS_STUDY)
 	$(if $(MODELS),$(BIN)/python benchmarks/perplexity.py $(MODELS) $(WEIGHTS_STUDY))
