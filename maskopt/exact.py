@@ -149,36 +149,46 @@ class ExactMatrix:
 
     def __init__(self, matrix: Tensor) -> None:
         self.whole, self.exponent = integers(matrix.detach().double().cpu().numpy())
+        # Digits so short that float64 adds up d products of two of them exactly.
+        self._bits = (53 - len(self.whole).bit_length()) // 2
+        self._digits: dict[int, np.ndarray] | None = None  # of `whole`, filled on demand
 
-    def form(self, vector: np.ndarray, exponent: int) -> Fraction:
-        """Return v^T A v for v = vector * 2^exponent.
+    def forms(self, vectors: np.ndarray, exponent: int) -> list[Fraction]:
+        """Return v^T A v for each row v of vectors * 2^exponent.
+
+        The matrix and the vectors are cut into digits, whose products are matrix products in float64, without rounding.
 
         Parameters
         ----------
-        vector : ndarray
-            Python integers, shape (d,).
+        vectors : ndarray
+            Python integers, shape (vectors, d).
         exponent : int
         """
-        some = np.flatnonzero(vector)
-        if not len(some):
-            return Fraction(0)
-        part = vector[some]
-        total = part @ (self.whole[np.ix_(some, some)] @ part)
-        return fraction(int(total), 2 * exponent + self.exponent)
+        if self._digits is None:
+            self._digits = _digits(self.whole, self._bits)
+        levels: dict[int, np.ndarray] = {}
+        for low, part in _digits(vectors, self._bits).items():
+            for high, lines in self._digits.items():
+                product = (part @ lines).astype(np.int64)
+                levels[low + high] = levels[low + high] + product if low + high in levels else product
+        total = np.zeros(vectors.shape, dtype=object)
+        for shift, level in levels.items():
+            total = total + (level.astype(object) << shift)
+        return [fraction(int(number), 2 * exponent + self.exponent) for number in (total * vectors).sum(1)]
 
-    def times(self, vector: np.ndarray, entries: list[int]) -> list[int]:
-        """Return some entries of A v, in units of 2^`self.exponent`.
 
-        Parameters
-        ----------
-        vector : ndarray
-            v, Python integers, shape (d,).
-        entries : list of int
-            Their indices.
-        """
-        some = np.flatnonzero(vector)
-        part = vector[some]
-        return [int(self.whole[entry, some] @ part) if len(some) else 0 for entry in entries]
+def _digits(whole: np.ndarray, bits: int) -> dict[int, np.ndarray]:
+    """Return float64 arrays whose sum, each times 2 to its key, is an array of Python integers; none of them is zero.
+
+    No entry is larger than 2^bits.
+    """
+    rest, sign, found, shift = np.abs(whole), np.where(whole < 0, -1.0, 1.0), dict[int, np.ndarray](), 0
+    while rest.any():
+        part = (rest & ((1 << bits) - 1)).astype(np.float64)
+        if part.any():
+            found[shift] = part * sign
+        rest, shift = rest >> bits, shift + bits
+    return found
 
 
 def exact_difference(one: Tensor, other: Tensor) -> tuple[np.ndarray, int]:

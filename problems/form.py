@@ -94,7 +94,7 @@ class QuadraticForm(Quadratic):
     def _exact_values(self, mask: Tensor, linear: Tensor) -> list[Fraction]:
         places = mask.long().cpu().numpy().astype(object)
         sums = (summed(row[kept]) for row, kept in zip(linear, mask, strict=True))
-        return [self._exact_matrix.form(chosen, 0) + part for chosen, part in zip(places, sums, strict=True)]
+        return [form + part for form, part in zip(self._exact_matrix.forms(places, 0), sums, strict=True)]
 
     @cached_property
     def _exact_matrix(self) -> ExactMatrix:

@@ -338,8 +338,7 @@ class LayerReconstruction(Quadratic):
 
     def _exact_error(self, weight: Tensor) -> list[Fraction]:
         residual, exponent = exact_difference(self.target, weight)
-        gram = self.exact_gram()
-        return [max(Fraction(0), gram.form(row, exponent)) for row in residual]
+        return [max(Fraction(0), value) for value in self.exact_gram().forms(residual, exponent)]
 
     def exact_gram(self) -> ExactMatrix:
         """Return the Gram, unscaled, as integers times a power of two; computed once."""

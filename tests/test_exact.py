@@ -71,7 +71,7 @@ def test_forms_that_cancel(size: float) -> None:
     off, exponent = exact_difference(one, torch.tensor([[0.0, 2 * size]], dtype=torch.float64))
     vector = [Fraction(1) + Fraction(size), -Fraction(size)]
     truth = sum(vector[i] * vector[j] * Fraction(float(gram[i, j])) for i in range(2) for j in range(2))
-    assert ExactMatrix(gram).form(off[0], exponent) == truth
+    assert ExactMatrix(gram).forms(off, exponent) == [truth]
 
 
 def test_numbers_beyond_float64() -> None:

@@ -13,13 +13,12 @@ bound s lambda_min(Q - sum_i y_i A_i), however it was found.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from maskopt.bounds.work import Progress
+from maskopt.bounds.work import Progress, Stop
 
 __all__ = ["FormBounds", "bound_forms"]
 
@@ -90,7 +89,7 @@ def bound_forms(
     accuracy: float = 1e-3,
     iterations: int = 50,
     target: Tensor | None = None,
-    stop: Callable[[], bool] | None = None,
+    stop: Stop | None = None,
     progress: Progress | None = None,
 ) -> FormBounds:
     """Bound p^T Q p from below over p in {0, 1}^d with a given number of ones, for many Q at once.

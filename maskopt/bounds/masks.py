@@ -166,5 +166,5 @@ def mask_bounds(
                 stop=stopper,
                 progress=rest,
             )
-            bound, finished = torch.clamp_min(found.bound, 0.0), found.finished
+            bound, finished = found.bound, found.finished
     return MaskBounds(bound if floor is None else torch.maximum(bound, floor), finished)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from maskopt.bounds.interior import FormBounds, combination, drop, face_basis, factor_schur, lift, measure, schur
-from maskopt.bounds.work import Progress
+from maskopt.bounds.work import Progress, Stop, steps
 
 __all__ = ["pair_multipliers"]
 
@@ -25,7 +23,7 @@ def pair_multipliers(
     iterations: int,
     *,
     group: int | None = None,
-    stop: Callable[[], bool] | None = None,
+    stop: Stop | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Return N >= 0 for which the forms Q - N have a larger semidefinite bound.
@@ -64,11 +62,7 @@ def pair_multipliers(
     S = forms - combination(found.tilt, found.bound / s[:, 0], s)
     penalty = (_PENALTY * _norm(Z) / _norm(S)).view(-1, 1, 1)
     size = _norm(forms)
-    for step in range(1, iterations + 1):
-        if stop is not None and stop():
-            break
-        if progress is not None:
-            progress((step - 1) / iterations)
+    for step in steps(iterations, stop, progress):
         missing = (target - measure(Z, s)) / penalty[:, 0] + measure(forms - S - N, s)
         multipliers = torch.cholesky_solve(missing.unsqueeze(2), C).squeeze(2)
         slack = forms - combination(multipliers[:, 1:], multipliers[:, 0], s)
@@ -82,7 +76,7 @@ def pair_multipliers(
         negative = lift((vectors * (-values).clamp_min(0.0).unsqueeze(1)) @ vectors.mT, basis)
         S = split + negative
         Z = torch.lerp(Z, penalty * negative, _STEP)
-        if step % _REVIEW == 0:
+        if (step + 1) % _REVIEW == 0:
             primal = _norm(target - measure(Z, s)) / s[:, 0] + _norm(Z.clamp_max(0.0)) / _norm(Z)
             dual = _norm(slack - N - S) / size
             change = torch.where(primal > 2 * dual, 1 / 1.3, torch.where(dual > 2 * primal, 1.3, 1.0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from maskopt.bounds.interior import bound_forms
 from maskopt.bounds.pairs import pair_multipliers
-from maskopt.bounds.work import Progress, Stopper, within
+from maskopt.bounds.work import Progress, Stop, Stopper, within
 from maskopt.errors import MaskoptError
 from maskopt.problems import LayerReconstruction
 
@@ -71,7 +70,7 @@ def sdp_bound(
     cuts: int = 0,
     target: Tensor | None = None,
     memory: int = 2**30,
-    stop: Callable[[], bool] | None = None,
+    stop: Stop | None = None,
     progress: Progress | None = None,
 ) -> RowBounds:
     """Prove a lower bound on the error of every mask of each row.
@@ -211,7 +210,7 @@ def convex_part(problem: LayerReconstruction, keep: Tensor, bounds: RowBounds, r
     """
     weight, gram = problem.double().rows(torch.tensor([row])).weight[0], problem.gram.double()
     s = int(problem.shape[1] - keep[row])
-    C = weight.unsqueeze(1) * ((gram + gram.T) / 2) * weight
+    C = weight.unsqueeze(1) * gram * weight
     if s == 0:
         return C
     shift = bounds.shift[row]

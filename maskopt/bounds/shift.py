@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskopt.bounds.work import Progress, Stop
+from maskopt.bounds.work import Progress, Stop, steps
 from maskopt.oracles import PerRow
 from maskopt.problems import LayerReconstruction
 from maskopt.problems.convexity import diagonal_floor
@@ -76,11 +76,7 @@ def layer_shift(
     matrix.diagonal().add_(max(1e-10 * d - lowest, 0.0))
     part = torch.full_like(unit, 0.5 * max(lowest, 1e-10 * d))
     barrier = float(part.mean())
-    for number in range(rounds):
-        if stop is not None and stop():
-            break
-        if progress is not None:
-            progress(number / rounds)
+    for _ in steps(rounds, stop, progress):
         direction = _newton(matrix, part, barrier)
         length = 0.0 if direction is None else _longest(matrix, part, direction)
         if direction is None or length == 0.0:
@@ -150,11 +146,7 @@ def shifted_bound(
     residual = reach if not problem.aims_elsewhere else reach + (wide.scaled_target - wide.scaled_weight).abs() * sizes
     rounding = (problem.shape[1] + 8) * 2.0**-50 * (residual.sum(1).square() + (squares * diagonal.abs()).sum(1))
     point = objective.evaluate(masks.lmo(-objective.diagonal()))
-    for number in range(iterations):
-        if stop is not None and stop():
-            break
-        if progress is not None:
-            progress(number / iterations)
+    for _ in steps(iterations, stop, progress):
         gradient = objective.gradient(point)
         search = masks.lmo(gradient) - point.x
         descent = (gradient * search).sum(1)

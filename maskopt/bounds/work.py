@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-__all__ = ["Progress", "Stop", "Stopper", "stop_after", "within"]
+__all__ = ["Progress", "Stop", "Stopper", "steps", "stop_after", "within"]
 
 Progress = Callable[[float], object]
 """Called with the estimated fraction of the work that is done, in [0, 1]."""
@@ -55,6 +55,22 @@ class Stopper:
         if not self.stopped and self._stop is not None:
             self.stopped = self._stop()
         return self.stopped
+
+
+def steps(number: int, stop: Stop | None, progress: Progress | None) -> Iterator[int]:
+    """Yield 0, 1, ... until `number` steps are done or `stop` says so, and report progress before each.
+
+    Parameters
+    ----------
+    number : int
+    stop, progress : callable, optional
+    """
+    for step in range(number):
+        if stop is not None and stop():
+            return
+        if progress is not None:
+            progress(step / number)
+        yield step
 
 
 def within(progress: Progress | None, start: float, end: float) -> Progress | None:

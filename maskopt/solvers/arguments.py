@@ -43,7 +43,7 @@ def check_arguments(
         raise MaskoptError(f"solve needs a problem such as LayerReconstruction(weight, gram); got {shown(problem)}.")
     check_masks(masks)
     check_solver(solver, optional=True)
-    if isinstance(start, type) or not (start is None or isinstance(start, Tensor) or _is_solver(start)):
+    if not (start is None or isinstance(start, Tensor | Solver)):
         raise MaskoptError(f"The start must be a boolean mask (a torch tensor) or a solver; got {shown(start)}.")
     if callback is not None and not callable(callback):
         raise MaskoptError(f"The callback must be a function that takes a State; got {shown(callback)}.")
@@ -67,7 +67,7 @@ def check_solver(solver: object, *, optional: bool = False) -> None:
         raise MaskoptError(f"A solver is an object such as Wanda(); make_solver makes one of {shown(solver)}.")
     if isinstance(solver, type):
         raise MaskoptError(f"A solver is an object such as Wanda(), with brackets; got the class {solver.__name__}.")
-    if not (_is_solver(solver) or (optional and solver is None)):
+    if not (isinstance(solver, Solver) or (optional and solver is None)):
         raise MaskoptError(f"A solver is an object such as Wanda(); got {shown(solver)}.")
 
 
@@ -75,10 +75,6 @@ def check_memory(memory: object) -> None:
     """Raise MaskoptError if this is no number of bytes."""
     if not whole(1, _LONG).fits(memory):
         raise MaskoptError(f"The memory must be a positive whole number of bytes; got {shown(memory)}.")
-
-
-def _is_solver(value: object) -> bool:
-    return isinstance(value, Solver)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from maskopt.solvers.fixing import fixable
 from maskopt.solvers.loop import frank_wolfe
 from maskopt.solvers.nodes import Nodes, Relaxation, always_kept
 from maskopt.solvers.one_swap import descend
+from maskopt.solvers.outcome import weakest
 from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rules import RowBlocks
 from maskopt.solvers.steps import ExactStep
@@ -134,7 +135,7 @@ class BranchAndBound(Solver):
             best.append(search.mask)
             bounds.append(search.bound)
             total += search.solved
-        worst = max(statuses, key=list(Status).index)
+        worst = weakest(statuses)
         proven = torch.tensor(bounds, dtype=torch.float64, device=problem.device)
         return Outcome(torch.cat(best), worst, total, proven, source="node")
 
@@ -183,9 +184,7 @@ class _Search:
             self._step(self.nodes.pop(self.settings.batch))
             self._reduce()
         # With no node left nothing is better than the incumbent, but for what counted as equal.
-        waiting = float(self.nodes.bound.min()) if len(self.nodes) else math.inf
-        bound = self.relaxation.in_full(min(self.aside, waiting, self._target()), self.problem)
-        self.bound = max(0.0, min(bound, self.full))
+        self.bound = self._proven(self._target())
         self._report()
         error = float(self.problem.objective(self.mask).sum())
         if status is Status.OPTIMAL and not error - self.bound <= self.settings.gap * error:
@@ -227,17 +226,21 @@ class _Search:
     def _seconds(self) -> float:
         return time.perf_counter() - self.began
 
+    def _proven(self, most: float) -> float:
+        """Return the bound proven by the nodes that are left, in full; at most `most`, in the relaxation's unit."""
+        waiting = float(self.nodes.bound.min()) if len(self.nodes) else math.inf
+        bound = self.relaxation.in_full(min(self.aside, waiting, most), self.problem)
+        return max(0.0, min(bound, self.full))
+
     def _report(self) -> None:
         if self.settings.log is not None:
-            waiting = float(self.nodes.bound.min()) if len(self.nodes) else math.inf
-            bound = self.relaxation.in_full(min(waiting, self.aside, self.error), self.problem)
             self.settings.log(
                 NodeLog(
                     self.number,
                     self._seconds(),
                     self.solved,
                     len(self.nodes),
-                    max(0.0, min(bound, self.full)),
+                    self._proven(self.error),
                     self.full,
                 )
             )
@@ -319,9 +322,9 @@ class _Search:
             return torch.ones(0, dtype=torch.bool, device=nodes.bound.device)
         stacked = stack(self.masks, self.problem.shape, len(nodes))
         keep = stacked.kept_per_group((len(nodes) * self.problem.shape[0], self.problem.shape[1])).to(nodes.kept.device)
-        kept = stacked.groups(nodes.kept.flatten(0, 1)).sum(1)
+        held = stacked.groups(nodes.kept.flatten(0, 1))
+        kept, size = held.sum(1), held.shape[1]
         pruned = stacked.groups(nodes.pruned.flatten(0, 1)).sum(1)
-        size = stacked.groups(nodes.x.flatten(0, 1)).shape[1]
         fits = kept <= keep
         if not self.masks.at_most:
             fits &= pruned <= size - keep

@@ -84,16 +84,14 @@ class BruteForce(Solver):
         )
 
     def _size(self, masks: MaskSet, shape: Shape) -> int:
-        """Return how many masks there are, or patterns where a set can only try them all.
+        """Return `number_tried`.
 
         Raises
         ------
         MaskoptError
             If there are too many.
         """
-        entries = shape[0] * shape[1]
-        tries = type(masks).enumerate is MaskSet.enumerate
-        size = 2**entries if tries else masks.count(shape)
+        size = number_tried(masks, shape)
         if size > self.limit:
             number = f"10^{math.log10(size):.1f}" if size > 10**6 else str(size)
             raise MaskoptError(
@@ -101,6 +99,11 @@ class BruteForce(Solver):
                 f"{shape[0]} x {shape[1]} entries; take fewer columns or another exact solver."
             )
         return size
+
+
+def number_tried(masks: MaskSet, shape: Shape) -> int:
+    """Return how many masks there are, or patterns where a set can only try them all."""
+    return 2 ** (shape[0] * shape[1]) if type(masks).enumerate is MaskSet.enumerate else masks.count(shape)
 
 
 def enumerated(problem: Problem, masks: MaskSet) -> tuple[Tensor, float]:

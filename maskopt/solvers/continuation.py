@@ -10,9 +10,10 @@ from maskopt.checks import check_settings, instance_of, real, truth, whole
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction, Problem
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
+from maskopt.solvers.blocks import better_of
 from maskopt.solvers.directions import Conjugate
 from maskopt.solvers.loop import frank_wolfe
-from maskopt.solvers.one_swap import better_of, descend
+from maskopt.solvers.one_swap import descend
 from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.scores import Wanda
 from maskopt.solvers.steps import ExactStep

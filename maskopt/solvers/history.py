@@ -86,7 +86,7 @@ class Recorder:
             self._names.append(source)
         if bool(better.any()):
             self.error = torch.where(better, error, self.error)
-            self.mask = torch.where(better.repeat_interleave(self.row_blocks.row_block).unsqueeze(1), mask, self.mask)
+            self.mask = torch.where(self.row_blocks.spread(better).unsqueeze(1), mask, self.mask)
             self._source[better] = self._names.index(source)
         return float(error.sum())
 

@@ -78,7 +78,7 @@ def frank_wolfe(
         If objective or set lacks what the rules require.
     """
     before, planned = progress or (0, iterations)
-    whole, everything = objective_at(0), masks
+    whole = objective_at(0)
     for rule in (direction, step):
         rule.requires.check(whole, masks, type(rule).__name__)
     run = _Run(whole, masks, x.clone(), direction, step, tolerance, monitor)
@@ -86,7 +86,7 @@ def frank_wolfe(
         if tolerance is None:
             whole = objective_at(iteration)
             run.batch.objective = whole
-        if monitor.stops(whole, everything, before + iteration, planned, run.batch.whole):
+        if monitor.stops(whole, masks, before + iteration, planned, run.batch.whole):
             return LoopResult(run.batch.whole(), iteration, False)
         if refresh and iteration and iteration % refresh == 0 and run.direction.exact:
             run.batch.refresh(monitor)

@@ -17,7 +17,7 @@ from maskopt.solvers.swap_proof import exact_swaps, swap_noise
 from maskopt.solvers.swap_search import SwapSearch
 from maskopt.solvers.swaps import SwapState
 
-__all__ = ["OneSwap", "better_of", "descend"]
+__all__ = ["OneSwap", "descend"]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _settled(
             return kept, steps, False
         rows, add, drop_rows, drop = search.step(kept, carried, dirty)
         if len(rows) == 0:
-            swaps = exact_swaps(problem, masks, kept, carried, search)
+            swaps = exact_swaps(problem, kept, carried, search)
             if swaps is None or len(swaps[0]) == 0:
                 return kept, steps, swaps is not None
             rows, add, drop_rows, drop = swaps

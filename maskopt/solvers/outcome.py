@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["GapKind", "Outcome", "Result", "Status"]
+__all__ = ["GapKind", "Outcome", "Result", "Status", "weakest"]
 
 
 class Status(Enum):
@@ -29,6 +30,11 @@ class Status(Enum):
     ITERATION_LIMIT = "The iteration limit was reached before the stopping test held."
     TIME_LIMIT = "The time limit was reached; the mask is the best found until then."
     STOPPED = "The callback asked to stop; the mask is the best found until then."
+
+
+def weakest(statuses: Sequence[Status]) -> Status:
+    """Return the status that claims least, of parts of a solve."""
+    return max(statuses, key=list(Status).index)
 
 
 class GapKind(Enum):

@@ -18,10 +18,11 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction, Quadratic
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
-from maskopt.solvers.brute_force import enumerated
+from maskopt.solvers.blocks import better_of
+from maskopt.solvers.brute_force import enumerated, number_tried
 from maskopt.solvers.continuation import ContinuationFrankWolfe
 from maskopt.solvers.nodes import always_kept
-from maskopt.solvers.one_swap import better_of
+from maskopt.solvers.outcome import weakest
 from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rules import row_block_of
 from maskopt.solvers.scip_model import STATUSES, Form, row_of
@@ -124,7 +125,7 @@ class Scip(Solver):
             nodes += block.nodes
             statuses.append(status)
         monitor.counters["nodes"] += nodes
-        status = max(statuses, key=list(Status).index, default=Status.STOPPED)
+        status = weakest(statuses or [Status.STOPPED])
         proven = bounds.clamp_min(problem.lowest).to(problem.device)
         return Outcome(found, monitor.ended or status, nodes, proven if bool(proven.isfinite().all()) else None)
 
@@ -167,7 +168,7 @@ class _RowBlock:
         if not claims or error - max(bound, self.problem.lowest) <= allowed:
             return mask, bound, answer.status
         # SCIP's tolerances hide what is left. Few masks can be looked at one by one.
-        if mask.numel() <= _FEW or (_counts(self.masks) and self.masks.count(self.problem.shape) <= 2**_FEW):
+        if number_tried(self.masks, self.problem.shape) <= 2**_FEW:
             return *enumerated(self.problem, self.masks), answer.status
         # What SCIP calls feasible may also be no mask of the set, or its sums go wrong.
         return mask, bound, Status.COMPLETED
@@ -181,8 +182,3 @@ class _RowBlock:
         if not isinstance(problem, LayerReconstruction) or problem.aims_elsewhere:
             return nothing.cpu()
         return always_kept(problem, nothing, mask, error).cpu()
-
-
-def _counts(masks: MaskSet) -> bool:
-    """Whether a set knows its members without trying all patterns."""
-    return type(masks).enumerate is not MaskSet.enumerate

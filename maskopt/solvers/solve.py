@@ -17,7 +17,7 @@ from maskopt.solvers.base import Solver
 from maskopt.solvers.continuation import ContinuationFrankWolfe
 from maskopt.solvers.history import Record, Recorder, merged
 from maskopt.solvers.monitor import Callback, Monitor
-from maskopt.solvers.outcome import GapKind, Outcome, Result, Status
+from maskopt.solvers.outcome import GapKind, Outcome, Result, Status, weakest
 from maskopt.solvers.rules import RowBlocks, row_block_of
 from maskopt.threads import sized_threads
 
@@ -41,7 +41,7 @@ def solve(
     ----------
     problem : Problem
         Usually a `LayerReconstruction`.
-    masks : PartitionMatroid
+    masks : MaskSet
         The feasible set: `PerRow(0.5)`, `NM(keep=2, group=4)`, `Unstructured(0.4)` ...
     solver : Solver, optional
         `ContinuationFrankWolfe()` by default.
@@ -137,12 +137,11 @@ def _solve(
     bound = _bound(outcomes)
     optimal = bound is not None and bool((objective.view(len(bound), -1).sum(1) <= bound).all())
     unproven = GapKind.NONE if all(recorder.convex for recorder in recorders) else GapKind.STATIONARY
-    weakest = max((outcome.status for outcome in outcomes), key=list(Status).index)
     return Result(
         mask=mask,
         objective=objective,
         scale=problem.scale(),
-        status=Status.OPTIMAL if optimal else monitor.ended or weakest,
+        status=Status.OPTIMAL if optimal else monitor.ended or weakest([outcome.status for outcome in outcomes]),
         gap_kind=unproven if bound is None else GapKind.PROVEN,
         lower_bound=bound,
         iterations=max(outcome.iterations for outcome in outcomes),

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from maskopt.exact import WIDEST, exact_difference, integers
-from maskopt.oracles import PartitionMatroid
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers.swap_search import SwapSearch
+from maskopt.solvers.swaps import pair_change
 
 __all__ = ["exact_swaps", "swap_noise"]
 
@@ -37,9 +37,7 @@ def swap_noise(problem: LayerReconstruction, kept: Tensor) -> Tensor:
     return own * ((problem.shape[1] + 8) * 2.0**-51 * total + 2.0**-49 * own) + underflow
 
 
-def exact_swaps(
-    problem: LayerReconstruction, masks: PartitionMatroid, kept: Tensor, carried: Tensor, search: SwapSearch
-) -> Swaps | None:
+def exact_swaps(problem: LayerReconstruction, kept: Tensor, carried: Tensor, search: SwapSearch) -> Swaps | None:
     """Return swaps that lower the error although float64 is in doubt of it, one change per row; none: none does.
 
     None where there are so many doubts that they cannot all be looked at, and where a Gram that is indefinite by
@@ -47,8 +45,8 @@ def exact_swaps(
 
     Parameters
     ----------
-    problem, masks
-        The layer, in its own type, and the set.
+    problem : LayerReconstruction
+        In its own type.
     kept : Tensor
         The mask.
     carried : Tensor
@@ -57,7 +55,7 @@ def exact_swaps(
         In float64, with proven `noise`, which found no swap that improves for certain.
     """
     every = torch.arange(len(kept), device=kept.device)
-    add_cost, drop_cost, noise = search._costs(every, kept, carried)
+    add_cost, drop_cost, noise = search.costs(every, kept, carried)
     low_add, low_drop = add_cost - noise, drop_cost - noise
     budget = _WORK
     found: list[tuple[int, int, int, int]] = []
@@ -89,8 +87,7 @@ def _negative_somewhere(problem: LayerReconstruction, kept: Tensor) -> bool:
     if problem.shape[1] > WIDEST:
         return True
     off, exponent = exact_difference(problem.target[rows], problem.weight[rows] * kept[rows])
-    gram = problem.exact_gram()
-    return any(gram.form(row, exponent) < 0 for row in off)
+    return any(form < 0 for form in problem.exact_gram().forms(off, exponent))
 
 
 def _pairs_in_row(search: SwapSearch, row: int, add: Tensor, drop: Tensor) -> np.ndarray:
@@ -99,8 +96,8 @@ def _pairs_in_row(search: SwapSearch, row: int, add: Tensor, drop: Tensor) -> np
     weight = search.weight[row]
     for segment in range(search.segments):
         part = slice(segment * search.width, (segment + 1) * search.width)
-        both = (weight[part].unsqueeze(1) * -2.0 * weight[part]).mul_(search.gram[part, part])
-        both.add_(add[part].unsqueeze(1)).add_(drop[part])
+        weights = weight[part].unsqueeze(1), weight[part]
+        both = pair_change(search.gram[part, part], weights, (add[part].unsqueeze(1), drop[part]))
         found.append((both < 0).nonzero() + segment * search.width)
     return torch.cat(found).cpu().numpy()
 

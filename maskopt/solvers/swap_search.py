@@ -46,9 +46,8 @@ class SwapSearch:
         self.protected, self.forbidden = masks.protected, masks.forbidden
         self.eps = 8 * torch.finfo(problem.dtype).eps
         device = problem.device
-        self.local = torch.arange(self.columns, device=device)
         if 1 < self.width <= _DENSE:
-            index = self.local.view(self.segments, self.width)
+            index = torch.arange(self.columns, device=device).view(self.segments, self.width)
             self.blocks = self.gram[index.unsqueeze(2), index.unsqueeze(1)]
         elif self.width > _DENSE:
             # A little more than the largest correlation, so that rounding cannot bound a winner away.
@@ -64,7 +63,7 @@ class SwapSearch:
         kept : Tensor
             The mask, boolean, shape (rows, d).
         carried : Tensor
-            (W * pruned) G, shape (rows, d).
+            (T - W * mask) G, shape (rows, d).
         dirty : Tensor
             Rows to search, boolean, shape (rows,); changed in place to the rows that changed or have to be
             searched again.
@@ -89,12 +88,12 @@ class SwapSearch:
             return found
         per_row = self.columns * (self.width if self.width <= _DENSE else _BINS)
         for part in torch.split(torch.arange(len(kept), device=kept.device), max(1, _BLOCK // per_row)):
-            add_cost, drop_cost, error = self._costs(part, kept, carried)
+            add_cost, drop_cost, error = self.costs(part, kept, carried)
             search = self._all_pairs if self.width <= _DENSE else self._bounded_pairs
             found[part] = search(part, add_cost - error, drop_cost - error)[0] < 0
         return found
 
-    def _costs(self, index: Tensor, kept: Tensor, carried: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def costs(self, index: Tensor, kept: Tensor, carried: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return A, B (infinite where not allowed) and the rounding error of either, for some rows."""
         mask, own = kept[index], self.own[index]
         add, drop, size = single_changes(self.weight[index], carried[index], own)
@@ -111,7 +110,7 @@ class SwapSearch:
         per_row = self.columns * (self.width if self.width <= _DENSE else _BINS)
         adds, drops, better = [], [], []
         for part in torch.split(index, max(1, _BLOCK // per_row)):
-            add_cost, drop_cost, error = self._costs(part, kept, carried)
+            add_cost, drop_cost, error = self.costs(part, kept, carried)
             search = self._all_pairs if self.width <= _DENSE else self._bounded_pairs
             change, add, drop = search(part, add_cost, drop_cost)
             noise = error.gather(1, add.unsqueeze(1)) + error.gather(1, drop.unsqueeze(1))
@@ -183,7 +182,7 @@ class SwapSearch:
         """Pair rows that gain most by one entry more with rows that lose fewest by one less, in the same tile."""
         rows, add, drop_rows, drop = found
         every = torch.arange(len(kept), device=kept.device)
-        add_cost, drop_cost, error = self._costs(every, kept, carried)
+        add_cost, drop_cost, error = self.costs(every, kept, carried)
         blocks = (len(kept) // self.height, self.height, self.segments)
         best_add, at_add = add_cost.view(len(kept), self.segments, self.width).min(2)
         best_drop, at_drop = drop_cost.view(len(kept), self.segments, self.width).min(2)

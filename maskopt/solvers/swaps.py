@@ -1,4 +1,4 @@
-"""What a swap changes: the one place where its formula stands."""
+"""What a swap changes: the one place where its formula stands in floating point."""
 
 from __future__ import annotations
 

@@ -54,8 +54,7 @@ class System:
         -------
         System
         """
-        # A float32 Gram may be asymmetric in its last digits, which factorisations and their users see differently.
-        gram = (problem.scaled_gram + problem.scaled_gram.T).mul_(0.5)
+        gram = problem.scaled_gram.clone()  # changed in place below
         diagonal = gram.diagonal()
         mean = float(diagonal.clamp_(min=0.0).mean())
         if each:

@@ -66,7 +66,7 @@ class FISTAPruner(Joint):
 
     def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         w = problem.scaled_target
-        gram = (problem.scaled_gram + problem.scaled_gram.T).mul_(0.5)
+        gram = problem.scaled_gram
         done, planned = 0, self.rounds * self.iterations
 
         def stops(iteration: int) -> bool:

@@ -15,7 +15,8 @@ from maskopt.weights.sparsegpt import SparseGPT
 
 __all__ = ["WEIGHTS", "make_weights"]
 
-_METHODS: dict[str, Callable[..., Joint]] = {
+WEIGHTS: dict[str, Callable[..., Joint] | None] = {
+    "keep": None,
     "lsq": LeastSquares,
     "sparsegpt": SparseGPT,
     "admm": ADMM,
@@ -23,8 +24,6 @@ _METHODS: dict[str, Callable[..., Joint]] = {
     "fista": FISTAPruner,
     "best": ConditionalADMM,
 }
-
-WEIGHTS: dict[str, Callable[..., Joint] | None] = {"keep": None, **_METHODS}
 """Class of the solver by name; None where the weights are kept as they are."""
 
 
