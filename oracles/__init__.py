@@ -4,7 +4,7 @@ from maskopt.oracles.base import MaskSet, face_tolerance
 from maskopt.oracles.budget import Budget
 from maskopt.oracles.matroid import PartitionMatroid
 from maskopt.oracles.milp import MilpFormulation
-from maskopt.oracles.parse import parse_masks
+from maskopt.oracles.parse import Counts, parse_masks
 from maskopt.oracles.patterns import NM, AtMost, Blocks, PerRow, Unstructured
 from maskopt.oracles.protocols import CanProject, CanRestrict, CanSwap, HasFaces, HasGroups
 from maskopt.oracles.restricted import Protected, Restricted
@@ -24,6 +24,7 @@ __all__ = [
     "CanRestrict",
     "CanSwap",
     "Columns",
+    "Counts",
     "HasFaces",
     "HasGroups",
     "MaskSet",

@@ -1,16 +1,18 @@
 """Sets of masks by name, for the command line and for files."""
 
+import math
 import re
+from dataclasses import dataclass
 
 from maskopt.checks import real, shown
 from maskopt.errors import MaskoptError
-from maskopt.oracles.base import MaskSet
+from maskopt.oracles.base import MaskSet, Shape
 from maskopt.oracles.matroid import PartitionMatroid
 from maskopt.oracles.patterns import NM, AtMost, Blocks, PerRow, Unstructured
 from maskopt.oracles.transposable import TransposableNM
 from maskopt.oracles.units import Columns, Rows
 
-__all__ = ["parse_masks"]
+__all__ = ["Counts", "parse_masks"]
 
 _FAMILIES = {"per-row": PerRow, "unstructured": Unstructured, "columns": Columns, "rows": Rows}
 
@@ -74,3 +76,80 @@ def parse_masks(pattern: str, sparsity: float | None = None) -> MaskSet:
         raise MaskoptError(f"The pattern {pattern} needs a sparsity between 0 and 1.")
     fraction = float(1 - sparsity)
     return Blocks(fraction, (int(tile[1]), int(tile[2]))) if tile else _FAMILIES[pattern](fraction)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many weights of a layer the masks of a pattern can keep: a step times 0, 1, ... `most`.
+
+    Parameters
+    ----------
+    pattern : str
+        As for `parse_masks`; of "n:m", n is the count.
+    shape : (int, int)
+        Rows and inputs of the layer.
+
+    Raises
+    ------
+    MaskoptError
+        If there is no such pattern or it does not fit the shape.
+
+    Examples
+    --------
+    >>> counts = Counts("per-row", (8, 16))
+    >>> counts.step, counts.most, counts.masks(4)
+    (8, 16, PerRow(keep=4))
+    >>> Counts("2:8", (8, 16)).of(0.6), Counts("2:8", (8, 16)).sparsity(3)
+    (4, 0.625)
+    """
+
+    pattern: str
+    shape: Shape
+
+    def __post_init__(self) -> None:
+        # The pattern "n:m" says its own sparsity, the others need one.
+        parse_masks(self.pattern, None if ":" in self.pattern else 0.5)
+        self.masks(self.most).check(self.shape)
+
+    @property
+    def most(self) -> int:
+        """The count that keeps all weights."""
+        rows, columns = self.shape
+        plain = self._plain
+        if ":" in plain:
+            return int(plain.rpartition(":")[2])
+        if plain.startswith("blocks-"):
+            height, width = plain.removeprefix("blocks-").split("x")
+            return int(height) * int(width)
+        return {"per-row": columns, "columns": columns, "rows": rows, "unstructured": rows * columns}[plain]
+
+    @property
+    def step(self) -> int:
+        """Weights kept for each unit of the count."""
+        return self.shape[0] * self.shape[1] // self.most
+
+    def of(self, sparsity: float) -> int:
+        """Return the count at a sparsity; what it keeps is rounded up, as `parse_masks` does."""
+        return min(self.most, math.ceil((1 - sparsity) * self.most * (1 - 1e-12)))
+
+    def sparsity(self, count: int) -> float:
+        """Return the fraction of the weights that are pruned at a count."""
+        return 1 - count / self.most
+
+    def masks(self, count: int) -> MaskSet:
+        """Return the set of masks that keep `count` times `step` weights (or at most that many)."""
+        plain = self._plain
+        made: MaskSet
+        if ":" in plain:
+            kind = TransposableNM if plain.startswith("transposable-") else NM
+            made = kind(keep=count, group=self.most)
+        elif plain.startswith("blocks-"):
+            height, width = plain.removeprefix("blocks-").split("x")
+            made = Blocks(count, (int(height), int(width)))
+        else:
+            made = _FAMILIES[plain](count)
+        return AtMost(made) if self.pattern != plain and isinstance(made, PartitionMatroid) else made
+
+    @property
+    def _plain(self) -> str:
+        return self.pattern.removeprefix("at-most-")

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from maskopt import __version__, files
 from maskopt.cli import signals
+from maskopt.cli.allocate import allocate
 from maskopt.cli.certify import certify
 from maskopt.cli.compare import compare
 from maskopt.cli.demo import demo
@@ -210,5 +211,9 @@ app.command(epilog=f"Example:  maskopt certify {_INSTANCE} --mask mask.safetenso
 app.command(
     epilog="Example:  maskopt prune Qwen/Qwen3-0.6B pruned --calibration text.txt --pattern 2:4 --evaluate held-out.txt"
 )(prune)
+app.command(
+    epilog="Example:  maskopt allocate Qwen/Qwen3-0.6B --calibration text.txt --sparsity 0.6 --out plan.json "
+    "--plot plan.svg"
+)(allocate)
 app.command(epilog="Example:  maskopt evaluate pruned --text held-out.txt")(evaluate)
 app.command(epilog="Example:  maskopt demo --json demo.json")(demo)

@@ -2,12 +2,13 @@
 
 import importlib.util
 import math
+import re
 from pathlib import Path
 from typing import Literal
 
 from maskopt.errors import MaskoptError
 
-__all__ = ["check_figure", "draw_traces"]
+__all__ = ["check_figure", "draw_plan", "draw_traces"]
 
 _KINDS = (".png", ".svg", ".pdf")
 _LINES: dict[str, tuple[Literal["-", "--", ":"], str]] = {
@@ -93,5 +94,43 @@ def draw_traces(traces: dict[str, dict[str, list[float]]], path: Path, kind: str
     handles += [Line2D([], [], color="grey", linestyle=style) for style, _ in _LINES.values()]
     labels = [*traces, *(label for _, label in _LINES.values())]
     figure.legend(handles, labels, fontsize=8, loc="outside right upper")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, format=kind[1:], dpi=150)
+
+
+def draw_plan(sparsities: dict[str, float], path: Path, kind: str, title: str) -> None:
+    """Draw the sparsity of layers by depth, a line for each kind of layer.
+
+    Parameters
+    ----------
+    sparsities : dict of str to float
+        By full layer name; the first number in a name is the block's.
+    path : Path
+        File to write.
+    kind : str
+        ".png", ".svg" or ".pdf".
+    title : str
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for name, sparsity in sparsities.items():
+        found = re.search(r"\.(\d+)\.(.*)", name)
+        depth, what = (int(found[1]), found[2]) if found else (0, name)
+        lines.setdefault(re.sub(r"\d+", "*", what), []).append((depth, sparsity))
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    panel = figure.subplots()
+    for number, points in enumerate(lines.values()):
+        points.sort()
+        style = ("-", "--", ":")[number // len(_COLOURS) % 3]
+        colour = _COLOURS[number % len(_COLOURS)]
+        panel.plot(*zip(*points, strict=True), style, color=colour, marker="o", markersize=3.5, linewidth=1.4)
+    panel.set_xlabel("block")
+    panel.set_ylabel("sparsity")
+    panel.set_ylim(0, 1)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.grid(alpha=0.3, linewidth=0.5)
+    figure.legend(panel.get_lines(), list(lines), fontsize=8, loc="outside right upper")
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, format=kind[1:], dpi=150)

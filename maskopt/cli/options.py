@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import warnings
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,23 +20,33 @@ if TYPE_CHECKING:
 __all__ = [
     "INSTANCE_HELP",
     "PATTERN_HELP",
+    "RULE_NAMES",
     "SOLVER_NAMES",
     "SPARSITY_HELP",
     "WEIGHTS_HELP",
     "BatchOption",
     "DeviceOption",
+    "ExcludeOption",
+    "FixedOption",
+    "IncludeOption",
     "InstanceArgument",
     "JsonOption",
     "MemoryOption",
     "ModelArgument",
     "PatternOption",
+    "PlotOption",
+    "Propagate",
+    "PropagateOption",
     "QuietOption",
+    "SamplesOption",
+    "SeedOption",
     "SeqlenOption",
     "SettingsOption",
     "SolverOption",
     "SparsityOption",
     "check_device",
     "check_seqlen",
+    "parse_fixed",
     "parse_masks",
     "parse_memory",
     "require_file",
@@ -118,6 +129,50 @@ SeqlenOption = Annotated[
 ]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Windows per forward pass of the model.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")]
+SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Number of calibration windows.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the random choice of calibration windows.")]
+IncludeOption = Annotated[
+    list[str] | None,
+    typer.Option("--include", metavar="GLOB", help="Prune only layers whose full name matches; may be repeated."),
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", metavar="GLOB", help="Leave layers dense whose full name matches; may be repeated."),
+]
+FixedOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sparsity-of",
+        metavar="GLOB=SPARSITY",
+        help="Sparsity of the layers whose full name matches, such as '*.down_proj=0.4'; --sparsity is then that "
+        "of all others together. May be repeated; the last one that matches decides.",
+    ),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", help="Draw the sparsity by depth and kind of layer: .png, .svg or .pdf."),
+]
+
+
+class Propagate(StrEnum):
+    """States on which later blocks are calibrated."""
+
+    CORRECTED = "corrected"
+    PRUNED = "pruned"
+    DENSE = "dense"
+
+
+PropagateOption = Annotated[
+    Propagate | None,
+    typer.Option(
+        "--propagate",
+        help="Inputs on which a layer is calibrated: those in the pruned model, those in the dense one, or "
+        "corrected: inputs in the pruned model, with the dense model's outputs as target.",
+        show_default="corrected for continuation, lsq, fista and best, else pruned",
+    ),
+]
+RULE_NAMES = ("uniform", "auto", "owl", "dlp", "alpha", "lsa", "atp", "evo", "kl", "fisher")
+"""Names of `maskopt.models.RULES`, written out because its import takes seconds."""
 
 
 def parse_memory(text: str) -> int:
@@ -142,6 +197,31 @@ def parse_masks(pattern: str, sparsity: float | None) -> "MaskSet":
     from maskopt.oracles import parse_masks as parse  # takes seconds, too long for --help
 
     return parse(pattern, sparsity)
+
+
+def parse_fixed(items: list[str] | None) -> dict[str, float]:
+    """Return sparsities by pattern of names, from "GLOB=SPARSITY".
+
+    Raises
+    ------
+    MaskoptError
+        If an item has no such form.
+    """
+    found: dict[str, float] = {}
+    for item in items or ():
+        glob, sign, value = item.rpartition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if not glob or not sign or not 0 <= number <= 1:
+            raise MaskoptError(
+                "--sparsity-of takes a pattern of names and a sparsity between 0 and 1, such as '*.down_proj=0.4'; "
+                f"got {item!r}."
+            )
+        found.pop(glob, None)
+        found[glob] = number
+    return found
 
 
 def check_device(name: str) -> str:

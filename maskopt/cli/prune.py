@@ -11,21 +11,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from maskopt.cli.allocate import divergence_lines, mean_sparsity, show_allocation
+from maskopt.cli.figure import check_figure, draw_plan
 from maskopt.cli.options import (
+    RULE_NAMES,
     WEIGHTS_HELP,
     BatchOption,
     DeviceOption,
+    ExcludeOption,
+    FixedOption,
+    IncludeOption,
     JsonOption,
     MemoryOption,
     ModelArgument,
     PatternOption,
+    PlotOption,
+    PropagateOption,
     QuietOption,
+    SamplesOption,
+    SeedOption,
     SeqlenOption,
     SettingsOption,
     SolverOption,
     SparsityOption,
     check_device,
     check_seqlen,
+    parse_fixed,
     parse_masks,
     parse_memory,
     require_file,
@@ -36,19 +47,16 @@ from maskopt.cli.prune_progress import PruneProgress
 from maskopt.cli.solvers import parse_weights
 from maskopt.cli.words import duration, masks_words, named_table, solver_words
 from maskopt.errors import MaskoptError
+from maskopt.files import atomic_path
 
 if TYPE_CHECKING:
+    from maskopt.allocation import Plan
     from maskopt.models import PruneReport
 
 __all__ = ["prune"]
 
 
-class Propagate(StrEnum):
-    """States on which later blocks are calibrated."""
-
-    CORRECTED = "corrected"
-    PRUNED = "pruned"
-    DENSE = "dense"
+_ALLOCATION = 0.6  # of the time of a whole run, where the allocation is measured
 
 
 class Certify(StrEnum):
@@ -72,27 +80,23 @@ def prune(
         str | None, typer.Option("--weights", help=WEIGHTS_HELP, show_default="best, or keep where --solver is given")
     ] = None,
     option: SettingsOption = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Number of calibration windows.")] = 128,
+    allocation: Annotated[
+        str,
+        typer.Option(
+            "--allocation",
+            metavar="RULE|PLAN",
+            help="How sparse each layer becomes: the file of a plan, as `maskopt allocate` writes, or one of "
+            f"{', '.join(RULE_NAMES)}.",
+        ),
+    ] = "uniform",
+    sparsity_of: FixedOption = None,
+    samples: SamplesOption = 128,
     seqlen: SeqlenOption = None,
     batch_size: BatchOption = 8,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the random choice of calibration windows.")] = 0,
-    propagate: Annotated[
-        Propagate | None,
-        typer.Option(
-            "--propagate",
-            help="Inputs on which a layer is calibrated: those in the pruned model, those in the dense one, or "
-            "corrected: inputs in the pruned model, with the dense model's outputs as target.",
-            show_default="corrected for continuation, lsq, fista and best, else pruned",
-        ),
-    ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option("--include", metavar="GLOB", help="Prune only layers whose full name matches; may be repeated."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option("--exclude", metavar="GLOB", help="Leave layers dense whose full name matches; may be repeated."),
-    ] = None,
+    seed: SeedOption = 0,
+    propagate: PropagateOption = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
     evaluate: Annotated[
         Path | None, typer.Option("--evaluate", help="Text file on which perplexity is measured before and after.")
     ] = None,
@@ -115,6 +119,7 @@ def prune(
             "--time-limit", help="Seconds for all proofs of --certify together; the bounds proven by then are reported."
         ),
     ] = None,
+    plot: PlotOption = None,
     json: JsonOption = None,
     device: DeviceOption = "cpu",
     memory: MemoryOption = "1G",
@@ -122,7 +127,7 @@ def prune(
 ) -> None:
     """Prune a language model and save it."""
     began = time.perf_counter()
-    check_outputs(json, out)
+    check_outputs(json, out, plot)
     from maskopt.checks import check_time_limit
 
     check_time_limit(time_limit)
@@ -130,7 +135,12 @@ def prune(
         raise MaskoptError("--time-limit applies to the proofs of --certify; give both, or leave it out.")
     treatment = weights or ("best" if solver is None and certify is None else "keep")
     method = parse_weights(treatment, solver, option or ())
-    masks, working = parse_masks(pattern, sparsity), parse_memory(memory)
+    fixed, working = parse_fixed(sparsity_of), parse_memory(memory)
+    given = _read_plan(allocation, pattern, sparsity, fixed)
+    masks = given or (parse_masks(pattern, sparsity) if allocation == "uniform" and not fixed else None)
+    mean = 0.0 if masks is not None else mean_sparsity(pattern, sparsity)
+    if plot is not None:
+        check_figure(plot)
     require_file("calibration text", calibration)
     if evaluate is not None:
         require_file("evaluation text", evaluate)
@@ -164,6 +174,22 @@ def prune(
             }
 
         dense = perplexities("dense")
+        if masks is None:
+            masks = models.allocate(
+                network,
+                batches,
+                pattern,
+                mean,
+                method,
+                rule=allocation,  # type: ignore[arg-type]  # checked by _read_plan
+                fixed=fixed,
+                propagate=None if propagate is None else propagate.value,
+                include=include or (),
+                exclude=exclude or (),
+                seed=seed,
+                memory=working,
+                progress=show_allocation(bar, _ALLOCATION),
+            )
         report = models.prune(
             network,
             batches,
@@ -188,6 +214,8 @@ def prune(
             "pattern": pattern,
             "sparsity": sparsity,
             "weights": treatment,
+            "allocation": allocation,
+            "sparsity_of": fixed,
             "batch_size": batch_size,
             "time_limit": time_limit,
             "device": device,
@@ -198,17 +226,50 @@ def prune(
     extra["seconds"] = time.perf_counter() - began
     figures = {**report.to_json(), **extra}
     with json_output(json, figures):
+        if plot is not None:
+            with atomic_path(plot) as aside:
+                draw_plan({x.name: x.sparsity for x in report.layers}, aside, plot.suffix, f"{model}: {pattern}")
         models.save_pruned(out, network, tokenizer, report, finite(extra))
     console = tables(json)
     console.print(_layers(figures["layers"], console.width))
     shapes = dict.fromkeys((layer.rows, layer.columns) for layer in report.layers)
-    lines = _summary(figures, masks_words(pattern, sparsity, masks, shapes))
+    if report.plan is None:
+        words = masks_words(pattern, sparsity, parse_masks(pattern, sparsity), shapes)
+    else:
+        words = f"{report.plan.pattern}, sparsity of each layer by the plan ({report.plan.rule})"
+    lines = _summary(figures, words)
+    if report.plan is not None:
+        lines |= divergence_lines(report.plan)
     lines |= {"solver": solver_words(method), "time": _times(report, time.perf_counter() - began), "saved in": str(out)}
     console.print(facts(lines))
     if network.can_generate():
         # Without line breaks, so that it can be copied.
         command = f"maskopt evaluate {shlex.quote(str(out))} --text {_text_for(evaluate)}"
         console.print(f"Next: {command}", markup=False, soft_wrap=True)
+
+
+def _read_plan(allocation: str, pattern: str, sparsity: float | None, fixed: dict[str, float]) -> Plan | None:
+    """Return the plan of a file; None where `allocation` is a rule.
+
+    Raises
+    ------
+    MaskoptError
+        If it is neither, or other options say what the plan says.
+    """
+    if allocation in RULE_NAMES:
+        return None
+    if not Path(allocation).is_file():
+        raise MaskoptError(
+            f"--allocation {allocation} is neither a file nor a rule; the rules are {', '.join(RULE_NAMES)}."
+        )
+    from maskopt.allocation import load_plan
+
+    plan = load_plan(allocation)
+    if sparsity is not None or fixed:
+        raise MaskoptError(f"The plan {allocation} says the sparsities; leave --sparsity and --sparsity-of out.")
+    if pattern not in ("per-row", plan.pattern):
+        raise MaskoptError(f"The plan {allocation} is for {plan.pattern}, not {pattern}; leave --pattern out.")
+    return plan
 
 
 def _layers(layers: list[dict[str, Any]], width: int) -> Table:

@@ -1,5 +1,6 @@
 """Pruning transformers models: blocks, Gram matrices, masks, calibration, evaluation, loading and saving."""
 
+from maskopt.models.allocate import RULES, AllocationProgress, allocate
 from maskopt.models.blocks import Block, find_blocks
 from maskopt.models.calibration import Calibration, calibration_batches
 from maskopt.models.context import context_length, default_seqlen
@@ -12,6 +13,8 @@ from maskopt.models.selection import LeftDense, Selection, select_layers
 from maskopt.models.text import Text, TokenStream, read_text, tokenize
 
 __all__ = [
+    "RULES",
+    "AllocationProgress",
     "Block",
     "Calibration",
     "LayerRecord",
@@ -23,6 +26,7 @@ __all__ = [
     "Selection",
     "Text",
     "TokenStream",
+    "allocate",
     "calibration_batches",
     "check_output",
     "context_length",

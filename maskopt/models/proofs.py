@@ -18,7 +18,8 @@ class Prover:
 
     Parameters
     ----------
-    masks : MaskSet
+    masks : iterable of MaskSet
+        Those of the layers, to be checked before any work.
     kind : {"shift", "sdp", "cuts"}
         See `maskopt.bounds.mask_bound`.
     seconds : float, optional
@@ -29,13 +30,14 @@ class Prover:
     Raises
     ------
     MaskoptError
-        If there is no such bound for the set, or the time is not positive.
+        If there is no such bound for a set, or the time is not positive.
     """
 
-    def __init__(self, masks: MaskSet, kind: BoundKind, seconds: float | None, memory: int) -> None:
-        check_bound(masks, kind)
+    def __init__(self, masks: Iterable[MaskSet], kind: BoundKind, seconds: float | None, memory: int) -> None:
+        for one in masks:
+            check_bound(one, kind)
         check_time_limit(seconds, "time for certify")
-        self._masks, self._kind, self._memory = masks, kind, memory
+        self._kind, self._memory = kind, memory
         self._left = seconds
         self._cost = 0.0
 
@@ -43,7 +45,9 @@ class Prover:
         """Set the shapes of the layers for which `prove` will be called."""
         self._cost = sum(_cost(shape) for shape in shapes)
 
-    def prove(self, problem: LayerReconstruction, progress: Callable[[float], object] | None = None) -> MaskBounds:
+    def prove(
+        self, problem: LayerReconstruction, masks: MaskSet, progress: Callable[[float], object] | None = None
+    ) -> MaskBounds:
         """Return lower bounds on the error of every mask of a layer (or of several with one input), row by row."""
         began, own = time.perf_counter(), _cost(problem.shape)
         fraction = min(1.0, own / self._cost) if self._cost > 0.0 else 1.0
@@ -56,9 +60,7 @@ class Prover:
             passed = time.perf_counter() - began
             progress(done if limit is None or passed >= limit else max(done, passed / limit))
 
-        found = mask_bounds(
-            problem, self._masks, self._kind, memory=self._memory, stop=stop, progress=progress and tell
-        )
+        found = mask_bounds(problem, masks, self._kind, memory=self._memory, stop=stop, progress=progress and tell)
         if self._left is not None:
             self._left = max(0.0, self._left - (time.perf_counter() - began))
         return found

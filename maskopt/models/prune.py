@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from maskopt.allocation import Plan
 from maskopt.bounds import BoundKind
 from maskopt.checks import choice, shown
 from maskopt.errors import MaskoptError
@@ -27,13 +28,13 @@ from maskopt.models.propagation import Corrected, Dense, Propagation, Pruned, St
 from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.report import PruneReport
 from maskopt.models.selection import LeftDense, Selection, select_layers
-from maskopt.models.solving import Progress, Work
+from maskopt.models.solving import Observer, Progress, Work
 from maskopt.oracles import MaskSet
 from maskopt.solvers import ContinuationFrankWolfe, Solver
 from maskopt.solvers.arguments import check_masks, check_memory, check_solver
 from maskopt.weights import Joint
 
-__all__ = ["Progress", "PruningError", "prune"]
+__all__ = ["Progress", "Propagate", "PruningError", "prune", "prune_layers"]
 
 Propagate = Literal["corrected", "pruned", "dense"]
 OnError = Literal["restore", "keep"]
@@ -56,7 +57,7 @@ class PruningError(MaskoptError):
 def prune(
     model: PreTrainedModel,
     batches: Iterable[Any],
-    masks: MaskSet,
+    masks: MaskSet | Plan,
     solver: Solver | None = None,
     *,
     propagate: Propagate | None = None,
@@ -89,8 +90,9 @@ def prune(
     batches : iterable of dict or Tensor
         Keyword arguments of the model's forward (``input_ids``, ``attention_mask``, ...) or tensors of token ids, shape
         (sequences, positions); pixels likewise for vision models. Positions where ``attention_mask`` is 0 are padding.
-    masks : MaskSet
-        The set of masks, the same for every layer, such as ``PerRow(keep=0.5)`` or ``NM(keep=2, group=4)``.
+    masks : MaskSet or Plan
+        The set of masks, the same for every layer, such as ``PerRow(keep=0.5)`` or ``NM(keep=2, group=4)``; or a plan
+        with a sparsity for each layer to prune, see `allocate`.
     solver : Solver, optional
         ContinuationFrankWolfe() by default: masks alone. `maskopt.weights.ConditionalADMM()` updates weights as well.
     propagate : {"corrected", "pruned", "dense"}, optional
@@ -133,8 +135,8 @@ def prune(
     ------
     MaskoptError
         If an argument is of the wrong type, there is nothing to prune or to calibrate with, a pattern matches nothing,
-        expert weights are neither pruned nor excluded, `masks` does not fit a layer, the batches never call a layer,
-        or weights or activations are not finite.
+        expert weights are neither pruned nor excluded, `masks` does not fit a layer, a plan has other layers than
+        those to prune, the batches never call a layer, or weights or activations are not finite.
 
     Examples
     --------
@@ -147,6 +149,57 @@ def prune(
     0.5
     >>> save_pruned("pruned", model, tokenizer, report)  # doctest: +SKIP
     """
+    return prune_layers(
+        model,
+        batches,
+        masks,
+        solver,
+        propagate=propagate,
+        include=include,
+        exclude=exclude,
+        start=start,
+        certify=certify,
+        certify_seconds=certify_seconds,
+        device=device,
+        memory=memory,
+        progress=progress,
+        on_error=on_error,
+    )
+
+
+def prune_layers(
+    model: PreTrainedModel,
+    batches: Iterable[Any],
+    masks: MaskSet | Plan,
+    solver: Solver | None = None,
+    *,
+    propagate: Propagate | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    start: Mapping[str, Tensor] | None = None,
+    certify: BoundKind | None = None,
+    certify_seconds: float | None = None,
+    device: str | torch.device | None = None,
+    memory: int = 2**30,
+    progress: Callable[[Progress], object] | None = None,
+    on_error: OnError = "restore",
+    observe: Observer | None = None,
+) -> PruneReport:
+    """Do the work of `prune`, for parts of this package that look at the layers' problems as well.
+
+    Parameters
+    ----------
+    model, batches, masks, solver, propagate, include, exclude, start, certify, certify_seconds, device, memory
+        As for `prune`.
+    progress, on_error
+        As for `prune`.
+    observe : callable, optional
+        Called with every layer, its problem and its result; layers are then solved one by one.
+
+    Returns
+    -------
+    PruneReport
+    """
     solver = ContinuationFrankWolfe() if solver is None else solver
     _check_arguments(masks, solver, propagate, on_error, progress, memory)
     check_model(model)
@@ -155,11 +208,12 @@ def prune(
             raise MaskoptError("certify proves bounds on masks whose weights stay; choose a solver that updates none.")
     elif certify_seconds is not None:
         raise MaskoptError("certify_seconds limits the time of the proofs that certify asks for; give both.")
-    prover = None if certify is None else Prover(masks, certify, certify_seconds, memory)
     if device is not None:
         move_model(model, device)
     selection = select_layers(model, include, exclude)
-    starts = _check_fit(selection.layers, masks, {} if start is None else start)
+    sets = _sets(selection.layers, masks)
+    prover = None if certify is None else Prover(sets.values(), certify, certify_seconds, memory)
+    starts = _check_fit(sets, {} if start is None else start)
     prepared = prepare_batches(model, batches)
     with evaluation_mode(model):
         began = time.perf_counter()
@@ -174,13 +228,14 @@ def prune(
         edits = Edits(on_error == "restore")
         propagation = _propagation(propagate, model, replay, edits, order, stages, memory)
         report = PruneReport(calibration_seconds=time.perf_counter() - began)
-        work = Work(masks, solver, starts, memory, progress, prover, stages, propagation, edits, report)
+        work = Work(sets, solver, starts, memory, progress, prover, stages, propagation, edits, report, observe)
         with _restoring(edits, report, on_error):
             work.run()
     report.calibration_seconds += propagation.seconds
     report.left_dense = [*selection.left_dense, *_unreached(replay, selection)]
+    report.plan = masks if isinstance(masks, Plan) else None
     report.settings = {
-        "masks": repr(masks),
+        "masks": repr(masks) if isinstance(masks, MaskSet) else f"{masks.pattern}, by the plan",
         "solver": repr(solver),
         "propagate": propagate,
         "include": list(include),
@@ -197,7 +252,8 @@ def _check_arguments(
     masks: object, solver: object, propagate: object, on_error: object, progress: object, memory: object
 ) -> None:
     """Check the types of arguments."""
-    check_masks(masks)
+    if not isinstance(masks, Plan):
+        check_masks(masks)
     check_solver(solver)
     for name, value, options, optional in (
         ("propagate", propagate, get_args(Propagate), True),
@@ -293,12 +349,20 @@ def _restoring(edits: Edits, report: PruneReport, on_error: OnError) -> Iterator
         ) from error
 
 
-def _check_fit(layers: Sequence[Layer], masks: MaskSet, start: Mapping[str, Tensor]) -> dict[Layer, Tensor]:
+def _sets(layers: Sequence[Layer], masks: MaskSet | Plan) -> dict[Layer, MaskSet]:
+    """Return the set of masks of each layer."""
+    if isinstance(masks, MaskSet):
+        return dict.fromkeys(layers, masks)
+    planned = masks.masks({layer.name: layer.shape for layer in layers})
+    return {layer: planned[layer.name] for layer in layers}
+
+
+def _check_fit(sets: Mapping[Layer, MaskSet], start: Mapping[str, Tensor]) -> dict[Layer, Tensor]:
     """Check that sets and starting masks fit the layers; return the starting masks as (rows, d)."""
     if not isinstance(start, Mapping) or not all(isinstance(mask, Tensor) for mask in start.values()):
         raise MaskoptError(f"start must be a dict of boolean tensors by layer names; got {shown(start)}.")
-    named = {layer.name: layer for layer in layers}
-    for layer in layers:
+    named = {layer.name: layer for layer in sets}
+    for layer, masks in sets.items():
         try:
             masks.check(layer.shape)
         except MaskoptError as error:

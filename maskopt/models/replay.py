@@ -174,6 +174,21 @@ class Replay:
             if store and self.shortcut and current is not None:
                 self._states[current.stack][index] = output
 
+    def rest(self, position: int, index: int) -> Any:
+        """Return the model's output on a batch, computed from a block onwards.
+
+        Parameters
+        ----------
+        position : int
+            Of the block in the order of execution; those before it must have been stored, in order.
+        index : int
+            Of the batch.
+        """
+        with ExitStack() as undo:
+            for block in self.order[:position] if self.shortcut else []:
+                undo.enter_context(_answering(block.module, self._states[block.stack][index]))
+            return self._forward(index)
+
     def run_whole(self, index: int) -> None:
         """Run the whole model on a batch, without stored states."""
         self._forward(index)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from maskopt.allocation import Plan
 from maskopt.models.selection import LeftDense
 
 __all__ = ["LayerRecord", "PruneReport"]
@@ -81,6 +82,8 @@ class PruneReport:
         Per layer, boolean, True = kept, oriented as the layer's weight parameter, on the CPU.
     settings : dict
         Arguments, calibration data and versions.
+    plan : Plan or None
+        The sparsity of each layer, where a plan said it.
     calibration_seconds, solve_seconds, certify_seconds : float
         Time spent running the model, choosing masks, and proving bounds.
     """
@@ -89,6 +92,7 @@ class PruneReport:
     left_dense: list[LeftDense] = field(default_factory=list)
     masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
     settings: dict[str, Any] = field(default_factory=dict)
+    plan: Plan | None = None
     calibration_seconds: float = 0.0
     solve_seconds: float = 0.0
     certify_seconds: float = 0.0
@@ -124,6 +128,7 @@ class PruneReport:
             "calibration_seconds": self.calibration_seconds,
             "solve_seconds": self.solve_seconds,
             "certify_seconds": self.certify_seconds,
+            **({} if self.plan is None else {"plan": self.plan.to_json()}),
             "layers": [asdict(layer) for layer in self.layers],
             "left_dense": [asdict(weight) for weight in self.left_dense],
         }

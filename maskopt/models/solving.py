@@ -21,7 +21,7 @@ from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers import GapKind, Result, Solver, State, solve
 
-__all__ = ["Progress", "Work"]
+__all__ = ["Observer", "Progress", "Work"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class Progress:
     fraction: float = 0.0
 
 
+Observer = Callable[[Layer, LayerReconstruction, Result], object]
+"""Called with a layer, its problem and its result."""
+
 _Solved = tuple[LayerRecord, Tensor, Tensor | None]
 
 
@@ -57,7 +60,9 @@ class Work:
 
     Parameters
     ----------
-    masks, solver, memory, progress
+    masks : mapping of Layer to MaskSet
+        The set of each layer.
+    solver, memory, progress
         As for `prune`.
     starts : mapping of Layer to Tensor
         Starting masks, (rows, d).
@@ -71,11 +76,13 @@ class Work:
         Receives the chosen masks and weights.
     report : PruneReport
         Extended layer by layer.
+    observe : callable or None
+        Called with every layer, its problem and its result; layers are then solved one by one.
     solved : dict
         Records, masks and weights of layers solved together with an earlier one, until their turn.
     """
 
-    masks: MaskSet
+    masks: Mapping[Layer, MaskSet]
     solver: Solver
     starts: Mapping[Layer, Tensor]
     memory: int
@@ -85,6 +92,7 @@ class Work:
     propagation: Propagation
     edits: Edits
     report: PruneReport = field(default_factory=PruneReport)
+    observe: Observer | None = None
     solved: dict[Layer, _Solved] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -111,12 +119,14 @@ class Work:
 
     def _together(self, layers: Sequence[Layer], grams: GramCollector) -> list[list[Layer]]:
         """Group layers with the same input where stacking their rows changes the speed only."""
-        same_for_any_rows = self.masks.separable and self.masks.rows(slice(None), layers[0].shape) is self.masks
-        if not (same_for_any_rows and self.solver.solves_rows_apart(self.masks)):
-            return [[layer] for layer in layers]
-        groups: dict[tuple[int, torch.device, bool], list[Layer]] = {}
+        groups: dict[object, list[Layer]] = {}
         for layer in layers:
-            key = id(grams[layer]), layer.weight.device, layer in self.starts
+            masks = self.masks[layer]
+            same_for_any_rows = masks.separable and masks.rows(slice(None), layer.shape) is masks
+            if self.observe is None and same_for_any_rows and self.solver.solves_rows_apart(masks):
+                key: object = (id(masks), id(grams[layer]), layer.weight.device, layer in self.starts)
+            else:
+                key = layer
             groups.setdefault(key, []).append(layer)
         return list(groups.values())
 
@@ -136,11 +146,12 @@ class Work:
             problem = LayerReconstruction(weight, matrix, gram.tokens, check=False)
         else:
             problem = LayerReconstruction.towards(weight, matrix, gram.cross.to(weight.device), gram.tokens)
+        masks = self.masks[layers[0]]
         start = torch.cat([self.starts[layer] for layer in layers]) if layers[0] in self.starts else None
         try:
             result = solve(
                 problem,
-                self.masks,
+                masks,
                 self.solver,
                 start=start,
                 callback=None if self.progress is None else tell,
@@ -149,11 +160,13 @@ class Work:
         except MaskoptError as error:
             raise MaskoptError(f"The layer {name} cannot be solved: {error}") from error
         self.report.solve_seconds += time.perf_counter() - began
+        if self.observe is not None:
+            self.observe(layers[0], problem, result)
         bounds = None
         if self.prover is not None:
             self._tell("certify", name)
             began = time.perf_counter()
-            bounds = self.prover.prove(problem, lambda fraction: self._tell("certify", name, fraction))
+            bounds = self.prover.prove(problem, masks, lambda fraction: self._tell("certify", name, fraction))
             self.report.certify_seconds += time.perf_counter() - began
             result = replace(result, lower_bound=bounds.bound, gap_kind=GapKind.PROVEN)
         first = 0

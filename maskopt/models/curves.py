@@ -1,0 +1,220 @@
+"""What a model loses when one of its layers is pruned, level by level: measured, or expanded to second order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from maskopt.models.batches import Batch
+from maskopt.models.blocks import Block
+from maskopt.models.database import Database
+from maskopt.models.divergence import Divergence
+from maskopt.models.layers import Layer
+from maskopt.models.replay import Replay
+
+__all__ = ["Curves", "expanded_losses", "gathered", "measured_losses", "sequences"]
+
+Curves = dict[Layer, dict[int, float]]
+"""Loss by layer and by the count of a level."""
+
+
+def sequences(batches: Sequence[Batch]) -> list[Batch]:
+    """Cut batches into batches of one sequence."""
+    found: list[Batch] = []
+    for batch in batches:
+        number = batch.shape[0]
+        for index in range(number):
+            part = slice(index, index + 1)
+            inputs = {
+                name: value[part] if isinstance(value, Tensor) and value.ndim and len(value) == number else value
+                for name, value in batch.inputs.items()
+            }
+            found.append(Batch(inputs, (1, batch.shape[1]), None if batch.real is None else batch.real[part]))
+    return found
+
+
+def gathered(parts: Sequence[Batch], size: int) -> list[Batch]:
+    """Put sequences of equal length without padding together, `size` in a batch; others stay as they are."""
+    plain = {batch.shape[1] for batch in parts if batch.real is None and len(batch.inputs) == 1}
+    if len(plain) != 1 or any(batch.real is not None or len(batch.inputs) != 1 for batch in parts):
+        return list(parts)
+    found = []
+    for first in range(0, len(parts), size):
+        group = parts[first : first + size]
+        inputs = {name: torch.cat([batch.inputs[name] for batch in group]) for name in group[0].inputs}
+        found.append(Batch(inputs, (len(group), group[0].shape[1])))
+    return found
+
+
+def measured_losses(
+    model: PreTrainedModel,
+    blocks: Mapping[Block, Sequence[Layer]],
+    outside: Sequence[Layer],
+    database: Database,
+    divergence: Divergence,
+    progress: Callable[[float], object] | None = None,
+) -> Curves:
+    """Measure the divergence of the model with one layer pruned and all others dense, for each layer and level.
+
+    Blocks before a layer's own do not run again, so that the work is a forward of half the model for each layer and
+    level: it grows with the square of the depth.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Dense, in evaluation mode.
+    blocks : mapping of Block to sequence of Layer
+    outside : sequence of Layer
+    database : Database
+        Holds the levels.
+    divergence : Divergence
+        From this model.
+    progress : callable, optional
+        Called with the fraction done.
+    """
+    replay = Replay(model, list(blocks), divergence.batches)
+    total = sum(map(len, blocks.values())) + len(outside)
+    curves: Curves = {}
+
+    def measure(layers: Sequence[Layer], run: Callable[[int], Tensor]) -> None:
+        for layer in layers:
+            curves[layer] = {}
+            for count in database.measured(layer):
+                with database.composed({layer: count}):
+                    curves[layer][count] = float(divergence.each(model, run).mean())
+            if progress is not None:
+                progress(len(curves) / total)
+
+    for position, block in enumerate(replay.order):
+
+        def rest(index: int, position: int = position) -> Tensor:
+            return divergence.scores(model, replay.rest(position, index))
+
+        measure(blocks[block], rest)
+        replay.run(position, store=True)
+    measure(outside, lambda index: divergence.logits(model, index))
+    return curves
+
+
+def expanded_losses(
+    model: PreTrainedModel,
+    database: Database,
+    divergence: Divergence,
+    *,
+    first_order: bool,
+    seed: int,
+    memory: int,
+    levels: Mapping[Layer, Sequence[int]] | None = None,
+    progress: Callable[[float], object] | None = None,
+) -> Curves:
+    """Expand the divergence from the dense model to second order in the change of each layer to each level.
+
+    With g the gradient of the divergence and F the Fisher information of the model's predictions, a change D of a
+    weight loses <g, D> + <D, F D> / 2. F is the mean of u u^T over labels drawn from the predictions, with u the
+    gradient of their log-likelihood: one draw for each sequence. The work is one or two gradients of the model for
+    each sequence, whatever the number of layers and levels, as long as `memory` holds the changes; otherwise layers are
+    taken in several parts.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Dense or pruned, in evaluation mode.
+    database : Database
+        Holds the levels.
+    divergence : Divergence
+        On batches of one sequence each.
+    first_order : bool
+        Whether to include <g, D>, which is zero where the model is the dense one.
+    seed : int
+        Of the labels.
+    memory : int
+        Bytes for the changes of all levels.
+    levels : mapping of Layer to sequence of int, optional
+        Counts to expand; by default all that are stored.
+    progress : callable, optional
+        Called with the fraction done.
+
+    References
+    ----------
+    S. Amari, "Natural gradient works efficiently in learning", Neural Computation 10, 1998: the divergence to second
+    order.
+    """
+    curves: Curves = {}
+    if levels is None:
+        levels = {layer: database.measured(layer) for layer in database.counts}
+    parts = list(_parts(levels, memory))
+    for number, part in enumerate(parts):
+        changes = {
+            layer: torch.stack(
+                [(database.weight(layer, level) - layer.weight.data).flatten() for level in levels[layer]]
+            )
+            for layer in part
+        }
+        sums = {layer: torch.zeros(len(change), dtype=torch.float64) for layer, change in changes.items()}
+        generator = torch.Generator().manual_seed(seed)
+        with _gradients(model, part) as weights:
+            for index in range(len(divergence.batches)):
+                logits = divergence.logits(model, index)
+                logs = logits[0].float().log_softmax(-1)
+                drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
+                likelihood = logs.gather(1, drawn).squeeze(1)
+                real = divergence.batches[index].real
+                likelihood = (likelihood if real is None else likelihood * real[0]).sum()
+                if first_order:
+                    own = divergence.of(logits, index).sum()
+                    for layer, along in _products(own, weights, changes, keep=True):
+                        sums[layer] += along
+                for layer, along in _products(likelihood, weights, changes, keep=False):
+                    sums[layer] += 0.5 * along.square()
+                if progress is not None:
+                    progress((number + (index + 1) / len(divergence.batches)) / len(parts))
+        for layer in part:
+            values = (sums[layer] / max(1, divergence.tokens)).tolist()
+            curves[layer] = dict(zip(levels[layer], values, strict=True))
+    return curves
+
+
+def _parts(levels: Mapping[Layer, Sequence[int]], memory: int) -> Iterator[list[Layer]]:
+    """Cut layers into runs whose changes fit the memory."""
+    part: list[Layer] = []
+    used = 0
+    for layer, counts in levels.items():
+        size = len(counts) * layer.weight.numel() * layer.weight.element_size()
+        if part and used + size > memory:
+            yield part
+            part, used = [], 0
+        part.append(layer)
+        used += size
+    if part:
+        yield part
+
+
+@contextmanager
+def _gradients(model: PreTrainedModel, layers: Sequence[Layer]) -> Iterator[list[Tensor]]:
+    """Record gradients with respect to the weights of some layers, and of no other parameter."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(False)
+        weights = [layer.weight for layer in layers]
+        for weight in weights:
+            weight.requires_grad_(True)
+        with torch.enable_grad():
+            yield weights
+    finally:
+        for parameter, wanted in before.items():
+            parameter.requires_grad_(wanted)
+
+
+def _products(
+    value: Tensor, weights: Sequence[Tensor], changes: Mapping[Layer, Tensor], *, keep: bool
+) -> Iterator[tuple[Layer, Tensor]]:
+    """Yield each layer's products of its changes and the gradient of a value, float64 on the CPU."""
+    gradients = torch.autograd.grad(value, weights, retain_graph=keep, allow_unused=True)
+    for (layer, change), gradient in zip(changes.items(), gradients, strict=True):
+        if gradient is not None:
+            yield layer, (change.float() @ gradient.detach().float().flatten()).double().cpu()

@@ -1,0 +1,112 @@
+"""Layers solved at several levels of sparsity, so that models can be composed of them without solving again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskopt.models.layers import Layer
+from maskopt.oracles import Counts
+from maskopt.problems import LayerReconstruction
+from maskopt.solvers import Result, Solver, solve
+
+__all__ = ["Database"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Pruned:
+    """A pruned weight: one bit for each entry, and the values of those that are kept where they have changed."""
+
+    bits: np.ndarray
+    values: Tensor | None
+
+    def weight(self, dense: Tensor) -> Tensor:
+        """Return the weight, as the dense one is stored."""
+        kept = (
+            torch.from_numpy(np.unpackbits(self.bits, count=dense.numel()))
+            .view(dense.shape)
+            .to(dense.device, torch.bool)
+        )
+        if self.values is None:
+            return dense.masked_fill(~kept, 0.0)
+        return torch.zeros_like(dense).masked_scatter_(kept, self.values.to(dense.device))
+
+
+class Database:
+    """Pruned weights of layers at levels, in the main memory.
+
+    A level takes a bit for each weight, and the kept values in the layer's own type where the solver changes them.
+
+    Parameters
+    ----------
+    counts : mapping of Layer to Counts
+        What each layer can keep.
+    levels : mapping of Layer to sequence of int
+        Counts to solve for, by layer.
+    dense : mapping of Layer to Tensor
+        The weights before pruning, as the layers store them.
+    solver : Solver
+    memory : int
+        Bytes of working memory of the solver.
+
+    Attributes
+    ----------
+    errors : dict
+        ||W X - V X||^2 of the layers by count.
+    """
+
+    def __init__(
+        self,
+        counts: Mapping[Layer, Counts],
+        levels: Mapping[Layer, Sequence[int]],
+        dense: Mapping[Layer, Tensor],
+        solver: Solver,
+        memory: int,
+    ) -> None:
+        self.counts, self.levels, self.dense = counts, levels, dense
+        self._solver, self._memory = solver, memory
+        self._stored: dict[Layer, dict[int, _Pruned]] = {layer: {} for layer in counts}
+        self.errors: dict[Layer, dict[int, float]] = {layer: {} for layer in counts}
+
+    def observe(self, layer: Layer, problem: LayerReconstruction, result: Result) -> None:
+        """Store a result, and solve the layer's problem at its other levels; an `Observer`."""
+        counts = self.counts[layer]
+        done = int(result.mask.sum()) // counts.step
+        for count in dict.fromkeys((done, *self.levels[layer])):
+            if count == counts.most:
+                continue
+            if count != done:
+                result = solve(problem, counts.masks(count), self._solver, memory=self._memory)
+            mask = layer.oriented(result.mask).cpu().contiguous()
+            values = None
+            if result.weight is not None:
+                new = layer.oriented(result.weight).to(self.dense[layer].dtype)
+                values = new.cpu().masked_select(mask)
+            self._stored[layer][count] = _Pruned(np.packbits(mask.numpy()), values)
+            self.errors[layer][count] = result.total
+
+    def weight(self, layer: Layer, count: int) -> Tensor:
+        """Return a layer's weight with a count of entries, one of its levels or all."""
+        dense = self.dense[layer].to(layer.weight.device)
+        return dense if count == self.counts[layer].most else self._stored[layer][count].weight(dense)
+
+    def measured(self, layer: Layer) -> list[int]:
+        """Return the counts of a layer that are stored, ascending."""
+        return sorted(self._stored[layer])
+
+    @contextmanager
+    def composed(self, counts: Mapping[Layer, int]) -> Iterator[None]:
+        """Give layers the weights of a count each inside the block."""
+        before = {layer: layer.weight.data for layer in counts}
+        try:
+            for layer, count in counts.items():
+                layer.weight.data = self.weight(layer, count)
+            yield
+        finally:
+            for layer, weight in before.items():
+                layer.weight.data = weight
