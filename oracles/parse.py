@@ -108,7 +108,9 @@ class Counts:
 
     def __post_init__(self) -> None:
         # The pattern "n:m" says its own sparsity, the others need one.
-        parse_masks(self.pattern, None if ":" in self.pattern else 0.5)
+        parse_masks(self.pattern, None if isinstance(self.pattern, str) and ":" in self.pattern else 0.5)
+        if min(self.shape) < 1:
+            raise MaskoptError(f"A layer of shape {tuple(self.shape)} has no weights to keep.")
         self.masks(self.most).check(self.shape)
 
     @property
@@ -152,4 +154,7 @@ class Counts:
 
     @property
     def _plain(self) -> str:
-        return self.pattern.removeprefix("at-most-")
+        plain = self.pattern
+        while plain.startswith("at-most-"):
+            plain = plain.removeprefix("at-most-")
+        return plain

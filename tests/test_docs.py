@@ -25,7 +25,13 @@ def _source(file: Path) -> str:
 
 
 def test_every_how_to_is_here() -> None:
-    assert {page.stem for page in PAGES} == {"add-a-set", "add-a-solver", "add-an-objective", "choose-a-solver"}
+    assert {page.stem for page in PAGES} == {
+        "add-a-set",
+        "add-a-solver",
+        "add-an-objective",
+        "choose-a-solver",
+        "sparsity-per-layer",
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -46,8 +46,11 @@ def apportioned(counts: Mapping[str, Counts], sparsities: Mapping[str, float], b
     Raises
     ------
     MaskoptError
-        If the rounded wishes exceed the budget.
+        If the rounded wishes exceed the budget, or a wish is no number.
     """
+    for name in counts:
+        if not math.isfinite(sparsities[name]):
+            raise MaskoptError(f"The sparsity of {name} must be a number; got {sparsities[name]}.")
     wishes = {name: min(1.0, max(0.0, 1 - sparsities[name])) * each.most for name, each in counts.items()}
     found = {name: math.floor(wish * (1 + 1e-12)) for name, wish in wishes.items()}
     left = budget - sum(counts[name].step * count for name, count in found.items())
@@ -72,14 +75,15 @@ def filled(counts: Mapping[str, Counts], chosen: Mapping[str, int], left: int) -
         Weights.
     """
     found = dict(chosen)
-    for name in sorted(found, key=lambda name: -counts[name].step):
-        each = counts[name]
-        if left < min(each.step for each in counts.values()):
-            break
-        more = min(each.most - found[name], left // each.step, max(1, each.most // _MOST_LEVELS))
-        found[name] += more
-        left -= more * each.step
-    return found
+    while True:
+        fits = [name for name, each in counts.items() if each.step <= left and found[name] < each.most]
+        if not fits:
+            return found
+        for name in sorted(fits, key=lambda name: -counts[name].step):
+            each = counts[name]
+            more = min(each.most - found[name], left // each.step, max(1, each.most // _MOST_LEVELS))
+            found[name] += more
+            left -= more * each.step
 
 
 def interpolated(counts: Sequence[int], losses: Sequence[float], at: np.ndarray, *, positive: bool) -> np.ndarray:
@@ -107,7 +111,7 @@ def interpolated(counts: Sequence[int], losses: Sequence[float], at: np.ndarray,
     return np.asarray(np.exp(PchipInterpolator(x, np.log(falling))(at)))
 
 
-def levels_of(name: str, counts: Counts, low: int, high: int) -> np.ndarray:
+def levels_of(low: int, high: int) -> np.ndarray:
     """Return the counts from `low` to `high` that a layer chooses among: all, or 200 evenly spread."""
     number = min(_MOST_LEVELS, high - low + 1)
     return np.unique(np.linspace(low, high, number).round().astype(np.int64))

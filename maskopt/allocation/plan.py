@@ -38,7 +38,7 @@ class Plan:
     Raises
     ------
     MaskoptError
-        If there is no layer or a sparsity is no number in [0, 1].
+        If there is no layer, a sparsity is no number in [0, 1], or the details are no mapping.
 
     Examples
     --------
@@ -62,6 +62,10 @@ class Plan:
         for name, sparsity in self.sparsities.items():
             if not isinstance(name, str) or not real(0, 1).fits(sparsity):
                 raise MaskoptError(f"The sparsity of {name} must lie between 0 and 1; got {shown(sparsity)}.")
+        if not isinstance(self.details, Mapping):
+            raise MaskoptError(f"The details of a plan must be a dict; got {shown(self.details)}.")
+        # numpy's numbers and fractions are no JSON.
+        object.__setattr__(self, "sparsities", {name: float(value) for name, value in self.sparsities.items()})
 
     def counts(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Counts]:
         """Return the counts that each of these layers can have.
@@ -201,6 +205,7 @@ def overridden(names: Sequence[str], overrides: Mapping[str, float]) -> dict[str
             raise MaskoptError(f"The sparsity of {pattern!r} must lie between 0 and 1; got {shown(sparsity)}.")
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
-            raise MaskoptError(f"The pattern {pattern!r} matches no layer to prune; names look like {names[0]!r}.")
+            like = f"; names look like {names[0]!r}" if names else ""
+            raise MaskoptError(f"The pattern {pattern!r} matches no layer to prune{like}.")
         fixed.update(dict.fromkeys(matched, float(sparsity)))
     return fixed

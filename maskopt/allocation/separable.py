@@ -22,6 +22,7 @@ from maskopt.errors import MaskoptError
 __all__ = ["Choice", "Levels", "allocate_levels", "joined"]
 
 _MOST_STATES = 200_000  # partial choices in one layer of the dynamic programme, 16 bytes each
+_MOST_SUMS = 10_000_000  # of them and the next layer's levels
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,14 @@ def allocate_levels(layers: Sequence[Levels], budget: int) -> Choice:
     if not layers:
         raise MaskoptError("There is no layer to choose a level for.")
     least = sum(min(layer.costs) for layer in layers)
-    if not whole(0).fits(budget) or least > budget:
-        raise MaskoptError(f"The budget {shown(budget)} is less than the cheapest levels cost, {least}.")
-    costs = [np.asarray(layer.costs, dtype=np.int64) for layer in layers]
-    losses = [np.asarray(layer.losses, dtype=np.float64) for layer in layers]
+    if not whole(0).fits(budget):
+        raise MaskoptError(f"The budget must be a whole number of at least 0; got {shown(budget)}.")
+    if least > budget:
+        raise MaskoptError(f"The budget {budget} is less than the cheapest levels cost, {least}.")
+    # A level that costs more than all others leave takes part in no choice, but would in sums and bounds.
+    payable = [[i for i, cost in enumerate(x.costs) if cost - min(x.costs) <= budget - least] for x in layers]
+    costs = [np.array([x.costs[i] for i in kept], dtype=np.int64) for x, kept in zip(layers, payable, strict=True)]
+    losses = [np.array([x.losses[i] for i in kept]) for x, kept in zip(layers, payable, strict=True)]
     multiplier, start = _greedy(costs, losses, budget)
     # The Lagrangian: every choice loses at least `base`, plus what its levels lie above their layers' least.
     reduced = [loss + multiplier * cost for cost, loss in zip(costs, losses, strict=True)]
@@ -162,7 +167,7 @@ def allocate_levels(layers: Sequence[Levels], budget: int) -> Choice:
     found, complete = _complete(costs, above, multiplier, budget, start)
     loss = math.fsum(values[level] for values, level in zip(losses, found, strict=True))
     return Choice(
-        levels=tuple(found),
+        levels=tuple(kept[level] for kept, level in zip(payable, found, strict=True)),
         cost=int(sum(values[level] for values, level in zip(costs, found, strict=True))),
         loss=loss,
         lower_bound=loss if complete else min(base, loss),
@@ -234,7 +239,7 @@ def _complete(
     spent = int(sum(cost[level] for cost, level in zip(costs, best, strict=True)))
     most = math.fsum(values[level] for values, level in zip(above, best, strict=True)) + multiplier * (budget - spent)
     # Sums of the same numbers in another order differ by rounding; what is within it is no improvement.
-    most -= 1e-12 * (abs(most) + sum(float(values.max()) for values in above) * 1e-3)
+    most -= 1e-12 * abs(most)
     # Layers with much to choose last: the lists stay short longest.
     order = sorted(range(len(costs)), key=lambda layer: int((above[layer] <= most).sum()))
     cheapest = np.array(
@@ -248,6 +253,8 @@ def _complete(
     for layer in order:
         rest -= int(cheapest[layer])
         open_levels = np.flatnonzero(above[layer] <= most)
+        if len(excess) * len(open_levels) > _MOST_SUMS:
+            return best, False
         total = (spent_so_far[:, None] + costs[layer][open_levels]).ravel()
         value = (excess[:, None] + above[layer][open_levels]).ravel()
         parents = np.repeat(np.arange(len(excess)), len(open_levels))

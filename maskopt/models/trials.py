@@ -1,0 +1,330 @@
+"""The ground of every allocation: layers and budget, the calibration sequences in parts, and trials of the model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from maskopt.allocation import Plan
+from maskopt.allocation.budget import budget_of, filled
+from maskopt.allocation.plan import fitting
+from maskopt.errors import MaskoptError
+from maskopt.models.batches import Batch
+from maskopt.models.curves import gathered, sequences
+from maskopt.models.database import Database
+from maskopt.models.divergence import Divergence
+from maskopt.models.layers import Layer
+from maskopt.models.prune import Progress, prune_layers
+from maskopt.models.selection import Selection
+from maskopt.models.solving import Observer
+from maskopt.oracles import MaskSet
+from maskopt.problems import LayerReconstruction
+from maskopt.solvers import Result, Solver
+
+__all__ = ["AllocationProgress", "Candidate", "Trials", "nearest"]
+
+_PER_INPUT = 6  # tokens in trials, at least, for each input of the widest layer
+_MEASURED = 32  # sequences, at most, on which losses are measured, and on which candidates are compared
+
+
+@dataclass(frozen=True)
+class AllocationProgress:
+    """Progress of `allocate`.
+
+    Attributes
+    ----------
+    stage : str
+        What is being done.
+    fraction : float
+        Of all the work, in [0, 1]; an estimate.
+    """
+
+    stage: str
+    fraction: float
+
+
+@dataclass
+class Candidate:
+    """Counts of the free layers, and what a model pruned so loses.
+
+    Attributes
+    ----------
+    counts : dict of str to int
+        By layer name.
+    losses : Tensor or None
+        Divergence per token of each held-out sequence, float64; None before the trial.
+    """
+
+    counts: dict[str, int]
+    losses: Tensor | None = None
+
+    @property
+    def loss(self) -> float:
+        """Mean of the losses."""
+        assert self.losses is not None
+        return float(self.losses.mean())
+
+    def clearly_better(self, other: Candidate) -> bool:
+        """Whether this loses less than another by more than the standard error of the differences."""
+        assert self.losses is not None
+        assert other.losses is not None
+        difference = self.losses - other.losses
+        error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+        return float(difference.mean()) + error < 0.0
+
+
+class Trials:
+    """A model whose layers are pruned and restored again and again.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Dense, in evaluation mode.
+    selection : Selection
+        Its layers.
+    batches : sequence of Batch
+        Calibration data.
+    pattern : str
+        Of the masks.
+    sparsity : float
+        Mean of the free layers.
+    solver : Solver
+    fixed : mapping of str to float
+        Sparsity of the layers that are not free, by name.
+    options : mapping
+        `propagate`, `include`, `exclude` and `memory` of `prune`.
+    progress : callable or None
+
+    Attributes
+    ----------
+    layers : dict of str to Layer
+        All layers to prune.
+    counts : dict of str to Counts
+        Of the free ones.
+    budget : int
+        Weights that the free layers may keep.
+    uniform : dict of str to int
+        Counts at the mean sparsity.
+    candidates : dict of str to Candidate
+        What has been tried.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        selection: Selection,
+        batches: Sequence[Batch],
+        pattern: str,
+        sparsity: float,
+        solver: Solver,
+        fixed: Mapping[str, float],
+        options: Mapping[str, Any],
+        progress: Callable[[AllocationProgress], object] | None,
+    ) -> None:
+        self.model, self.selection, self.pattern, self.sparsity, self.solver = (
+            model,
+            selection,
+            pattern,
+            sparsity,
+            solver,
+        )
+        self.fixed = dict(fixed)
+        self.layers = {layer.name: layer for layer in selection.layers}
+        self._every = {name: fitting(pattern, name, layer.shape) for name, layer in self.layers.items()}
+        self.counts = {name: each for name, each in self._every.items() if name not in fixed}
+        self.budget = budget_of(self.counts, sparsity)
+        self.uniform = {name: each.of(sparsity) for name, each in self.counts.items()}
+        self.candidates: dict[str, Candidate] = {}
+        self.batches, self.memory = list(batches), int(options["memory"])
+        self._options, self._progress = dict(options), progress
+        # After every trial the layers get these weights back.
+        self._dense = {layer: layer.weight.detach().to("cpu", copy=True) for layer in self.layers.values()}
+        self._began = time.perf_counter()
+        self._planned, self._reached = 1.0, 0.0
+
+    # The sequences
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """How many sequences serve for trials, for losses of layers, and for the choice between candidates.
+
+        Raises
+        ------
+        MaskoptError
+            If there are fewer than three.
+        """
+        number = sum(batch.shape[0] for batch in self.batches)
+        mean = max(1, sum(batch.tokens for batch in self.batches) // number)
+        widest = max(layer.shape[1] for layer in self.layers.values())
+        trial = min(max(number // 8, math.ceil(_PER_INPUT * widest / mean)), max(1, number // 2))
+        probe = min(_MEASURED, max(1, (number - trial) // 2))
+        held = min(_MEASURED, number - trial - probe)
+        if held < 1:
+            raise MaskoptError(
+                "The allocation needs at least three calibration sequences, to prune with some and measure on others; "
+                f"there are {number}."
+            )
+        return {"all": number, "trial": trial, "losses": probe, "held_out": held}
+
+    @cached_property
+    def _parts(self) -> tuple[list[Batch], list[Batch], list[Batch]]:
+        single = sequences(self.batches)
+        first, second = self.sizes["trial"], self.sizes["trial"] + self.sizes["losses"]
+        return single[:first], single[first:second], single[second : second + self.sizes["held_out"]]
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in a batch."""
+        return max(batch.shape[0] for batch in self.batches)
+
+    @cached_property
+    def singles(self) -> Divergence:
+        """The divergence on the sequences for losses of layers, one at a time."""
+        return Divergence(self.model, self._parts[1])
+
+    @cached_property
+    def held_out(self) -> Divergence:
+        """The divergence on the sequences that decide between candidates."""
+        return Divergence(self.model, gathered(self._parts[2], self.batch_size))
+
+    def few(self, number: int) -> Divergence:
+        """Return the divergence on some of the sequences for losses of layers."""
+        return Divergence(self.model, gathered(self._parts[1][:number], max(number, self.batch_size)))
+
+    # Pruning
+
+    def try_out(self, name: str) -> None:
+        """Prune the model with the trial sequences as a candidate says, measure its losses, and restore it."""
+        candidate = self.candidates[name]
+        # Made before the model is pruned.
+        held = self.held_out
+        with self._restored():
+            self._prune(f"trial of {name}", self.plan("trial", candidate.counts), self.solver, None, self._parts[0])
+            candidate.losses = held.each(self.model)
+
+    def database(self, levels: Mapping[str, Sequence[int]]) -> Database:
+        """Solve the free layers at levels, on the dense model's states and the trial sequences."""
+        free = {self.layers[name]: counts for name, counts in self.counts.items()}
+        wanted = {self.layers[name]: list(counts) for name, counts in levels.items()}
+        dense = {layer: self._dense[layer].to(layer.weight.device) for layer in free}
+        database = Database(free, wanted, dense, self.solver, self.memory)
+
+        def observe(layer: Layer, problem: LayerReconstruction, result: Result) -> None:
+            # `prune` makes its own objects for the layers.
+            if layer.name in self.counts:
+                database.observe(self.layers[layer.name], problem, result)
+
+        start = {name: nearest(levels[name], count) for name, count in self.uniform.items()}
+        with self._restored():
+            self._prune(
+                "layers at several levels", self.plan("levels", start), self.solver, observe, self._parts[0], "dense"
+            )
+        return database
+
+    def observe_dense(self, what: str, masks: MaskSet, solver: Solver, observe: Observer) -> None:
+        """Let a function see every layer's problem on the dense model's states and all sequences, and a solution."""
+        with self._restored():
+            self._prune(what, masks, solver, observe, self.batches, "dense")
+
+    def _prune(
+        self,
+        what: str,
+        masks: MaskSet | Plan,
+        solver: Solver,
+        observe: Observer | None,
+        batches: Sequence[Batch],
+        propagate: str | None = None,
+    ) -> None:
+        tell = self.part(what)
+
+        def show(event: Progress) -> None:
+            tell(event.done / max(1, event.total))
+
+        options = {**self._options, **({} if propagate is None else {"propagate": propagate})}
+        inputs = [batch.inputs for batch in gathered(batches, self.batch_size)]
+        prune_layers(self.model, inputs, masks, solver, **options, on_error="keep", observe=observe, progress=show)
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        """Give the layers their dense weights back, whatever happens inside."""
+        try:
+            yield
+        finally:
+            for layer, weight in self._dense.items():
+                layer.weight.data.copy_(weight)
+
+    # Counts
+
+    def kept(self, counts: Mapping[str, int]) -> int:
+        """Return how many weights counts of the free layers keep."""
+        return sum(self.counts[name].step * count for name, count in counts.items())
+
+    def within(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Return counts, changed as little as meets the budget."""
+        found = dict(counts)
+        while self.kept(found) > self.budget:
+            densest = max(found, key=lambda name: found[name] / self.counts[name].most)
+            found[densest] -= 1
+        return filled(self.counts, found, self.budget - self.kept(found))
+
+    def plan(self, rule: str, counts: Mapping[str, int], chosen: str | None = None) -> Plan:
+        """Return the plan of counts of the free layers.
+
+        Parameters
+        ----------
+        rule : str
+        counts : mapping of str to int
+        chosen : str, optional
+            The name of the candidate.
+        """
+        every = {
+            name: counts[name] if name in counts else self._every[name].of(self.fixed[name]) for name in self.layers
+        }
+        details: dict[str, Any] = {
+            "solver": repr(self.solver),
+            "target": self.sparsity,
+            "budget": self.budget,
+            "kept": self.kept(counts),
+            "fixed": self.fixed,
+            "seconds": time.perf_counter() - self._began,
+        }
+        tried = {name: one.loss for name, one in self.candidates.items() if one.losses is not None}
+        if chosen is not None:
+            details["chosen"] = chosen
+        if tried:
+            details |= {"sequences": self.sizes, "divergence": tried}
+        return Plan(
+            self.pattern, {name: self._every[name].sparsity(every[name]) for name in self.layers}, rule, details
+        )
+
+    # Progress
+
+    def expect(self, parts: int) -> None:
+        """Say how many parts of about equal length the work has."""
+        self._planned = float(parts)
+
+    def part(self, stage: str) -> Callable[[float], None]:
+        """Begin a part of the work and return a function that takes the fraction of it that is done."""
+        start = self._reached
+        self._reached += 1.0
+
+        def tell(fraction: float) -> None:
+            if self._progress is not None:
+                done = min(start + fraction, self._planned) / self._planned
+                self._progress(AllocationProgress(stage, done))
+
+        tell(0.0)
+        return tell
+
+
+def nearest(levels: Sequence[int], count: int) -> int:
+    """Return the level that is nearest to a count."""
+    return min(levels, key=lambda level: abs(level - count))
