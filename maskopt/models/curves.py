@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ from maskopt.models.database import Database
 from maskopt.models.divergence import Divergence
 from maskopt.models.layers import Layer
 from maskopt.models.replay import Replay
+
+_DRAWS = 32  # of labels: the relative error of a loss is sqrt(2 / 32) for changes that move all predictions alike
 
 __all__ = ["Curves", "expanded_losses", "gathered", "measured_losses", "sequences"]
 
@@ -115,9 +118,9 @@ def expanded_losses(
 
     With g the gradient of the divergence and F the Fisher information of the model's predictions, a change D of a
     weight loses <g, D> + <D, F D> / 2. F is the mean of u u^T over labels drawn from the predictions, with u the
-    gradient of their log-likelihood: one draw for each sequence. The work is one or two gradients of the model for
-    each sequence, whatever the number of layers and levels, as long as `memory` holds the changes; otherwise layers are
-    taken in several parts.
+    gradient of their log-likelihood: at least 32 draws, and one for each sequence. The work is a few gradients of the
+    model for each sequence, whatever the number of layers and levels, as long as `memory` holds the changes; otherwise
+    layers are taken in several parts.
 
     Parameters
     ----------
@@ -146,6 +149,7 @@ def expanded_losses(
     curves: Curves = {}
     if levels is None:
         levels = {layer: database.measured(layer) for layer in database.counts}
+    draws = math.ceil(_DRAWS / len(divergence.batches))
     parts = list(_parts(levels, memory))
     for number, part in enumerate(parts):
         changes = {
@@ -160,16 +164,17 @@ def expanded_losses(
             for index in range(len(divergence.batches)):
                 logits = divergence.logits(model, index)
                 logs = logits[0].float().log_softmax(-1)
-                drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
-                likelihood = logs.gather(1, drawn).squeeze(1)
+                drawn = torch.multinomial(logs.detach().exp().cpu(), draws, True, generator=generator).to(logs.device)
+                likelihoods = logs.gather(1, drawn)
                 real = divergence.batches[index].real
-                likelihood = (likelihood if real is None else likelihood * real[0]).sum()
+                likelihoods = (likelihoods if real is None else likelihoods * real[0].unsqueeze(1)).sum(0)
                 if first_order:
                     own = divergence.of(logits, index).sum()
                     for layer, along in _products(own, weights, changes, keep=True):
                         sums[layer] += along
-                for layer, along in _products(likelihood, weights, changes, keep=False):
-                    sums[layer] += 0.5 * along.square()
+                for draw, likelihood in enumerate(likelihoods):
+                    for layer, along in _products(likelihood, weights, changes, keep=draw + 1 < draws):
+                        sums[layer] += 0.5 / draws * along.square()
                 if progress is not None:
                     progress((number + (index + 1) / len(divergence.batches)) / len(parts))
         for layer in part:
