@@ -145,7 +145,7 @@ def allocate_levels(layers: Sequence[Levels], budget: int) -> Choice:
     --------
     >>> layers = [Levels("a", (1, 2, 3), (9.0, 2.0, 0.0)), Levels("b", (1, 2, 3), (3.0, 2.0, 0.0))]
     >>> allocate_levels(layers, 4).levels
-    (1, 1)
+    (2, 0)
     """
     if not layers:
         raise MaskoptError("There is no layer to choose a level for.")
