@@ -14,6 +14,7 @@ from maskopt.cli.options import (
     RULE_NAMES,
     WEIGHTS_HELP,
     BatchOption,
+    CacheOption,
     DeviceOption,
     ExcludeOption,
     FixedOption,
@@ -77,6 +78,7 @@ def allocate(
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     plot: PlotOption = None,
+    cache: CacheOption = None,
     json: JsonOption = None,
     device: DeviceOption = "cpu",
     memory: MemoryOption = "1G",
@@ -118,6 +120,7 @@ def allocate(
             seed=seed,
             memory=working,
             progress=show_allocation(bar),
+            cache=cache,
         )
     seconds = time.perf_counter() - began
     figures: dict[str, Any] = {
@@ -163,13 +166,13 @@ def mean_sparsity(pattern: str, sparsity: float | None) -> float:
     return 1 - int(keep) / int(group)
 
 
-def show_allocation(bar: Bar, end: float = 1.0) -> Any:
-    """Return a function that shows an `AllocationProgress` on a bar; `end` is what fraction of everything it is."""
+def show_allocation(bar: Bar) -> Any:
+    """Return a function that shows an `AllocationProgress` on a bar; None where the bar is invisible."""
     if not bar.visible:
         return None
 
     def show(event: AllocationProgress) -> None:
-        bar.tell(event.stage, event.fraction * end)
+        bar.tell(event.stage, event.fraction)
 
     return show
 

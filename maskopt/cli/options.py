@@ -25,6 +25,7 @@ __all__ = [
     "SPARSITY_HELP",
     "WEIGHTS_HELP",
     "BatchOption",
+    "CacheOption",
     "DeviceOption",
     "ExcludeOption",
     "FixedOption",
@@ -151,6 +152,16 @@ FixedOption = Annotated[
 PlotOption = Annotated[
     Path | None,
     typer.Option("--plot", metavar="FILE", help="Draw the sparsity by depth and kind of layer: .png, .svg or .pdf."),
+]
+
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        metavar="FOLDER",
+        help="Keep what the allocation measures in this folder, made if it is not there: the same command goes on "
+        "where an interrupted one ended.",
+    ),
 ]
 
 

@@ -17,6 +17,7 @@ from maskopt.cli.options import (
     RULE_NAMES,
     WEIGHTS_HELP,
     BatchOption,
+    CacheOption,
     DeviceOption,
     ExcludeOption,
     FixedOption,
@@ -54,9 +55,6 @@ if TYPE_CHECKING:
     from maskopt.models import PruneReport
 
 __all__ = ["prune"]
-
-
-_ALLOCATION = 0.6  # of the time of a whole run, where the allocation is measured
 
 
 class Certify(StrEnum):
@@ -120,6 +118,7 @@ def prune(
         ),
     ] = None,
     plot: PlotOption = None,
+    cache: CacheOption = None,
     json: JsonOption = None,
     device: DeviceOption = "cpu",
     memory: MemoryOption = "1G",
@@ -158,6 +157,24 @@ def prune(
             # As much text as the calibration uses, at four characters a token, and at least one window.
             texts["calibration"] = corpus.opening(max(4 * samples, 32) * length)
 
+        if masks is None:
+            masks = models.allocate(
+                network,
+                batches,
+                pattern,
+                mean,
+                method,
+                rule=allocation,  # type: ignore[arg-type]  # checked by _read_plan
+                fixed=fixed,
+                propagate=None if propagate is None else propagate.value,
+                include=include or (),
+                exclude=exclude or (),
+                seed=seed,
+                memory=working,
+                progress=show_allocation(bar),
+                cache=cache,
+            )
+            bar.stage("calibration")
         selection = models.select_layers(network, include or (), exclude or ())
         whole = PruneProgress(bar, network, selection, batches, certify is not None, 2 * len(texts))
 
@@ -174,22 +191,6 @@ def prune(
             }
 
         dense = perplexities("dense")
-        if masks is None:
-            masks = models.allocate(
-                network,
-                batches,
-                pattern,
-                mean,
-                method,
-                rule=allocation,  # type: ignore[arg-type]  # checked by _read_plan
-                fixed=fixed,
-                propagate=None if propagate is None else propagate.value,
-                include=include or (),
-                exclude=exclude or (),
-                seed=seed,
-                memory=working,
-                progress=show_allocation(bar, _ALLOCATION),
-            )
         report = models.prune(
             network,
             batches,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -22,6 +23,7 @@ from maskopt.models.prune import Propagate
 from maskopt.models.published import BLOCK_RULES, atp_counts, block_counts, evolved_counts, measure_blocks
 from maskopt.models.replay import evaluation_mode
 from maskopt.models.selection import select_layers
+from maskopt.models.store import Store
 from maskopt.models.trials import AllocationProgress, Candidate, Trials, nearest
 from maskopt.solvers import ContinuationFrankWolfe, Solver
 from maskopt.solvers.arguments import check_memory, check_solver
@@ -59,6 +61,7 @@ def allocate(
     device: str | torch.device | None = None,
     memory: int = 2**30,
     progress: Callable[[AllocationProgress], object] | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """Choose a sparsity for each layer of a model so that the model loses little at a given mean sparsity.
 
@@ -92,6 +95,9 @@ def allocate(
         Of the labels that expansions draw, and of "evo".
     progress : callable, optional
         Called with an `AllocationProgress`.
+    cache : path-like, optional
+        A folder for what is measured, made if it is not there: solved layers, losses and trials. The same call goes on
+        after the last of them that was finished; a folder of another model, other data or other settings is refused.
 
     Returns
     -------
@@ -101,8 +107,8 @@ def allocate(
     Raises
     ------
     MaskoptError
-        If an argument is wrong, a pattern fits no layer, there are too few sequences, or the model predicts no tokens
-        and the rule needs predictions.
+        If an argument is wrong, a pattern fits no layer, there are too few sequences, the model predicts no tokens and
+        the rule needs predictions, or the cache is of another allocation.
 
     Examples
     --------
@@ -135,6 +141,8 @@ def allocate(
     prepared = prepare_batches(model, batches)
     with evaluation_mode(model):
         work = Trials(model, selection, prepared, pattern, float(sparsity), solver, pinned, options, progress)
+        if cache is not None:
+            work.store = Store(cache, {**work.identity(), "rule": rule, "seed": seed})
         return _planned(work, rule, seed)
 
 
@@ -144,6 +152,7 @@ def _planned(work: Trials, rule: Rule, seed: int) -> Plan:
     if rule in BLOCK_RULES:
         block_rule = BLOCK_RULES[rule]
         return work.plan(rule, block_counts(work, block_rule, measure_blocks(work)))
+    work.predict()
     if rule == "atp":
         return work.plan(rule, atp_counts(work))
     if rule == "evo":
@@ -153,7 +162,8 @@ def _planned(work: Trials, rule: Rule, seed: int) -> Plan:
     work.expect(2)
     database = work.database(_levels(work))
     losses = _expanded(work, database, seed) if rule == "fisher" else _measured(work, database, work.sizes["losses"])
-    return work.plan(rule, _separable(work, losses))
+    work.candidates[rule] = _separable(work, losses)
+    return work.plan(rule, work.candidates[rule].counts)
 
 
 def _auto(work: Trials, seed: int) -> Plan:
@@ -167,9 +177,9 @@ def _auto(work: Trials, seed: int) -> Plan:
     work.expect(4 + 2 * affordable + 4 * composable)  # trials among them
     work.candidates["uniform"] = Candidate(work.uniform)
     database = work.database(levels)
-    work.candidates["fisher"] = Candidate(_separable(work, _expanded(work, database, seed)))
+    work.candidates["fisher"] = _separable(work, _expanded(work, database, seed))
     if affordable:
-        work.candidates["kl"] = Candidate(_separable(work, _measured(work, database, windows)))
+        work.candidates["kl"] = _separable(work, _measured(work, database, windows))
     if composable:
         _improve_in_context(work, database, seed)
     for name in work.candidates:
@@ -194,29 +204,28 @@ def _levels(work: Trials) -> dict[str, list[int]]:
 
 
 def _expanded(work: Trials, database: Database, seed: int) -> Curves:
-    return expanded_losses(
-        work.model,
-        database,
-        work.singles,
-        first_order=False,
-        seed=seed,
-        memory=work.memory,
-        progress=work.part("losses of layers, expanded"),
-    )
+    tell = work.part("losses of layers, expanded")
+
+    def measure() -> Curves:
+        return expanded_losses(
+            work.model, database, work.singles, first_order=False, seed=seed, memory=work.memory, progress=tell
+        )
+
+    return work.remembered("losses-expanded", measure)
 
 
 def _measured(work: Trials, database: Database, windows: int) -> Curves:
-    return measured_losses(
-        work.model,
-        {block: [x for x in layers if x.name in work.counts] for block, layers in work.selection.blocks.items()},
-        [layer for layer in work.selection.outside if layer.name in work.counts],
-        database,
-        work.few(windows),
-        work.part("losses of layers, measured"),
-    )
+    tell = work.part("losses of layers, measured")
+    blocks = {block: [x for x in layers if x.name in work.counts] for block, layers in work.selection.blocks.items()}
+    outside = [layer for layer in work.selection.outside if layer.name in work.counts]
+
+    def measure() -> Curves:
+        return measured_losses(work.model, blocks, outside, database, work.few(windows), tell)
+
+    return work.remembered("losses-measured", measure)
 
 
-def _separable(work: Trials, losses: Curves) -> dict[str, int]:
+def _separable(work: Trials, losses: Curves) -> Candidate:
     """Return the counts of least total loss within the budget."""
     layers, grids = [], []
     for name, counts in work.counts.items():
@@ -228,8 +237,9 @@ def _separable(work: Trials, losses: Curves) -> dict[str, int]:
         grids.append(grid)
     # Levels may not reach down to the budget where they are few.
     budget = max(work.budget, sum(min(layer.costs) for layer in layers))
-    chosen = allocate_levels(layers, budget).levels
-    return work.within({name: int(grid[i]) for name, grid, i in zip(work.counts, grids, chosen, strict=True)})
+    choice = allocate_levels(layers, budget)
+    found = {name: int(grid[i]) for name, grid, i in zip(work.counts, grids, choice.levels, strict=True)}
+    return Candidate(work.within(found), separable=(choice.loss, choice.lower_bound))
 
 
 def _improve_in_context(work: Trials, database: Database, seed: int) -> None:

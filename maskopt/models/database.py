@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from maskopt.files import open_tensors
 from maskopt.models.layers import Layer
+from maskopt.models.store import replaced
 from maskopt.oracles import Counts
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers import Result, Solver, solve
 
 __all__ = ["Database"]
+
+_FILE = "layers.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,3 +117,35 @@ class Database:
         finally:
             for layer, weight in before.items():
                 layer.weight.data = weight
+
+    def save(self, folder: Path) -> None:
+        """Write the database to a file in a folder."""
+        tensors: dict[str, Tensor] = {}
+        for layer, levels in self._stored.items():
+            for count, pruned in levels.items():
+                tensors[f"{layer.name} {count} bits"] = torch.from_numpy(pruned.bits)
+                if pruned.values is not None:
+                    tensors[f"{layer.name} {count} values"] = pruned.values
+        errors = {
+            layer.name: {str(count): error for count, error in found.items()} for layer, found in self.errors.items()
+        }
+        with replaced(folder / _FILE) as aside:
+            save_file(tensors, aside, metadata={"errors": json.dumps(errors)})
+
+    def load(self, folder: Path) -> bool:
+        """Read what `save` wrote; False if there is no such file."""
+        file = folder / _FILE
+        if not file.is_file():
+            return False
+        layers = {layer.name: layer for layer in self.counts}
+        with open_tensors("solved layers", file) as content:
+            errors = json.loads((content.metadata() or {})["errors"])
+            names = set(content.keys())
+            for name, found in errors.items():
+                for count, error in found.items():
+                    key = f"{name} {count}"
+                    values = content.get_tensor(f"{key} values") if f"{key} values" in names else None
+                    bits = content.get_tensor(f"{key} bits").numpy()
+                    self._stored[layers[name]][int(count)] = _Pruned(bits, values)
+                    self.errors[layers[name]][int(count)] = error
+        return True

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,13 +22,14 @@ from maskopt.allocation.budget import budget_of, filled
 from maskopt.allocation.plan import fitting
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch
-from maskopt.models.curves import gathered, sequences
+from maskopt.models.curves import Curves, gathered, sequences
 from maskopt.models.database import Database
 from maskopt.models.divergence import Divergence
 from maskopt.models.layers import Layer
 from maskopt.models.prune import Progress, prune_layers
 from maskopt.models.selection import Selection
 from maskopt.models.solving import Observer
+from maskopt.models.store import Store
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers import Result, Solver
@@ -61,10 +66,13 @@ class Candidate:
         By layer name.
     losses : Tensor or None
         Divergence per token of each held-out sequence, float64; None before the trial.
+    separable : (float, float) or None
+        Total loss and proven lower bound where the counts solve the separable problem.
     """
 
     counts: dict[str, int]
     losses: Tensor | None = None
+    separable: tuple[float, float] | None = None
 
     @property
     def loss(self) -> float:
@@ -115,6 +123,8 @@ class Trials:
         Counts at the mean sparsity.
     candidates : dict of str to Candidate
         What has been tried.
+    store : Store or None
+        Where measurements are kept for the next call.
     """
 
     def __init__(
@@ -145,6 +155,7 @@ class Trials:
         self.candidates: dict[str, Candidate] = {}
         self.batches, self.memory = list(batches), int(options["memory"])
         self._options, self._progress = dict(options), progress
+        self.store: Store | None = None
         # After every trial the layers get these weights back.
         self._dense = {layer: layer.weight.detach().to("cpu", copy=True) for layer in self.layers.values()}
         self._began = time.perf_counter()
@@ -195,6 +206,10 @@ class Trials:
         """The divergence on the sequences that decide between candidates."""
         return Divergence(self.model, gathered(self._parts[2], self.batch_size))
 
+    def predict(self) -> None:
+        """Let the dense model predict what changed ones are measured against; to be called before any change."""
+        _ = self.singles, self.held_out
+
     def few(self, number: int) -> Divergence:
         """Return the divergence on some of the sequences for losses of layers."""
         return Divergence(self.model, gathered(self._parts[1][:number], max(number, self.batch_size)))
@@ -203,12 +218,18 @@ class Trials:
 
     def try_out(self, name: str) -> None:
         """Prune the model with the trial sequences as a candidate says, measure its losses, and restore it."""
-        candidate = self.candidates[name]
-        # Made before the model is pruned.
-        held = self.held_out
+        candidate, held = self.candidates[name], self.held_out
+        file = f"trial-{re.sub(r'[^a-z0-9]+', '-', name)}"
+        known = None if self.store is None else self.store.read(file)
+        if known is not None and known["counts"] == candidate.counts:
+            self.part(f"trial of {name}")
+            candidate.losses = torch.tensor(known["losses"], dtype=torch.float64)
+            return
         with self._restored():
             self._prune(f"trial of {name}", self.plan("trial", candidate.counts), self.solver, None, self._parts[0])
             candidate.losses = held.each(self.model)
+        if self.store is not None:
+            self.store.write(file, {"counts": candidate.counts, "losses": candidate.losses.tolist()})
 
     def database(self, levels: Mapping[str, Sequence[int]]) -> Database:
         """Solve the free layers at levels, on the dense model's states and the trial sequences."""
@@ -216,6 +237,9 @@ class Trials:
         wanted = {self.layers[name]: list(counts) for name, counts in levels.items()}
         dense = {layer: self._dense[layer].to(layer.weight.device) for layer in free}
         database = Database(free, wanted, dense, self.solver, self.memory)
+        if self.store is not None and database.load(self.store.folder):
+            self.part("layers at several levels")
+            return database
 
         def observe(layer: Layer, problem: LayerReconstruction, result: Result) -> None:
             # `prune` makes its own objects for the layers.
@@ -227,7 +251,43 @@ class Trials:
             self._prune(
                 "layers at several levels", self.plan("levels", start), self.solver, observe, self._parts[0], "dense"
             )
+        if self.store is not None:
+            database.save(self.store.folder)
         return database
+
+    def remembered(self, name: str, measure: Callable[[], Curves]) -> Curves:
+        """Return losses from the store, or measure and store them."""
+        known = None if self.store is None else self.store.read(name)
+        if known is not None:
+            return {self.layers[layer]: {int(n): loss for n, loss in losses.items()} for layer, losses in known.items()}
+        curves = measure()
+        if self.store is not None:
+            self.store.write(name, {layer.name: losses for layer, losses in curves.items()})
+        return curves
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides all measurements: data, weights, settings and versions."""
+        weights, data = hashlib.sha256(), hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            weights.update(name.encode())
+            weights.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for batch in sequences(self.batches):
+            for value in batch.inputs.values():
+                if isinstance(value, Tensor):
+                    data.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return {
+            "maskopt": version("maskopt"),
+            "torch": torch.__version__,
+            "weights": weights.hexdigest(),
+            "data": data.hexdigest(),
+            "batch size": self.batch_size,
+            "pattern": self.pattern,
+            "sparsity": self.sparsity,
+            "solver": repr(self.solver),
+            "fixed": self.fixed,
+            "layers": sorted(self.counts),
+            "propagate": self._options["propagate"],
+        }
 
     def observe_dense(self, what: str, masks: MaskSet, solver: Solver, observe: Observer) -> None:
         """Let a function see every layer's problem on the dense model's states and all sequences, and a solution."""
@@ -299,6 +359,9 @@ class Trials:
         tried = {name: one.loss for name, one in self.candidates.items() if one.losses is not None}
         if chosen is not None:
             details["chosen"] = chosen
+        solved = {name: one.separable for name, one in self.candidates.items() if one.separable is not None}
+        if solved:
+            details["separable"] = {n: {"loss": loss, "lower_bound": low} for n, (loss, low) in solved.items()}
         if tried:
             details |= {"sequences": self.sizes, "divergence": tried}
         return Plan(

@@ -404,3 +404,57 @@ def test_the_reference_of_the_divergence_is_torch():
     torch.testing.assert_close(
         own, kl_div(log_softmax(q, -1), log_softmax(p, -1), log_target=True, reduction="batchmean")
     )
+
+
+# The cache
+
+
+@pytest.mark.parametrize("solver", [Wanda(), FAST], ids=["wanda", "best"])
+@pytest.mark.parametrize(
+    "stage", ["layers at several levels", "losses of layers, expanded", "trial of uniform", "trial of fisher"]
+)
+def test_an_interrupted_allocation_goes_on(tmp_path, monkeypatch, solver, stage):
+    """The plan is that of an uninterrupted call, and what was finished is not done again."""
+    options = {"pattern": "per-row", "sparsity": 0.5, "solver": solver, "cache": tmp_path / "cache"}
+    whole = allocate(ARCHITECTURES["llama"].build(), windows(), **{**options, "cache": None})
+
+    def fail(event):
+        if event.stage == stage and event.fraction > 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        allocate(ARCHITECTURES["llama"].build(), windows(), **options, progress=fail)
+    assert not list((tmp_path / "cache").glob(".*"))
+    after = allocate(ARCHITECTURES["llama"].build(), windows(), **options)
+    assert after.sparsities == whole.sparsities
+    assert after.details["divergence"] == whole.details["divergence"]
+    pruned = []
+    monkeypatch.setattr("maskopt.models.trials.prune_layers", lambda *args, **options: pruned.append(args))
+    if solver is FAST:
+        again = allocate(ARCHITECTURES["llama"].build(), windows(), **options)
+        assert again.sparsities == whole.sparsities
+        assert not pruned
+
+
+def test_a_cache_of_another_allocation_is_refused(tmp_path):
+    options = {"pattern": "per-row", "sparsity": 0.5, "solver": FAST, "rule": "fisher", "cache": tmp_path / "cache"}
+    model = ARCHITECTURES["llama"].build()
+    allocate(model, windows(), **options)
+    for changes, differ in (
+        ({"sparsity": 0.6}, "sparsity"),
+        ({"solver": Wanda()}, "solver"),
+        ({"seed": 1}, "seed"),
+        ({"rule": "kl"}, "rule"),
+        ({"include": ["*.mlp.*"]}, "layers"),
+    ):
+        with pytest.raises(MaskoptError, match=f"belongs to another allocation: its {differ} differ"):
+            allocate(model, windows(), **{**options, **changes})
+    with pytest.raises(MaskoptError, match="its data differ"):
+        allocate(model, windows(16), **options)
+    next(model.parameters()).data[0, 0] += 1
+    with pytest.raises(MaskoptError, match="its weights differ"):
+        allocate(model, windows(), **options)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("mine")
+    with pytest.raises(MaskoptError, match="is not empty and no cache"):
+        allocate(model, windows(), **{**options, "cache": tmp_path / "mine"})
