@@ -12,6 +12,7 @@ benchmarks/results/NAME.{md,json} after every cell; --resume goes on where an in
 import argparse
 import copy
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,6 +154,31 @@ def costs(records: Sequence[Record], rules: Sequence[str]) -> str:
     return report.table(["model, method", *rules[1:]], rows)
 
 
+def depths(records: Sequence[Record], rules: Sequence[str]) -> str:
+    """Return how much sparser than the mean each rule makes the first and the last third of the blocks, in points."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for record in records:
+        blocks: dict[int, list[float]] = {}
+        for name, sparsity in record["sparsities"].items():
+            number = re.search(r"\.(\d+)\.", name)
+            if number:
+                blocks.setdefault(int(number[1]), []).append(sparsity - record["sparsity"])
+        if blocks:
+            means = [fmean(blocks[index]) for index in sorted(blocks)]
+            third = max(1, len(means) // 3)
+            line = found.setdefault(record["method"], {})
+            line.setdefault(record["rule"], []).append((fmean(means[:third]), fmean(means[-third:])))
+    rows = []
+    for method, values in found.items():
+        row = [method]
+        for rule in rules[1:]:
+            ends = values.get(rule)
+            first, last = ([100 * fmean(part) for part in zip(*ends, strict=True)]) if ends else (0.0, 0.0)
+            row.append(f"{first:+.1f} / {last:+.1f}" if ends else "")
+        rows.append(row)
+    return report.table(["method", *rules[1:]], rows)
+
+
 def write(records: Sequence[Record], options: argparse.Namespace, left: int) -> None:
     """Write the results."""
     rules = [rule for rule in RULES if any(record["rule"] == rule for record in records)]
@@ -168,6 +194,8 @@ def write(records: Sequence[Record], options: argparse.Namespace, left: int) -> 
         ratios(records, rules),
         "Processor time of the allocation over that of pruning, median.",
         costs(records, rules),
+        "Sparsity of the first and of the last third of the blocks, less the mean, in percentage points.",
+        depths(records, rules),
     ]
     report.write(options.name, "How sparse each layer should be", "\n\n".join(parts), {"records": list(records)})
 

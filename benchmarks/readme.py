@@ -55,6 +55,20 @@ def perplexities(name: str, title: str = "{model}, {masks}") -> Rows:
     }
 
 
+def allocations() -> Rows:
+    """Return mean perplexities by the rule for the sparsity of layers, and those of the dense models."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for record in figures("allocation")["records"]:
+        model = record["model"].removesuffix("-llama")
+        row = found.setdefault(f"{model}, {record['method']}, {100 * record['sparsity']:g} %", {})
+        row.setdefault("dense", []).append(record["dense"])
+        row.setdefault(record["rule"], []).append(record["perplexity"])
+    return {
+        row: {rule: (fmean(values), "") for rule, values in found[row].items()}
+        for row in sorted(found, key=lambda row: (row.split(", ")[1:], list(found).index(row)))
+    }
+
+
 def figures(name: str) -> dict[str, Any]:
     """Return the contents of results/NAME.json."""
     contents: dict[str, Any] = json.loads((report.RESULTS / f"{name}.json").read_text())
@@ -120,8 +134,22 @@ TABLES: list[tuple[str, Mapping[str, str], str, Callable[[], Rows]]] = [
         ".2f",
         lambda: perplexities("smollm2", "{masks}"),
     ),
+    (
+        "model, method, mean sparsity",
+        {
+            "dense": "dense",
+            "uniform": "uniform",
+            "OWL": "owl",
+            "DLP": "dlp",
+            "AlphaPruning": "alpha",
+            "LSA": "lsa",
+            "auto": "auto",
+        },
+        ".2f",
+        allocations,
+    ),
 ]
-OURS = ("maskopt", "best")
+OURS = ("maskopt", "best", "auto")
 
 
 def table(first: str, columns: Mapping[str, str], form: str, rows: Rows) -> str:

@@ -241,6 +241,41 @@ def test_perplexities_of_updated_weights_are_those_of_the_results() -> None:
     _check_perplexities(_table("model, masks", "dense", "SparseGPT"), columns, "weights")
 
 
+def test_perplexities_by_allocation_are_those_of_the_results() -> None:
+    columns = {
+        "dense": "dense",
+        "uniform": "uniform",
+        "OWL": "owl",
+        "DLP": "dlp",
+        "AlphaPruning": "alpha",
+        "LSA": "lsa",
+        "auto": "auto",
+    }
+    found = _table("model, method, mean sparsity")
+    records = _figures("allocation")["records"]
+    places = {(record["model"], record["method"], record["sparsity"]) for record in records}
+    assert len(found.rows) == len(places)
+    for model, method, sparsity in places:
+        own = [r for r in records if (r["model"], r["method"], r["sparsity"]) == (model, method, sparsity)]
+        shown = found.rows[f"{model.removesuffix('-llama')}, {method}, {100 * sparsity:g} %"]
+        for column, rule in columns.items():
+            values = [r["dense"] if rule == "dense" else r["perplexity"] for r in own if rule in ("dense", r["rule"])]
+            assert shown[column] == f"{fmean(values):.2f}", (model, method, sparsity, column)
+
+
+def test_rules_for_masks_alone_lose_where_weights_move() -> None:
+    """What the README says of OWL, DLP, AlphaPruning and LSA with `best`: in the median they are above uniform."""
+    records = _figures("allocation")["records"]
+    values = {(r["model"], r["sparsity"], r["rule"]): r["perplexity"] for r in records if r["method"] == "best"}
+    for rule in ("owl", "dlp", "alpha", "lsa"):
+        ratios = [
+            value / values[model, sparsity, "uniform"]
+            for (model, sparsity, own), value in values.items()
+            if own == rule
+        ]
+        assert median(ratios) > 1, rule
+
+
 def test_ratios_in_the_text_are_those_of_the_results() -> None:
     def rows(name: str, only: str = "") -> list[dict[str, Any]]:
         return [row["results"] for row in _figures(name)["rows"] if row["instance"].startswith(only)]

@@ -147,7 +147,7 @@ def allocate(
 
 
 def _planned(work: Trials, rule: Rule, seed: int) -> Plan:
-    if rule == "uniform":
+    if rule == "uniform" or not work.prunes:
         return work.plan(rule, work.uniform)
     if rule in BLOCK_RULES:
         block_rule = BLOCK_RULES[rule]

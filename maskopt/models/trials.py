@@ -139,17 +139,13 @@ class Trials:
         options: Mapping[str, Any],
         progress: Callable[[AllocationProgress], object] | None,
     ) -> None:
-        self.model, self.selection, self.pattern, self.sparsity, self.solver = (
-            model,
-            selection,
-            pattern,
-            sparsity,
-            solver,
-        )
-        self.fixed = dict(fixed)
+        self.model, self.selection, self.solver = model, selection, solver
+        self.pattern, self.sparsity, self.fixed = pattern, sparsity, dict(fixed)
         self.layers = {layer.name: layer for layer in selection.layers}
         self._every = {name: fitting(pattern, name, layer.shape) for name, layer in self.layers.items()}
-        self.counts = {name: each for name, each in self._every.items() if name not in fixed}
+        # A layer that can only keep all or nothing, such as one with a single input, keeps all.
+        self.fixed |= {name: 0.0 for name, each in self._every.items() if each.most < 2 and name not in fixed}
+        self.counts = {name: each for name, each in self._every.items() if name not in self.fixed}
         self.budget = budget_of(self.counts, sparsity)
         self.uniform = {name: each.of(sparsity) for name, each in self.counts.items()}
         self.candidates: dict[str, Candidate] = {}
@@ -322,6 +318,11 @@ class Trials:
                 layer.weight.data.copy_(weight)
 
     # Counts
+
+    @property
+    def prunes(self) -> bool:
+        """Whether there is a weight to prune in a free layer."""
+        return self.budget < sum(counts.step * counts.most for counts in self.counts.values())
 
     def kept(self, counts: Mapping[str, int]) -> int:
         """Return how many weights counts of the free layers keep."""

@@ -255,6 +255,17 @@ def test_every_rule_meets_the_budget_and_leaves_the_model_as_it_was(rule, solver
     assert report.to_json()["plan"]["rule"] == rule
 
 
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name != "llama"])
+def test_other_architectures(name):
+    model = ARCHITECTURES[name].build()
+    before = weights_of(model)
+    plan = allocate(model, windows(), "per-row", 0.5, FAST)
+    assert all(torch.equal(value, before[key]) for key, value in model.named_parameters())
+    report = prune(model, windows(), plan, FAST)
+    assert {layer.name: layer.sparsity for layer in report.layers} == pytest.approx(dict(plan.sparsities))
+    assert report.sparsity == pytest.approx(0.5, abs=0.02)
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "2:8", "columns"])
 def test_other_patterns(pattern):
     model = ARCHITECTURES["llama"].build()
@@ -339,6 +350,23 @@ def test_fixed_layers_keep_their_sparsity_and_the_others_the_mean():
         assert rest.sparsity(others) == pytest.approx(0.75, abs=0.01)
     every = allocate(model, windows(), "per-row", 0.75, Wanda(), fixed={"*": 0.5})
     assert set(every.sparsities.values()) == {0.5}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_where_nothing_can_go_nothing_goes(rule):
+    model = ARCHITECTURES["llama"].build()
+    plan = allocate(model, windows(), "per-row", 0.0, Wanda(), rule=rule)
+    assert set(plan.sparsities.values()) == {0.0}
+    ones = allocate(model, windows(), "1:1", 0.5, Wanda(), rule=rule)
+    assert set(ones.sparsities.values()) == {0.0}
+
+
+@pytest.mark.parametrize("sparsity", [0.01, 0.3, 0.9, 0.97])
+def test_extreme_means(sparsity):
+    model = ARCHITECTURES["llama"].build()
+    plan = allocate(model, windows(), "per-row", sparsity, FAST)
+    report = prune(model, windows(), plan, FAST)
+    assert report.sparsity == pytest.approx(sparsity, abs=0.06)
 
 
 def test_the_same_seed_gives_the_same_plan():
