@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from maskopt.errors import MaskoptError
 
 if TYPE_CHECKING:
-    from maskopt.models import PruneReport, prune
+    from maskopt.allocation import Plan
+    from maskopt.models import PruneReport, allocate, prune
     from maskopt.oracles import (
         NM,
         AtMost,
@@ -67,6 +68,7 @@ __all__ = [
     "OneSwap",
     "PartitionMatroid",
     "PerRow",
+    "Plan",
     "Protected",
     "PruneReport",
     "QuadraticForm",
@@ -80,6 +82,7 @@ __all__ = [
     "Units",
     "Unstructured",
     "Wanda",
+    "allocate",
     "load_instance",
     "prune",
     "save_instance",
@@ -89,7 +92,7 @@ __all__ = [
 
 
 # From light to heavy; from `bounds` on, each loads the ones before it.
-_FOLDERS = ("oracles", "problems", "bounds", "solvers", "weights", "models")
+_FOLDERS = ("oracles", "problems", "bounds", "solvers", "weights", "allocation", "models")
 
 
 def __getattr__(name: str) -> Any:

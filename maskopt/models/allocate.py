@@ -113,11 +113,11 @@ def allocate(
     Examples
     --------
     >>> import maskopt
-    >>> from maskopt.models import allocate, calibration_batches, load_model
+    >>> from maskopt.models import calibration_batches, load_model
     >>> model, tokenizer = load_model("Qwen/Qwen3-0.6B")  # doctest: +SKIP
     >>> batches = calibration_batches(tokenizer, "The calibration text ...", samples=128)  # doctest: +SKIP
-    >>> solver = maskopt.weights.ConditionalADMM()  # doctest: +SKIP
-    >>> plan = allocate(model, batches, "per-row", 0.6, solver)  # doctest: +SKIP
+    >>> solver = maskopt.ConditionalADMM()  # doctest: +SKIP
+    >>> plan = maskopt.allocate(model, batches, "per-row", 0.6, solver)  # doctest: +SKIP
     >>> report = maskopt.prune(model, batches, plan, solver)  # doctest: +SKIP
     """
     solver = ContinuationFrankWolfe() if solver is None else solver
