@@ -35,7 +35,7 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 
 # Levels at which layers are solved, around the mean sparsity. Solvers that correct errors upstream are slow, and models
 # composed of their layers are not what they make of a model; others are composed at any level.
-_COARSE = (-0.4, -0.2, 0.0, 0.12, 0.24)
+_COARSE = (-0.5, -0.3, -0.1, 0.1, 0.25, 0.37)
 _FINE = tuple(0.05 * step for step in range(-9, 7))
 _DENSEST, _SPARSEST = 0.05, 0.96
 _FEW = 16  # counts of a layer that are all solved
