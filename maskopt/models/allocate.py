@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from maskopt.allocation import Plan, allocate_levels, overridden
 from maskopt.allocation.budget import interpolated, levels_of, separable_levels
-from maskopt.checks import choice, real, shown
+from maskopt.checks import SEEDS, choice, real, shown, whole
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import prepare_batches
 from maskopt.models.checks import check_model, move_model
@@ -127,6 +127,8 @@ def allocate(
         raise MaskoptError(f"The rule must be one of {', '.join(RULES)}; got {shown(rule)}.")
     if not real(0, 1, below=True).fits(sparsity):
         raise MaskoptError(f"The mean sparsity must lie between 0 and 1, below 1; got {shown(sparsity)}.")
+    if not isinstance(seed, int) or not whole(*SEEDS).fits(seed):
+        raise MaskoptError(f"The seed must be an integer of at most 64 bits; got {shown(seed)}.")
     if progress is not None and not callable(progress):
         raise MaskoptError(f"progress must be a function of one argument; got {shown(progress)}.")
     check_model(model)
@@ -169,9 +171,9 @@ def _planned(work: Trials, rule: Rule, seed: int) -> Plan:
 def _auto(work: Trials, seed: int) -> Plan:
     """Try uniform sparsity and what the separable problem gives with expanded and measured losses; choose by trial."""
     levels = _levels(work)
-    # Each loss is measured on the model from its block on: half of a forward.
-    solved = sum(map(len, levels.values())) / 2
-    windows = min(_WINDOWS, work.sizes["losses"], int(_SHARE * _PASSES * work.sizes["all"] / max(1.0, 2 * solved)))
+    # Each loss takes half of a forward in the mean, from the layer's block on; the model's head makes up for the rest.
+    solved = sum(map(len, levels.values()))
+    windows = min(_WINDOWS, work.sizes["losses"], int(_SHARE * _PASSES * work.sizes["all"] / solved))
     composable = not work.solver.corrects
     affordable = windows >= 2 and not composable
     work.expect(4 + 2 * affordable + 4 * composable)  # trials among them
@@ -272,7 +274,7 @@ def _improve_in_context(work: Trials, database: Database, seed: int) -> None:
                 database,
                 work.singles,
                 first_order=True,
-                seed=seed + number,
+                seed=(seed + number) % 2**63,
                 memory=work.memory,
                 levels={work.layers[name]: counts for name, counts in near.items()},
             )
