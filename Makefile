@@ -44,6 +44,9 @@ DEMO_STUDY := --name weights-demo --solvers continuation --weights lsq,admm,alps
 SMOLLM_STUDY := --name smollm2 --only-models --solvers wanda --weights sparsegpt,alps,best,keep \
 	--propagate default --tune sparsegpt --tune-once --sets per-row:0.5,per-row:0.6,2:4 --samples 32 --batch-size 2 \
 	--validation 8 --characters 250000
+ALLOCATION_STUDY := --methods best,wanda --sparsities 0.7,0.6 --characters 60000 --rules uniform,auto,owl,dlp
+SMOLLM_ALLOCATION := --name allocation-smollm2 --only-models --methods best --sparsities 0.6 --rules uniform,auto --samples 32 \
+	--batch-size 2 --characters 250000
 # SMOLLM names the folder that benchmarks/make_smollm2.py makes.
 bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOLLM= add to them, see README)
 	$(BIN)/python benchmarks/layers.py $(LAYERS)
@@ -58,6 +61,8 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOL
 	$(if $(MODELS),$(BIN)/python benchmarks/perplexity.py $(MODELS) $(WEIGHTS_STUDY))
 	$(BIN)/python benchmarks/perplexity.py $(DEMO_STUDY)
 	$(if $(SMOLLM),$(BIN)/python benchmarks/perplexity.py $(SMOLLM) $(SMOLLM_STUDY))
+	$(BIN)/python benchmarks/allocation.py $(MODELS) $(ALLOCATION_STUDY)
+	$(if $(SMOLLM),$(BIN)/python benchmarks/allocation.py $(SMOLLM) $(SMOLLM_ALLOCATION))
 
 clean:  ## Remove the environment and all caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

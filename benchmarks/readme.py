@@ -141,8 +141,6 @@ TABLES: list[tuple[str, Mapping[str, str], str, Callable[[], Rows]]] = [
             "uniform": "uniform",
             "OWL": "owl",
             "DLP": "dlp",
-            "AlphaPruning": "alpha",
-            "LSA": "lsa",
             "auto": "auto",
         },
         ".2f",
