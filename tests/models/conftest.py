@@ -94,6 +94,11 @@ class Architecture:
         return model
 
 
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return copies of a model's parameters by name."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (

@@ -22,7 +22,7 @@ from maskopt.oracles import Counts, PerRow
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers import Magnitude, Wanda, solve
 from maskopt.weights import ConditionalADMM
-from tests.models.conftest import ARCHITECTURES, VOCABULARY
+from tests.models.conftest import ARCHITECTURES, VOCABULARY, weights_of
 
 CAUSAL = [name for name in ARCHITECTURES if name != "bert"]
 FAST = ConditionalADMM(iterations=8, stages=2, polish=2)
@@ -31,10 +31,6 @@ FAST = ConditionalADMM(iterations=8, stages=2, polish=2)
 def windows(number=12, length=16, size=4):
     generator = torch.Generator().manual_seed(7)
     return list(torch.randint(1, VOCABULARY, (number, length), generator=generator).split(size))
-
-
-def weights_of(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def shapes_of(model):

@@ -15,10 +15,7 @@ from maskopt.models.layers import Layer
 from maskopt.oracles import PerRow
 from maskopt.solvers import Solver, Wanda
 from maskopt.weights import ConditionalADMM
-
-
-def weights_of(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+from tests.models.conftest import weights_of
 
 
 def same(model, before):

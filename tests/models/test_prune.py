@@ -14,12 +14,9 @@ from maskopt.models.replay import Replay
 from maskopt.oracles import NM, PerRow, Unstructured
 from maskopt.solvers import ContinuationFrankWolfe, Magnitude, OneSwap, Solver, Wanda
 from maskopt.weights import ALPS, ConditionalADMM, LeastSquares
+from tests.models.conftest import weights_of
 
 SETS = [PerRow(0.4), NM(keep=2, group=4), Unstructured(0.5)]
-
-
-def weights_of(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("masks", SETS, ids=repr)
