@@ -169,19 +169,20 @@ def _planned(work: Trials, rule: Rule, seed: int) -> Plan:
 
 
 def _auto(work: Trials, seed: int) -> Plan:
-    """Try uniform sparsity and what the separable problem gives with expanded and measured losses; choose by trial."""
+    """Try uniform sparsity and what the separable problem gives, with measured losses where they are few; choose."""
     levels = _levels(work)
     # Each loss takes half of a forward in the mean, from the layer's block on; the model's head makes up for the rest.
     solved = sum(map(len, levels.values()))
     windows = min(_WINDOWS, work.sizes["losses"], int(_SHARE * _PASSES * work.sizes["all"] / solved))
     composable = not work.solver.corrects
     affordable = windows >= 2 and not composable
-    work.expect(4 + 2 * affordable + 4 * composable)  # trials among them
+    work.expect(4 + 4 * composable)  # trials among them
     work.candidates["uniform"] = Candidate(work.uniform)
     database = work.database(levels)
-    work.candidates["fisher"] = _separable(work, _expanded(work, database, seed))
     if affordable:
         work.candidates["kl"] = _separable(work, _measured(work, database, windows))
+    else:
+        work.candidates["fisher"] = _separable(work, _expanded(work, database, seed))
     if composable:
         _improve_in_context(work, database, seed)
     for name in work.candidates:

@@ -331,6 +331,19 @@ def test_auto_chooses_by_the_divergence_on_other_sequences():
         assert losses["uniform"] == pytest.approx(float(held.each(copy).mean()), rel=1e-3)
 
 
+def test_losses_are_measured_where_layers_and_levels_are_few():
+    model = ARCHITECTURES["llama"].build()
+    few, many = (
+        allocate(model, windows(), "2:8", 0.5, FAST, include=include).details
+        for include in (["*.down_proj"], ["*.mlp.*"])
+    )
+    assert set(few["divergence"]) == set(few["separable"]) | {"uniform"} == {"uniform", "kl"}
+    assert set(many["divergence"]) == {"uniform", "fisher"}
+    for details in (few, many):
+        for found in details["separable"].values():
+            assert found["lower_bound"] <= found["loss"]
+
+
 def test_fixed_layers_keep_their_sparsity_and_the_others_the_mean():
     model = ARCHITECTURES["llama"].build()
     fixed = {"*.mlp.*": 0.25, "*.down_proj": 0.5}
