@@ -334,8 +334,7 @@ def test_auto_chooses_by_the_divergence_on_other_sequences():
 def test_losses_are_measured_where_layers_and_levels_are_few():
     model = ARCHITECTURES["llama"].build()
     few, many = (
-        allocate(model, windows(), "2:8", 0.5, FAST, include=include).details
-        for include in (["*.down_proj"], ())
+        allocate(model, windows(), "2:8", 0.5, FAST, include=include).details for include in (["*.down_proj"], ())
     )
     assert set(few["divergence"]) == set(few["separable"]) | {"uniform"} == {"uniform", "kl"}
     assert set(many["divergence"]) == {"uniform", "fisher"}
