@@ -261,6 +261,12 @@ def test_perplexities_by_allocation_are_those_of_the_results() -> None:
             assert shown[column] == f"{fmean(values):.2f}", (model, method, sparsity, column)
 
 
+def test_the_larger_model_kept_uniform_sparsity() -> None:
+    (found,) = [record for record in _figures("allocation-smollm2")["records"] if record["rule"] == "auto"]
+    assert found["details"]["chosen"] == "uniform"
+    assert "the trial kept\nuniform sparsity" in README
+
+
 def test_rules_for_masks_alone_lose_where_weights_move() -> None:
     """What the README says of them with `best`: in the median above uniform, and with denser first blocks."""
     records = _figures("allocation")["records"]
