@@ -21,18 +21,15 @@ from typing import Any
 
 import report
 import torch
-from perplexity import Job
+from perplexity import Job, jobs_of
 from rich.progress import Progress
 
 from maskopt.cli.solvers import parse_weights
-from maskopt.demo.corpus import held_out_text, training_text
-from maskopt.demo.run import MODEL
 from maskopt.models import RULES, allocate, calibration_batches, default_seqlen, load_model, perplexity, prune
 from maskopt.oracles import parse_masks
 from maskopt.solvers import Solver
 
 Record = dict[str, Any]
-PUBLISHED = ("owl", "dlp", "alpha", "lsa", "atp", "evo")
 
 
 def solver_of(method: str) -> Solver:
@@ -65,10 +62,14 @@ def run(job: Job, todo: Sequence[tuple[Any, ...]], options: argparse.Namespace, 
     text = job.source.read_text() if isinstance(job.source, Path) else job.source
     text = text[: options.characters]
     before = perplexity(dense, tokenizer, text, seqlen=seqlen).perplexity
-    for _, seed, method, sparsity, rule in todo:
-        batches = calibration_batches(
+    draws = {
+        seed: calibration_batches(
             tokenizer, job.calibration, options.samples, seqlen, batch_size=options.batch_size, seed=seed
         )
+        for seed in dict.fromkeys(seed for _, seed, *_ in todo)
+    }
+    for _, seed, method, sparsity, rule in todo:
+        batches = draws[seed]
         solver = solver_of(method)
         began = time.process_time()
         plan = None if rule == "uniform" else allocate(dense, batches, options.pattern, sparsity, solver, rule=rule)
@@ -221,11 +222,7 @@ def main() -> None:
     earlier = report.RESULTS / f"{options.name}.json"
     records: list[Record] = json.loads(earlier.read_text())["records"] if options.resume and earlier.exists() else []
     done = {(r["model"], r["seed"], r["method"], r["sparsity"], r["rule"]) for r in records}
-    jobs = [] if options.only_models else [Job("demo model", MODEL, training_text(800_000), held_out_text(120_000))]
-    for triple in options.models:
-        folder, calibration, text = triple.split(",")
-        jobs.append(Job(Path(folder).name, folder, Path(calibration), Path(text)))
-    todo = [(job, cells(job, options, done)) for job in jobs]
+    todo = [(job, cells(job, options, done)) for job in jobs_of(options)]
     left = sum(len(found) for _, found in todo)
     with Progress() as bar:
         shown = bar.add_task("allocation", total=left)

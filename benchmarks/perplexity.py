@@ -395,14 +395,20 @@ def plot(records: Sequence[Record], columns: Sequence[str], path: Path) -> None:
     pyplot.close(figure)
 
 
-def tasks(options: argparse.Namespace) -> list[tuple[Job, Set, str]]:
-    """Return every job, set and method in the order in which they are run and shown."""
+def jobs_of(options: argparse.Namespace) -> list[Job]:
+    """Return the demo model, unless --only-models leaves it out, and the models of the command line."""
     jobs = []
     if not options.only_models:
         jobs.append(Job("demo model", MODEL, training_text(800_000), held_out_text(120_000)))
     for triple in options.models:
         folder, calibration, text = triple.split(",")
         jobs.append(Job(Path(folder).name, folder, Path(calibration), Path(text)))
+    return jobs
+
+
+def tasks(options: argparse.Namespace) -> list[tuple[Job, Set, str]]:
+    """Return every job, set and method in the order in which they are run and shown."""
+    jobs = jobs_of(options)
     methods = list(parse_comparison(options.solvers, options.weights))
     return [
         (job, masks, method)

@@ -12,9 +12,9 @@ import typer
 from maskopt.cli.figure import check_figure, draw_plan
 from maskopt.cli.options import (
     RULE_NAMES,
-    WEIGHTS_HELP,
     BatchOption,
     CacheOption,
+    CalibrationOption,
     DeviceOption,
     ExcludeOption,
     FixedOption,
@@ -32,6 +32,7 @@ from maskopt.cli.options import (
     SettingsOption,
     SolverOption,
     SparsityOption,
+    WeightsOption,
     check_device,
     check_seqlen,
     parse_fixed,
@@ -44,7 +45,6 @@ from maskopt.cli.output import Bar, check_outputs, environment, facts, json_outp
 from maskopt.cli.solvers import parse_weights
 from maskopt.cli.words import duration, named_table
 from maskopt.errors import MaskoptError
-from maskopt.files import atomic_path
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,7 +57,7 @@ __all__ = ["allocate", "divergence_lines", "mean_sparsity", "show_allocation"]
 
 def allocate(
     model: ModelArgument,
-    calibration: Annotated[Path, typer.Option("--calibration", help="Text file, or JSON lines with a field `text`.")],
+    calibration: CalibrationOption,
     out: Annotated[Path, typer.Option("--out", metavar="PLAN", help="New JSON file: the sparsity of each layer.")],
     pattern: PatternOption = "per-row",
     sparsity: SparsityOption = None,
@@ -66,9 +66,7 @@ def allocate(
     ] = "auto",
     sparsity_of: FixedOption = None,
     solver: SolverOption = None,
-    weights: Annotated[
-        str | None, typer.Option("--weights", help=WEIGHTS_HELP, show_default="best, or keep where --solver is given")
-    ] = None,
+    weights: WeightsOption = None,
     option: SettingsOption = None,
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = None,
@@ -134,8 +132,7 @@ def allocate(
     }
     with json_output(json, figures):
         if plot is not None:
-            with atomic_path(plot) as aside:
-                draw_plan(dict(plan.sparsities), aside, plot.suffix, f"{model}: {plan.rule}, {pattern}")
+            draw_plan(dict(plan.sparsities), plot, f"{model}: {plan.rule}, {pattern}")
         plan.save(out)
     console = tables(json)
     console.print(plan_table(plan, shapes, console.width))

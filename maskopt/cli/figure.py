@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from maskopt.errors import MaskoptError
+from maskopt.files import atomic_path
 
 __all__ = ["check_figure", "draw_plan", "draw_traces"]
 
@@ -98,7 +99,7 @@ def draw_traces(traces: dict[str, dict[str, list[float]]], path: Path, kind: str
     figure.savefig(path, format=kind[1:], dpi=150)
 
 
-def draw_plan(sparsities: dict[str, float], path: Path, kind: str, title: str) -> None:
+def draw_plan(sparsities: dict[str, float], path: Path, title: str) -> None:
     """Draw the sparsity of layers by depth, a line for each kind of layer.
 
     Parameters
@@ -106,9 +107,7 @@ def draw_plan(sparsities: dict[str, float], path: Path, kind: str, title: str) -
     sparsities : dict of str to float
         By full layer name; the first number in a name is the block's.
     path : Path
-        File to write.
-    kind : str
-        ".png", ".svg" or ".pdf".
+        New file; its suffix is the format.
     title : str
     """
     from matplotlib.figure import Figure
@@ -133,4 +132,5 @@ def draw_plan(sparsities: dict[str, float], path: Path, kind: str, title: str) -
     panel.grid(alpha=0.3, linewidth=0.5)
     figure.legend(panel.get_lines(), list(lines), fontsize=8, loc="outside right upper")
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, format=kind[1:], dpi=150)
+    with atomic_path(path) as aside:
+        figure.savefig(aside, format=path.suffix[1:], dpi=150)

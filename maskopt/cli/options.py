@@ -26,6 +26,7 @@ __all__ = [
     "WEIGHTS_HELP",
     "BatchOption",
     "CacheOption",
+    "CalibrationOption",
     "DeviceOption",
     "ExcludeOption",
     "FixedOption",
@@ -45,6 +46,7 @@ __all__ = [
     "SettingsOption",
     "SolverOption",
     "SparsityOption",
+    "WeightsOption",
     "check_device",
     "check_seqlen",
     "parse_fixed",
@@ -102,6 +104,10 @@ WEIGHTS_HELP = (
     "Update of the surviving weights: keep (none), lsq (least squares on the solver's mask), or a method that chooses "
     "mask and weights together: sparsegpt, admm, alps, fista, best."
 )
+WeightsOption = Annotated[
+    str | None, typer.Option("--weights", help=WEIGHTS_HELP, show_default="best, or keep where --solver is given")
+]
+CalibrationOption = Annotated[Path, typer.Option("--calibration", help="Text file, or JSON lines with a field `text`.")]
 SettingsOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -15,9 +15,9 @@ from maskopt.cli.allocate import divergence_lines, mean_sparsity, show_allocatio
 from maskopt.cli.figure import check_figure, draw_plan
 from maskopt.cli.options import (
     RULE_NAMES,
-    WEIGHTS_HELP,
     BatchOption,
     CacheOption,
+    CalibrationOption,
     DeviceOption,
     ExcludeOption,
     FixedOption,
@@ -35,6 +35,7 @@ from maskopt.cli.options import (
     SettingsOption,
     SolverOption,
     SparsityOption,
+    WeightsOption,
     check_device,
     check_seqlen,
     parse_fixed,
@@ -48,7 +49,6 @@ from maskopt.cli.prune_progress import PruneProgress
 from maskopt.cli.solvers import parse_weights
 from maskopt.cli.words import duration, masks_words, named_table, solver_words
 from maskopt.errors import MaskoptError
-from maskopt.files import atomic_path
 
 if TYPE_CHECKING:
     from maskopt.allocation import Plan
@@ -70,13 +70,11 @@ def prune(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="New folder for the pruned model, its masks and the report.")
     ],
-    calibration: Annotated[Path, typer.Option("--calibration", help="Text file, or JSON lines with a field `text`.")],
+    calibration: CalibrationOption,
     pattern: PatternOption = "per-row",
     sparsity: SparsityOption = None,
     solver: SolverOption = None,
-    weights: Annotated[
-        str | None, typer.Option("--weights", help=WEIGHTS_HELP, show_default="best, or keep where --solver is given")
-    ] = None,
+    weights: WeightsOption = None,
     option: SettingsOption = None,
     allocation: Annotated[
         str,
@@ -228,8 +226,7 @@ def prune(
     figures = {**report.to_json(), **extra}
     with json_output(json, figures):
         if plot is not None:
-            with atomic_path(plot) as aside:
-                draw_plan({x.name: x.sparsity for x in report.layers}, aside, plot.suffix, f"{model}: {pattern}")
+            draw_plan({layer.name: layer.sparsity for layer in report.layers}, plot, f"{model}: {pattern}")
         models.save_pruned(out, network, tokenizer, report, finite(extra))
     console = tables(json)
     console.print(_layers(figures["layers"], console.width))

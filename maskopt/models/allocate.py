@@ -152,8 +152,7 @@ def _planned(work: Trials, rule: Rule, seed: int) -> Plan:
     if rule == "uniform" or not work.prunes:
         return work.plan(rule, work.uniform)
     if rule in BLOCK_RULES:
-        block_rule = BLOCK_RULES[rule]
-        return work.plan(rule, block_counts(work, block_rule, measure_blocks(work)))
+        return work.plan(rule, block_counts(work, rule, measure_blocks(work)))
     work.predict()
     if rule == "atp":
         return work.plan(rule, atp_counts(work))
@@ -202,7 +201,7 @@ def _levels(work: Trials) -> dict[str, list[int]]:
             wanted: Iterable[int] = range(1, counts.most)
         else:
             wanted = (counts.of(min(_SPARSEST, max(_DENSEST, work.sparsity + offset))) for offset in offsets)
-        levels[name] = sorted({*wanted, work.uniform[name]} - {0, counts.most}) or [work.uniform[name]]
+        levels[name] = sorted({*wanted, work.uniform[name]} - {0, counts.most})
     return levels
 
 
@@ -254,7 +253,7 @@ def _improve_in_context(work: Trials, database: Database, seed: int) -> None:
     """
     statistics = measure_blocks(work)
     starts = {name: candidate.counts for name, candidate in work.candidates.items()}
-    starts |= {name: block_counts(work, rule, statistics) for name, rule in BLOCK_RULES.items()}
+    starts |= {rule: block_counts(work, rule, statistics) for rule in BLOCK_RULES}
     grid = {name: database.measured(work.layers[name]) for name in work.counts}
     composed = {
         start: {name: nearest(grid[name], count) for name, count in counts.items()} for start, counts in starts.items()

@@ -82,16 +82,14 @@ class Divergence:
             raise MaskoptError(f"Allocation by divergence needs a language model; this is a {type(model).__name__}.")
         return logits
 
-    def of(self, logits: Tensor, index: int, sequence: int | None = None) -> Tensor:
+    def of(self, logits: Tensor, index: int) -> Tensor:
         """Return the divergence of predictions, summed over the positions of each sequence that are not padding.
 
         Parameters
         ----------
         logits : Tensor
-            On batch `index`, or on one of its sequences, shape (sequences, positions, vocabulary).
+            On batch `index`, shape (sequences, positions, vocabulary).
         index : int
-        sequence : int, optional
-            Which one.
 
         Returns
         -------
@@ -99,15 +97,13 @@ class Divergence:
             In nats, float32, shape (sequences,); gradients flow.
         """
         dense, real = self._dense[index], self.batches[index].real
-        part = slice(None) if sequence is None else slice(sequence, sequence + 1)
-        expected = dense.logs[part]
-        logs = logits.float().log_softmax(-1).gather(-1, dense.tokens[part].long())
-        value = (expected.exp() * (expected - logs)).sum(-1)
-        rest = dense.rest[part]
+        logs = logits.float().log_softmax(-1).gather(-1, dense.tokens.long())
+        value = (dense.logs.exp() * (dense.logs - logs)).sum(-1)
+        rest = dense.rest
         if bool((rest > 0).any()):
             other = (1 - logs.exp().sum(-1)).clamp_min(_LEAST)
             value = value + torch.where(rest > 0, rest * (rest.clamp_min(_LEAST).log() - other.log()), 0.0)
-        return (value if real is None else value * real[part]).sum(-1)
+        return (value if real is None else value * real).sum(-1)
 
     def each(self, model: PreTrainedModel, run: Callable[[int], Tensor] | None = None) -> Tensor:
         """Return the divergence per token of each sequence, float64, shape (sequences,).

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +19,9 @@ from maskopt.solvers import Result, Wanda
 
 __all__ = ["BLOCK_RULES", "Statistics", "atp_counts", "block_counts", "evolved_counts", "measure_blocks"]
 
-BlockRule = Literal["owl", "dlp", "alpha", "lsa"]
-BLOCK_RULES: dict[str, BlockRule] = {"owl": "owl", "dlp": "dlp", "alpha": "alpha", "lsa": "lsa"}
-Statistics = Mapping[BlockRule, Sequence[float]]
+BLOCK_RULES = {"owl": owl, "dlp": dlp, "alpha": alpha_pruning, "lsa": lsa}
+"""Rules that look at blocks: functions of a statistic of each, the blocks' sizes, and the mean sparsity."""
+Statistics = Mapping[str, Sequence[float]]
 """What each rule measures of every block."""
 
 _SLOPES = 8  # as many as trials can tell apart; the authors step through all
@@ -66,10 +65,9 @@ def measure_blocks(work: Trials) -> Statistics:
     }
 
 
-def block_counts(work: Trials, rule: BlockRule, statistics: Statistics) -> dict[str, int]:
+def block_counts(work: Trials, rule: str, statistics: Statistics) -> dict[str, int]:
     """Return the counts of a rule that looks at blocks."""
-    rules = {"owl": owl, "dlp": dlp, "alpha": alpha_pruning, "lsa": lsa}
-    return _by_block(work, rules[rule](statistics[rule], _sizes(work), work.sparsity))
+    return _by_block(work, BLOCK_RULES[rule](statistics[rule], _sizes(work), work.sparsity))
 
 
 def atp_counts(work: Trials) -> dict[str, int]:
