@@ -7,7 +7,7 @@ from maskopt.errors import MaskoptError
 
 if TYPE_CHECKING:
     from maskopt.allocation import Plan
-    from maskopt.models import PruneReport, allocate, prune
+    from maskopt.models import PruneReport, RecoveryReport, allocate, prune, recover
     from maskopt.oracles import (
         NM,
         AtMost,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         save_instance,
         synthetic,
     )
+    from maskopt.recovery import Recovery
     from maskopt.solvers import (
         RIA,
         ContinuationFrankWolfe,
@@ -72,6 +73,8 @@ __all__ = [
     "Protected",
     "PruneReport",
     "QuadraticForm",
+    "Recovery",
+    "RecoveryReport",
     "Restricted",
     "Result",
     "Rows",
@@ -85,6 +88,7 @@ __all__ = [
     "allocate",
     "load_instance",
     "prune",
+    "recover",
     "save_instance",
     "solve",
     "synthetic",
@@ -92,7 +96,7 @@ __all__ = [
 
 
 # From light to heavy; from `bounds` on, each loads the ones before it.
-_FOLDERS = ("oracles", "problems", "bounds", "solvers", "weights", "allocation", "models")
+_FOLDERS = ("oracles", "problems", "bounds", "solvers", "weights", "allocation", "recovery", "models")
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,8 @@ from maskopt.models.context import context_length, default_seqlen
 from maskopt.models.loading import load_model
 from maskopt.models.perplexity import Perplexity, perplexity
 from maskopt.models.prune import Progress, PruningError, prune
-from maskopt.models.report import LayerRecord, PruneReport
+from maskopt.models.recover import recognised, recover
+from maskopt.models.report import LayerRecord, PruneReport, RecoveryRecord, RecoveryReport
 from maskopt.models.saving import check_output, load_masks, save_masks, save_pruned
 from maskopt.models.selection import LeftDense, Selection, select_layers
 from maskopt.models.text import Text, TokenStream, read_text, tokenize
@@ -23,6 +24,8 @@ __all__ = [
     "Progress",
     "PruneReport",
     "PruningError",
+    "RecoveryRecord",
+    "RecoveryReport",
     "Selection",
     "Text",
     "TokenStream",
@@ -37,6 +40,8 @@ __all__ = [
     "perplexity",
     "prune",
     "read_text",
+    "recognised",
+    "recover",
     "save_masks",
     "save_pruned",
     "select_layers",

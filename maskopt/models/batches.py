@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from maskopt.checks import shown
 from maskopt.errors import MaskoptError
 from maskopt.models.context import context_length
 
-__all__ = ["Batch", "check_token_ids", "prepare_batches"]
+__all__ = ["Batch", "check_token_ids", "gathered", "prepare_batches", "sequences"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +109,34 @@ def _prepare(model: PreTrainedModel, where: str, item: Any) -> Batch:
             f"use sequences of one length."
         )
     return Batch(inputs, (ids.shape[0], ids.shape[1]), real)
+
+
+def sequences(batches: Sequence[Batch]) -> list[Batch]:
+    """Cut batches into batches of one sequence."""
+    found: list[Batch] = []
+    for batch in batches:
+        number = batch.shape[0]
+        for index in range(number):
+            part = slice(index, index + 1)
+            inputs = {
+                name: value[part] if isinstance(value, Tensor) and value.ndim and len(value) == number else value
+                for name, value in batch.inputs.items()
+            }
+            found.append(Batch(inputs, (1, batch.shape[1]), None if batch.real is None else batch.real[part]))
+    return found
+
+
+def gathered(parts: Sequence[Batch], size: int) -> list[Batch]:
+    """Put sequences of equal length without padding together, `size` in a batch; others stay as they are."""
+    plain = {batch.shape[1] for batch in parts if batch.real is None and len(batch.inputs) == 1}
+    if len(plain) != 1 or any(batch.real is not None or len(batch.inputs) != 1 for batch in parts):
+        return list(parts)
+    found = []
+    for first in range(0, len(parts), size):
+        group = parts[first : first + size]
+        inputs = {name: torch.cat([batch.inputs[name] for batch in group]) for name in group[0].inputs}
+        found.append(Batch(inputs, (len(group), group[0].shape[1])))
+    return found
 
 
 def check_token_ids(model: PreTrainedModel, where: str, ids: Tensor) -> None:

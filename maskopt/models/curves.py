@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from maskopt.models.batches import Batch
 from maskopt.models.blocks import Block
 from maskopt.models.database import Database
 from maskopt.models.divergence import Divergence
@@ -19,38 +18,10 @@ from maskopt.models.replay import Replay
 
 _DRAWS = 32  # of labels: the relative error of a loss is sqrt(2 / 32) for changes that move all predictions alike
 
-__all__ = ["Curves", "expanded_losses", "gathered", "measured_losses", "sequences"]
+__all__ = ["Curves", "expanded_losses", "measured_losses"]
 
 Curves = dict[Layer, dict[int, float]]
 """Loss by layer and by the count of a level."""
-
-
-def sequences(batches: Sequence[Batch]) -> list[Batch]:
-    """Cut batches into batches of one sequence."""
-    found: list[Batch] = []
-    for batch in batches:
-        number = batch.shape[0]
-        for index in range(number):
-            part = slice(index, index + 1)
-            inputs = {
-                name: value[part] if isinstance(value, Tensor) and value.ndim and len(value) == number else value
-                for name, value in batch.inputs.items()
-            }
-            found.append(Batch(inputs, (1, batch.shape[1]), None if batch.real is None else batch.real[part]))
-    return found
-
-
-def gathered(parts: Sequence[Batch], size: int) -> list[Batch]:
-    """Put sequences of equal length without padding together, `size` in a batch; others stay as they are."""
-    plain = {batch.shape[1] for batch in parts if batch.real is None and len(batch.inputs) == 1}
-    if len(plain) != 1 or any(batch.real is not None or len(batch.inputs) != 1 for batch in parts):
-        return list(parts)
-    found = []
-    for first in range(0, len(parts), size):
-        group = parts[first : first + size]
-        inputs = {name: torch.cat([batch.inputs[name] for batch in group]) for name in group[0].inputs}
-        found.append(Batch(inputs, (len(group), group[0].shape[1])))
-    return found
 
 
 def measured_losses(

@@ -14,9 +14,10 @@ from maskopt.models.batches import Batch
 from maskopt.models.replay import run_model
 from maskopt.threads import sized_threads
 
-__all__ = ["Divergence"]
+__all__ = ["KEPT", "Divergence"]
 
-_TOKENS = 512  # likely tokens of a position that are kept apart; the others count as one
+KEPT = 512
+"""Likely tokens of a position that are kept apart; the others count as one."""
 _LEAST = 1e-12
 
 
@@ -35,8 +36,8 @@ class _Predictions:
 class Divergence:
     """Measures the divergence of changed models from the dense one on a few batches.
 
-    Of each position the 512 likeliest tokens are compared one by one and the others together, which needs 3 KB per
-    position instead of the whole vocabulary. Merging tokens can only lower a divergence.
+    Of each position the likeliest tokens are compared one by one and the others together, which needs 8 bytes for each
+    of them and position instead of the whole vocabulary. Merging tokens can only lower a divergence.
 
     Parameters
     ----------
@@ -44,6 +45,8 @@ class Divergence:
         The dense model, in evaluation mode.
     batches : sequence of Batch
         With token ids.
+    kept : int
+        How many tokens of a position are compared one by one.
 
     Raises
     ------
@@ -51,7 +54,7 @@ class Divergence:
         If the model predicts no tokens, or something that is no number.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], kept: int = KEPT) -> None:
         self.batches = list(batches)
         self._size = sum(weight.numel() for weight in model.parameters())
         self._dense: list[_Predictions] = []
@@ -59,8 +62,8 @@ class Divergence:
             logs = self.logits(model, index).float().log_softmax(-1)
             if not bool(logs.isfinite().all()):
                 raise MaskoptError(f"The predictions of the dense {type(model).__name__} are not finite.")
-            top = logs.topk(min(_TOKENS, logs.shape[-1]), dim=-1)
-            rest = 1 - top.values.double().exp().sum(-1) if logs.shape[-1] > _TOKENS else torch.zeros_like(logs[..., 0])
+            top = logs.topk(min(kept, logs.shape[-1]), dim=-1)
+            rest = 1 - top.values.double().exp().sum(-1) if logs.shape[-1] > kept else torch.zeros_like(logs[..., 0])
             self._dense.append(_Predictions(top.indices.int(), top.values, rest.clamp_min(0.0).float()))
 
     @property
@@ -79,7 +82,9 @@ class Divergence:
         """Return the logits in a model's output."""
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor) or logits.ndim != 3:
-            raise MaskoptError(f"Allocation by divergence needs a language model; this is a {type(model).__name__}.")
+            raise MaskoptError(
+                f"The divergence of predictions needs a language model; this is a {type(model).__name__}."
+            )
         return logits
 
     def of(self, logits: Tensor, index: int) -> Tensor:

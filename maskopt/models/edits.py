@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskopt.models.layers import Layer
 
@@ -29,6 +29,7 @@ class Edits:
         self._restorable = restorable
         self._chosen: dict[Layer, tuple[Tensor, Tensor | None]] = {}
         self._dense: dict[Layer, Tensor] = {}
+        self._others: dict[nn.Parameter, Tensor] = {}
         self._current: Layer | None = None
         self.applied: list[Layer] = []
 
@@ -44,6 +45,13 @@ class Edits:
             self._current = layer
             self._write(layer)
 
+    def remember(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Keep further parameters, which are about to change, for `undo`."""
+        if self._restorable:
+            pruned = {id(layer.weight) for layer in self._dense}
+            new = (p for p in parameters if p not in self._others and id(p) not in pruned)
+            self._others.update((parameter, parameter.detach().to("cpu", copy=True)) for parameter in new)
+
     def settle(self) -> None:
         """Finish a layer that an interrupt left half-written, so that every layer is either dense or pruned."""
         if self._current is not None:
@@ -53,7 +61,10 @@ class Edits:
         """Give all layers their dense weights back."""
         for layer, dense in self._dense.items():
             layer.weight.data.copy_(dense)
+        for parameter, before in self._others.items():
+            parameter.data.copy_(before)
         self._dense.clear()
+        self._others.clear()
         self.applied.clear()
         self._current = None
 

@@ -43,9 +43,14 @@ class Layer:
         rows, columns = self.oriented(self.weight).shape
         return rows, columns
 
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as (in, out)."""
+        return isinstance(self.module, Conv1D)
+
     def oriented(self, tensor: Tensor) -> Tensor:
         """Turn a tensor from the stored orientation to (rows, d), or back; a view."""
-        return tensor.T if isinstance(self.module, Conv1D) else tensor
+        return tensor.T if self.transposed else tensor
 
     def apply(self, mask: Tensor, weight: Tensor | None = None) -> None:
         """Set the pruned weights to zero in place, and the others to those of `weight`, if there is one.

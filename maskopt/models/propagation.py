@@ -17,7 +17,7 @@ from maskopt.models.gram import CallOrder, DenseInputs, GramCollector
 from maskopt.models.layers import Layer
 from maskopt.models.replay import Replay
 
-__all__ = ["Corrected", "Dense", "Propagation", "Pruned", "Stage", "last_uses"]
+__all__ = ["Accompanied", "Corrected", "Dense", "Propagation", "Pruned", "Stage", "last_uses"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,10 @@ class Propagation(ABC):
     @abstractmethod
     def leave(self, stage: Stage) -> None:
         """Compute the inputs of the next block; called for all stages but the last."""
+
+    def dense_outputs(self, stage: Stage) -> Callable[[int], Tensor]:
+        """Return a function of a batch's index: what the dense block returned, after all turns of a stage."""
+        raise NotImplementedError(f"{type(self).__name__} does not know the dense model's states")
 
     def finish(self) -> None:
         """Apply the edits that are still queued."""
@@ -215,6 +219,11 @@ class Corrected(Pruned):
             layer: weight for layer, weight in self._originals.items() if self._uses.get(layer, -1) > position
         }
 
+    def dense_outputs(self, stage: Stage) -> Callable[[int], Tensor]:
+        position = stage.position
+        assert position is not None, "only blocks have outputs"
+        return lambda index: self._dense.state(position, index)
+
     def _all_inputs(self, stage: Stage) -> DenseInputs | None:
         """Run the dense block once for all turns and return its layers' inputs; None if they exceed the memory."""
         if self._order.size(stage.layers) * self._replay.growth > self._memory:
@@ -240,6 +249,25 @@ class Corrected(Pruned):
         finally:
             for layer, weight in pruned.items():
                 layer.weight.data = weight
+
+
+class Accompanied(Corrected):
+    """Calibrates as `Pruned` does, and runs the dense model's states beside, for what is fitted to them.
+
+    Parameters
+    ----------
+    replay, edits, order, uses, memory
+        See `Corrected`.
+    """
+
+    def turns(self, stage: Stage) -> list[tuple[Layer, ...]]:
+        return Propagation.turns(self, stage)
+
+    def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
+        if stage.position is not None:
+            with self._as_it_was():
+                self._run(self._dense, stage, store=True)
+        return self._collect(stage, layers, store=False)
 
 
 def last_uses(model: nn.Module, replay: Replay, stages: Sequence[Stage]) -> dict[Layer, int]:

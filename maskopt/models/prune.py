@@ -24,12 +24,14 @@ from maskopt.models.edits import Edits
 from maskopt.models.gram import CallOrder
 from maskopt.models.layers import Layer
 from maskopt.models.proofs import Prover
-from maskopt.models.propagation import Corrected, Dense, Propagation, Pruned, Stage, last_uses
+from maskopt.models.propagation import Accompanied, Corrected, Dense, Propagation, Pruned, Stage, last_uses
+from maskopt.models.recovery import Data, Recoverer, divided, predictions
 from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.report import PruneReport
 from maskopt.models.selection import LeftDense, Selection, select_layers
 from maskopt.models.solving import Observer, Progress, Work
 from maskopt.oracles import MaskSet
+from maskopt.recovery import Recovery
 from maskopt.solvers import ContinuationFrankWolfe, Solver
 from maskopt.solvers.arguments import check_masks, check_memory, check_solver
 from maskopt.weights import Joint
@@ -70,6 +72,7 @@ def prune(
     memory: int = 2**30,
     progress: Callable[[Progress], object] | None = None,
     on_error: OnError = "restore",
+    recover: Recovery | None = None,
 ) -> PruneReport:
     """Choose a mask for every linear layer in a model's blocks and set the pruned weights to zero, in place.
 
@@ -125,6 +128,9 @@ def prune(
         the copy it needs takes as much main memory as the pruned layers (with ``propagate="dense"`` only at the end).
         "keep" needs no copy and leaves finished layers pruned: a MaskoptError is then a `PruningError` with the report
         of these layers, and any exception has a note with their names.
+    recover : Recovery, optional
+        Fit each block to the dense block's output once its layers are pruned, and then the model to the dense model's
+        predictions, see `maskopt.recovery.Recovery`. An eighth of the calibration windows is held out of the fits.
 
     Returns
     -------
@@ -164,6 +170,7 @@ def prune(
         memory=memory,
         progress=progress,
         on_error=on_error,
+        recover=recover,
     )
 
 
@@ -183,6 +190,7 @@ def prune_layers(
     memory: int = 2**30,
     progress: Callable[[Progress], object] | None = None,
     on_error: OnError = "restore",
+    recover: Recovery | None = None,
     observe: Observer | None = None,
 ) -> PruneReport:
     """Do the work of `prune`, for parts of this package that look at the layers' problems as well.
@@ -191,7 +199,7 @@ def prune_layers(
     ----------
     model, batches, masks, solver, propagate, include, exclude, start, certify, certify_seconds, device, memory
         As for `prune`.
-    progress, on_error
+    progress, on_error, recover
         As for `prune`.
     observe : callable, optional
         Called with every layer, its problem and its result; layers are then solved one by one.
@@ -215,6 +223,9 @@ def prune_layers(
     prover = None if certify is None else Prover(sets.values(), certify, certify_seconds, memory)
     starts = _check_fit(sets, {} if start is None else start)
     prepared = prepare_batches(model, batches)
+    data = None if recover is None else divided(prepared)
+    if data is not None:
+        prepared = data.batches
     with evaluation_mode(model):
         began = time.perf_counter()
         order = CallOrder(selection.blocks, selection.outside)
@@ -226,11 +237,20 @@ def prune_layers(
             corrects = solver.corrects and certify is None and replay.shortcut
             propagate = "corrected" if corrects else "pruned"
         edits = Edits(on_error == "restore")
-        propagation = _propagation(propagate, model, replay, edits, order, stages, memory)
-        report = PruneReport(calibration_seconds=time.perf_counter() - began)
+        by_block = recover is not None and (recover.level == "block" or (replay.shortcut and propagate != "dense"))
+        propagation = _propagation(propagate, by_block, model, replay, edits, order, stages, memory)
+        report = PruneReport()
         work = Work(sets, solver, starts, memory, progress, prover, stages, propagation, edits, report, observe)
+        after = None
+        if recover is not None and data is not None:
+            after = _Recovery(model, replay, data, recover, work, edits, memory)
+            work.recover = after.block if by_block else None
+        report.calibration_seconds = time.perf_counter() - began
         with _restoring(edits, report, on_error):
             work.run()
+            if after is not None:
+                after.model()
+            work.done()
     report.calibration_seconds += propagation.seconds
     report.left_dense = [*selection.left_dense, *_unreached(replay, selection)]
     report.plan = masks if isinstance(masks, Plan) else None
@@ -238,6 +258,7 @@ def prune_layers(
         "masks": repr(masks) if isinstance(masks, MaskSet) else f"{masks.pattern}, by the plan",
         "solver": repr(solver),
         "propagate": propagate,
+        **({} if recover is None else {"recover": repr(recover)}),
         "include": list(include),
         "exclude": list(exclude),
         "warm_started_layers": sorted(layer.name for layer in starts),
@@ -298,8 +319,56 @@ def _require_calls(replay: Replay, order: CallOrder, stages: Sequence[Stage]) ->
     order.check()
 
 
+class _Recovery:
+    """What follows the pruning of each block, and of all.
+
+    Parameters
+    ----------
+    model, replay, data, settings
+        See `Recoverer`.
+    work : Work
+        The pruning; it has pruned nothing yet.
+    edits : Edits
+        Remembers parameters.
+    memory : int
+        Bytes for the dense model's predictions.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        replay: Replay,
+        data: Data,
+        settings: Recovery,
+        work: Work,
+        edits: Edits,
+        memory: int,
+    ) -> None:
+        self._replay, self._work, self._edits = replay, work, edits
+        tell = None if work.progress is None else work.recovering
+        self._recoverer = Recoverer(model, replay, data, settings, work.masks, work.report.masks, tell)
+        self._dense = predictions(model, data, memory) if settings.level == "model" else None
+        self._records = work.report.recovery
+
+    def block(self, stage: Stage, outputs: Callable[[int], Tensor]) -> None:
+        """Fit a block."""
+        assert stage.position is not None
+        self._edits.remember(self._recoverer.parameters(self._replay.order[stage.position]))
+        self._records.extend(self._recoverer.fit_block(stage.position, stage.layers, outputs))
+
+    def model(self) -> None:
+        """Fit the model, where that is asked for."""
+        if self._dense is not None:
+            began = time.perf_counter()
+            self._edits.remember(self._recoverer.all_parameters())
+            layers = [layer for stage in self._work.stages for layer in stage.layers]
+            self._records.extend(self._recoverer.fit_model(self._dense, layers))
+            self._work.report.recovery_seconds += time.perf_counter() - began
+
+
 def _propagation(
     kind: Propagate,
+    by_block: bool,
     model: PreTrainedModel,
     replay: Replay,
     edits: Edits,
@@ -307,16 +376,21 @@ def _propagation(
     stages: Sequence[Stage],
     memory: int,
 ) -> Propagation:
+    """Return what runs the blocks; with `by_block` it knows the dense model's states, too."""
     if kind == "dense":
+        if by_block:
+            raise MaskoptError("Blocks are fitted behind pruned ones; use propagate='corrected' or 'pruned'.")
         return Dense(replay, edits)
-    if kind == "pruned":
+    if kind == "pruned" and not by_block:
         return Pruned(replay, edits)
     if not replay.shortcut:
         raise MaskoptError(
             f"The blocks of {type(model).__name__} cannot be run one at a time, so its dense states are "
-            "lost once blocks are pruned; use propagate='pruned'."
+            f"lost once blocks are pruned; use {'recover at the level ' if by_block else 'propagate='}"
+            f"{'model' if by_block else 'pruned'!r}."
         )
-    return Corrected(replay, edits, order, last_uses(model, replay, stages), memory)
+    chosen = Corrected if kind == "corrected" else Accompanied
+    return chosen(replay, edits, order, last_uses(model, replay, stages), memory)
 
 
 @contextmanager

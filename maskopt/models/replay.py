@@ -25,7 +25,7 @@ from maskopt.models.batches import Batch
 from maskopt.models.blocks import Block
 from maskopt.threads import sized_threads
 
-__all__ = ["Replay", "evaluation_mode", "run_model"]
+__all__ = ["Replay", "evaluation_mode", "first_tensor", "run_model"]
 
 
 @contextmanager
@@ -161,18 +161,32 @@ class Replay:
         indices : iterable of int, optional
             Which batches; all of them by default.
         """
-        passed = self.order[:position] if self.shortcut else []
         current = None if position is None else self.order[position]
         for index in range(len(self._batches)) if indices is None else indices:
             batch = self._batches[index]
             if before is not None:
                 before(batch)
-            with ExitStack() as undo:
-                for block in passed:
-                    undo.enter_context(_answering(block.module, self._states[block.stack][index]))
+            with self._passed(position, index):
                 output = self._forward(index, current)
             if store and self.shortcut and current is not None:
                 self._states[current.stack][index] = output
+
+    def output(self, position: int, index: int) -> Any:
+        """Return the output of a block on a batch; gradients flow where they are on.
+
+        Parameters
+        ----------
+        position : int
+            Of the block in the order of execution; those before it must have been stored, in order.
+        index : int
+            Of the batch.
+        """
+        with self._passed(position, index):
+            return self._forward(index, self.order[position])
+
+    def state(self, position: int, index: int) -> Tensor:
+        """Return the hidden states that a block returned on a batch, as stored by the latest `run` of its stack."""
+        return first_tensor(self._states[self.order[position].stack][index])
 
     def rest(self, position: int, index: int) -> Any:
         """Return the model's output on a batch, computed from a block onwards.
@@ -184,10 +198,16 @@ class Replay:
         index : int
             Of the batch.
         """
+        with self._passed(position, index):
+            return self._forward(index)
+
+    @contextmanager
+    def _passed(self, position: int | None, index: int) -> Iterator[None]:
+        """Let the blocks before a position return their stored states of a batch."""
         with ExitStack() as undo:
             for block in self.order[:position] if self.shortcut else []:
                 undo.enter_context(_answering(block.module, self._states[block.stack][index]))
-            return self._forward(index)
+            yield
 
     def run_whole(self, index: int) -> None:
         """Run the whole model on a batch, without stored states."""
@@ -225,7 +245,7 @@ class Replay:
         def monitor(block: Block) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 calls[block] = calls.get(block, 0) + 1
-                finals[block.stack] = _first_tensor(output).clone()
+                finals[block.stack] = first_tensor(output).clone()
 
             return hook
 
@@ -241,7 +261,7 @@ class Replay:
             for position in range(len(self.order)):
                 # The second batch overwrites states that a model may have kept of the first one.
                 self.run(position, store=True, indices=range(min(2, len(self._batches))))
-            return all(_close(_first_tensor(self._states[stack][0]), final) for stack, final in finals.items())
+            return all(_close(first_tensor(self._states[stack][0]), final) for stack, final in finals.items())
         except Exception:
             # A model that fails when blocks are skipped is run without skipping.
             return False
@@ -272,8 +292,14 @@ def _answering(module: nn.Module, output: Any) -> Iterator[None]:
             module.forward = own
 
 
-def _first_tensor(output: Any) -> Tensor:
-    """Return the hidden states of a block's output: the tensor itself, or the first one of a tuple."""
+def first_tensor(output: Any) -> Tensor:
+    """Return the hidden states of a block's output: the tensor itself, or the first one of a tuple.
+
+    Parameters
+    ----------
+    output : object
+        What a block returned.
+    """
     return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 

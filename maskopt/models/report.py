@@ -11,7 +11,7 @@ from torch import Tensor
 from maskopt.allocation import Plan
 from maskopt.models.selection import LeftDense
 
-__all__ = ["LayerRecord", "PruneReport"]
+__all__ = ["LayerRecord", "PruneReport", "RecoveryRecord", "RecoveryReport"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,78 @@ class LayerRecord:
     unfinished_rows: int = 0
 
 
+@dataclass(frozen=True)
+class RecoveryRecord:
+    """What fitting a block, or the whole model, to the dense one changed.
+
+    Parameters
+    ----------
+    name : str
+        Of the block; "model" for the whole model.
+    level : {"block", "model"}
+    before, after : float
+        Mean loss of the held-out windows. Of a block: squared error of its output relative to the dense block's output
+        on the dense model's states. Of the model: Kullback-Leibler divergence from the dense model's predictions, nats
+        per token.
+    accepted : bool
+        Whether the fit was kept; it is where it lowers the held-out loss by more than the standard error.
+    changed : float
+        Fraction of the kept weights that were pruned before.
+    step_size : float
+        Relative to the root mean square of each tensor.
+    steps : int
+        Of the optimizer.
+    parameters : int
+        That were fitted.
+    seconds : float
+    """
+
+    name: str
+    level: str
+    before: float
+    after: float
+    accepted: bool
+    changed: float
+    step_size: float
+    steps: int
+    parameters: int
+    seconds: float
+
+
+@dataclass
+class RecoveryReport:
+    """The result of `maskopt.recover`.
+
+    Parameters
+    ----------
+    recovery : list of RecoveryRecord
+        Of each block, and of the model.
+    masks : dict of str to Tensor
+        Per layer, boolean, True = kept, oriented as the layer's weight parameter, on the CPU.
+    settings : dict
+    seconds : float
+    """
+
+    recovery: list[RecoveryRecord] = field(default_factory=list)
+    masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights of the pruned layers that is pruned."""
+        return 1.0 - sum(int(mask.sum()) for mask in self.masks.values()) / sum(m.numel() for m in self.masks.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the masks as a dictionary that `json.dump` takes."""
+        return {
+            "settings": self.settings,
+            "sparsity": self.sparsity,
+            "recovery_seconds": self.seconds,
+            "recovery": [asdict(record) for record in self.recovery],
+        }
+
+
 @dataclass
 class PruneReport:
     """The result of `maskopt.prune`.
@@ -84,8 +156,10 @@ class PruneReport:
         Arguments, calibration data and versions.
     plan : Plan or None
         The sparsity of each layer, where a plan said it.
-    calibration_seconds, solve_seconds, certify_seconds : float
-        Time spent running the model, choosing masks, and proving bounds.
+    recovery : list of RecoveryRecord
+        What fitting blocks and the model changed, in order. Errors in `layers` are those before it.
+    calibration_seconds, solve_seconds, certify_seconds, recovery_seconds : float
+        Time spent running the model, choosing masks, proving bounds, and fitting blocks and the model.
     """
 
     layers: list[LayerRecord] = field(default_factory=list)
@@ -93,9 +167,11 @@ class PruneReport:
     masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
     settings: dict[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
+    recovery: list[RecoveryRecord] = field(default_factory=list)
     calibration_seconds: float = 0.0
     solve_seconds: float = 0.0
     certify_seconds: float = 0.0
+    recovery_seconds: float = 0.0
 
     @property
     def weights(self) -> int:
@@ -128,7 +204,9 @@ class PruneReport:
             "calibration_seconds": self.calibration_seconds,
             "solve_seconds": self.solve_seconds,
             "certify_seconds": self.certify_seconds,
+            "recovery_seconds": self.recovery_seconds,
             **({} if self.plan is None else {"plan": self.plan.to_json()}),
             "layers": [asdict(layer) for layer in self.layers],
+            **({"recovery": [asdict(record) for record in self.recovery]} if self.recovery else {}),
             "left_dense": [asdict(weight) for weight in self.left_dense],
         }

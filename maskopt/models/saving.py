@@ -21,7 +21,7 @@ from maskopt.checks import shown, whole
 from maskopt.errors import MaskoptError
 from maskopt.files import atomic_path, open_tensors, reason, require_absent
 from maskopt.models.quiet import without_bars
-from maskopt.models.report import PruneReport
+from maskopt.models.report import PruneReport, RecoveryReport
 
 __all__ = ["check_output", "load_masks", "save_masks", "save_pruned"]
 
@@ -35,7 +35,7 @@ def save_pruned(
     path: str | os.PathLike[str],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    report: PruneReport,
+    report: PruneReport | RecoveryReport,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder that `from_pretrained` loads, with ``masks.safetensors`` and ``report.json``.
@@ -51,8 +51,8 @@ def save_pruned(
         The pruned model.
     tokenizer : PreTrainedTokenizerBase
         Its tokenizer.
-    report : PruneReport
-        What `prune` returned.
+    report : PruneReport or RecoveryReport
+        What `prune` or `recover` returned.
     extra : mapping, optional
         More entries for ``report.json``, such as perplexities.
 

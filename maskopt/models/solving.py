@@ -21,7 +21,7 @@ from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers import GapKind, Result, Solver, State, solve
 
-__all__ = ["Observer", "Progress", "Work"]
+__all__ = ["BlockFit", "Observer", "Progress", "Work"]
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,27 @@ class Progress:
 
     Attributes
     ----------
-    stage : {"calibrate", "solve", "certify", "done"}
+    stage : {"calibrate", "solve", "certify", "recover", "done"}
     name : str
-        The block being run, or the layer being solved (several, joined by commas, where they have the same input).
+        The block being run or fitted, or the layer being solved (several, joined by commas, where they have the same
+        input); "model" where the whole model is fitted.
     done : int
         Layers that have their mask.
     total : int
         Layers to prune, known from the start.
     fraction : float
-        Fraction of the current layer's solution or proof that is done; an estimate.
+        Fraction of the current solution, proof or fit that is done; an estimate.
     """
 
-    stage: Literal["calibrate", "solve", "certify", "done"]
+    stage: Literal["calibrate", "solve", "certify", "recover", "done"]
     name: str
     done: int
     total: int
     fraction: float = 0.0
 
+
+BlockFit = Callable[[Stage, Callable[[int], Tensor]], object]
+"""Called with the stage of a block whose layers are pruned, and the dense block's output on the batch of an index."""
 
 Observer = Callable[[Layer, LayerReconstruction, Result], object]
 """Called with a layer, its problem and its result."""
@@ -78,6 +82,8 @@ class Work:
         Extended layer by layer.
     observe : callable or None
         Called with every layer, its problem and its result; layers are then solved one by one.
+    recover : callable or None
+        Called with every block once its layers are pruned.
     solved : dict
         Records, masks and weights of layers solved together with an earlier one, until their turn.
     """
@@ -93,6 +99,7 @@ class Work:
     edits: Edits
     report: PruneReport = field(default_factory=PruneReport)
     observe: Observer | None = None
+    recover: BlockFit | None = None
     solved: dict[Layer, _Solved] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -112,10 +119,21 @@ class Work:
                     self.report.layers.append(record)
                     self.edits.choose(layer, mask, weight)
                 self.propagation.chosen(turn)
+            if self.recover is not None and stage.layers and stage.position is not None:
+                began = time.perf_counter()
+                self.recover(stage, self.propagation.dense_outputs(stage))
+                self.report.recovery_seconds += time.perf_counter() - began
             if stage is not self.stages[-1]:
                 self.propagation.leave(stage)
         self.propagation.finish()
+
+    def done(self) -> None:
+        """Tell that all work is done."""
         self._tell("done", "")
+
+    def recovering(self, name: str, fraction: float) -> None:
+        """Tell that a block, or the model, is being fitted."""
+        self._tell("recover", name, fraction)
 
     def _together(self, layers: Sequence[Layer], grams: GramCollector) -> list[list[Layer]]:
         """Group layers with the same input where stacking their rows changes the speed only."""
@@ -180,7 +198,9 @@ class Work:
             updated = None if part.weight is None else layer.oriented(part.weight).to(layer.weight.dtype)
             self.solved[layer] = _record(layer, gram, part, unfinished), mask, updated
 
-    def _tell(self, stage: Literal["calibrate", "solve", "certify", "done"], name: str, fraction: float = 0.0) -> None:
+    def _tell(
+        self, stage: Literal["calibrate", "solve", "certify", "recover", "done"], name: str, fraction: float = 0.0
+    ) -> None:
         if self.progress is not None:
             total = sum(len(stage.layers) for stage in self.stages)
             done = len(self.report.layers) + len(self.solved)

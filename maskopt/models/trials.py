@@ -21,8 +21,8 @@ from maskopt.allocation import Plan
 from maskopt.allocation.budget import budget_of, filled
 from maskopt.allocation.plan import fitting
 from maskopt.errors import MaskoptError
-from maskopt.models.batches import Batch
-from maskopt.models.curves import Curves, gathered, sequences
+from maskopt.models.batches import Batch, gathered, sequences
+from maskopt.models.curves import Curves
 from maskopt.models.database import Database
 from maskopt.models.divergence import Divergence
 from maskopt.models.layers import Layer

@@ -3,7 +3,7 @@
 from maskopt.weights.admm import ADMM
 from maskopt.weights.alps import ALPS
 from maskopt.weights.base import Joint, System
-from maskopt.weights.conditional import ConditionalADMM
+from maskopt.weights.conditional import ConditionalADMM, conditional_deviations
 from maskopt.weights.fista import FISTAPruner
 from maskopt.weights.least_squares import LeastSquares, conjugate_gradients, exact_weights
 from maskopt.weights.registry import WEIGHTS, make_weights
@@ -19,6 +19,7 @@ __all__ = [
     "LeastSquares",
     "SparseGPT",
     "System",
+    "conditional_deviations",
     "conjugate_gradients",
     "exact_weights",
     "make_weights",

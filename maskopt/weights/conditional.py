@@ -16,7 +16,7 @@ from maskopt.solvers.base import Monitor, Outcome, Status
 from maskopt.weights.base import Joint, System
 from maskopt.weights.least_squares import definite_inverse, polish
 
-__all__ = ["ConditionalADMM"]
+__all__ = ["ConditionalADMM", "conditional_deviations"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class ConditionalADMM(Joint):
 
     def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         system = System.of(problem, self.ridge, each=True)
-        metric = _conditional_deviations(system.gram, self.noise)
+        metric = _deviations(system.gram, self.noise)
         gram = system.gram / metric / metric.unsqueeze(1)
         w = system.weight * metric
         target = w @ gram
@@ -136,8 +136,36 @@ class ConditionalADMM(Joint):
         return Outcome(mask.bool(), Status.COMPLETED, done, weight=system.finish(problem, v))
 
 
-def _conditional_deviations(gram: Tensor, noise: float) -> Tensor:
-    """Return the standard deviation of each input given the others, up to noise, shape (d,)."""
+def conditional_deviations(gram: Tensor, noise: float = 0.03) -> Tensor:
+    """Return the standard deviation of each input given the others.
+
+    Parameters
+    ----------
+    gram : Tensor
+        Second moments of the inputs, shape (d, d).
+    noise : float
+        Added to every input's variance, as a fraction of its second moment.
+
+    Returns
+    -------
+    Tensor
+        Shape (d,), in the units of the inputs times the square root of the number of tokens.
+
+    Examples
+    --------
+    >>> import torch
+    >>> conditional_deviations(torch.diag(torch.tensor([4.0, 9.0])))
+    tensor([2., 3.])
+    """
+    size = gram.diagonal().clamp_min(0.0).sqrt()
+    inverse = size.reciprocal().nan_to_num_(posinf=0.0)
+    scaled = (gram * inverse).mul_(inverse.unsqueeze(1)).clamp_(-1.0, 1.0)
+    scaled.diagonal().fill_(1.0)
+    return _deviations(scaled, noise).mul_(size)
+
+
+def _deviations(gram: Tensor, noise: float) -> Tensor:
+    """Return the standard deviation of each input of unit variance given the others, up to noise, shape (d,)."""
     noisy = gram.clone()
     noisy.diagonal().add_(noise)
     unexplained = definite_inverse(noisy).diagonal().reciprocal().sub_(noise)

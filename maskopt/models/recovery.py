@@ -1,0 +1,391 @@
+"""Fitting the blocks of a pruned model to those of the dense one, and the whole model to its predictions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from maskopt.errors import MaskoptError
+from maskopt.models.batches import Batch, gathered, sequences
+from maskopt.models.blocks import Block
+from maskopt.models.divergence import KEPT, Divergence
+from maskopt.models.gram import GramCollector
+from maskopt.models.layers import Layer
+from maskopt.models.replay import Replay, first_tensor
+from maskopt.models.report import RecoveryRecord
+from maskopt.oracles import MaskSet
+from maskopt.recovery import Level, Masked, Objective, Recovery, fit
+from maskopt.threads import sized_threads
+from maskopt.weights import conditional_deviations
+
+__all__ = ["Data", "Recoverer", "divided", "predictions"]
+
+_TOKENS = 2048  # of a micro-batch, at most, unless a window is longer
+_STEPS = 32  # micro-batches in a pass, at least, where there are so many windows
+_HELD = 8  # one window of so many is held out, and at least two
+_NOISE = 0.03  # in the variance of an input given the others, as for ConditionalADMM
+_LEAST, _BYTES = 32, 8  # likely tokens of a position that are told apart, at least, and bytes for each
+_SHINGLE = 16  # tokens in a row that two windows of a text have in common only where they overlap
+
+
+@dataclass(frozen=True)
+class Data:
+    """Calibration windows in micro-batches.
+
+    Attributes
+    ----------
+    batches : list of Batch
+    fitted, held_out : range
+        Indices of the micro-batches to fit and of those that are held out.
+    """
+
+    batches: list[Batch]
+    fitted: range
+    held_out: range
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to fit."""
+        return sum(self.batches[index].tokens for index in self.fitted)
+
+
+def divided(batches: Sequence[Batch]) -> Data:
+    """Divide calibration windows into micro-batches, with an eighth of the windows held out.
+
+    Those windows are held out that have the fewest tokens in common with others, because windows drawn at random from a
+    text may overlap; among equals the last ones.
+
+    Parameters
+    ----------
+    batches : sequence of Batch
+
+    Returns
+    -------
+    Data
+
+    Raises
+    ------
+    MaskoptError
+        If there is a single window.
+    """
+    single = sequences(batches)
+    number = len(single)
+    if number < 2:
+        raise MaskoptError("Recovery needs at least two calibration windows, because one of them is held out.")
+    count = max(min(2, number // 2), number // _HELD)
+    overlap = _overlaps(single)
+    out = set(sorted(range(number), key=lambda index: (overlap[index], -index))[:count])
+    size = max(1, min(_TOKENS // single[0].shape[1], number // _STEPS))
+    kept = gathered([batch for index, batch in enumerate(single) if index not in out], size)
+    held = gathered([batch for index, batch in enumerate(single) if index in out], size)
+    return Data([*kept, *held], range(len(kept)), range(len(kept), len(kept) + len(held)))
+
+
+def _overlaps(single: Sequence[Batch]) -> list[int]:
+    """Return how many runs of tokens each window has in common with others."""
+    owners: dict[bytes, int] = {}
+    shared = [0] * len(single)
+    for index, batch in enumerate(single):
+        ids = batch.inputs.get("input_ids")
+        if ids is None:
+            continue
+        row = ids[0].cpu().numpy()
+        for first in range(len(row) - _SHINGLE + 1):
+            run = row[first : first + _SHINGLE].tobytes()
+            owner = owners.setdefault(run, index)
+            if owner != index:
+                shared[index] += 1
+                shared[owner] += 1
+    return shared
+
+
+class _BlockOutput(Objective):
+    """Squared error of a block's output, relative to the size of the output to reach.
+
+    Parameters
+    ----------
+    replay : Replay
+        Of the pruned model.
+    position : int
+        Of the block.
+    targets : callable
+        Returns the output to reach on the micro-batch of an index.
+    data : Data
+    """
+
+    def __init__(self, replay: Replay, position: int, targets: Callable[[int], Tensor], data: Data) -> None:
+        self._replay, self._position, self._targets, self._data = replay, position, targets, data
+        sizes = [float(self._real(index, targets(index).float().square()).sum()) for index in data.fitted]
+        self._scale = max(sum(sizes) / len(sizes), torch.finfo(torch.float32).tiny)
+
+    @property
+    def batches(self) -> int:
+        return len(self._data.fitted)
+
+    def loss(self, index: int) -> Tensor:
+        return self._errors(self._data.fitted[index]).sum() / self._scale
+
+    def held_out(self) -> Tensor:
+        return torch.cat([self._relative(index) for index in self._data.held_out])
+
+    def _errors(self, index: int) -> Tensor:
+        output = first_tensor(self._replay.output(self._position, index))
+        return self._real(index, (output.float() - self._targets(index).float()).square())
+
+    def _relative(self, index: int) -> Tensor:
+        sequences = self._data.batches[index].shape[0]
+        errors = self._errors(index).double().reshape(sequences, -1).sum(1)
+        sizes = self._real(index, self._targets(index).double().square()).reshape(sequences, -1).sum(1)
+        return (errors / sizes.clamp_min(torch.finfo(torch.float64).tiny)).cpu()
+
+    def _real(self, index: int, squares: Tensor) -> Tensor:
+        """Set the squares at padded positions to zero."""
+        real = self._data.batches[index].real
+        if real is None or squares.shape[:2] != real.shape:
+            return squares
+        return squares * real.to(squares.device).reshape(*real.shape, *(1 for _ in squares.shape[2:]))
+
+
+class _Predictions(Objective):
+    """Divergence of the model's predictions from the dense model's, per token.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    divergence : Divergence
+        From the dense model, on the micro-batches.
+    data : Data
+    """
+
+    def __init__(self, model: PreTrainedModel, divergence: Divergence, data: Data) -> None:
+        self._model, self._divergence, self._data = model, divergence, data
+
+    @property
+    def batches(self) -> int:
+        return len(self._data.fitted)
+
+    def loss(self, index: int) -> Tensor:
+        number = self._data.fitted[index]
+        return self._sum(number).sum() / max(1, self._data.batches[number].tokens)
+
+    def held_out(self) -> Tensor:
+        return torch.cat([self._each(index) for index in self._data.held_out])
+
+    def _sum(self, index: int) -> Tensor:
+        return self._divergence.of(self._divergence.logits(self._model, index), index)
+
+    def _each(self, index: int) -> Tensor:
+        batch = self._data.batches[index]
+        counts = batch.shape[1] if batch.real is None else batch.real.sum(1).clamp_min(1)
+        return (self._sum(index).double() / counts).cpu()
+
+
+class Recoverer:
+    """Fits the blocks of a pruned model and the model itself, and records what that changed.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        In evaluation mode.
+    replay : Replay
+        Of the model on the micro-batches.
+    data : Data
+    recovery : Recovery
+    sets : mapping of Layer to MaskSet
+        The sets in which masks may move.
+    masks : mapping of str to Tensor
+        Masks by the name of the layer, as in ``PruneReport.masks``; replaced where they move.
+    progress : callable, optional
+        Called with what is fitted and the fraction done.
+
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        replay: Replay,
+        data: Data,
+        recovery: Recovery,
+        sets: Mapping[Layer, MaskSet],
+        masks: dict[str, Tensor],
+        progress: Callable[[str, float], object] | None = None,
+    ) -> None:
+        self._model, self._replay, self._data, self._recovery = model, replay, data, recovery
+        self._sets, self._masks, self._progress = sets, masks, progress
+        self._size = sum(parameter.numel() for parameter in model.parameters())
+        self._inside, self._twice = _uses(model, replay.order)
+
+    def parameters(self, block: Block) -> list[nn.Parameter]:
+        """Return what is fitted of a block: parameters that no other block and nothing outside the blocks has."""
+        own = [p for p in block.module.parameters() if id(p) not in self._twice and p.is_floating_point()]
+        return [parameter for parameter in own if self._wanted(parameter)]
+
+    def all_parameters(self) -> list[nn.Parameter]:
+        """Return what is fitted of the model: the blocks' parameters, and vectors outside."""
+        return [
+            parameter
+            for parameter in self._model.parameters()
+            if parameter.is_floating_point()
+            and (id(parameter) in self._inside or parameter.ndim == 1)
+            and self._wanted(parameter)
+        ]
+
+    def fit_block(
+        self, position: int, layers: Sequence[Layer], targets: Callable[[int], Tensor]
+    ) -> list[RecoveryRecord]:
+        """Fit a block, whose inputs are stored, to outputs.
+
+        Parameters
+        ----------
+        position : int
+            Of the block in the order of execution.
+        layers : sequence of Layer
+            Its pruned layers.
+        targets : callable
+            Returns the output to reach on the micro-batch of an index.
+
+        Returns
+        -------
+        list of RecoveryRecord
+            Empty where there is nothing to fit.
+        """
+        block = self._replay.order[position]
+        parameters = self.parameters(block)
+        if not parameters:
+            return []
+        deviations = self._deviations(position, layers) if self._recovery.rule_for("block").moves else {}
+        masked = self._masked(layers, parameters, deviations)
+        objective = _BlockOutput(self._replay, position, targets, self._data)
+        return [self._fit("block", block.name, objective, masked, parameters)]
+
+    def fit_model(self, divergence: Divergence, layers: Sequence[Layer]) -> list[RecoveryRecord]:
+        """Fit the whole model to the dense model's predictions.
+
+        Parameters
+        ----------
+        divergence : Divergence
+            From the dense model, on the micro-batches.
+        layers : sequence of Layer
+            The pruned layers.
+
+        Returns
+        -------
+        list of RecoveryRecord
+        """
+        parameters = self.all_parameters()
+        if not parameters:
+            return []
+        deviations: dict[Layer, Tensor] = {}
+        if self._recovery.rule_for("model").moves:
+            for position, block in enumerate(self._replay.order):
+                # One block's Gram matrices at a time.
+                inner = [layer for layer in layers if layer.name.startswith(f"{block.name}.")]
+                deviations |= self._deviations(position, inner)
+                self._replay.run(position, store=True)
+        masked = self._masked(layers, parameters, deviations)
+        return [self._fit("model", "model", _Predictions(self._model, divergence, self._data), masked, parameters)]
+
+    def _wanted(self, parameter: nn.Parameter) -> bool:
+        pruned = any(parameter is layer.weight for layer in self._sets)
+        return {"all": True, "pruned": pruned, "vectors": parameter.ndim == 1}[self._recovery.parameters]
+
+    def _deviations(self, position: int, layers: Sequence[Layer]) -> dict[Layer, Tensor]:
+        """Return the deviations of a block's inputs given each other."""
+        with GramCollector(layers) as grams:
+            self._replay.run(position, before=grams.begin)
+        return {layer: conditional_deviations(grams[layer].matrix, _NOISE) for layer in layers}
+
+    def _masked(
+        self, layers: Sequence[Layer], parameters: Sequence[nn.Parameter], deviations: Mapping[Layer, Tensor]
+    ) -> dict[Layer, Masked]:
+        wanted = {id(parameter) for parameter in parameters}
+        masked = {}
+        for layer in layers:
+            weight = layer.weight
+            if id(weight) in wanted:
+                assert isinstance(weight, nn.Parameter)
+                mask = self._masks[layer.name].to(weight.device)
+                masked[layer] = Masked(
+                    weight, mask, self._sets[layer], deviations.get(layer), transposed=layer.transposed
+                )
+        return masked
+
+    def _fit(
+        self,
+        level: Level,
+        name: str,
+        objective: Objective,
+        masked: Mapping[Layer, Masked],
+        parameters: Sequence[nn.Parameter],
+    ) -> RecoveryRecord:
+        began = time.perf_counter()
+        pruned = {id(weight.parameter) for weight in masked.values()}
+        others = [parameter for parameter in parameters if id(parameter) not in pruned]
+        settings = self._recovery
+
+        def tell(fraction: float) -> None:
+            if self._progress is not None:
+                self._progress(name, fraction)
+
+        tell(0.0)
+        try:
+            with sized_threads(self._size):
+                fitted = fit(
+                    objective,
+                    list(masked.values()),
+                    others,
+                    settings.rule_for(level),
+                    settings.steps(objective.batches, self._data.tokens),
+                    step_size=settings.step_size,
+                    seed=settings.seed,
+                    progress=tell,
+                )
+        finally:
+            # Where a fit is interrupted, the model has the best state so far.
+            for layer, weight in masked.items():
+                self._masks[layer.name] = weight.mask.cpu()
+        return RecoveryRecord(
+            name=name,
+            level=level,
+            before=float(fitted.before.mean()),
+            after=float(fitted.after.mean()),
+            accepted=fitted.accepted,
+            changed=fitted.changed,
+            step_size=fitted.step_size,
+            steps=fitted.steps,
+            parameters=sum(parameter.numel() for parameter in parameters),
+            seconds=time.perf_counter() - began,
+        )
+
+
+def predictions(model: PreTrainedModel, data: Data, memory: int) -> Divergence:
+    """Return the divergence from a model on all micro-batches.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Dense, in evaluation mode.
+    data : Data
+    memory : int
+        Bytes for its predictions; what does not fit is merged into one.
+    """
+    positions = sum(batch.shape[0] * batch.shape[1] for batch in data.batches)
+    return Divergence(model, data.batches, max(_LEAST, min(KEPT, memory // (_BYTES * positions))))
+
+
+def _uses(model: nn.Module, order: Sequence[Block]) -> tuple[set[int], set[int]]:
+    """Return the identities of parameters inside blocks, and of those that are used in a second place as well."""
+    inside: set[int] = set()
+    twice: set[int] = set()
+    for block in order:
+        own = {id(parameter) for parameter in block.module.parameters()}
+        twice |= own & inside
+        inside |= own
+    modules = {module for block in order for module in block.module.modules()}
+    outside = {id(p) for module in model.modules() if module not in modules for p in module.parameters(recurse=False)}
+    return inside, twice | (inside & outside)

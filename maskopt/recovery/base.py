@@ -1,0 +1,165 @@
+"""What is fitted, the weights with their masks, and the interface of rules that say how masks move."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from maskopt.checks import check_settings
+from maskopt.oracles import MaskSet
+
+__all__ = ["MaskRule", "MaskState", "Masked", "Objective"]
+
+
+class Objective(ABC):
+    """A loss of a module, in micro-batches, and the same loss on data that is held out.
+
+    The module computes with its own parameters, which `fit` changes.
+    """
+
+    @property
+    @abstractmethod
+    def batches(self) -> int:
+        """Number of micro-batches to fit."""
+
+    @abstractmethod
+    def loss(self, index: int) -> Tensor:
+        """Return the mean loss on a micro-batch, a scalar with gradients."""
+
+    @abstractmethod
+    def held_out(self) -> Tensor:
+        """Return the loss of each sequence that is held out, float64, shape (sequences,)."""
+
+
+class Masked:
+    """A pruned weight while it is fitted.
+
+    Parameters
+    ----------
+    parameter : nn.Parameter
+        What the module computes with.
+    mask : Tensor
+        Boolean, as the parameter is stored, True = kept.
+    masks : MaskSet
+        The set of masks of the weight as a (rows, d) matrix; a rule that moves masks stays in it.
+    deviation : Tensor, optional
+        Standard deviation of each input given the others, shape (d,): how much a weight of it matters. Ones by default.
+    transposed : bool
+        Whether the parameter is stored as (d, rows).
+
+    Attributes
+    ----------
+    master : Tensor
+        The values that the optimizer changes, float32 or float64; the parameter itself where nothing else is needed.
+    pruned : float
+        What pruned entries count: the module computes with master * (mask + pruned * (1 - mask)).
+    """
+
+    def __init__(
+        self,
+        parameter: nn.Parameter,
+        mask: Tensor,
+        masks: MaskSet,
+        deviation: Tensor | None = None,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        self.parameter, self.mask, self.masks, self.transposed = parameter, mask, masks, transposed
+        self.deviation = deviation
+        self.master: Tensor = parameter.data
+        self.pruned = 0.0
+
+    def oriented(self, tensor: Tensor) -> Tensor:
+        """Turn a tensor from the stored orientation to (rows, d), or back; a view."""
+        return tensor.T if self.transposed else tensor
+
+    def reselect(self) -> None:
+        """Select the mask of the set that keeps the largest sum of squared weights, each times its deviation."""
+        size = self.oriented(self.master.detach())
+        cost = size.square() if self.deviation is None else (size * self.deviation).square_()
+        self.mask = self.oriented(self.masks.lmo_mask(cost.neg_())).contiguous()
+
+    def scale_gradient(self, factor: float) -> None:
+        """Multiply the master's gradient of pruned entries by a factor."""
+        gradient = self.master.grad
+        assert gradient is not None
+        if factor == 0.0:
+            gradient.masked_fill_(~self.mask, 0.0)
+        elif factor != 1.0:
+            gradient.copy_(torch.where(self.mask, gradient, factor * gradient))
+
+    def write(self) -> None:
+        """Let the module compute with the master's values under the mask."""
+        target = self.parameter.data
+        if self.master.data_ptr() != target.data_ptr():
+            target.copy_(self.master.detach())
+        if self.pruned == 0.0:
+            target.masked_fill_(~self.mask, 0.0)
+        elif self.pruned != 1.0:
+            target.copy_(torch.where(self.mask, target, self.pruned * target))
+
+
+class MaskState:
+    """What a rule does in one fit. By default masks stay.
+
+    Parameters
+    ----------
+    weights : sequence of Masked
+    steps : int
+        Of the fit.
+    """
+
+    def __init__(self, weights: Sequence[Masked], steps: int) -> None:
+        self.weights, self.steps = weights, steps
+
+    def gradients(self, step: int) -> None:
+        """Change the gradients of the masters before an optimizer's step; by default only kept entries have one.
+
+        Parameters
+        ----------
+        step : int
+            Steps that are done.
+        """
+        for weight in self.weights:
+            weight.scale_gradient(0.0)
+
+    def stepped(self, step: int) -> None:
+        """Change masks, and what pruned entries count, after an optimizer's step.
+
+        Parameters
+        ----------
+        step : int
+            Steps that are done.
+        """
+
+
+@dataclass(frozen=True)
+class MaskRule(ABC):
+    """Says how masks change while weights are fitted; settings only.
+
+    Class attributes
+    ----------------
+    moves : bool
+        Whether masks change; values of pruned entries are then kept beside the parameter.
+    """
+
+    moves: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    @abstractmethod
+    def begin(self, weights: Sequence[Masked], steps: int) -> MaskState:
+        """Return the state of one fit.
+
+        Parameters
+        ----------
+        weights : sequence of Masked
+        steps : int
+            Of the fit; at its end every entry counts 0 or 1.
+        """

@@ -1,0 +1,87 @@
+"""The settings of a recovery."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from maskopt.checks import SEEDS, check_settings, choice, instance_of, real, whole
+from maskopt.recovery.base import MaskRule
+from maskopt.recovery.continuation import Continuation
+from maskopt.recovery.fixed import FixedMasks
+
+__all__ = ["Level", "Recovery"]
+
+Level = Literal["block", "model"]
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How a pruned model is fitted to the dense one, beyond the single layer.
+
+    Parameters
+    ----------
+    level : {"block", "model"}
+        "block": each block in turn, to the dense block's output on the dense model's states, while its inputs are those
+        behind the blocks recovered before. "model": the blocks first, then all of them together, to the dense model's
+        predictions.
+    epochs : float
+        Passes over the calibration windows, for each block and for the model.
+    tokens : int, optional
+        Tokens to fit each block on, and the model, in place of `epochs`.
+    parameters : {"all", "pruned", "vectors"}
+        What is fitted: all parameters of the blocks and all vectors (norms, biases) outside, the pruned weights alone,
+        or the vectors alone. Embeddings and the head stay.
+    rule : MaskRule, optional
+        How masks move, at both levels. By default `Continuation` for blocks and `FixedMasks` for the model.
+    step_size : float, optional
+        Relative to each tensor's root mean square; by default the best of three in short trials.
+    seed : int
+        Of the order of the windows.
+
+    Examples
+    --------
+    >>> from maskopt.recovery import Recovery
+    >>> Recovery("block").rule_for("block")
+    Continuation(until=0.6, power=2.0)
+    """
+
+    level: Level = "block"
+    epochs: float = 4.0
+    tokens: int | None = None
+    parameters: Literal["all", "pruned", "vectors"] = "all"
+    rule: MaskRule | None = None
+    step_size: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(
+            self,
+            level=choice(("block", "model")),
+            epochs=real(0, above=True),
+            tokens=whole(1, optional=True),
+            parameters=choice(("all", "pruned", "vectors")),
+            rule=instance_of(MaskRule, example="Continuation()", optional=True),
+            seed=whole(*SEEDS),
+        )
+        if self.step_size is not None:
+            check_settings(self, step_size=real(0, above=True))
+
+    def rule_for(self, level: Level) -> MaskRule:
+        """Return how masks move at a level."""
+        if self.parameters == "vectors":
+            return FixedMasks()
+        return self.rule or (Continuation() if level == "block" else FixedMasks())
+
+    def steps(self, batches: int, tokens: int) -> int:
+        """Return the number of optimizer steps.
+
+        Parameters
+        ----------
+        batches : int
+            Micro-batches to fit.
+        tokens : int
+            In all of them together.
+        """
+        passes = self.epochs if self.tokens is None else self.tokens / max(1, tokens)
+        return max(1, round(passes * batches))
