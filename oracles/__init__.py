@@ -6,6 +6,7 @@ from maskopt.oracles.matroid import PartitionMatroid
 from maskopt.oracles.milp import MilpFormulation
 from maskopt.oracles.parse import Counts, parse_masks
 from maskopt.oracles.patterns import NM, AtMost, Blocks, PerRow, Unstructured
+from maskopt.oracles.product import Product
 from maskopt.oracles.protocols import CanProject, CanRestrict, CanSwap, HasFaces, HasGroups
 from maskopt.oracles.restricted import Protected, Restricted
 from maskopt.oracles.select import smallest
@@ -31,6 +32,7 @@ __all__ = [
     "MilpFormulation",
     "PartitionMatroid",
     "PerRow",
+    "Product",
     "Protected",
     "Restricted",
     "Rows",

@@ -7,6 +7,7 @@ from maskopt.problems.generators import FAMILIES, synthetic
 from maskopt.problems.instance import Instance, load_instance, save_instance
 from maskopt.problems.layer import LayerReconstruction
 from maskopt.problems.library import SolvedInstance, library
+from maskopt.problems.network import BlockReconstruction, ModelDivergence, NetworkObjective
 from maskopt.problems.saliency import Saliency
 from maskopt.problems.shifted import Shifted, ShiftedQuadratic
 
@@ -15,10 +16,13 @@ if __name__ != "maskopt.problems":
 
 __all__ = [
     "FAMILIES",
+    "BlockReconstruction",
     "Direction",
     "Function",
     "Instance",
     "LayerReconstruction",
+    "ModelDivergence",
+    "NetworkObjective",
     "Point",
     "Problem",
     "Quadratic",

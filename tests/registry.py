@@ -29,6 +29,7 @@ from maskopt.oracles import (
     MaskSet,
     PartitionMatroid,
     PerRow,
+    Product,
     Protected,
     Rows,
     TransposableNM,
@@ -167,6 +168,25 @@ def _budget(shape: Shape, fraction: float) -> Budget:
     return Budget(prices, round(fraction * float(prices.sum()) * 4) / 4)
 
 
+def _product(shape: Shape, fraction: float) -> Product:
+    """The first row by groups, the others as one matrix; of a single row, two halves."""
+    rows, d = shape
+    if rows > 1:
+        return Product([(_nm((1, d), fraction), (1, d)), (Unstructured(fraction), (rows - 1, d))])
+    parts = [(PerRow(fraction), (1, half)) for half in (d // 2, d - d // 2) if half]
+    return Product(parts)
+
+
+def _members_of_product(masks: Product, patterns: Tensor) -> Tensor:
+    member = torch.ones(len(patterns), dtype=torch.bool)
+    first = 0
+    for part, (rows, d) in masks.parts:
+        own = patterns.flatten(1)[:, first : first + rows * d].reshape(-1, rows, d)
+        member &= keeps_counts(part, own)
+        first += rows * d
+    return member
+
+
 def _members_of_units(masks: Units, patterns: Tensor) -> Tensor:
     """Which repeat the first entry of every unit, and the units kept belong to the base."""
     height, width = masks.unit[0] or patterns.shape[1], masks.unit[1] or patterns.shape[2]
@@ -217,6 +237,8 @@ SET_ENTRIES: dict[str, SetEntry] = {
         equal_size=False,
     ),
     "restricted columns": _whole_units(_restricted(lambda _, fraction: Columns(fraction))),
+    "product": SetEntry(_product, _members_of_product, equal_size=True, integral=True),
+    "restricted product": SetEntry(_restricted(_product), _members_of_product, equal_size=True, integral=True),
     "transposable": SetEntry(_transposable, keeps_lines, equal_size=True, integral=True),
     "restricted transposable": SetEntry(_restricted(_transposable), keeps_lines, equal_size=True, integral=True),
     "budget": SetEntry(_budget, costs_little, down_closed=True),

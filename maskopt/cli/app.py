@@ -20,6 +20,7 @@ from maskopt.cli.demo import demo
 from maskopt.cli.evaluate import evaluate
 from maskopt.cli.output import stderr
 from maskopt.cli.prune import prune
+from maskopt.cli.recover import recover
 from maskopt.cli.solve import solve
 from maskopt.cli.trace import trace
 from maskopt.cli.verify import verify
@@ -215,5 +216,8 @@ app.command(
     epilog="Example:  maskopt allocate Qwen/Qwen3-0.6B --calibration text.txt --sparsity 0.6 --out plan.json "
     "--plot plan.svg"
 )(allocate)
+app.command(
+    epilog="Example:  maskopt recover pruned recovered --against Qwen/Qwen3-0.6B --calibration text.txt --recover model"
+)(recover)
 app.command(epilog="Example:  maskopt evaluate pruned --text held-out.txt")(evaluate)
 app.command(epilog="Example:  maskopt demo --json demo.json")(demo)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from maskopt.oracles import MaskSet
+    from maskopt.recovery import Recovery
 
 __all__ = [
     "INSTANCE_HELP",
@@ -40,6 +41,10 @@ __all__ = [
     "Propagate",
     "PropagateOption",
     "QuietOption",
+    "RecoverEpochsOption",
+    "RecoverMasksOption",
+    "RecoverParametersOption",
+    "RecoverTokensOption",
     "SamplesOption",
     "SeedOption",
     "SeqlenOption",
@@ -52,6 +57,7 @@ __all__ = [
     "parse_fixed",
     "parse_masks",
     "parse_memory",
+    "parse_recovery",
     "require_file",
     "require_transformers",
 ]
@@ -137,6 +143,34 @@ SeqlenOption = Annotated[
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Windows per forward pass of the model.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")]
 SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Number of calibration windows.")]
+RecoverEpochsOption = Annotated[
+    float,
+    typer.Option(
+        "--recover-epochs", metavar="N", help="Passes over the calibration windows for each block, and for the model."
+    ),
+]
+RecoverTokensOption = Annotated[
+    int | None,
+    typer.Option("--recover-tokens", metavar="N", min=1, help="Tokens to fit on, in place of --recover-epochs."),
+]
+RecoverMasksOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recover-masks",
+        metavar="RULE",
+        help="How masks move meanwhile: continuation, fixed or reselection.",
+        show_default="continuation for blocks, fixed for the model",
+    ),
+]
+RecoverParametersOption = Annotated[
+    str,
+    typer.Option(
+        "--recover-parameters",
+        metavar="WHICH",
+        help="What is fitted: all parameters of the blocks, the pruned weights (pruned), or norms and biases alone "
+        "(vectors).",
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the random choice of calibration windows.")]
 IncludeOption = Annotated[
     list[str] | None,
@@ -239,6 +273,27 @@ def parse_fixed(items: list[str] | None) -> dict[str, float]:
         found.pop(glob, None)
         found[glob] = number
     return found
+
+
+def parse_recovery(
+    level: str, epochs: float, tokens: int | None, masks: str | None, parameters: str, seed: int
+) -> "Recovery | None":
+    """Return the settings of a recovery; None where the level is "none".
+
+    Raises
+    ------
+    MaskoptError
+        If an option is not one of those there are.
+    """
+    if level not in ("none", "block", "model"):
+        raise MaskoptError(f"There is no recovery {level!r}; choose none, block or model.")
+    from maskopt.recovery import RULES, Recovery
+
+    if masks is not None and masks not in RULES:
+        raise MaskoptError(f"There is no rule {masks!r} for masks in recovery; choose {', '.join(RULES)}.")
+    rule = None if masks is None else RULES[masks]()
+    made = Recovery("block" if level == "none" else level, epochs, tokens, parameters, rule, seed=seed)  # type: ignore[arg-type]  # checked inside
+    return None if level == "none" else made
 
 
 def check_device(name: str) -> str:

@@ -29,6 +29,10 @@ from maskopt.cli.options import (
     PlotOption,
     PropagateOption,
     QuietOption,
+    RecoverEpochsOption,
+    RecoverMasksOption,
+    RecoverParametersOption,
+    RecoverTokensOption,
     SamplesOption,
     SeedOption,
     SeqlenOption,
@@ -41,11 +45,13 @@ from maskopt.cli.options import (
     parse_fixed,
     parse_masks,
     parse_memory,
+    parse_recovery,
     require_file,
     require_transformers,
 )
 from maskopt.cli.output import Bar, check_outputs, environment, facts, finite, json_output, tables
 from maskopt.cli.prune_progress import PruneProgress
+from maskopt.cli.recover import recovery_lines
 from maskopt.cli.solvers import parse_weights
 from maskopt.cli.words import duration, masks_words, named_table, solver_words
 from maskopt.errors import MaskoptError
@@ -115,6 +121,19 @@ def prune(
             "--time-limit", help="Seconds for all proofs of --certify together; the bounds proven by then are reported."
         ),
     ] = None,
+    recover: Annotated[
+        str,
+        typer.Option(
+            "--recover",
+            metavar="none|block|model",
+            help="Fit weights and masks beyond the layer: block by block to the dense blocks' outputs, then (model) "
+            "the whole model to the dense model's predictions. Kept where it helps on held-out windows.",
+        ),
+    ] = "none",
+    recover_epochs: RecoverEpochsOption = 4.0,
+    recover_tokens: RecoverTokensOption = None,
+    recover_masks: RecoverMasksOption = None,
+    recover_parameters: RecoverParametersOption = "all",
     plot: PlotOption = None,
     cache: CacheOption = None,
     json: JsonOption = None,
@@ -133,6 +152,7 @@ def prune(
     treatment = weights or ("best" if solver is None and certify is None else "keep")
     method = parse_weights(treatment, solver, option or ())
     fixed, working = parse_fixed(sparsity_of), parse_memory(memory)
+    recovery = parse_recovery(recover, recover_epochs, recover_tokens, recover_masks, recover_parameters, seed)
     given = _read_plan(allocation, pattern, sparsity, fixed)
     masks = given or (parse_masks(pattern, sparsity) if allocation == "uniform" and not fixed else None)
     mean = 0.0 if masks is not None else mean_sparsity(pattern, sparsity)
@@ -174,7 +194,7 @@ def prune(
             )
             bar.stage("calibration")
         selection = models.select_layers(network, include or (), exclude or ())
-        whole = PruneProgress(bar, network, selection, batches, certify is not None, 2 * len(texts))
+        whole = PruneProgress(bar, network, selection, batches, certify is not None, 2 * len(texts), recovery)
 
         def perplexities(when: str) -> dict[str, models.Perplexity]:
             return {
@@ -202,6 +222,7 @@ def prune(
             memory=working,
             on_error="keep",  # the program ends after an error, so the model need not be restored
             progress=whole.prune if bar.visible else None,
+            recover=recovery,
         )
         pruned = perplexities("pruned")
     extra: dict[str, Any] = {
@@ -217,6 +238,7 @@ def prune(
             "sparsity_of": fixed,
             "batch_size": batch_size,
             "time_limit": time_limit,
+            "recover": recover,
             "device": device,
             "memory": working,
         },
@@ -238,6 +260,7 @@ def prune(
     lines = _summary(figures, words)
     if report.plan is not None:
         lines |= divergence_lines(report.plan)
+    lines |= recovery_lines(report.recovery)
     lines |= {"solver": solver_words(method), "time": _times(report, time.perf_counter() - began), "saved in": str(out)}
     console.print(facts(lines))
     if network.can_generate():
@@ -331,6 +354,7 @@ def _times(report: PruneReport, seconds: float) -> str:
         "calibrating": report.calibration_seconds,
         "solving": report.solve_seconds,
         "proving": report.certify_seconds,
+        "recovering": report.recovery_seconds,
     }
     return f"{duration(seconds)} in all: " + ", ".join(
         f"{duration(part)} {name}" for name, part in parts.items() if part > 0.0

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from maskopt.models import Calibration, Progress, Selection
+    from maskopt.recovery import Recovery
 
 __all__ = ["PruneProgress"]
 
 # Guesses before any measurement: operations per second, and operations per rows x d x d of a layer.
 _SPEED = 2e10
 _SOLVE, _CERTIFY = 500.0, 400.0
+_FIT = 30.0  # per parameter of a block and token
 _RUNS = 6  # of every block on every batch
 
 
@@ -36,6 +38,8 @@ class PruneProgress:
         Whether bounds are proven, too.
     measurements : int
         Number of perplexities to measure, each on about as many windows as the calibration has.
+    recovery : Recovery, optional
+        What follows the pruning of blocks.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class PruneProgress:
         calibration: Calibration,
         certify: bool,
         measurements: int,
+        recovery: Recovery | None = None,
     ) -> None:
         self._bar, self._measurements = bar, measurements
         self._costs = {layer.name: float(layer.shape[0]) * layer.shape[1] ** 2 for layer in selection.layers}
@@ -54,6 +59,7 @@ class PruneProgress:
         self._stages = sum(bool(layers) for layers in selection.blocks.values()) + bool(selection.outside)
         self._runs = self._windows = 0
         self._blocks: list[str] = []
+        self._fits: dict[str, float] = {}
         self._solved = self._proven = 0.0
         self._names: tuple[str, ...] = ()
         size = float(sum(parameter.numel() for parameter in model.parameters()))
@@ -63,12 +69,15 @@ class PruneProgress:
             "calibrate": float(self._stages * len(calibration) * _RUNS),
             "solve": sum(self._costs.values()),
             "certify": sum(self._proofs.values()) if certify else 0.0,
+            # In fits of a block; one of the model is as much work as those of all blocks, and its head's.
+            "recover": 0.0 if recovery is None else self._stages * (1.0 if recovery.level == "block" else 2.0),
         }
         guess = {
             "perplexity": 2 * size * calibration.seqlen / _SPEED,
             "calibrate": 2 * size * batch / max(1, self._stages) / _SPEED,
             "solve": _SOLVE / _SPEED,
             "certify": _CERTIFY / _SPEED,
+            "recover": _FIT * size / max(1, self._stages) * calibration.tokens / _SPEED,
         }
         self._estimate = Estimate(planned, guess)
 
@@ -89,6 +98,10 @@ class PruneProgress:
         if event.stage == "calibrate":
             self._finish()
             self._calibrate(event.name)
+        elif event.stage == "recover":
+            self._finish()
+            self._fits[event.name] = event.fraction * (self._stages if event.name == "model" else 1.0)
+            self._show(f"recover {event.name}", "recover", sum(self._fits.values()))
         elif event.stage == "done":
             self._finish()
             # What was planned and not needed is no work that is left.

@@ -209,7 +209,7 @@ def prune_layers(
     PruneReport
     """
     solver = ContinuationFrankWolfe() if solver is None else solver
-    _check_arguments(masks, solver, propagate, on_error, progress, memory)
+    _check_arguments(masks, solver, propagate, on_error, progress, memory, recover)
     check_model(model)
     if certify is not None:
         if isinstance(solver, Joint):
@@ -270,7 +270,13 @@ def prune_layers(
 
 
 def _check_arguments(
-    masks: object, solver: object, propagate: object, on_error: object, progress: object, memory: object
+    masks: object,
+    solver: object,
+    propagate: object,
+    on_error: object,
+    progress: object,
+    memory: object,
+    recover: object,
 ) -> None:
     """Check the types of arguments."""
     if not isinstance(masks, Plan):
@@ -282,6 +288,8 @@ def _check_arguments(
     ):
         if not choice(options, optional=optional).fits(value):
             raise MaskoptError(f"{name} must be one of {', '.join(options)}; got {shown(value)}.")
+    if recover is not None and not isinstance(recover, Recovery):
+        raise MaskoptError(f"recover must be an object such as Recovery('block'); got {shown(recover)}.")
     if progress is not None and not callable(progress):
         raise MaskoptError(f"progress must be a function of one argument; got {shown(progress)}.")
     check_memory(memory)

@@ -30,6 +30,7 @@ _STEPS = 32  # micro-batches in a pass, at least, where there are so many window
 _HELD = 8  # one window of so many is held out, and at least two
 _NOISE = 0.03  # in the variance of an input given the others, as for ConditionalADMM
 _LEAST, _BYTES = 32, 8  # likely tokens of a position that are told apart, at least, and bytes for each
+_SMALLEST = 1e-6  # squared length of a token, at least, relative to the mean
 _SHINGLE = 16  # tokens in a row that two windows of a text have in common only where they overlap
 
 
@@ -105,7 +106,10 @@ def _overlaps(single: Sequence[Batch]) -> list[int]:
 
 
 class _BlockOutput(Objective):
-    """Squared error of a block's output, relative to the size of the output to reach.
+    """Squared error of a block's output, relative to the size of the output to reach, token by token.
+
+    What follows a block norms its output, so an error matters in proportion to its token's size; without that, a few
+    tokens with huge activations would decide everything.
 
     Parameters
     ----------
@@ -120,35 +124,33 @@ class _BlockOutput(Objective):
 
     def __init__(self, replay: Replay, position: int, targets: Callable[[int], Tensor], data: Data) -> None:
         self._replay, self._position, self._targets, self._data = replay, position, targets, data
-        sizes = [float(self._real(index, targets(index).float().square()).sum()) for index in data.fitted]
-        self._scale = max(sum(sizes) / len(sizes), torch.finfo(torch.float32).tiny)
+        total = sum(float(self._sizes(targets(index)).mean()) for index in data.fitted) / len(data.fitted)
+        self._least = max(_SMALLEST * total, torch.finfo(torch.float32).tiny)
 
     @property
     def batches(self) -> int:
         return len(self._data.fitted)
 
     def loss(self, index: int) -> Tensor:
-        return self._errors(self._data.fitted[index]).sum() / self._scale
+        return self._errors(self._data.fitted[index]).mean()
 
     def held_out(self) -> Tensor:
-        return torch.cat([self._relative(index) for index in self._data.held_out])
+        return torch.cat([self._errors(index).double().cpu() for index in self._data.held_out])
 
     def _errors(self, index: int) -> Tensor:
+        """Return the mean error over the tokens of each sequence."""
         output = first_tensor(self._replay.output(self._position, index))
-        return self._real(index, (output.float() - self._targets(index).float()).square())
+        target, batch = self._targets(index), self._data.batches[index]
+        errors = self._sizes(output.float() - target.float()) / self._sizes(target).clamp_min(self._least)
+        if batch.real is not None and errors.shape[:2] == batch.real.shape:
+            real = batch.real.to(errors.device).reshape(*batch.real.shape, *(1 for _ in errors.shape[2:]))
+            return (errors * real).flatten(1).sum(1) / real.flatten(1).sum(1).clamp_min(1)
+        return errors.reshape(batch.shape[0], -1).mean(1)
 
-    def _relative(self, index: int) -> Tensor:
-        sequences = self._data.batches[index].shape[0]
-        errors = self._errors(index).double().reshape(sequences, -1).sum(1)
-        sizes = self._real(index, self._targets(index).double().square()).reshape(sequences, -1).sum(1)
-        return (errors / sizes.clamp_min(torch.finfo(torch.float64).tiny)).cpu()
-
-    def _real(self, index: int, squares: Tensor) -> Tensor:
-        """Set the squares at padded positions to zero."""
-        real = self._data.batches[index].real
-        if real is None or squares.shape[:2] != real.shape:
-            return squares
-        return squares * real.to(squares.device).reshape(*real.shape, *(1 for _ in squares.shape[2:]))
+    @staticmethod
+    def _sizes(states: Tensor) -> Tensor:
+        """Return the squared length of each token's vector."""
+        return states.float().square().sum(-1)
 
 
 class _Predictions(Objective):

@@ -7,7 +7,15 @@ from maskopt.recovery.fixed import FixedMasks
 from maskopt.recovery.reselection import Reselection
 from maskopt.recovery.settings import Level, Recovery
 
+RULES: dict[str, type[MaskRule]] = {
+    "continuation": Continuation,
+    "fixed": FixedMasks,
+    "reselection": Reselection,
+}
+"""Rules for masks by name."""
+
 __all__ = [
+    "RULES",
     "Continuation",
     "Fitted",
     "FixedMasks",

@@ -16,6 +16,7 @@ from maskopt.recovery.fixed import FixedMasks
 __all__ = ["Fitted", "clearly_smaller", "fit"]
 
 _BETAS = (0.9, 0.95)
+_ZERO = 1e-12  # of a gradient, relative to loss and weight
 _SIZES = (0.03, 0.01, 0.003)  # step sizes that are tried
 _TRIAL = 16  # a trial has one step for so many of the fit
 # Short trials prefer smaller steps than the whole fit, which has time to average the noise of larger ones out: on four
@@ -220,7 +221,7 @@ class _Fit:
         for weight, master in zip(self._weights, masters, strict=False):
             weight.master = master
         groups = [{"params": [m], "lr": step_size * size} for m, size in zip(masters, self._sizes, strict=True)]
-        optimizer = torch.optim.Adam(groups, betas=_BETAS)
+        optimizer = torch.optim.Adam(groups, betas=_BETAS, eps=_ZERO)
         warm = max(1, min(_WARM, steps // 10))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / warm) * (1.0 - step / steps)
@@ -236,12 +237,12 @@ class _Fit:
             del loss
             if not math.isfinite(value):
                 return
-            for master, parameter in zip(masters, self._parameters, strict=True):
-                # A parameter that took no part, such as an expert's, does not move.
-                master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
+            for master, parameter, size in zip(masters, self._parameters, self._sizes, strict=True):
+                # A parameter that took no part, such as an expert's, has no gradient.
+                found = torch.zeros_like(master) if parameter.grad is None else parameter.grad.to(master.dtype)
                 parameter.grad = None
-                if master.grad is None:
-                    master.grad = torch.zeros_like(master)
+                # Of the relative size: what Adam takes for zero must not depend on the units of a weight.
+                master.grad = found.mul_(size)
             state.gradients(step)
             optimizer.step()
             schedule.step()

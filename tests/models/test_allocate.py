@@ -13,8 +13,8 @@ from maskopt.allocation import Plan
 from maskopt.errors import MaskoptError
 from maskopt.models import RULES, allocate, prune, select_layers
 from maskopt.models import divergence as divergence_module
-from maskopt.models.batches import prepare_batches
-from maskopt.models.curves import expanded_losses, gathered, measured_losses, sequences
+from maskopt.models.batches import gathered, prepare_batches, sequences
+from maskopt.models.curves import expanded_losses, measured_losses
 from maskopt.models.database import Database
 from maskopt.models.divergence import Divergence
 from maskopt.models.replay import evaluation_mode

@@ -16,7 +16,7 @@ from maskopt.problems import FAMILIES, LayerReconstruction, QuadraticForm, synth
 from maskopt.solvers import Result, Status, Stop, Wanda, solve
 from maskopt.solvers.base import Monitor
 from maskopt.weights import ADMM, ALPS, ConditionalADMM, LeastSquares, SparseGPT, System, conjugate_gradients
-from maskopt.weights.conditional import _conditional_deviations
+from maskopt.weights.conditional import _deviations
 from tests.helpers import ALL_SETS, MATROIDS, Layer, every_mask, examples, feasible, layers, sets
 
 DTYPES = [torch.float64, torch.float32]
@@ -262,9 +262,9 @@ def test_the_metric_is_the_variance_given_the_other_inputs(noise: float) -> None
         explained = noisy[j, rest] @ torch.linalg.solve(noisy[rest][:, rest], noisy[rest, j])
         variances.append(float(noisy[j, j] - explained) - noise)
     expected = torch.tensor(variances, dtype=torch.float64).sqrt()
-    torch.testing.assert_close(_conditional_deviations(gram, noise), expected, rtol=1e-9, atol=0.0)
+    torch.testing.assert_close(_deviations(gram, noise), expected, rtol=1e-9, atol=0.0)
     # Independent inputs count with their whole variance.
-    same = _conditional_deviations(torch.eye(8, dtype=torch.float64), noise)
+    same = _deviations(torch.eye(8, dtype=torch.float64), noise)
     torch.testing.assert_close(same, torch.ones(8, dtype=torch.float64))
 
 
@@ -290,7 +290,7 @@ def test_it_converges_to_a_stationary_point() -> None:
     best = conjugate_gradients(system, mask, system.weight * mask, 200)
     torch.testing.assert_close(rough, system.finish(problem, best), rtol=1e-6, atol=1e-8)
     # Kept: |v|; pruned: the dual over rho, both in the metric.
-    metric = _conditional_deviations(system.gram, 0.1)
+    metric = _deviations(system.gram, 0.1)
     dual = ((system.weight - best) @ system.gram) / metric / 8.0
     size = torch.where(mask, best * metric, dual).abs()
     assert torch.equal(PerRow(0.5).lmo_mask(-size), mask)

@@ -1,0 +1,98 @@
+"""`maskopt prune --recover` and `maskopt recover`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from maskopt.models import load_masks, load_model
+from maskopt.oracles import NM, PerRow
+
+DATA = ("--samples", 24, "--seqlen", 32)
+
+
+@pytest.fixture
+def pruned(run, model, text, tmp_path):
+    """A folder that `maskopt prune` wrote."""
+    out = tmp_path / "pruned"
+    run("prune", model, out, "--calibration", text, "-s", 0.5, "--solver", "wanda", *DATA)
+    return out
+
+
+@pytest.mark.parametrize("level", ["block", "model"])
+def test_prune_recovers(run, model, text, tmp_path, read, level):
+    out, figures = tmp_path / "out", tmp_path / "figures.json"
+    command = ("prune", model, out, "--calibration", text, "--pattern", "2:4", *DATA)
+    result = run(*command, "--recover", level, "--recover-epochs", 2, "--json", figures)
+    report = read(out / "report.json")
+    records = report["recovery"]
+    assert report["command"]["recover"] == level
+    assert read(figures)["recovery"] == records
+    assert [record["level"] for record in records].count("model") == (level == "model")
+    assert all(record["after"] <= record["before"] for record in records)
+    assert "recovery, blocks" in result.stdout
+    assert ("recovery, model" in result.stdout) == (level == "model")
+    assert report["recovery_seconds"] > 0
+    network, _ = load_model(out)
+    for name, mask in load_masks(out).items():
+        assert NM(keep=2, group=4).contains(mask)
+        assert not bool(network.get_submodule(name).weight[~mask].any())
+
+
+def test_recover_goes_on_from_a_pruned_folder(run, model, text, pruned, tmp_path, read):
+    out = tmp_path / "recovered"
+    command = ("recover", pruned, out, "--against", model, "--calibration", text, *DATA)
+    result = run(*command, "--recover-tokens", 2000, "--evaluate", text)
+    report = read(out / "report.json")
+    assert report["sparsity"] == pytest.approx(0.5, abs=0.03)
+    assert [record["level"] for record in report["recovery"]][-1] == "model"
+    assert set(report["perplexity"]) == {"dense", "before", "after"}
+    for record in report["recovery"]:
+        assert record["name"] in result.stdout
+        assert record["after"] <= record["before"]
+    masks = load_masks(out)
+    network, _ = load_model(out)
+    for name, mask in masks.items():
+        kept = int(load_masks(pruned)[name][0].sum())
+        assert PerRow(kept).contains(mask)
+        assert not bool(network.get_submodule(name).weight[~mask].any())
+
+
+def test_checkpoints_of_others_are_recovered_by_their_zeros(run, model, text, pruned, tmp_path, read):
+    (pruned / "masks.safetensors").unlink()
+    (pruned / "report.json").unlink()
+    out = tmp_path / "recovered"
+    command = ("recover", pruned, out, "--against", model, "--calibration", text, *DATA)
+    run(*command, "--recover-tokens", 500, "--recover-masks", "fixed", "--recover", "block")
+    before, _ = load_model(pruned)
+    after, _ = load_model(out)
+    for name in load_masks(out):
+        zero = before.get_submodule(name).weight == 0
+        assert not bool(after.get_submodule(name).weight[zero].any())
+        assert int(zero.sum()) > 0.4 * zero.numel()
+
+
+def test_outputs_are_not_overwritten_and_options_are_checked(fails, model, text, pruned, tmp_path):
+    def refused(*options: object) -> str:
+        return fails("recover", pruned, tmp_path / "new", "--against", model, "--calibration", text, *options)
+
+    assert "exists" in fails("recover", pruned, pruned, "--against", model, "--calibration", text)
+    assert "none" in refused("--recover", "none")
+    assert "layer" in refused("--recover", "layer")
+    assert "epochs" in refused("--recover-epochs", 0)
+    assert "gumbel" in refused("--recover-masks", "gumbel")
+    assert "parameters" in refused("--recover-parameters", "biases")
+    assert "No layer" in fails("recover", model, tmp_path / "new", "--against", model, "--calibration", text)
+    command = ("prune", model, tmp_path / "new", "--calibration", text, "-s", 0.5)
+    assert "layer" in fails(*command, "--recover", "layer")
+    assert "windows" in fails(*command, "--recover", "block", "--samples", 1)
+    assert not (tmp_path / "new").exists()
+
+
+def test_two_runs_are_identical(run, model, text, tmp_path):
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for out in outs:
+        command = ("prune", model, out, "--calibration", text, "-s", 0.5, *DATA)
+        run(*command, "--recover", "model", "--recover-tokens", 1000)
+    first, second = (load_model(out)[0].state_dict() for out in outs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
