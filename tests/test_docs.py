@@ -29,6 +29,7 @@ def test_every_how_to_is_here() -> None:
         "add-a-set",
         "add-a-solver",
         "add-an-objective",
+        "beyond-the-layer",
         "choose-a-solver",
         "sparsity-per-layer",
     }

@@ -144,9 +144,12 @@ BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Windows p
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")]
 SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Number of calibration windows.")]
 RecoverEpochsOption = Annotated[
-    float,
+    float | None,
     typer.Option(
-        "--recover-epochs", metavar="N", help="Passes over the calibration windows for each block, and for the model."
+        "--recover-epochs",
+        metavar="N",
+        help="Passes over the calibration windows for each block, and for the model.",
+        show_default="4 for blocks, 2 for the model",
     ),
 ]
 RecoverTokensOption = Annotated[
@@ -276,7 +279,7 @@ def parse_fixed(items: list[str] | None) -> dict[str, float]:
 
 
 def parse_recovery(
-    level: str, epochs: float, tokens: int | None, masks: str | None, parameters: str, seed: int
+    level: str, epochs: float | None, tokens: int | None, masks: str | None, parameters: str, seed: int
 ) -> "Recovery | None":
     """Return the settings of a recovery; None where the level is "none".
 

@@ -130,7 +130,7 @@ def prune(
             "the whole model to the dense model's predictions. Kept where it helps on held-out windows.",
         ),
     ] = "none",
-    recover_epochs: RecoverEpochsOption = 4.0,
+    recover_epochs: RecoverEpochsOption = None,
     recover_tokens: RecoverTokensOption = None,
     recover_masks: RecoverMasksOption = None,
     recover_parameters: RecoverParametersOption = "all",

@@ -60,7 +60,7 @@ def recover(
             "predictions.",
         ),
     ] = "model",
-    recover_epochs: RecoverEpochsOption = 4.0,
+    recover_epochs: RecoverEpochsOption = None,
     recover_tokens: RecoverTokensOption = None,
     recover_masks: RecoverMasksOption = None,
     recover_parameters: RecoverParametersOption = "all",

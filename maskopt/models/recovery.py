@@ -342,7 +342,7 @@ class Recoverer:
                     list(masked.values()),
                     others,
                     settings.rule_for(level),
-                    settings.steps(objective.batches, self._data.tokens),
+                    settings.steps(level, objective.batches, self._data.tokens),
                     step_size=settings.step_size,
                     seed=settings.seed,
                     progress=tell,

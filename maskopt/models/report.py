@@ -79,8 +79,8 @@ class RecoveryRecord:
     level : {"block", "model"}
     before, after : float
         Mean loss of the held-out windows. Of a block: squared error of its output relative to the dense block's output
-        on the dense model's states, token by token. Of the model: Kullback-Leibler divergence from the dense model's predictions, nats
-        per token.
+        on the dense model's states, token by token. Of the model: Kullback-Leibler divergence from the dense model's
+        predictions, nats per token.
     accepted : bool
         Whether the fit was kept; it is where it lowers the held-out loss by more than the standard error.
     changed : float

@@ -25,8 +25,9 @@ class Recovery:
         "block": each block in turn, to the dense block's output on the dense model's states, while its inputs are those
         behind the blocks recovered before. "model": the blocks first, then all of them together, to the dense model's
         predictions.
-    epochs : float
-        Passes over the calibration windows, for each block and for the model.
+    epochs : float, optional
+        Passes over the calibration windows, for each block and for the model. By default 4 for each block and 2 for
+        the model, which take about the same time.
     tokens : int, optional
         Tokens to fit each block on, and the model, in place of `epochs`.
     parameters : {"all", "pruned", "vectors"}
@@ -47,7 +48,7 @@ class Recovery:
     """
 
     level: Level = "block"
-    epochs: float = 4.0
+    epochs: float | None = None
     tokens: int | None = None
     parameters: Literal["all", "pruned", "vectors"] = "all"
     rule: MaskRule | None = None
@@ -58,14 +59,13 @@ class Recovery:
         check_settings(
             self,
             level=choice(("block", "model")),
-            epochs=real(0, above=True),
+            epochs=real(0, above=True, optional=True),
             tokens=whole(1, optional=True),
             parameters=choice(("all", "pruned", "vectors")),
             rule=instance_of(MaskRule, example="Continuation()", optional=True),
+            step_size=real(0, above=True, optional=True),
             seed=whole(*SEEDS),
         )
-        if self.step_size is not None:
-            check_settings(self, step_size=real(0, above=True))
 
     def rule_for(self, level: Level) -> MaskRule:
         """Return how masks move at a level."""
@@ -73,15 +73,18 @@ class Recovery:
             return FixedMasks()
         return self.rule or (Continuation() if level == "block" else FixedMasks())
 
-    def steps(self, batches: int, tokens: int) -> int:
-        """Return the number of optimizer steps.
+    def steps(self, level: Level, batches: int, tokens: int) -> int:
+        """Return the number of optimizer steps of a fit at a level.
 
         Parameters
         ----------
+        level : {"block", "model"}
         batches : int
             Micro-batches to fit.
         tokens : int
             In all of them together.
         """
-        passes = self.epochs if self.tokens is None else self.tokens / max(1, tokens)
+        passes = (4.0 if level == "block" else 2.0) if self.epochs is None else self.epochs
+        if self.tokens is not None:
+            passes = self.tokens / max(1, tokens)
         return max(1, round(passes * batches))

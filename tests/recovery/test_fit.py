@@ -189,8 +189,9 @@ def test_what_is_clearly_smaller():
 
 
 def test_settings_count_steps():
-    assert Recovery(epochs=2).steps(14, 7000) == 28
-    assert Recovery(tokens=3500).steps(14, 7000) == 7
-    assert Recovery(epochs=0.001).steps(14, 7000) == 1
+    assert Recovery(epochs=2).steps("block", 14, 7000) == 28
+    assert Recovery(tokens=3500).steps("model", 14, 7000) == 7
+    assert Recovery(epochs=0.001).steps("model", 14, 7000) == 1
+    assert [Recovery().steps(level, 14, 7000) for level in ("block", "model")] == [56, 28]
     assert Recovery("model").rule_for("model") == FixedMasks()
     assert Recovery(parameters="vectors", rule=Continuation()).rule_for("block") == FixedMasks()

@@ -1,0 +1,212 @@
+"""Perplexity of pruned language models before and after recovery, with masks fixed or moving, from several starts.
+
+    python benchmarks/recovery.py [MODEL,CALIBRATION,TEXT ...] [--patterns per-row:0.6,2:4] [--methods best,wanda]
+    python benchmarks/recovery.py [...] --recoveries none,block,block:fixed,model,model:fixed --samples 16,128
+
+Without models the shipped demo model, calibrated and evaluated on this Python's standard library. A method is one of
+benchmarks/allocation.py. A recovery is none, block or model; behind a colon the rule for masks, and behind a second one
+what is fitted (all, pruned or vectors): block:fixed:vectors. Every cell prunes the dense model anew with the same
+windows; times are processor time. Writes benchmarks/results/NAME.{md,json} after every cell; --resume goes on where an
+interrupted run ended.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import report
+import torch
+from allocation import solver_of
+from perplexity import Job, jobs_of
+from rich.progress import Progress
+
+from maskopt.cli.options import parse_recovery
+from maskopt.models import calibration_batches, default_seqlen, load_model, perplexity, prune
+from maskopt.oracles import parse_masks
+
+Record = dict[str, Any]
+Cell = tuple[str, int, int, str, str, str]
+
+
+def key(record: Record) -> Cell:
+    """Return model, seed, windows, pattern, method and recovery of a record."""
+    return (
+        record["model"],
+        record["seed"],
+        record["samples"],
+        record["pattern"],
+        record["method"],
+        record["recovery"],
+    )
+
+
+def cells(job: Job, options: argparse.Namespace, done: set[Cell]) -> list[Cell]:
+    """Return what is still to be run of a model."""
+    every = [
+        (job.name, seed, samples, pattern, method, recovery)
+        for seed in options.seeds
+        for samples in options.samples
+        for pattern in options.patterns
+        for method in options.methods
+        for recovery in options.recoveries
+    ]
+    return [cell for cell in every if cell not in done]
+
+
+def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: Any) -> None:
+    """Measure cells of one model; call `finished` with the record of each."""
+    torch.set_num_threads(1)
+    dense, tokenizer = load_model(job.model)
+    dense.float()
+    seqlen = default_seqlen(dense, tokenizer, at_most=512)
+    text = (job.source.read_text() if isinstance(job.source, Path) else job.source)[: options.characters]
+    texts = {"perplexity": text}
+    if options.foreign is not None:
+        texts["foreign"] = options.foreign.read_text()[: options.characters]
+    before = {name: perplexity(dense, tokenizer, part, seqlen=seqlen).perplexity for name, part in texts.items()}
+    for name, seed, samples, pattern, method, recovery in todo:
+        batches = calibration_batches(tokenizer, job.calibration, samples, seqlen, seed=seed)
+        words, _, sparsity = pattern.partition(":") if pattern.startswith(("per-row", "unstr")) else (pattern, "", "")
+        masks = parse_masks(words, float(sparsity) if sparsity else None)
+        level, rule, which = (*recovery.split(":"), "", "")[:3]
+        settings = parse_recovery(level, options.epochs, None, rule or None, which or "all", seed)
+        model = copy.deepcopy(dense)
+        began = time.process_time()
+        done = prune(model, batches, masks, solver_of(method), recover=settings)
+        seconds = time.process_time() - began
+        values = {what: perplexity(model, tokenizer, part, seqlen=seqlen).perplexity for what, part in texts.items()}
+        finished(
+            {
+                "model": name,
+                "seed": seed,
+                "samples": samples,
+                "pattern": pattern,
+                "method": method,
+                "recovery": recovery,
+                "seqlen": seqlen,
+                "sparsity": done.sparsity,
+                "dense": before["perplexity"],
+                "dense_foreign": before.get("foreign"),
+                **values,
+                "seconds": seconds,
+                "fits": [
+                    {"name": fit.name, "before": fit.before, "after": fit.after, "changed": fit.changed}
+                    for fit in done.recovery
+                ],
+            }
+        )
+
+
+def summary(records: Sequence[Record], recoveries: Sequence[str], what: str) -> str:
+    """Return a table of perplexities, a row for each model, pattern, method and number of windows."""
+    groups: dict[tuple[Any, ...], dict[str, list[float]]] = {}
+    for record in records:
+        line = record["model"], record["pattern"], record["method"], record["samples"]
+        groups.setdefault((*line, record["dense" if what == "perplexity" else "dense_foreign"]), {}).setdefault(
+            record["recovery"], []
+        ).append(record[what])
+    rows = [
+        [
+            f"{model}, {pattern}, {method}, {samples} windows",
+            f"{dense:.2f}",
+            *(f"{median(values[name]):.2f}" if name in values else "" for name in recoveries),
+        ]
+        for (model, pattern, method, samples, dense), values in groups.items()
+    ]
+    return report.table(["model, masks, start, data", "dense", *recoveries], rows)
+
+
+def ratios(records: Sequence[Record], recoveries: Sequence[str]) -> str:
+    """Return each recovery's perplexity over the same start's without: median, largest; and what moving masks add."""
+    by_cell = {key(record): record["perplexity"] for record in records}
+
+    def over(name: str, base: str) -> str:
+        found = [
+            value / by_cell[(*cell[:5], base)]
+            for cell, value in by_cell.items()
+            if cell[5] == name and (*cell[:5], base) in by_cell
+        ]
+        return f"{median(found):.3f} ({max(found):.3f})" if found else ""
+
+    rows = []
+    for name in recoveries:
+        if name != "none":
+            level, _, rule = name.partition(":")
+            rows.append([name, over(name, "none"), "" if rule else over(name, f"{level}:fixed")])
+    return report.table(["recovery", "over none", "over fixed masks"], rows)
+
+
+def write(records: Sequence[Record], options: argparse.Namespace, left: int) -> None:
+    """Write the results."""
+    recoveries = [name for name in options.recoveries if any(record["recovery"] == name for record in records)]
+    parts = [
+        "Perplexity on text the model was not calibrated with (lower is better), the median over seeds "
+        f"{options.seeds}. Windows of at most 512 tokens; an eighth is held out of the fits."
+    ]
+    if left:
+        parts.append(f"Unfinished: {left} cells are still to be run.")
+    parts += [summary(records, recoveries, "perplexity"), "Ratios of perplexities: median over all cells (largest)."]
+    parts.append(ratios(records, recoveries))
+    if any("foreign" in record for record in records):
+        parts += [
+            "Perplexity on text of another kind than the calibration's.",
+            summary([record for record in records if "foreign" in record], recoveries, "foreign"),
+        ]
+    worse = sum(fit["after"] > fit["before"] for record in records for fit in record["fits"])
+    total = sum(len(record["fits"]) for record in records)
+    parts.append(f"Fits that are worse than before on held-out windows: {worse} of {total}.")
+    report.write(options.name, "Recovery above the layer", "\n\n".join(parts), {"records": list(records)})
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL,CALIBRATION,TEXT")
+
+    def words(text: str) -> list[str]:
+        return text.split(",")
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    parser.add_argument("--seeds", type=numbers, default=[0])
+    parser.add_argument("--samples", type=numbers, default=[128], help="numbers of calibration windows")
+    parser.add_argument("--patterns", type=words, default=["per-row:0.6", "2:4"])
+    parser.add_argument("--methods", type=words, default=["best"])
+    parser.add_argument("--recoveries", type=words, default=["none", "block:fixed", "block", "model:fixed", "model"])
+    parser.add_argument("--epochs", type=float, help="passes; the default of `maskopt prune` otherwise")
+    parser.add_argument("--characters", type=int, help="length of each evaluation text; all by default")
+    parser.add_argument("--foreign", type=Path, help="another text on which perplexity is measured")
+    parser.add_argument("--name", default="recovery")
+    parser.add_argument("--only-models", action="store_true", help="leave the demo model out")
+    parser.add_argument("--resume", action="store_true", help="keep what results/NAME.json has, and run the rest")
+    options = parser.parse_args()
+    earlier = report.RESULTS / f"{options.name}.json"
+    records: list[Record] = json.loads(earlier.read_text())["records"] if options.resume and earlier.exists() else []
+    done = {key(record) for record in records}
+    todo = [(job, cells(job, options, done)) for job in jobs_of(options)]
+    left = sum(len(found) for _, found in todo)
+    with Progress() as bar:
+        shown = bar.add_task("recovery", total=left)
+
+        def finished(record: Record) -> None:
+            nonlocal left
+            left -= 1
+            records.append(record)
+            write(records, options, left)
+            bar.update(shown, advance=1)
+
+        for job, found in todo:
+            if found:
+                run(job, found, options, finished)
+    if not any(found for _, found in todo):
+        write(records, options, 0)
+
+
+if __name__ == "__main__":
+    main()
