@@ -117,16 +117,17 @@ class MaskState:
     def __init__(self, weights: Sequence[Masked], steps: int) -> None:
         self.weights, self.steps = weights, steps
 
-    def gradients(self, step: int) -> None:
-        """Change the gradients of the masters before an optimizer's step; by default only kept entries have one.
+    def gradient(self, weight: Masked, step: int) -> None:
+        """Change the gradient of a weight's master before the optimizer's step; by default only kept entries have one.
 
         Parameters
         ----------
+        weight : Masked
+            One of the weights.
         step : int
             Steps that are done.
         """
-        for weight in self.weights:
-            weight.scale_gradient(0.0)
+        weight.scale_gradient(0.0)
 
     def stepped(self, step: int) -> None:
         """Change masks, and what pruned entries count, after an optimizer's step.

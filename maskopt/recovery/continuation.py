@@ -68,9 +68,8 @@ class _Relaxed(MaskState):
         for weight in self.weights:
             weight.pruned = left**self._rule.power
 
-    def gradients(self, step: int) -> None:
-        for weight in self.weights:
-            weight.scale_gradient(weight.pruned)
+    def gradient(self, weight: Masked, step: int) -> None:
+        weight.scale_gradient(weight.pruned)
 
     def stepped(self, step: int) -> None:
         if self.weights and self.weights[0].pruned > 0.0:

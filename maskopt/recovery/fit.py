@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from maskopt.recovery.base import Masked, MaskRule, Objective
+from maskopt.recovery.base import Masked, MaskRule, MaskState, Objective
 from maskopt.recovery.fixed import FixedMasks
 
 __all__ = ["Fitted", "clearly_smaller", "fit"]
@@ -118,8 +118,8 @@ def fit(
 
     Notes
     -----
-    Memory beside the module, in bytes per entry of a float32 parameter: 8 of Adam, 4 for the best state, 4 for
-    gradients, and 4 for the values of pruned entries where masks move.
+    Memory beside the module, in bytes per entry of a float32 parameter: 8 of Adam, 4 for the best state, 4 for the
+    values of pruned entries where masks move, and the largest parameter's gradient.
     """
     run = _Fit(objective, weights, others, seed)
     sizes = _SIZES if step_size is None else (step_size,)
@@ -220,38 +220,62 @@ class _Fit:
         ]
         for weight, master in zip(self._weights, masters, strict=False):
             weight.master = master
-        groups = [{"params": [m], "lr": step_size * size} for m, size in zip(masters, self._sizes, strict=True)]
-        optimizer = torch.optim.Adam(groups, betas=_BETAS, eps=_ZERO)
-        warm = max(1, min(_WARM, steps // 10))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / warm) * (1.0 - step / steps)
-        )
+        optimizers = [torch.optim.Adam([master], betas=_BETAS, eps=_ZERO) for master in masters]
         state = rule.begin(self._weights, steps)
         self._write(masters)
+        warm = max(1, min(_WARM, steps // 10))
         order = _orders(self._objective.batches, self._seed)
         for step in range(steps):
+            rate = step_size * min(1.0, (step + 1) / warm) * (1.0 - step / steps)
             with torch.enable_grad():
                 loss = self._objective.loss(next(order))
-                loss.backward()  # type: ignore[no-untyped-call]
             value = float(loss.detach())
-            del loss
             if not math.isfinite(value):
                 return
-            for master, parameter, size in zip(masters, self._parameters, self._sizes, strict=True):
-                # A parameter that took no part, such as an expert's, has no gradient.
-                found = torch.zeros_like(master) if parameter.grad is None else parameter.grad.to(master.dtype)
-                parameter.grad = None
-                # Of the relative size: what Adam takes for zero must not depend on the units of a weight.
-                master.grad = found.mul_(size)
-            state.gradients(step)
-            optimizer.step()
-            schedule.step()
-            for master in masters:
-                master.grad = None
+            with self._stepping(masters, optimizers, state, step, rate):
+                loss.backward()  # type: ignore[no-untyped-call]
+            del loss
             state.stepped(step + 1)
             self._write(masters)
             tell()
             yield value
+
+    @contextmanager
+    def _stepping(
+        self,
+        masters: Sequence[Tensor],
+        optimizers: Sequence[torch.optim.Optimizer],
+        state: MaskState,
+        step: int,
+        rate: float,
+    ) -> Iterator[None]:
+        """Change each master as soon as its gradient is known, so that only few gradients exist at a time.
+
+        A parameter's gradient is complete only when the backward pass no longer needs the parameter. One without a
+        gradient, such as that of an expert that no token chose, stays.
+        """
+        hooks = []
+        for index, parameter in enumerate(self._parameters):
+
+            def change(parameter: Tensor, index: int = index) -> None:
+                master, size = masters[index], self._sizes[index]
+                assert parameter.grad is not None
+                # Of the relative size: what Adam takes for zero must not depend on the units of a weight.
+                master.grad = parameter.grad.to(master.dtype).mul_(size)
+                parameter.grad = None
+                if index < len(self._weights):
+                    state.gradient(self._weights[index], step)
+                optimizers[index].param_groups[0]["lr"] = rate * size
+                with torch.no_grad():
+                    optimizers[index].step()
+                master.grad = None
+
+            hooks.append(parameter.register_post_accumulate_grad_hook(change))  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _write(self, masters: Sequence[Tensor]) -> None:
         for weight in self._weights:

@@ -52,9 +52,9 @@ class _StraightThrough(MaskState):
         super().__init__(weights, steps)
         self._last = rule.until * steps
 
-    def gradients(self, step: int) -> None:
+    def gradient(self, weight: Masked, step: int) -> None:
         if step >= self._last:
-            super().gradients(step)
+            super().gradient(weight, step)
 
     def stepped(self, step: int) -> None:
         if step <= self._last:

@@ -154,8 +154,8 @@ def conditional_deviations(gram: Tensor, noise: float = 0.03) -> Tensor:
     Examples
     --------
     >>> import torch
-    >>> conditional_deviations(torch.diag(torch.tensor([4.0, 9.0])))
-    tensor([2., 3.])
+    >>> [round(size, 4) for size in conditional_deviations(torch.diag(torch.tensor([4.0, 9.0]))).tolist()]
+    [2.0, 3.0]
     """
     size = gram.diagonal().clamp_min(0.0).sqrt()
     inverse = size.reciprocal().nan_to_num_(posinf=0.0)
