@@ -30,6 +30,7 @@ _STEPS = 32  # micro-batches in a pass, at least, where there are so many window
 _HELD = 8  # one window of so many is held out, and at least two
 _NOISE = 0.03  # in the variance of an input given the others, as for ConditionalADMM
 _LEAST, _BYTES = 32, 8  # likely tokens of a position that are told apart, at least, and bytes for each
+_LARGEST: dict[Level, float] = {"block": 0.5, "model": 0.24}  # step sizes that are tried
 _SMALLEST = 1e-6  # squared length of a token, at least, relative to the mean
 _SHINGLE = 16  # tokens in a row that two windows of a text have in common only where they overlap
 
@@ -344,6 +345,7 @@ class Recoverer:
                     settings.rule_for(level),
                     settings.steps(level, objective.batches, self._data.tokens),
                     step_size=settings.step_size,
+                    largest=_LARGEST[level],
                     seed=settings.seed,
                     progress=tell,
                 )

@@ -86,7 +86,7 @@ class RecoveryRecord:
     changed : float
         Fraction of the kept weights that were pruned before.
     step_size : float
-        Relative to the root mean square of each tensor.
+        Relative to each tensor, see `maskopt.recovery.fit`.
     steps : int
         Of the optimizer.
     parameters : int

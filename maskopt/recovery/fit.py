@@ -17,10 +17,11 @@ __all__ = ["Fitted", "clearly_smaller", "fit"]
 
 _BETAS = (0.9, 0.95)
 _ZERO = 1e-12  # of a gradient, relative to loss and weight
-_SIZES = (0.03, 0.01, 0.003)  # step sizes that are tried
-_TRIAL = 16  # a trial has one step for so many of the fit
-# Short trials prefer smaller steps than the whole fit, which has time to average the noise of larger ones out: on four
-# objectives (blocks and models) the best size of a fit was three times the best of trials.
+_SIZES = (0.5, 0.24, 0.08, 0.027, 0.009)  # step sizes that are tried, the largest first
+_TRIAL = 12  # a trial has one step for so many of the fit
+_SHORTEST = 8  # steps of a trial
+# A trial has no time to average the noise of large steps out: on four objectives (blocks and models) the best size of a
+# whole fit was three times the best of short ones.
 _SHORT = 3.0
 _WARM = 16  # steps, at most, until steps have their full size
 
@@ -83,13 +84,15 @@ def fit(
     steps: int,
     *,
     step_size: float | None = None,
+    largest: float = _SIZES[0],
     seed: int = 0,
     progress: Callable[[float], object] | None = None,
 ) -> Fitted:
     """Fit weights to an objective, in place, and keep the best of the states met that held-out data prefers.
 
-    Adam with a warm-up and linear decay. Steps are relative: every tensor's is `step_size` times the root mean square
-    of its nonzero entries, because one learning rate cannot serve tensors of all sizes. Once a pass over the
+    Adam with a warm-up and linear decay. Steps are relative, because one learning rate cannot serve tensors of all
+    sizes: every tensor's is `step_size` times the root mean square of its nonzero entries over the square root of the
+    number of inputs, so that a step changes outputs by about that fraction at any width. Once a pass over the
     micro-batches, at the end, and where masks stand, the held-out loss is measured; the best state stays, and the state
     from before unless the best is better by more than the standard error.
 
@@ -106,7 +109,10 @@ def fit(
     steps : int
         Of the optimizer.
     step_size : float, optional
-        By default the best of three in short trials with fixed masks, by the held-out loss.
+        By default the largest of five, a third of which lowers the held-out loss in a short trial with fixed masks; a
+        third of it if the fit is then no better than the state before.
+    largest : float
+        No larger step size is tried.
     seed : int
         Of the order of the micro-batches.
     progress : callable, optional
@@ -122,22 +128,28 @@ def fit(
     values of pruned entries where masks move, and the largest parameter's gradient.
     """
     run = _Fit(objective, weights, others, seed)
-    sizes = _SIZES if step_size is None else (step_size,)
-    trial = max(4, steps // _TRIAL)
-    total = steps + (len(sizes) * trial if len(sizes) > 1 else 0)
-    done = 0
+    trial = max(_SHORTEST, steps // _TRIAL)
+    total, done = steps + (trial if step_size is None else 0), 0
 
     def tell() -> None:
         nonlocal done
         done += 1
         if progress is not None:
-            progress(done / total)
+            progress(min(1.0, done / total))
 
     with run.gradients_on():
-        size = sizes[0]
-        if len(sizes) > 1:
-            size = min(sizes, key=lambda size: run.trial(size / _SHORT, trial, tell))
-        return run.whole(rule, size, steps, tell)
+        size = _SIZES[-1] if step_size is None else step_size
+        for candidate in [size for size in _SIZES[:-1] if size <= largest and step_size is None]:
+            total = max(total, done + trial + steps)
+            if run.improves(candidate / _SHORT, trial, tell):
+                size = candidate
+                break
+        total = done + steps
+        fitted = run.whole(rule, size, steps, tell)
+        if step_size is None and not fitted.accepted:
+            total = done + steps
+            fitted = run.whole(rule, size / _SHORT, steps, tell)
+        return fitted
 
 
 class _Fit:
@@ -159,7 +171,8 @@ class _Fit:
         self._best = self._before
         self._saved = [parameter.data.clone() for parameter in self._parameters]
         self._masks = [weight.mask for weight in weights]
-        self._sizes = [_size(parameter) for parameter in self._parameters]
+        pruned = {id(weight.parameter): weight for weight in weights}
+        self._sizes = [_size(parameter, pruned.get(id(parameter))) for parameter in self._parameters]
 
     @contextmanager
     def gradients_on(self) -> Iterator[None]:
@@ -174,19 +187,20 @@ class _Fit:
                 parameter.requires_grad_(flag)
             self._restore()
 
-    def trial(self, step_size: float, steps: int, tell: Callable[[], None]) -> float:
-        """Return the held-out loss after a few steps with fixed masks, infinite where it is no number; then go back."""
-        for _ in self._run(FixedMasks(), step_size, steps, tell):
-            pass
+    def improves(self, step_size: float, steps: int, tell: Callable[[], None]) -> bool:
+        """Whether a few steps with fixed masks lower the held-out loss; the state is that of before again."""
+        # Without a warm-up: what is too large shows at once.
+        done = sum(1 for _ in self._run(FixedMasks(), step_size, steps, 1, tell))
         loss = float(self._objective.held_out().mean())
         self._restore()
-        return loss if math.isfinite(loss) else math.inf
+        return done == steps and loss < float(self._before.mean())
 
     def whole(self, rule: MaskRule, step_size: float, steps: int, tell: Callable[[], None]) -> Fitted:
-        """Fit, and keep the best state in mind."""
+        """Fit, and keep the best state."""
+        self._restore()
         losses: list[float] = []
         first = list(self._masks)
-        for loss in self._run(rule, step_size, steps, tell):
+        for loss in self._run(rule, step_size, steps, max(1, min(_WARM, steps // 6)), tell):
             losses.append(loss)
             ends = len(losses) % self._objective.batches == 0 or len(losses) == steps
             if ends and all(weight.pruned == 0.0 for weight in self._weights):
@@ -212,8 +226,10 @@ class _Fit:
         for weight, mask in zip(self._weights, self._masks, strict=True):
             weight.mask, weight.pruned, weight.master = mask, 0.0, weight.parameter.data
 
-    def _run(self, rule: MaskRule, step_size: float, steps: int, tell: Callable[[], None]) -> Iterator[float]:
-        """Do the steps, and yield the loss of each; end early where it is no number."""
+    def _run(
+        self, rule: MaskRule, step_size: float, steps: int, warm: int, tell: Callable[[], None]
+    ) -> Iterator[float]:
+        """Do the steps, of full size after `warm` of them, and yield the loss of each; end where it is no number."""
         masters = [
             _master(parameter, apart=rule.moves and index < len(self._weights))
             for index, parameter in enumerate(self._parameters)
@@ -223,7 +239,6 @@ class _Fit:
         optimizers = [torch.optim.Adam([master], betas=_BETAS, eps=_ZERO) for master in masters]
         state = rule.begin(self._weights, steps)
         self._write(masters)
-        warm = max(1, min(_WARM, steps // 10))
         order = _orders(self._objective.batches, self._seed)
         for step in range(steps):
             rate = step_size * min(1.0, (step + 1) / warm) * (1.0 - step / steps)
@@ -293,10 +308,11 @@ def _master(parameter: nn.Parameter, *, apart: bool) -> Tensor:
     return (values.clone() if exact and apart else values).detach().requires_grad_(True)
 
 
-def _size(parameter: nn.Parameter) -> float:
-    """Return the root mean square of the nonzero entries."""
+def _size(parameter: nn.Parameter, weight: Masked | None) -> float:
+    """Return the root mean square of the nonzero entries over the square root of the number of inputs."""
     values = parameter.data.float()
-    return math.sqrt(float(values.square().sum()) / max(1, int((values != 0).sum())))
+    inputs = parameter.shape[-1] if weight is None else weight.oriented(parameter).shape[1]
+    return math.sqrt(float(values.square().sum()) / max(1, int((values != 0).sum())) / inputs)
 
 
 def _orders(batches: int, seed: int) -> Iterator[int]:

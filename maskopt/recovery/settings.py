@@ -36,7 +36,7 @@ class Recovery:
     rule : MaskRule, optional
         How masks move, at both levels. By default `Continuation` for blocks and `FixedMasks` for the model.
     step_size : float, optional
-        Relative to each tensor's root mean square; by default the best of three in short trials.
+        Of the optimizer, relative to each tensor, see `fit`; by default short trials choose it.
     seed : int
         Of the order of the windows.
 

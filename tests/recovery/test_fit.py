@@ -61,7 +61,7 @@ class Regression(Objective):
 def test_a_fit_ends_with_masks_of_the_set_and_a_smaller_loss(rule, pattern, transposed):
     objective, masks = Regression(transposed=transposed), SETS[pattern]
     weight = objective.masked(masks)
-    fitted = fit(objective, [weight], [], RULES[rule](), 120, step_size=0.03)
+    fitted = fit(objective, [weight], [], RULES[rule](), 120, step_size=0.1)
     assert fitted.accepted
     assert float(fitted.after.mean()) < float(fitted.before.mean())
     torch.testing.assert_close(objective.held_out(), fitted.after, rtol=1e-12, atol=0)
@@ -83,7 +83,7 @@ def test_masks_are_in_their_set_at_every_step(rule):
             found.append(self.mask.clone())
 
     weight.__class__ = Watched
-    fit(objective, [weight], [], RULES[rule](), 40, step_size=0.1)
+    fit(objective, [weight], [], RULES[rule](), 40, step_size=0.3)
     assert bool(found) == RULES[rule].moves
     assert all(masks.contains(mask) for mask in found)
     last = objective.seen[-1]
@@ -93,7 +93,7 @@ def test_masks_are_in_their_set_at_every_step(rule):
 def test_with_fixed_masks_a_long_fit_finds_the_least_squares_solution():
     objective = Regression(rows=3, d=5)
     weight = objective.masked(PerRow(3))
-    fit(objective, [weight], [], FixedMasks(), 6000, step_size=0.01)
+    fit(objective, [weight], [], FixedMasks(), 6000, step_size=0.03)
     x, y = objective.x[:4].reshape(-1, 5), objective.y[:4].reshape(-1, 3)
     for row, mask in enumerate(weight.mask):
         best = torch.linalg.lstsq(x[:, mask], y[:, row]).solution
@@ -108,7 +108,7 @@ def test_nothing_changes_where_held_out_data_disagrees(rule, dtype):
     weight = objective.masked(PerRow(0.5))
     objective.held = (objective.x[4] @ objective.parameter.double().T).detach()
     before, mask = objective.parameter.detach().clone(), weight.mask.clone()
-    fitted = fit(objective, [weight], [], RULES[rule](), 16, step_size=0.03)
+    fitted = fit(objective, [weight], [], RULES[rule](), 16, step_size=0.1)
     assert not fitted.accepted
     assert torch.equal(objective.parameter, before)
     assert torch.equal(weight.mask, mask)
@@ -131,7 +131,7 @@ def test_steps_are_relative_to_the_weights(unit):
     """A layer in other units is fitted alike, up to the rounding of the step sizes."""
     plain, other = Regression(), Regression(unit=unit)
     for objective in (plain, other):
-        fit(objective, [objective.masked(PerRow(0.5))], [], Continuation(), 60, step_size=0.03)
+        fit(objective, [objective.masked(PerRow(0.5))], [], Continuation(), 60, step_size=0.1)
     torch.testing.assert_close(other.parameter / unit, plain.parameter, rtol=1e-6, atol=1e-9)
 
 
@@ -142,7 +142,7 @@ def test_an_interrupt_leaves_the_best_state(calls):
     before = float(objective.held_out())
     objective.fail_at = calls
     with pytest.raises(KeyboardInterrupt):
-        fit(objective, [weight], [], Continuation(), 80, step_size=0.03)
+        fit(objective, [weight], [], Continuation(), 80, step_size=0.1)
     assert float(objective.held_out()) <= before
     assert masks.contains(weight.mask)
     assert not bool(objective.parameter[~weight.mask].any())
@@ -163,7 +163,7 @@ def test_bfloat16_weights_are_fitted_in_float32():
     """Steps below the spacing of bfloat16 add up."""
     objective = Regression(dtype=torch.bfloat16)
     weight = objective.masked(PerRow(0.5))
-    fitted = fit(objective, [weight], [], FixedMasks(), 200, step_size=0.002)
+    fitted = fit(objective, [weight], [], FixedMasks(), 200, step_size=0.006)
     assert float(fitted.after.mean()) < 0.9 * float(fitted.before.mean())
     assert objective.parameter.dtype == torch.bfloat16
 
@@ -171,7 +171,7 @@ def test_bfloat16_weights_are_fitted_in_float32():
 def test_trials_choose_among_step_sizes():
     objective = Regression()
     fitted = fit(objective, [objective.masked(PerRow(0.5))], [], FixedMasks(), 64)
-    assert fitted.step_size in (0.03, 0.01, 0.003)
+    assert fitted.step_size in (0.5, 0.24, 0.08, 0.027, 0.009)
 
 
 def test_progress_reaches_one():
