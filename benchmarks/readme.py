@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import report
@@ -67,6 +67,18 @@ def allocations() -> Rows:
         row: {rule: (fmean(values), "") for rule, values in found[row].items()}
         for row in sorted(found, key=lambda row: (row.split(", ")[1:], list(found).index(row)))
     }
+
+
+def recoveries() -> Rows:
+    """Return median perplexities by recovery, and those of the dense models."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for record in figures("recovery")["records"]:
+        pattern, _, sparsity = record["pattern"].partition(":")
+        masks = f"{pattern} {100 * float(sparsity):g} %" if pattern == "per-row" else record["pattern"]
+        row = found.setdefault(f"{record['model'].removesuffix('-llama')}, {masks}", {})
+        row.setdefault("dense", []).append(record["dense"])
+        row.setdefault(record["recovery"], []).append(record["perplexity"])
+    return {row: {name: (median(values), "") for name, values in own.items()} for row, own in found.items()}
 
 
 def figures(name: str) -> dict[str, Any]:
@@ -146,8 +158,21 @@ TABLES: list[tuple[str, Mapping[str, str], str, Callable[[], Rows]]] = [
         ".2f",
         allocations,
     ),
+    (
+        "model, masks",
+        {
+            "dense": "dense",
+            "`best`": "none",
+            "block, masks fixed": "block:fixed",
+            "--recover block": "block",
+            "model, masks fixed": "model:fixed",
+            "--recover model": "model",
+        },
+        ".2f",
+        recoveries,
+    ),
 ]
-OURS = ("maskopt", "best", "auto")
+OURS = ("maskopt", "best", "auto", "--recover block", "--recover model")
 
 
 def table(first: str, columns: Mapping[str, str], form: str, rows: Rows) -> str:

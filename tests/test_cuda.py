@@ -37,3 +37,22 @@ def test_weights_on_cuda_agree_with_cpu(name: str, masks: maskopt.PartitionMatro
     assert on_cuda.weight.device.type == on_cuda.mask.device.type == "cuda"
     assert masks.contains(on_cuda.mask)
     assert on_cuda.total == pytest.approx(on_cpu.total, rel=0.02)
+
+
+def test_recovery_on_cuda_helps_as_on_the_cpu() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    batches = list(torch.randint(1, 61, (64, 24), generator=torch.Generator().manual_seed(0)).split(8))
+    masks = maskopt.NM(keep=2, group=4)
+    losses = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config)
+        report = maskopt.prune(
+            model, batches, masks, maskopt.ConditionalADMM(), device=device, recover=maskopt.Recovery("model")
+        )
+        assert all(masks.contains(mask) for mask in report.masks.values())
+        losses[device] = [record.after / record.before for record in report.recovery]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.1)

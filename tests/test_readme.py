@@ -51,7 +51,16 @@ def _commands() -> list[list[str]]:
 
 def test_commands_exist_with_their_options() -> None:
     commands = _commands()
-    assert {words[0] for words in commands} == {"prune", "evaluate", "solve", "compare", "trace", "verify", "certify"}
+    assert {words[0] for words in commands} == {
+        "prune",
+        "evaluate",
+        "solve",
+        "compare",
+        "trace",
+        "verify",
+        "certify",
+        "recover",
+    }
     for words in commands:
         shown = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "300", "NO_COLOR": "1"})
         assert shown.exit_code == 0
