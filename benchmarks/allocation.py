@@ -11,7 +11,6 @@ benchmarks/results/NAME.{md,json} after every cell; --resume goes on where an in
 
 import argparse
 import copy
-import json
 import re
 import time
 from collections.abc import Sequence
@@ -21,15 +20,18 @@ from typing import Any
 
 import report
 import torch
-from perplexity import Job, jobs_of
-from rich.progress import Progress
+from perplexity import Job
+from study import Record, carry_out
 
 from maskopt.cli.solvers import parse_weights
 from maskopt.models import RULES, allocate, calibration_batches, default_seqlen, load_model, perplexity, prune
 from maskopt.oracles import parse_masks
 from maskopt.solvers import Solver
 
-Record = dict[str, Any]
+
+def key(record: Record) -> tuple[Any, ...]:
+    """Return model, seed, method, sparsity and rule of a record."""
+    return record["model"], record["seed"], record["method"], record["sparsity"], record["rule"]
 
 
 def solver_of(method: str) -> Solver:
@@ -219,26 +221,7 @@ def main() -> None:
     parser.add_argument("--only-models", action="store_true", help="leave the demo model out")
     parser.add_argument("--resume", action="store_true", help="keep what results/NAME.json has, and run the rest")
     options = parser.parse_args()
-    earlier = report.RESULTS / f"{options.name}.json"
-    records: list[Record] = json.loads(earlier.read_text())["records"] if options.resume and earlier.exists() else []
-    done = {(r["model"], r["seed"], r["method"], r["sparsity"], r["rule"]) for r in records}
-    todo = [(job, cells(job, options, done)) for job in jobs_of(options)]
-    left = sum(len(found) for _, found in todo)
-    with Progress() as bar:
-        shown = bar.add_task("allocation", total=left)
-
-        def finished(record: Record) -> None:
-            nonlocal left
-            left -= 1
-            records.append(record)
-            write(records, options, left)
-            bar.update(shown, advance=1)
-
-        for job, found in todo:
-            if found:
-                run(job, found, options, finished)
-    if not any(found for _, found in todo):
-        write(records, options, 0)
+    carry_out("allocation", options, cells, run, write, key)
 
 
 if __name__ == "__main__":

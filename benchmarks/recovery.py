@@ -12,7 +12,6 @@ interrupted run ended.
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +21,13 @@ from typing import Any
 import report
 import torch
 from allocation import solver_of
-from perplexity import Job, jobs_of
-from rich.progress import Progress
+from perplexity import Job
+from study import Record, carry_out
 
 from maskopt.cli.options import parse_recovery
 from maskopt.models import calibration_batches, default_seqlen, load_model, perplexity, prune
 from maskopt.oracles import parse_masks
 
-Record = dict[str, Any]
 Cell = tuple[str, int, int, str, str, str]
 
 
@@ -186,26 +184,7 @@ def main() -> None:
     parser.add_argument("--only-models", action="store_true", help="leave the demo model out")
     parser.add_argument("--resume", action="store_true", help="keep what results/NAME.json has, and run the rest")
     options = parser.parse_args()
-    earlier = report.RESULTS / f"{options.name}.json"
-    records: list[Record] = json.loads(earlier.read_text())["records"] if options.resume and earlier.exists() else []
-    done = {key(record) for record in records}
-    todo = [(job, cells(job, options, done)) for job in jobs_of(options)]
-    left = sum(len(found) for _, found in todo)
-    with Progress() as bar:
-        shown = bar.add_task("recovery", total=left)
-
-        def finished(record: Record) -> None:
-            nonlocal left
-            left -= 1
-            records.append(record)
-            write(records, options, left)
-            bar.update(shown, advance=1)
-
-        for job, found in todo:
-            if found:
-                run(job, found, options, finished)
-    if not any(found for _, found in todo):
-        write(records, options, 0)
+    carry_out("recovery", options, cells, run, write, key)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def measured_losses(
     for position, block in enumerate(replay.order):
 
         def rest(index: int, position: int = position) -> Tensor:
-            return divergence.scores(model, replay.rest(position, index))
+            return divergence.scores(model, replay.output(position, index, whole=True))
 
         measure(blocks[block], rest)
         replay.run(position, store=True)

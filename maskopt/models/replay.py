@@ -171,7 +171,7 @@ class Replay:
             if store and self.shortcut and current is not None:
                 self._states[current.stack][index] = output
 
-    def output(self, position: int, index: int) -> Any:
+    def output(self, position: int, index: int, *, whole: bool = False) -> Any:
         """Return the output of a block on a batch; gradients flow where they are on.
 
         Parameters
@@ -180,26 +180,15 @@ class Replay:
             Of the block in the order of execution; those before it must have been stored, in order.
         index : int
             Of the batch.
+        whole : bool
+            Return the model's output instead, computed from the block onwards.
         """
         with self._passed(position, index):
-            return self._forward(index, self.order[position])
+            return self._forward(index, None if whole else self.order[position])
 
     def state(self, position: int, index: int) -> Tensor:
         """Return the hidden states that a block returned on a batch, as stored by the latest `run` of its stack."""
         return first_tensor(self._states[self.order[position].stack][index])
-
-    def rest(self, position: int, index: int) -> Any:
-        """Return the model's output on a batch, computed from a block onwards.
-
-        Parameters
-        ----------
-        position : int
-            Of the block in the order of execution; those before it must have been stored, in order.
-        index : int
-            Of the batch.
-        """
-        with self._passed(position, index):
-            return self._forward(index)
 
     @contextmanager
     def _passed(self, position: int | None, index: int) -> Iterator[None]:

@@ -12,7 +12,6 @@ from transformers import BertConfig, BertModel
 from maskopt.allocation import Plan
 from maskopt.errors import MaskoptError
 from maskopt.models import RULES, allocate, prune, select_layers
-from maskopt.models import divergence as divergence_module
 from maskopt.models.batches import gathered, prepare_batches, sequences
 from maskopt.models.curves import expanded_losses, measured_losses
 from maskopt.models.database import Database
@@ -41,13 +40,12 @@ def shapes_of(model):
 
 
 @pytest.mark.parametrize("kept", [4, 512])
-def test_the_divergence_is_that_of_the_distributions(monkeypatch, kept):
+def test_the_divergence_is_that_of_the_distributions(kept):
     """With every token apart it is torch's; with the unlikely ones merged it is that of the merged distributions."""
-    monkeypatch.setattr(divergence_module, "_TOKENS", kept)
     model = ARCHITECTURES["llama"].build()
     batches = prepare_batches(model, windows(5))
     with evaluation_mode(model):
-        measured = Divergence(model, batches)
+        measured = Divergence(model, batches, kept)
         dense = [model(**batch.inputs).logits.double() for batch in batches]
         for layer in select_layers(model).layers:
             layer.weight.data.mul_(0.7)
