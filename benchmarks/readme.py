@@ -165,7 +165,6 @@ TABLES: list[tuple[str, Mapping[str, str], str, Callable[[], Rows]]] = [
             "`best`": "none",
             "block, masks fixed": "block:fixed",
             "--recover block": "block",
-            "model, masks fixed": "model:fixed",
             "--recover model": "model",
         },
         ".2f",

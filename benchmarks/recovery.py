@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--samples", type=numbers, default=[128], help="numbers of calibration windows")
     parser.add_argument("--patterns", type=words, default=["per-row:0.6", "2:4"])
     parser.add_argument("--methods", type=words, default=["best"])
-    parser.add_argument("--recoveries", type=words, default=["none", "block:fixed", "block", "model:fixed", "model"])
+    parser.add_argument("--recoveries", type=words, default=["none", "block:fixed", "block", "model"])
     parser.add_argument("--epochs", type=float, help="passes; the default of `maskopt prune` otherwise")
     parser.add_argument("--characters", type=int, help="length of each evaluation text; all by default")
     parser.add_argument("--foreign", type=Path, help="another text on which perplexity is measured")
