@@ -110,7 +110,8 @@ def fit(
         Of the optimizer.
     step_size : float, optional
         By default the largest of five, a third of which lowers the held-out loss in a short trial with fixed masks; a
-        third of it if the fit is then no better than the state before.
+        third of it if the fit is then no better than the state before. Where masks move and nothing is gained, they are
+        fixed in a last attempt.
     largest : float
         No larger step size is tried.
     seed : int
@@ -129,13 +130,14 @@ def fit(
     """
     run = _Fit(objective, weights, others, seed)
     trial = max(_SHORTEST, steps // _TRIAL)
-    total, done = steps + (trial if step_size is None else 0), 0
+    total, done, told = steps + (trial if step_size is None else 0), 0, 0.0
 
     def tell() -> None:
-        nonlocal done
+        nonlocal done, told
         done += 1
+        told = max(told, min(1.0, done / total))  # further attempts do not set it back
         if progress is not None:
-            progress(min(1.0, done / total))
+            progress(told)
 
     with run.gradients_on():
         size = _SIZES[-1] if step_size is None else step_size
@@ -144,11 +146,15 @@ def fit(
             if run.improves(candidate / _SHORT, trial, tell):
                 size = candidate
                 break
-        total = done + steps
-        fitted = run.whole(rule, size, steps, tell)
-        if step_size is None and not fitted.accepted:
+        attempts = [(rule, size), *([(rule, size / _SHORT)] if step_size is None else [])]
+        if rule.moves:
+            # On little data masks that move may only fit noise, where weights alone still gain.
+            attempts.append((FixedMasks(), size))
+        for how, length in attempts:
             total = done + steps
-            fitted = run.whole(rule, size / _SHORT, steps, tell)
+            fitted = run.whole(how, length, steps, tell)
+            if fitted.accepted:
+                break
         return fitted
 
 
