@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +35,17 @@ from maskopt.files import atomic_path, require_absent
 if TYPE_CHECKING:
     from maskopt.solvers import Callback, State
 
-__all__ = ["Bar", "check_outputs", "environment", "facts", "finite", "json_output", "stderr", "tables"]
+__all__ = [
+    "Bar",
+    "check_outputs",
+    "environment",
+    "facts",
+    "finite",
+    "json_output",
+    "show_evaluation",
+    "stderr",
+    "tables",
+]
 
 _FILE_WIDTH = 200  # columns at most where output is no terminal
 
@@ -64,6 +75,21 @@ def facts(lines: Mapping[str, str]) -> Table:
     for name, value in lines.items():
         table.add_row(Text(name, style="bold"), Text(value))
     return table
+
+
+def show_evaluation(console: Console, out: Path, text: Path | None) -> None:
+    """Print the command that measures a saved model's perplexity, without line breaks, so that it can be copied.
+
+    Parameters
+    ----------
+    console : Console
+    out : Path
+        The model's folder.
+    text : Path or None
+        What it was evaluated on; None if on nothing yet.
+    """
+    words = ["maskopt", "evaluate", str(out), "--text", "TEXT" if text is None else str(text)]
+    console.print(f"Next: {shlex.join(words)}", markup=False, soft_wrap=True)
 
 
 class _TimeLeft(TimeRemainingColumn):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -49,7 +48,7 @@ from maskopt.cli.options import (
     require_file,
     require_transformers,
 )
-from maskopt.cli.output import Bar, check_outputs, environment, facts, finite, json_output, tables
+from maskopt.cli.output import Bar, check_outputs, environment, facts, finite, json_output, show_evaluation, tables
 from maskopt.cli.prune_progress import PruneProgress
 from maskopt.cli.recover import recovery_lines
 from maskopt.cli.solvers import parse_weights
@@ -264,9 +263,7 @@ def prune(
     lines |= {"solver": solver_words(method), "time": _times(report, time.perf_counter() - began), "saved in": str(out)}
     console.print(facts(lines))
     if network.can_generate():
-        # Without line breaks, so that it can be copied.
-        command = f"maskopt evaluate {shlex.quote(str(out))} --text {_text_for(evaluate)}"
-        console.print(f"Next: {command}", markup=False, soft_wrap=True)
+        show_evaluation(console, out, evaluate)
 
 
 def _read_plan(allocation: str, pattern: str, sparsity: float | None, fixed: dict[str, float]) -> Plan | None:
@@ -359,8 +356,3 @@ def _times(report: PruneReport, seconds: float) -> str:
     return f"{duration(seconds)} in all: " + ", ".join(
         f"{duration(part)} {name}" for name, part in parts.items() if part > 0.0
     )
-
-
-def _text_for(evaluated: Path | None) -> str:
-    """Return the text file for the next command."""
-    return "TEXT" if evaluated is None else shlex.quote(str(evaluated))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from maskopt.cli.options import (
     require_file,
     require_transformers,
 )
-from maskopt.cli.output import Bar, check_outputs, environment, facts, finite, json_output, tables
+from maskopt.cli.output import Bar, check_outputs, environment, facts, finite, json_output, show_evaluation, tables
 from maskopt.cli.words import duration, named_table
 from maskopt.errors import MaskoptError
 
@@ -146,8 +145,7 @@ def recover(
     lines |= {"time": duration(time.perf_counter() - began), "saved in": str(out)}
     console.print(facts(lines))
     if network.can_generate():
-        name = "TEXT" if evaluate is None else shlex.quote(str(evaluate))
-        console.print(f"Next: maskopt evaluate {shlex.quote(str(out))} --text {name}", markup=False, soft_wrap=True)
+        show_evaluation(console, out, evaluate)
 
 
 def _table(records: Sequence[RecoveryRecord], width: int) -> Table:

@@ -14,7 +14,7 @@ from maskopt.checks import shown
 from maskopt.errors import MaskoptError
 from maskopt.models.context import context_length
 
-__all__ = ["Batch", "check_token_ids", "gathered", "prepare_batches", "sequences"]
+__all__ = ["Batch", "check_token_ids", "data_settings", "gathered", "prepare_batches", "sequences"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,3 +180,18 @@ def _vocabulary(model: PreTrainedModel) -> int | None:
     except (NotImplementedError, AttributeError):  # several embeddings, or none that is a table
         size = getattr(model.config.get_text_config(), "vocab_size", None)
     return size if isinstance(size, int) else None
+
+
+def data_settings(batches: Sequence[Batch]) -> dict[str, int]:
+    """Return what a report says of the data: numbers of batches, sequences and tokens, and the longest sequence.
+
+    Parameters
+    ----------
+    batches : sequence of Batch
+    """
+    return {
+        "batches": len(batches),
+        "sequences": sum(batch.shape[0] for batch in batches),
+        "longest_sequence": max(batch.shape[1] for batch in batches),
+        "calibration_tokens": sum(batch.tokens for batch in batches),
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +110,12 @@ class Divergence:
             value = value + torch.where(rest > 0, rest * (rest.clamp_min(_LEAST).log() - other.log()), 0.0)
         return (value if real is None else value * real).sum(-1)
 
-    def each(self, model: PreTrainedModel, run: Callable[[int], Tensor] | None = None) -> Tensor:
+    def each(
+        self,
+        model: PreTrainedModel,
+        run: Callable[[int], Tensor] | None = None,
+        indices: Iterable[int] | None = None,
+    ) -> Tensor:
         """Return the divergence per token of each sequence, float64, shape (sequences,).
 
         Parameters
@@ -119,11 +124,16 @@ class Divergence:
             Changed.
         run : callable, optional
             Returns its logits on the batch of an index, where there is a faster way than running it.
+        indices : iterable of int, optional
+            Of the batches; all of them by default.
         """
-        return torch.cat(list(self._each(model, run)))
+        return torch.cat(list(self._each(model, run, range(len(self.batches)) if indices is None else indices)))
 
-    def _each(self, model: PreTrainedModel, run: Callable[[int], Tensor] | None) -> Iterator[Tensor]:
-        for index, batch in enumerate(self.batches):
+    def _each(
+        self, model: PreTrainedModel, run: Callable[[int], Tensor] | None, indices: Iterable[int]
+    ) -> Iterator[Tensor]:
+        for index in indices:
+            batch = self.batches[index]
             total = self.of(self.logits(model, index) if run is None else run(index), index).double().cpu()
             counts = batch.shape[1] if batch.real is None else batch.real.sum(1).clamp_min(1).cpu()
             yield total / counts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,7 +16,7 @@ from maskopt.allocation import Plan
 from maskopt.bounds import BoundKind
 from maskopt.checks import choice, shown
 from maskopt.errors import MaskoptError
-from maskopt.models.batches import Batch, prepare_batches
+from maskopt.models.batches import data_settings, prepare_batches
 from maskopt.models.checks import check_model, move_model
 from maskopt.models.edits import Edits
 from maskopt.models.gram import CallOrder
@@ -27,7 +25,7 @@ from maskopt.models.proofs import Prover
 from maskopt.models.propagation import Accompanied, Corrected, Dense, Propagation, Pruned, Stage, last_uses
 from maskopt.models.recovery import Data, Recoverer, divided, predictions
 from maskopt.models.replay import Replay, evaluation_mode
-from maskopt.models.report import PruneReport
+from maskopt.models.report import PruneReport, circumstances
 from maskopt.models.selection import LeftDense, Selection, select_layers
 from maskopt.models.solving import Observer, Progress, Work
 from maskopt.oracles import MaskSet
@@ -263,8 +261,8 @@ def prune_layers(
         "exclude": list(exclude),
         "warm_started_layers": sorted(layer.name for layer in starts),
         "block_by_block": replay.shortcut,
-        **_data(prepared),
-        **_circumstances(model),
+        **data_settings(prepared),
+        **circumstances(model),
     }
     return report
 
@@ -369,8 +367,7 @@ class _Recovery:
         if self._dense is not None:
             began = time.perf_counter()
             self._edits.remember(self._recoverer.all_parameters())
-            layers = [layer for stage in self._work.stages for layer in stage.layers]
-            self._records.extend(self._recoverer.fit_model(self._dense, layers))
+            self._records.extend(self._recoverer.fit_model(self._dense))
             self._work.report.recovery_seconds += time.perf_counter() - began
 
 
@@ -470,23 +467,3 @@ def _unreached(replay: Replay, selection: Selection) -> list[LeftDense]:
         if block not in reached
         for layer in layers
     ]
-
-
-def _data(batches: Sequence[Batch]) -> dict[str, Any]:
-    return {
-        "batches": len(batches),
-        "sequences": sum(batch.shape[0] for batch in batches),
-        "longest_sequence": max(batch.shape[1] for batch in batches),
-        "calibration_tokens": sum(batch.tokens for batch in batches),
-    }
-
-
-def _circumstances(model: PreTrainedModel) -> dict[str, Any]:
-    return {
-        "model": type(model).__name__,
-        "dtype": str(model.dtype),
-        "device": str(model.device),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }

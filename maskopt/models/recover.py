@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from maskopt.checks import shown
 from maskopt.errors import MaskoptError
-from maskopt.models.batches import prepare_batches
+from maskopt.models.batches import data_settings, prepare_batches
 from maskopt.models.checks import check_model
 from maskopt.models.layers import Layer
 from maskopt.models.recovery import Recoverer, divided, predictions
 from maskopt.models.replay import Replay, evaluation_mode
-from maskopt.models.report import RecoveryReport
+from maskopt.models.report import RecoveryReport, circumstances
 from maskopt.models.selection import select_layers
 from maskopt.oracles import NM, MaskSet, PerRow, Unstructured
 from maskopt.recovery import Recovery
@@ -93,8 +93,7 @@ def recover(
     _check_same(model, dense)
     selection = select_layers(model, include, exclude)
     chosen = _masks({layer.name: layer for layer in selection.layers}, masks)
-    layers = [layer for layer in selection.layers if layer.name in chosen]
-    sets = {layer: recognised(layer.oriented(chosen[layer.name])) for layer in layers}
+    sets = {layer: recognised(layer.oriented(chosen[layer.name])) for layer in selection.layers if layer.name in chosen}
     data = divided(prepare_batches(model, batches))
     report = RecoveryReport(masks=chosen)
     began = time.perf_counter()
@@ -127,16 +126,13 @@ def recover(
             replay.run(position, store=True)
             done += 1
         if target is not None:
-            report.recovery += recoverer.fit_model(target, layers)
+            report.recovery += recoverer.fit_model(target)
     report.seconds = time.perf_counter() - began
     report.settings = {
         "recover": repr(settings),
-        "windows": sum(batch.shape[0] for batch in data.batches),
-        "held_out_windows": sum(data.batches[index].shape[0] for index in data.held_out),
-        "model": type(model).__name__,
-        "dtype": str(model.dtype),
-        "device": str(model.device),
-        "torch": torch.__version__,
+        "held_out_sequences": sum(data.batches[index].shape[0] for index in data.held_out),
+        **data_settings(data.batches),
+        **circumstances(model),
     }
     return report
 

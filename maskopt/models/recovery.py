@@ -28,7 +28,6 @@ __all__ = ["Data", "Recoverer", "divided", "predictions"]
 _TOKENS = 2048  # of a micro-batch, at most, unless a window is longer
 _STEPS = 32  # micro-batches in a pass, at least, where there are so many windows
 _HELD = 8  # one window of so many is held out, and at least two
-_NOISE = 0.03  # in the variance of an input given the others, as for ConditionalADMM
 _LEAST, _BYTES = 32, 8  # likely tokens of a position that are told apart, at least, and bytes for each
 _LARGEST: dict[Level, float] = {"block": 0.5, "model": 0.24}  # step sizes that are tried
 _SMALLEST = 1e-6  # squared length of a token, at least, relative to the mean
@@ -174,18 +173,11 @@ class _Predictions(Objective):
 
     def loss(self, index: int) -> Tensor:
         number = self._data.fitted[index]
-        return self._sum(number).sum() / max(1, self._data.batches[number].tokens)
+        total = self._divergence.of(self._divergence.logits(self._model, number), number).sum()
+        return total / max(1, self._data.batches[number].tokens)
 
     def held_out(self) -> Tensor:
-        return torch.cat([self._each(index) for index in self._data.held_out])
-
-    def _sum(self, index: int) -> Tensor:
-        return self._divergence.of(self._divergence.logits(self._model, index), index)
-
-    def _each(self, index: int) -> Tensor:
-        batch = self._data.batches[index]
-        counts = batch.shape[1] if batch.real is None else batch.real.sum(1).clamp_min(1)
-        return (self._sum(index).double() / counts).cpu()
+        return self._divergence.each(self._model, indices=self._data.held_out)
 
 
 class Recoverer:
@@ -205,7 +197,6 @@ class Recoverer:
         Masks by the name of the layer, as in ``PruneReport.masks``; replaced where they move.
     progress : callable, optional
         Called with what is fitted and the fraction done.
-
     """
 
     def __init__(
@@ -221,6 +212,7 @@ class Recoverer:
         self._model, self._replay, self._data, self._recovery = model, replay, data, recovery
         self._sets, self._masks, self._progress = sets, masks, progress
         self._size = sum(parameter.numel() for parameter in model.parameters())
+        self._pruned = {id(layer.weight) for layer in sets}
         self._inside, self._twice = _uses(model, replay.order)
 
     def parameters(self, block: Block) -> list[nn.Parameter]:
@@ -266,15 +258,13 @@ class Recoverer:
         objective = _BlockOutput(self._replay, position, targets, self._data)
         return [self._fit("block", block.name, objective, masked, parameters)]
 
-    def fit_model(self, divergence: Divergence, layers: Sequence[Layer]) -> list[RecoveryRecord]:
+    def fit_model(self, divergence: Divergence) -> list[RecoveryRecord]:
         """Fit the whole model to the dense model's predictions.
 
         Parameters
         ----------
         divergence : Divergence
             From the dense model, on the micro-batches.
-        layers : sequence of Layer
-            The pruned layers.
 
         Returns
         -------
@@ -283,6 +273,7 @@ class Recoverer:
         parameters = self.all_parameters()
         if not parameters:
             return []
+        layers = [layer for layer in self._sets if layer.name in self._masks]
         deviations: dict[Layer, Tensor] = {}
         if self._recovery.rule_for("model").moves:
             for position, block in enumerate(self._replay.order):
@@ -294,14 +285,14 @@ class Recoverer:
         return [self._fit("model", "model", _Predictions(self._model, divergence, self._data), masked, parameters)]
 
     def _wanted(self, parameter: nn.Parameter) -> bool:
-        pruned = any(parameter is layer.weight for layer in self._sets)
-        return {"all": True, "pruned": pruned, "vectors": parameter.ndim == 1}[self._recovery.parameters]
+        pruned, vector = id(parameter) in self._pruned, parameter.ndim == 1
+        return {"all": True, "pruned": pruned, "vectors": vector}[self._recovery.parameters]
 
     def _deviations(self, position: int, layers: Sequence[Layer]) -> dict[Layer, Tensor]:
         """Return the deviations of a block's inputs given each other."""
         with GramCollector(layers) as grams:
             self._replay.run(position, before=grams.begin)
-        return {layer: conditional_deviations(grams[layer].matrix, _NOISE) for layer in layers}
+        return {layer: conditional_deviations(grams[layer].matrix) for layer in layers}
 
     def _masked(
         self, layers: Sequence[Layer], parameters: Sequence[nn.Parameter], deviations: Mapping[Layer, Tensor]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
 
+import torch
+import transformers
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from maskopt.allocation import Plan
 from maskopt.models.selection import LeftDense
 
-__all__ = ["LayerRecord", "PruneReport", "RecoveryRecord", "RecoveryReport"]
+__all__ = ["LayerRecord", "PruneReport", "RecoveryRecord", "RecoveryReport", "circumstances"]
 
 
 @dataclass(frozen=True)
@@ -210,3 +214,20 @@ class PruneReport:
             **({"recovery": [asdict(record) for record in self.recovery]} if self.recovery else {}),
             "left_dense": [asdict(weight) for weight in self.left_dense],
         }
+
+
+def circumstances(model: PreTrainedModel) -> dict[str, str]:
+    """Return what a report says of the model, its place and the versions.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    """
+    return {
+        "model": type(model).__name__,
+        "dtype": str(model.dtype),
+        "device": str(model.device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

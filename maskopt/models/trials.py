@@ -32,6 +32,7 @@ from maskopt.models.solving import Observer
 from maskopt.models.store import Store
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
+from maskopt.recovery import clearly_smaller
 from maskopt.solvers import Result, Solver
 
 __all__ = ["AllocationProgress", "Candidate", "Trials", "nearest"]
@@ -84,9 +85,7 @@ class Candidate:
         """Whether this loses less than another by more than the standard error of the differences."""
         assert self.losses is not None
         assert other.losses is not None
-        difference = self.losses - other.losses
-        error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
-        return float(difference.mean()) + error < 0.0
+        return clearly_smaller(self.losses, other.losses)
 
 
 class Trials:

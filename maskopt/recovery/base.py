@@ -10,7 +10,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from maskopt.checks import check_settings
 from maskopt.oracles import MaskSet
 
 __all__ = ["MaskRule", "MaskState", "Masked", "Objective"]
@@ -150,9 +149,6 @@ class MaskRule(ABC):
     """
 
     moves: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
     @abstractmethod
     def begin(self, weights: Sequence[Masked], steps: int) -> MaskState:

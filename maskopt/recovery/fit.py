@@ -171,7 +171,6 @@ class _Fit:
         self, objective: Objective, weights: Sequence[Masked], others: Sequence[nn.Parameter], seed: int
     ) -> None:
         self._objective, self._weights, self._seed = objective, list(weights), seed
-        # Parameters that are no pruned weights are weights without a mask.
         self._parameters = [*(weight.parameter for weight in weights), *others]
         self._before = objective.held_out()
         self._best = self._before
