@@ -23,6 +23,7 @@ _SHORTEST = 8  # steps of a trial
 # A trial has no time to average the noise of large steps out: on four objectives (blocks and models) the best size of a
 # whole fit was three times the best of short ones.
 _SHORT = 3.0
+_SPREAD = 2.0  # root mean square of entries over their median, at most; 1.5 where they are normal
 _WARM = 16  # steps, at most, until steps have their full size
 
 
@@ -314,10 +315,17 @@ def _master(parameter: nn.Parameter, *, apart: bool) -> Tensor:
 
 
 def _size(parameter: nn.Parameter, weight: Masked | None) -> float:
-    """Return the root mean square of the nonzero entries over the square root of the number of inputs."""
+    """Return the root mean square of the nonzero entries over the square root of the number of inputs.
+
+    At most twice the median size stands for the root mean square: a few huge entries must not set the step of all.
+    """
     values = parameter.data.float()
     inputs = parameter.shape[-1] if weight is None else weight.oriented(parameter).shape[1]
-    return math.sqrt(float(values.square().sum()) / max(1, int((values != 0).sum())) / inputs)
+    values = values[values != 0].abs()
+    if not len(values):
+        return 0.0
+    size = min(float(values.double().square().mean().sqrt()), _SPREAD * float(values.median()))
+    return size / math.sqrt(inputs)
 
 
 def _orders(batches: int, seed: int) -> Iterator[int]:

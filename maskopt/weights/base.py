@@ -14,6 +14,8 @@ from maskopt.solvers.requirements import Requirements
 
 __all__ = ["Joint", "System"]
 
+_LEAST = 1e-3  # second moment of an input that a ridge assumes at least, of the mean input's
+
 
 @dataclass(frozen=True)
 class System:
@@ -48,7 +50,8 @@ class System:
             and draws the weights towards the dense ones.
         each : bool
             Whether the ridge is a fraction of each input's own second moment instead of the mean, which outlier
-            channels dominate.
+            channels dominate. An input is then taken for at least a thousandth (in square) of the mean input, so that
+            inputs which are almost zero get no huge weights.
 
         Returns
         -------
@@ -57,11 +60,14 @@ class System:
         gram = problem.scaled_gram.clone()  # changed in place below
         diagonal = gram.diagonal()
         mean = float(diagonal.clamp_(min=0.0).mean())
+        dead = diagonal <= 0
         if each:
-            diagonal.mul_(1.0 + ridge)
+            # The square of the mean size: unlike the mean of squares, no single channel decides it.
+            least = _LEAST * float(diagonal.sqrt().mean()) ** 2
+            diagonal.mul_(1.0 + ridge).add_(ridge * least)
         else:
             diagonal.add_(ridge * mean)
-        dead = diagonal <= 0
+            dead = diagonal <= 0
         # Inputs that are always zero: their weights do not matter, so they must not be kept for their size.
         diagonal.masked_fill_(dead, mean * 2.0**-40 if mean > 0 else 1.0)
         size = diagonal.sqrt()

@@ -135,6 +135,19 @@ def test_steps_are_relative_to_the_weights(unit):
     torch.testing.assert_close(other.parameter / unit, plain.parameter, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e12])
+def test_one_huge_weight_does_not_set_the_steps_of_all(size):
+    """An input that is almost zero may have a huge weight in somebody's checkpoint."""
+    objective = Regression()
+    objective.x[..., 0] = 0.0
+    weight = objective.masked(PerRow(0.5))
+    objective.parameter.data[:, 0], weight.mask[:, 0] = 0.0, False
+    objective.parameter.data[0, 0], weight.mask[0, 0] = size, True
+    fitted = fit(objective, [weight], [], FixedMasks(), 64)
+    assert fitted.accepted
+    assert float(fitted.after.mean()) < 0.9 * float(fitted.before.mean())
+
+
 @pytest.mark.parametrize("calls", [3, 30, 70])
 def test_an_interrupt_leaves_the_best_state(calls):
     objective, masks = Regression(), PerRow(0.5)

@@ -234,6 +234,20 @@ def test_rows_of_zeros_and_dead_inputs_do_no_harm() -> None:
     assert float(result.objective[others].sum()) == pytest.approx(same.total, rel=0.02)
 
 
+@pytest.mark.parametrize("power", [3, 5, 7, 9, 12])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inputs_that_are_almost_zero_get_no_huge_weights(power: int, dtype: torch.dtype) -> None:
+    """Neurons that hardly ever fire follow others; large weights on them would explode on other data."""
+    random = torch.Generator().manual_seed(power)
+    x = torch.randn((16, 200), generator=random, dtype=torch.float64)
+    x[1:4] = 10.0**-power * (x[4:7] + 0.1 * x[1:4])
+    weight = torch.randn((6, 16), generator=random, dtype=torch.float64)
+    problem = LayerReconstruction(weight.to(dtype), (x @ x.T).to(dtype))
+    for masks in (NM(keep=2, group=4), PerRow(0.75)):
+        _, updated = unchecked(problem, masks)
+        assert float(updated.abs().max()) < 30 * float(weight.abs().max())
+
+
 @pytest.mark.parametrize("ridge", [0.01, 1e-6])
 def test_float32_is_as_good_as_float64_on_ill_conditioned_layers(ridge: float) -> None:
     random = torch.Generator().manual_seed(5)
