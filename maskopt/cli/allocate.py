@@ -15,6 +15,7 @@ from maskopt.cli.options import (
     BatchOption,
     CacheOption,
     CalibrationOption,
+    CorrectionOption,
     DeviceOption,
     ExcludeOption,
     FixedOption,
@@ -73,6 +74,7 @@ def allocate(
     batch_size: BatchOption = 8,
     seed: SeedOption = 0,
     propagate: PropagateOption = None,
+    correction: CorrectionOption = 0.7,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     plot: PlotOption = None,
@@ -113,6 +115,7 @@ def allocate(
             rule=allocation,  # type: ignore[arg-type]  # checked above
             fixed=fixed,
             propagate=None if propagate is None else propagate.value,
+            correction=correction,
             include=include or (),
             exclude=exclude or (),
             seed=seed,

@@ -15,6 +15,7 @@ from maskopt.errors import MaskoptError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from maskopt.models import Calibration
     from maskopt.oracles import MaskSet
     from maskopt.recovery import Recovery
 
@@ -28,9 +29,11 @@ __all__ = [
     "BatchOption",
     "CacheOption",
     "CalibrationOption",
+    "CorrectionOption",
     "DeviceOption",
     "ExcludeOption",
     "FixedOption",
+    "HeldOutOption",
     "IncludeOption",
     "InstanceArgument",
     "JsonOption",
@@ -54,6 +57,7 @@ __all__ = [
     "WeightsOption",
     "check_device",
     "check_seqlen",
+    "held_out_windows",
     "parse_fixed",
     "parse_masks",
     "parse_memory",
@@ -225,6 +229,24 @@ PropagateOption = Annotated[
         show_default="corrected for continuation, lsq, fista and best, else pruned",
     ),
 ]
+HeldOutOption = Annotated[
+    int | None,
+    typer.Option(
+        "--held-out",
+        metavar="N",
+        help="Further windows of the calibration text on which nothing is chosen: errors are measured on them as well, "
+        "and recovery stops by them; 0 for none.",
+        show_default="an eighth of --samples",
+    ),
+]
+CorrectionOption = Annotated[
+    float,
+    typer.Option(
+        "--correction",
+        metavar="S",
+        help="With corrected: how far the target moves from the layer's own output (0) to the dense model's (1).",
+    ),
+]
 RULE_NAMES = ("uniform", "auto", "owl", "dlp", "alpha", "lsa", "atp", "evo", "kl", "fisher")
 """Names of `maskopt.models.RULES`, written out because its import takes seconds."""
 
@@ -276,6 +298,20 @@ def parse_fixed(items: list[str] | None) -> dict[str, float]:
         found.pop(glob, None)
         found[glob] = number
     return found
+
+
+def held_out_windows(calibration: "Calibration", number: int | None) -> "Calibration | None":
+    """Return windows that are held out of a calibration: by default an eighth as many; none for 0.
+
+    Raises
+    ------
+    MaskoptError
+        If the number is negative.
+    """
+    count = max(1, calibration.samples // 8) if number is None else number
+    if count < 0:
+        raise MaskoptError(f"--held-out must be a number of windows, or 0 for none; got {count}.")
+    return calibration.apart(count) if count else None
 
 
 def parse_recovery(

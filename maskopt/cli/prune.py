@@ -17,9 +17,11 @@ from maskopt.cli.options import (
     BatchOption,
     CacheOption,
     CalibrationOption,
+    CorrectionOption,
     DeviceOption,
     ExcludeOption,
     FixedOption,
+    HeldOutOption,
     IncludeOption,
     JsonOption,
     MemoryOption,
@@ -41,6 +43,7 @@ from maskopt.cli.options import (
     WeightsOption,
     check_device,
     check_seqlen,
+    held_out_windows,
     parse_fixed,
     parse_masks,
     parse_memory,
@@ -60,6 +63,8 @@ if TYPE_CHECKING:
     from maskopt.models import PruneReport
 
 __all__ = ["prune"]
+
+_WIDE = 110  # characters of a terminal on which the table has a column more
 
 
 class Certify(StrEnum):
@@ -95,7 +100,9 @@ def prune(
     seqlen: SeqlenOption = None,
     batch_size: BatchOption = 8,
     seed: SeedOption = 0,
+    held_out: HeldOutOption = None,
     propagate: PropagateOption = None,
+    correction: CorrectionOption = 0.7,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     evaluate: Annotated[
@@ -170,6 +177,7 @@ def prune(
         network, tokenizer = models.load_model(model, device=device)
         length = check_seqlen(network, tokenizer, seqlen)
         batches = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
+        others = held_out_windows(batches, held_out)
         if calibration_perplexity:
             # As much text as the calibration uses, at four characters a token, and at least one window.
             texts["calibration"] = corpus.opening(max(4 * samples, 32) * length)
@@ -184,6 +192,7 @@ def prune(
                 rule=allocation,  # type: ignore[arg-type]  # checked by _read_plan
                 fixed=fixed,
                 propagate=None if propagate is None else propagate.value,
+                correction=correction,
                 include=include or (),
                 exclude=exclude or (),
                 seed=seed,
@@ -214,6 +223,7 @@ def prune(
             masks,
             method,
             propagate=None if propagate is None else propagate.value,
+            correction=correction,
             include=include or (),
             exclude=exclude or (),
             certify=None if certify is None else certify.value,
@@ -222,6 +232,7 @@ def prune(
             on_error="keep",  # the program ends after an error, so the model need not be restored
             progress=whole.prune if bar.visible else None,
             recover=recovery,
+            held_out=others,
         )
         pruned = perplexities("pruned")
     extra: dict[str, Any] = {
@@ -294,11 +305,13 @@ def _layers(layers: list[dict[str, Any]], width: int) -> Table:
     """Return the table of layers; a status that all have in common has no column."""
     updated = any(layer["kept_error"] != layer["relative_error"] for layer in layers)
     certified = any(layer["lower_bound"] is not None for layer in layers)
+    measured = width >= _WIDE and all(layer["held_out_error"] is not None for layer in layers)
     columns = {
         "shape": [f"{layer['rows']} x {layer['columns']}" for layer in layers],
         "sparsity": [f"{layer['sparsity']:.3f}" for layer in layers],
         **({"before": [f"{layer['kept_error']:.5f}" for layer in layers]} if updated else {}),
         "error": [f"{layer['relative_error']:.5f}" for layer in layers],
+        **({"held out": [f"{layer['held_out_error']:.5f}" for layer in layers]} if measured else {}),
         **({"proven": [_proven(layer) for layer in layers]} if certified else {}),
         "seconds": [f"{layer['seconds']:.2f}" for layer in layers],
         "status": [_status(layer) for layer in layers],
@@ -330,6 +343,8 @@ def _summary(figures: dict[str, Any], masks: str) -> dict[str, str]:
         "relative error": f"median {figures['median_relative_error']:.5f}, mean {figures['mean_relative_error']:.5f}"
         + (" (`before`: before the update of the surviving weights)" if updated else ""),
     }
+    if "held_out" in figures:
+        lines["held-out error"] = _held_out_words(**figures["held_out"])
     statuses = {_status(layer) for layer in layers}
     if len(statuses) == 1:
         lines["status"] = statuses.pop()
@@ -344,6 +359,22 @@ def _summary(figures: dict[str, Any], masks: str) -> dict[str, str]:
             f"{dense['perplexity']:.3f} dense, {pruned['perplexity']:.3f} pruned ({dense['tokens']} tokens)"
         )
     return lines
+
+
+def _held_out_words(
+    mean_error: float, ratio: float, largest_ratio: float, layer: str, tokens: int, tokens_wanted: int
+) -> str:
+    words = (
+        f"mean {mean_error:.5f}, {ratio:.2f} times that on the calibration data (most: {largest_ratio:.2f}, {layer})"
+    )
+    if tokens_wanted > tokens:
+        words += f"; about {_leading(tokens_wanted)} tokens instead of {tokens} would lower that to 1.1"
+    return words
+
+
+def _leading(number: int) -> int:
+    """Return a number rounded to two digits."""
+    return round(number, 2 - len(str(number)))
 
 
 def _times(report: PruneReport, seconds: float) -> str:

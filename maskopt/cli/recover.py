@@ -15,6 +15,7 @@ from maskopt.cli.options import (
     CalibrationOption,
     DeviceOption,
     ExcludeOption,
+    HeldOutOption,
     IncludeOption,
     JsonOption,
     MemoryOption,
@@ -28,6 +29,7 @@ from maskopt.cli.options import (
     SeqlenOption,
     check_device,
     check_seqlen,
+    held_out_windows,
     parse_memory,
     parse_recovery,
     require_file,
@@ -67,6 +69,7 @@ def recover(
     seqlen: SeqlenOption = None,
     batch_size: BatchOption = 8,
     seed: SeedOption = 0,
+    held_out: HeldOutOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     evaluate: Annotated[
@@ -98,6 +101,7 @@ def recover(
         dense, _ = models.load_model(against, device=device)
         length = check_seqlen(network, tokenizer, seqlen)
         batches = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
+        others = held_out_windows(batches, held_out)
         perplexities: dict[str, models.Perplexity] = {}
 
         def measure(when: str, model: Any) -> None:
@@ -125,6 +129,7 @@ def recover(
             exclude=exclude or (),
             memory=working,
             progress=show,
+            held_out=others,
         )
         measure("after", network)
     extra: dict[str, Any] = {

@@ -6,18 +6,20 @@ from maskopt.models.calibration import Calibration, calibration_batches
 from maskopt.models.context import context_length, default_seqlen
 from maskopt.models.loading import load_model
 from maskopt.models.perplexity import Perplexity, perplexity
-from maskopt.models.prune import Progress, PruningError, prune
+from maskopt.models.prune import CORRECTION, Progress, PruningError, prune
 from maskopt.models.recover import recognised, recover
-from maskopt.models.report import LayerRecord, PruneReport, RecoveryRecord, RecoveryReport
+from maskopt.models.report import Generalisation, LayerRecord, PruneReport, RecoveryRecord, RecoveryReport
 from maskopt.models.saving import check_output, load_masks, save_masks, save_pruned
 from maskopt.models.selection import LeftDense, Selection, select_layers
 from maskopt.models.text import Text, TokenStream, read_text, tokenize
 
 __all__ = [
+    "CORRECTION",
     "RULES",
     "AllocationProgress",
     "Block",
     "Calibration",
+    "Generalisation",
     "LayerRecord",
     "LeftDense",
     "Perplexity",

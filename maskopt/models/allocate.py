@@ -19,7 +19,7 @@ from maskopt.models.batches import prepare_batches
 from maskopt.models.checks import check_model, move_model
 from maskopt.models.curves import Curves, expanded_losses, measured_losses
 from maskopt.models.database import Database
-from maskopt.models.prune import Propagate
+from maskopt.models.prune import CORRECTION, Propagate
 from maskopt.models.published import BLOCK_RULES, atp_counts, block_counts, evolved_counts, measure_blocks
 from maskopt.models.replay import evaluation_mode
 from maskopt.models.selection import select_layers
@@ -55,6 +55,7 @@ def allocate(
     rule: Rule = "auto",
     fixed: Mapping[str, float] | None = None,
     propagate: Propagate | None = None,
+    correction: float = CORRECTION,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     seed: int = 0,
@@ -89,7 +90,7 @@ def allocate(
         (2502.14770), "evo" (EvoPress, 2410.14649).
     fixed : mapping of str to float, optional
         Sparsity by pattern of `fnmatch` on layer names; `sparsity` is then the mean of all other layers.
-    propagate, include, exclude, device, memory
+    propagate, correction, include, exclude, device, memory
         As for `prune`.
     seed : int
         Of the labels that expansions draw, and of "evo".
@@ -139,7 +140,13 @@ def allocate(
     pinned = overridden(list(layers), fixed or {})
     if len(pinned) == len(layers):
         return Plan(pattern, pinned, "by hand")
-    options = {"propagate": propagate, "include": include, "exclude": exclude, "memory": memory}
+    options = {
+        "propagate": propagate,
+        "correction": correction,
+        "include": include,
+        "exclude": exclude,
+        "memory": memory,
+    }
     prepared = prepare_batches(model, batches)
     with evaluation_mode(model):
         work = Trials(model, selection, prepared, pattern, float(sparsity), solver, pinned, options, progress)

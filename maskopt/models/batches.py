@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from maskopt.checks import shown
 from maskopt.errors import MaskoptError
 from maskopt.models.context import context_length
 
-__all__ = ["Batch", "check_token_ids", "data_settings", "gathered", "prepare_batches", "sequences"]
+__all__ = ["Batch", "check_token_ids", "data_settings", "gathered", "prepare_batches", "sequences", "with_held_out"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +29,14 @@ class Batch:
         (sequences, positions); (images, 1) and the like where the model reads no token ids.
     real : Tensor or None
         True at the positions that are not padding, of shape `shape`; None where nothing is padded.
+    held_out : bool
+        Whether errors are only measured on it.
     """
 
     inputs: dict[str, Any]
     shape: tuple[int, int]
     real: Tensor | None = None
+    held_out: bool = False
 
     @property
     def tokens(self) -> int:
@@ -41,7 +44,7 @@ class Batch:
         return self.shape[0] * self.shape[1] if self.real is None else int(self.real.sum())
 
 
-def prepare_batches(model: PreTrainedModel, batches: Iterable[Any]) -> list[Batch]:
+def prepare_batches(model: PreTrainedModel, batches: Iterable[Any], kind: str = "calibration") -> list[Batch]:
     """Check calibration batches and move them to the model's device.
 
     Parameters
@@ -51,6 +54,8 @@ def prepare_batches(model: PreTrainedModel, batches: Iterable[Any]) -> list[Batc
     batches : iterable of dict or Tensor
         Keyword arguments of the model's forward, with its main input (``input_ids``, or ``pixel_values`` for vision
         models), or the tensor of the main input alone.
+    kind : {"calibration", "held-out"}
+        What messages call them.
 
     Returns
     -------
@@ -63,15 +68,22 @@ def prepare_batches(model: PreTrainedModel, batches: Iterable[Any]) -> list[Batc
     """
     if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
         raise MaskoptError(
-            f"The calibration batches must be an iterable of batches, such as a list of tensors of token ids; got "
+            f"The {kind} batches must be an iterable of batches, such as a list of tensors of token ids; got "
             f"{shown(batches)}."
         )
-    prepared = [_prepare(model, f"calibration batch {index}", item) for index, item in enumerate(batches)]
+    prepared = [_prepare(model, f"{kind} batch {index}", item) for index, item in enumerate(batches)]
     if not prepared:
-        raise MaskoptError("There are no calibration batches; at least one is needed.")
+        raise MaskoptError(f"There are no {kind} batches; at least one is needed.")
     if sum(batch.tokens for batch in prepared) == 0:
-        raise MaskoptError("The calibration batches hold padding only (attention_mask is 0 everywhere).")
+        raise MaskoptError(f"The {kind} batches hold padding only (attention_mask is 0 everywhere).")
     return prepared
+
+
+def with_held_out(model: PreTrainedModel, prepared: list[Batch], held_out: Iterable[Any] | None) -> list[Batch]:
+    """Add batches on which errors are only measured, checked and marked as such; none where there are none."""
+    if held_out is None:
+        return prepared
+    return [*prepared, *(replace(batch, held_out=True) for batch in prepare_batches(model, held_out, "held-out"))]
 
 
 def _prepare(model: PreTrainedModel, where: str, item: Any) -> Batch:
@@ -122,12 +134,16 @@ def sequences(batches: Sequence[Batch]) -> list[Batch]:
                 name: value[part] if isinstance(value, Tensor) and value.ndim and len(value) == number else value
                 for name, value in batch.inputs.items()
             }
-            found.append(Batch(inputs, (1, batch.shape[1]), None if batch.real is None else batch.real[part]))
+            real = None if batch.real is None else batch.real[part]
+            found.append(Batch(inputs, (1, batch.shape[1]), real, batch.held_out))
     return found
 
 
 def gathered(parts: Sequence[Batch], size: int) -> list[Batch]:
-    """Put sequences of equal length without padding together, `size` in a batch; others stay as they are."""
+    """Put sequences of equal length without padding together, `size` in a batch; others stay as they are.
+
+    Either all or none are held out.
+    """
     plain = {batch.shape[1] for batch in parts if batch.real is None and len(batch.inputs) == 1}
     if len(plain) != 1 or any(batch.real is not None or len(batch.inputs) != 1 for batch in parts):
         return list(parts)
@@ -135,7 +151,7 @@ def gathered(parts: Sequence[Batch], size: int) -> list[Batch]:
     for first in range(0, len(parts), size):
         group = parts[first : first + size]
         inputs = {name: torch.cat([batch.inputs[name] for batch in group]) for name in group[0].inputs}
-        found.append(Batch(inputs, (len(group), group[0].shape[1])))
+        found.append(Batch(inputs, (len(group), group[0].shape[1]), held_out=group[0].held_out))
     return found
 
 
@@ -189,9 +205,12 @@ def data_settings(batches: Sequence[Batch]) -> dict[str, int]:
     ----------
     batches : sequence of Batch
     """
+    used = [batch for batch in batches if not batch.held_out]
+    others = sum(batch.shape[0] for batch in batches if batch.held_out)
     return {
-        "batches": len(batches),
-        "sequences": sum(batch.shape[0] for batch in batches),
-        "longest_sequence": max(batch.shape[1] for batch in batches),
-        "calibration_tokens": sum(batch.tokens for batch in batches),
+        "batches": len(used),
+        "sequences": sum(batch.shape[0] for batch in used),
+        "longest_sequence": max(batch.shape[1] for batch in used),
+        "calibration_tokens": sum(batch.tokens for batch in used),
+        **({"held_out_sequences": others} if others else {}),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ class Calibration:
         The text and the hash of its bytes.
     text_tokens : int
         Length of the whole tokenised text.
+    text_ids : Tensor
+        That text, shape (text_tokens,).
+    starts : Tensor
+        Where in it each window begins, shape (samples,).
     """
 
     batches: list[Tensor] = field(repr=False)
@@ -42,6 +46,8 @@ class Calibration:
     source: str
     sha256: str
     text_tokens: int
+    text_ids: Tensor = field(repr=False)
+    starts: Tensor = field(repr=False)
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.batches)
@@ -53,6 +59,44 @@ class Calibration:
     def tokens(self) -> int:
         """Tokens in all batches together."""
         return self.samples * self.seqlen
+
+    def apart(self, windows: int) -> Calibration:
+        """Return further windows of the text, which share no token with these where the text is long enough.
+
+        Parameters
+        ----------
+        windows : int
+            Number of windows, at least one. Each begins at random where the fewest tokens are taken, by these windows
+            and by those drawn before it.
+
+        Returns
+        -------
+        Calibration
+
+        Raises
+        ------
+        MaskoptError
+            If the number is not positive.
+        """
+        require_positive(windows=windows)
+        generator = torch.Generator().manual_seed(self.seed)
+        taken = torch.zeros(self.text_tokens + 1, dtype=torch.int64)
+        for start in self.starts.tolist():
+            taken[start + 1 : start + 1 + self.seqlen] = 1
+        starts = []
+        for _ in range(windows):
+            sums = taken.cumsum(0)
+            shared = sums[self.seqlen :] - sums[: -self.seqlen]
+            fewest = (shared == shared.min()).nonzero().flatten()
+            start = int(fewest[torch.randint(len(fewest), (1,), generator=generator)])
+            taken[start + 1 : start + 1 + self.seqlen] += 1
+            starts.append(start)
+        return self._at(torch.tensor(starts))
+
+    def _at(self, starts: Tensor) -> Calibration:
+        found = self.text_ids.unfold(0, self.seqlen, 1)[starts]
+        size = max(len(batch) for batch in self.batches)
+        return replace(self, batches=list(torch.split(found, size)), samples=len(starts), starts=starts)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the batches as a dictionary that `json.dump` takes."""
@@ -106,5 +150,13 @@ def calibration_batches(
     starts = torch.randint(len(stream.ids) - seqlen + 1, (samples,), generator=generator)
     windows = stream.ids.unfold(0, seqlen, 1)[starts]
     return Calibration(
-        list(torch.split(windows, batch_size)), samples, seqlen, seed, stream.source, stream.sha256, len(stream.ids)
+        list(torch.split(windows, batch_size)),
+        samples,
+        seqlen,
+        seed,
+        stream.source,
+        stream.sha256,
+        len(stream.ids),
+        stream.ids,
+        starts,
     )

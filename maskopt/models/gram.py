@@ -38,12 +38,15 @@ class Gram:
     cross : Tensor, optional
         Sum of x y^T, shape (d, d), where x is the input of the dense model; None where not asked for, or where x and y
         belong to different tokens (experts that a router chose differently).
+    held_out : Tensor, optional
+        Sum of y y^T over the inputs in held-out batches, which are not among those of `matrix`; None without any.
     """
 
     matrix: Tensor
     leader: Layer
     tokens: int = 0
     cross: Tensor | None = None
+    held_out: Tensor | None = None
 
 
 class _Inputs(ABC):
@@ -275,13 +278,18 @@ class GramCollector(_Inputs):
         if gram.leader is not layer:
             raise _inseparable(layer, gram.leader)
         rows = self._token_rows(layer, x).float()
+        assert self._batch is not None
+        if self._batch.held_out:
+            gram.held_out = torch.zeros_like(gram.matrix) if gram.held_out is None else gram.held_out
+        total = gram.held_out if self._batch.held_out else gram.matrix
+        assert total is not None
         with _full_precision():
-            gram.matrix.addmm_(rows.T, rows)
-            if gram.cross is not None:
+            total.addmm_(rows.T, rows)
+            if gram.cross is not None and not self._batch.held_out:
                 gram.cross = self._paired(gram.cross, layer, before, x, rows)
-        gram.tokens += len(rows)
+        gram.tokens += 0 if self._batch.held_out else len(rows)
         self._seen[key] = x, gram
-        if not bool(torch.isfinite(gram.matrix.diagonal()).all()):
+        if not bool(torch.isfinite(total.diagonal()).all()):
             raise MaskoptError(
                 f"The inputs of {layer.name} hold NaN or infinite values (or their squares exceed float32) on the "
                 f"calibration data; the model already fails there before any pruning of this layer."

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from maskopt.allocation import Plan
 from maskopt.bounds import BoundKind
-from maskopt.checks import choice, shown
+from maskopt.checks import choice, real, shown
 from maskopt.errors import MaskoptError
-from maskopt.models.batches import data_settings, prepare_batches
+from maskopt.models.batches import data_settings, prepare_batches, with_held_out
 from maskopt.models.checks import check_model, move_model
 from maskopt.models.edits import Edits
 from maskopt.models.gram import CallOrder
@@ -34,10 +34,17 @@ from maskopt.solvers import ContinuationFrankWolfe, Solver
 from maskopt.solvers.arguments import check_masks, check_memory, check_solver
 from maskopt.weights import Joint
 
-__all__ = ["Progress", "Propagate", "PruningError", "prune", "prune_layers"]
+__all__ = ["CORRECTION", "Progress", "Propagate", "PruningError", "prune", "prune_layers"]
 
 Propagate = Literal["corrected", "pruned", "dense"]
 OnError = Literal["restore", "keep"]
+
+CORRECTION = 0.7
+"""Strength of the correction of errors upstream.
+
+Perplexity at .5, .7, .85 and 1 on three small models, at sparsities from 40 to 70 %, 2:4, and 16 to 128 windows: .7 was
+better than 1 in every case, by 0.3 to 11 %, although the layers' errors are larger, on held-out windows, too.
+"""
 
 
 class PruningError(MaskoptError):
@@ -61,6 +68,7 @@ def prune(
     solver: Solver | None = None,
     *,
     propagate: Propagate | None = None,
+    correction: float = CORRECTION,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     start: Mapping[str, Tensor] | None = None,
@@ -71,6 +79,7 @@ def prune(
     progress: Callable[[Progress], object] | None = None,
     on_error: OnError = "restore",
     recover: Recovery | None = None,
+    held_out: Iterable[Any] | None = None,
 ) -> PruneReport:
     """Choose a mask for every linear layer in a model's blocks and set the pruned weights to zero, in place.
 
@@ -104,6 +113,9 @@ def prune(
         states. By default "corrected" for solvers with `Solver.corrects` (`ContinuationFrankWolfe`, `LeastSquares`,
         `FISTAPruner`, `ConditionalADMM`), "pruned" for all others, with `certify`, and where a model's blocks cannot
         be run one at a time.
+    correction : float
+        With "corrected", how far the target moves from the layer's own output on its inputs (0) to the output in the
+        dense model (1). In full, each layer spends its weights on making up for all before it.
     include, exclude : sequence of str
         Patterns of `fnmatch` on full layer names, see `select_layers`. By default all linear layers inside the
         blocks are pruned. Layers outside the blocks come last.
@@ -128,7 +140,11 @@ def prune(
         of these layers, and any exception has a note with their names.
     recover : Recovery, optional
         Fit each block to the dense block's output once its layers are pruned, and then the model to the dense model's
-        predictions, see `maskopt.recovery.Recovery`. An eighth of the calibration windows is held out of the fits.
+        predictions, see `maskopt.recovery.Recovery`. Without `held_out`, an eighth of the calibration windows is held
+        out of the fits.
+    held_out : iterable of dict or Tensor, optional
+        Batches on which nothing is chosen, such as ``calibration.apart(16)``: the error of every layer is measured on
+        them as well, and recovery stops by them.
 
     Returns
     -------
@@ -159,6 +175,7 @@ def prune(
         masks,
         solver,
         propagate=propagate,
+        correction=correction,
         include=include,
         exclude=exclude,
         start=start,
@@ -169,6 +186,7 @@ def prune(
         progress=progress,
         on_error=on_error,
         recover=recover,
+        held_out=held_out,
     )
 
 
@@ -179,6 +197,7 @@ def prune_layers(
     solver: Solver | None = None,
     *,
     propagate: Propagate | None = None,
+    correction: float = CORRECTION,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     start: Mapping[str, Tensor] | None = None,
@@ -189,15 +208,16 @@ def prune_layers(
     progress: Callable[[Progress], object] | None = None,
     on_error: OnError = "restore",
     recover: Recovery | None = None,
+    held_out: Iterable[Any] | None = None,
     observe: Observer | None = None,
 ) -> PruneReport:
     """Do the work of `prune`, for parts of this package that look at the layers' problems as well.
 
     Parameters
     ----------
-    model, batches, masks, solver, propagate, include, exclude, start, certify, certify_seconds, device, memory
+    model, batches, masks, solver, propagate, correction, include, exclude, start, certify, certify_seconds
         As for `prune`.
-    progress, on_error, recover
+    device, memory, progress, on_error, recover, held_out
         As for `prune`.
     observe : callable, optional
         Called with every layer, its problem and its result; layers are then solved one by one.
@@ -207,7 +227,7 @@ def prune_layers(
     PruneReport
     """
     solver = ContinuationFrankWolfe() if solver is None else solver
-    _check_arguments(masks, solver, propagate, on_error, progress, memory, recover)
+    _check_arguments(masks, solver, propagate, correction, on_error, progress, memory, recover)
     check_model(model)
     if certify is not None:
         if isinstance(solver, Joint):
@@ -220,7 +240,7 @@ def prune_layers(
     sets = _sets(selection.layers, masks)
     prover = None if certify is None else Prover(sets.values(), certify, certify_seconds, memory)
     starts = _check_fit(sets, {} if start is None else start)
-    prepared = prepare_batches(model, batches)
+    prepared = with_held_out(model, prepare_batches(model, batches), held_out)
     data = None if recover is None else divided(prepared)
     if data is not None:
         prepared = data.batches
@@ -238,7 +258,9 @@ def prune_layers(
         by_block = recover is not None and (recover.level == "block" or (replay.shortcut and propagate != "dense"))
         propagation = _propagation(propagate, by_block, model, replay, edits, order, stages, memory)
         report = PruneReport()
-        work = Work(sets, solver, starts, memory, progress, prover, stages, propagation, edits, report, observe)
+        work = Work(
+            sets, solver, starts, memory, progress, prover, stages, propagation, edits, correction, report, observe
+        )
         after = None
         if recover is not None and data is not None:
             after = _Recovery(model, replay, data, recover, work, edits, memory)
@@ -256,6 +278,7 @@ def prune_layers(
         "masks": repr(masks) if isinstance(masks, MaskSet) else f"{masks.pattern}, by the plan",
         "solver": repr(solver),
         "propagate": propagate,
+        **({"correction": correction} if propagate == "corrected" else {}),
         **({} if recover is None else {"recover": repr(recover)}),
         "include": list(include),
         "exclude": list(exclude),
@@ -271,6 +294,7 @@ def _check_arguments(
     masks: object,
     solver: object,
     propagate: object,
+    correction: object,
     on_error: object,
     progress: object,
     memory: object,
@@ -286,6 +310,8 @@ def _check_arguments(
     ):
         if not choice(options, optional=optional).fits(value):
             raise MaskoptError(f"{name} must be one of {', '.join(options)}; got {shown(value)}.")
+    if not real(0, 1).fits(correction):
+        raise MaskoptError(f"correction must be a number between 0 and 1; got {shown(correction)}.")
     if recover is not None and not isinstance(recover, Recovery):
         raise MaskoptError(f"recover must be an object such as Recovery('block'); got {shown(recover)}.")
     if progress is not None and not callable(progress):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from maskopt.checks import shown
 from maskopt.errors import MaskoptError
-from maskopt.models.batches import data_settings, prepare_batches
+from maskopt.models.batches import data_settings, prepare_batches, with_held_out
 from maskopt.models.checks import check_model
 from maskopt.models.layers import Layer
 from maskopt.models.recovery import Recoverer, divided, predictions
@@ -39,6 +39,7 @@ def recover(
     exclude: Sequence[str] = (),
     memory: int = 2**30,
     progress: Callable[[str, float], object] | None = None,
+    held_out: Iterable[Any] | None = None,
 ) -> RecoveryReport:
     """Fit a pruned model to the dense one, in place, block by block and then as a whole.
 
@@ -65,6 +66,8 @@ def recover(
         Bytes for the dense model's predictions.
     progress : callable, optional
         Called with what is fitted and the fraction of all work done.
+    held_out : iterable of dict or Tensor, optional
+        As for `prune`; an eighth of the windows by default.
 
     Returns
     -------
@@ -94,7 +97,7 @@ def recover(
     selection = select_layers(model, include, exclude)
     chosen = _masks({layer.name: layer for layer in selection.layers}, masks)
     sets = {layer: recognised(layer.oriented(chosen[layer.name])) for layer in selection.layers if layer.name in chosen}
-    data = divided(prepare_batches(model, batches))
+    data = divided(with_held_out(model, prepare_batches(model, batches), held_out))
     report = RecoveryReport(masks=chosen)
     began = time.perf_counter()
     with evaluation_mode(model), evaluation_mode(dense):
@@ -130,7 +133,6 @@ def recover(
     report.seconds = time.perf_counter() - began
     report.settings = {
         "recover": repr(settings),
-        "held_out_sequences": sum(data.batches[index].shape[0] for index in data.held_out),
         **data_settings(data.batches),
         **circumstances(model),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Data:
 
 
 def divided(batches: Sequence[Batch]) -> Data:
-    """Divide calibration windows into micro-batches, with an eighth of the windows held out.
+    """Divide calibration windows into micro-batches, with an eighth of the windows held out unless batches are already.
 
     Those windows are held out that have the fewest tokens in common with others, because windows drawn at random from a
     text may overlap; among equals the last ones.
@@ -78,12 +78,14 @@ def divided(batches: Sequence[Batch]) -> Data:
     number = len(single)
     if number < 2:
         raise MaskoptError("Recovery needs at least two calibration windows, because one of them is held out.")
-    count = max(min(2, number // 2), number // _HELD)
-    overlap = _overlaps(single)
-    out = set(sorted(range(number), key=lambda index: (overlap[index], -index))[:count])
+    out = {index for index, batch in enumerate(single) if batch.held_out}
+    if not out:
+        count = max(min(2, number // 2), number // _HELD)
+        overlap = _overlaps(single)
+        out = set(sorted(range(number), key=lambda index: (overlap[index], -index))[:count])
     size = max(1, min(_TOKENS // single[0].shape[1], number // _STEPS))
     kept = gathered([batch for index, batch in enumerate(single) if index not in out], size)
-    held = gathered([batch for index, batch in enumerate(single) if index in out], size)
+    held = gathered([replace(batch, held_out=True) for index, batch in enumerate(single) if index in out], size)
     return Data([*kept, *held], range(len(kept)), range(len(kept), len(kept) + len(held)))
 
 

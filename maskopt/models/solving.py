@@ -78,6 +78,8 @@ class Work:
         Runs the blocks.
     edits : Edits
         Receives the chosen masks and weights.
+    correction : float
+        As for `prune`.
     report : PruneReport
         Extended layer by layer.
     observe : callable or None
@@ -97,6 +99,7 @@ class Work:
     stages: Sequence[Stage]
     propagation: Propagation
     edits: Edits
+    correction: float
     report: PruneReport = field(default_factory=PruneReport)
     observe: Observer | None = None
     recover: BlockFit | None = None
@@ -163,7 +166,8 @@ class Work:
         if gram.cross is None:
             problem = LayerReconstruction(weight, matrix, gram.tokens, check=False)
         else:
-            problem = LayerReconstruction.towards(weight, matrix, gram.cross.to(weight.device), gram.tokens)
+            cross = gram.cross.to(weight.device)
+            problem = LayerReconstruction.towards(weight, matrix, cross, gram.tokens, strength=self.correction)
         masks = self.masks[layers[0]]
         start = torch.cat([self.starts[layer] for layer in layers]) if layers[0] in self.starts else None
         try:
@@ -196,7 +200,8 @@ class Work:
             mask = layer.oriented(part.mask).cpu().contiguous()
             # In the layer's own type, to which it is rounded anyway: with dense propagation all weights are kept.
             updated = None if part.weight is None else layer.oriented(part.weight).to(layer.weight.dtype)
-            self.solved[layer] = _record(layer, gram, part, unfinished), mask, updated
+            held_out = None if gram.held_out is None else _held_out_error(problem, index, part, gram.held_out)
+            self.solved[layer] = _record(layer, gram, part, unfinished, held_out), mask, updated
 
     def _tell(
         self, stage: Literal["calibrate", "solve", "certify", "recover", "done"], name: str, fraction: float = 0.0
@@ -207,7 +212,18 @@ class Work:
             self.progress(Progress(stage, name, done, total, fraction))
 
 
-def _record(layer: Layer, gram: Gram, result: Result, unfinished_rows: int) -> LayerRecord:
+def _held_out_error(problem: LayerReconstruction, rows: slice, result: Result, gram: Tensor) -> float:
+    """Return the relative error of some rows on the inputs of another Gram matrix."""
+    target = problem.target[rows]
+    weight = problem.weight[rows] if result.weight is None else result.weight
+    other = LayerReconstruction(problem.weight[rows], gram.to(target.device), target=target, check=False)
+    total, lost = float(other.scale().sum()), float(other.error(result.mask * weight).sum())
+    return lost / total if total > 0 else 0.0
+
+
+def _record(
+    layer: Layer, gram: Gram, result: Result, unfinished_rows: int, held_out_error: float | None
+) -> LayerRecord:
     rows, columns = layer.shape
     nonzeros = int(result.mask.sum())
     return LayerRecord(
@@ -226,4 +242,5 @@ def _record(layer: Layer, gram: Gram, result: Result, unfinished_rows: int) -> L
         seconds=result.seconds,
         status=result.status.name,
         unfinished_rows=unfinished_rows,
+        held_out_error=held_out_error,
     )

@@ -107,7 +107,7 @@ class Trials:
     fixed : mapping of str to float
         Sparsity of the layers that are not free, by name.
     options : mapping
-        `propagate`, `include`, `exclude` and `memory` of `prune`.
+        `propagate`, `correction`, `include`, `exclude` and `memory` of `prune`.
     progress : callable or None
 
     Attributes
@@ -282,6 +282,7 @@ class Trials:
             "fixed": self.fixed,
             "layers": sorted(self.counts),
             "propagate": self._options["propagate"],
+            "correction": self._options["correction"],
         }
 
     def observe_dense(self, what: str, masks: MaskSet, solver: Solver, observe: Observer) -> None:

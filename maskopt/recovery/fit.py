@@ -95,7 +95,8 @@ def fit(
     sizes: every tensor's is `step_size` times the root mean square of its nonzero entries over the square root of the
     number of inputs, so that a step changes outputs by about that fraction at any width. Once a pass over the
     micro-batches, at the end, and where masks stand, the held-out loss is measured; the best state stays, and the state
-    from before unless the best is better by more than the standard error.
+    from before unless the best is better by more than the standard error. A fit that is worse than before by as much
+    at half its steps, or later, ends.
 
     Parameters
     ----------
@@ -210,13 +211,16 @@ class _Fit:
             losses.append(loss)
             ends = len(losses) % self._objective.batches == 0 or len(losses) == steps
             if ends and all(weight.pruned == 0.0 for weight in self._weights):
-                self._measure()
+                hopeless = not self._measure()
+                if hopeless and 2 * len(losses) >= steps:
+                    break
         accepted = self._best is not self._before
         kept = sum(int(mask.sum()) for mask in first)
         new = sum(int((mask & ~before).sum()) for mask, before in zip(self._masks, first, strict=True))
         return Fitted(self._before, self._best, losses, step_size, len(losses), new / max(1, kept), accepted)
 
-    def _measure(self) -> None:
+    def _measure(self) -> bool:
+        """Remember the state if it is the best so far; return whether it is no worse than that of before."""
         losses = self._objective.held_out()
         better = float(losses.mean()) < float(self._best.mean()) and clearly_smaller(losses, self._before)
         if better:
@@ -224,6 +228,7 @@ class _Fit:
             for saved, parameter in zip(self._saved, self._parameters, strict=True):
                 saved.copy_(parameter.data)
             self._masks = [weight.mask.clone() for weight in self._weights]
+        return not clearly_smaller(self._before, losses)
 
     def _restore(self) -> None:
         for parameter, saved in zip(self._parameters, self._saved, strict=True):

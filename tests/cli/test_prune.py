@@ -202,7 +202,7 @@ def test_layers_are_told_apart_in_narrow_tables(run, model, text, tmp_path, widt
     out = tmp_path / "out"
     lines = run("prune", model, out, "--calibration", text, "-s", 0.6, "--samples", 2).stdout.splitlines()
     assert all(len(line) <= width for line in lines if line.startswith("  "))
-    names = [line.split()[0] for line in lines if "_proj" in line]
+    names = [line.split()[0] for line in lines if "_proj " in line and " x " in line]
     assert len(names) == len(set(names)) == 14
 
 

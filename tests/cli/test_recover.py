@@ -85,7 +85,7 @@ def test_outputs_are_not_overwritten_and_options_are_checked(fails, model, text,
     assert "No layer" in fails("recover", model, tmp_path / "new", "--against", model, "--calibration", text)
     command = ("prune", model, tmp_path / "new", "--calibration", text, "-s", 0.5)
     assert "layer" in fails(*command, "--recover", "layer")
-    assert "windows" in fails(*command, "--recover", "block", "--samples", 1)
+    assert "windows" in fails(*command, "--recover", "block", "--samples", 1, "--held-out", 0)
     assert not (tmp_path / "new").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
@@ -10,7 +11,10 @@ import time
 
 import pytest
 
+from maskopt.cli.allocate import allocate
 from maskopt.cli.options import SOLVER_NAMES
+from maskopt.cli.prune import prune
+from maskopt.models import CORRECTION
 from maskopt.solvers import SOLVERS
 
 # The program, with a place where it waits to be interrupted.
@@ -168,3 +172,8 @@ def test_help_does_not_wait_for_torch(arguments):
 
 def test_names_in_help_are_those_of_the_solvers():
     assert tuple(SOLVERS) == SOLVER_NAMES
+
+
+@pytest.mark.parametrize("command", [prune, allocate])
+def test_the_strength_of_the_correction_is_that_of_the_functions(command):
+    assert inspect.signature(command).parameters["correction"].default == CORRECTION

@@ -12,16 +12,19 @@ from maskopt.solvers import ContinuationFrankWolfe, Wanda
 from maskopt.weights import ALPS, ConditionalADMM, FISTAPruner, LeastSquares
 
 
+@pytest.mark.parametrize("options", [{}, {"correction": 1.0}])
 @pytest.mark.parametrize("padded", [False, True])
 def test_inputs_are_those_of_the_pruned_model_and_targets_those_of_the_dense(
-    build, make_batches, inputs_of, recorder, padded
+    build, make_batches, inputs_of, recorder, padded, options
 ):
     """Every layer is calibrated on its final inputs: all layers before it have their final weights."""
     for name in ("llama", "gpt2"):
         recorder.problems.clear()
         model, dense, batches = build(name), build(name), make_batches(padded)
         # Whole matrices are solved one by one, so that problems and records are in the same order.
-        report = prune(model, batches, Unstructured(0.5), recorder, propagate="corrected")
+        report = prune(model, batches, Unstructured(0.5), recorder, propagate="corrected", **options)
+        strength = options.get("correction", 0.7)
+        assert report.settings["correction"] == strength
         names = [record.name for record in report.layers]
         now, before = inputs_of(model, batches, names), inputs_of(dense, batches, names)
         for layer, problem in zip(names, recorder.problems, strict=True):
@@ -32,8 +35,20 @@ def test_inputs_are_those_of_the_pruned_model_and_targets_those_of_the_dense(
             weight = dense.get_submodule(layer).weight.detach()
             weight = weight.T if name == "gpt2" else weight
             torch.testing.assert_close(problem.weight, weight.float())
-            aim = LayerReconstruction.towards(weight.double(), gram, cross).scaled_target
+            aim = LayerReconstruction.towards(weight.double(), gram, cross, strength=strength).scaled_target
             torch.testing.assert_close(problem.scaled_target.double(), aim, rtol=0, atol=2e-3 * float(aim.abs().max()))
+
+
+def test_without_strength_layers_aim_at_their_own_outputs(build, make_batches, recorder):
+    prune(build("llama"), make_batches(), Unstructured(0.5), recorder, propagate="corrected", correction=0.0)
+    for problem in recorder.problems:
+        torch.testing.assert_close(problem.scaled_target, problem.scaled_weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), "0.5", None, True])
+def test_a_strength_is_a_number_between_0_and_1(build, make_batches, strength):
+    with pytest.raises(MaskoptError, match="correction must be a number between 0 and 1; got"):
+        prune(build("llama"), make_batches(), PerRow(0.5), Wanda(), correction=strength)
 
 
 def test_the_first_layers_have_nothing_to_make_up_for(build, make_batches, recorder):

@@ -144,8 +144,8 @@ def test_what_is_fitted(build, batches):
         model = build("llama")
         plain = build("llama")
         recovery = Recovery("block", epochs=3, parameters=parameters)
-        report = prune(model, batches, PerRow(0.5), Wanda(), recover=recovery)
-        prune(plain, batches, PerRow(0.5), Wanda())
+        report = prune(model, batches[:-1], PerRow(0.5), Wanda(), recover=recovery, held_out=batches[-1:])
+        prune(plain, batches[:-1], PerRow(0.5), Wanda())
         # The first block is pruned alike in both.
         own, other = weights_of(model), weights_of(plain)
         differs = {name: not torch.equal(own[name], other[name]) for name in own}
@@ -187,7 +187,7 @@ def test_recovery_within_pruning_and_beside_the_dense_model_agree(build, batches
     first = prune(inside, batches, PerRow(0.5), Wanda(), recover=recovery).recovery[0]
     # Wanda on the same micro-batches, so that sums are in the same order.
     data = divided(prepare_batches(outside, batches))
-    prune(outside, [batch.inputs for batch in data.batches], PerRow(0.5), Wanda())
+    prune(outside, [data.batches[index].inputs for index in data.fitted], PerRow(0.5), Wanda())
     second = recover(outside, dense, batches, recovery).recovery[0]
     assert first.before == pytest.approx(second.before, rel=1e-6)
     assert first.after == pytest.approx(second.after, rel=1e-6)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import ZambaConfig, ZambaForCausalLM
 
-from maskopt.models import find_blocks, prune
+from maskopt.models import CORRECTION, find_blocks, prune
 from maskopt.models.batches import prepare_batches
 from maskopt.models.gram import GramCollector
 from maskopt.models.propagation import Corrected, last_uses
@@ -130,7 +130,7 @@ def test_targets_aim_at_the_dense_model(build, make_batches, inputs_of, recorder
     (problem,) = [
         problem for problem in recorder.problems if torch.equal(problem.weight, dense.get_submodule(name).weight)
     ]
-    aim = LayerReconstruction.towards(problem.weight.double(), y.T @ y, x.T @ y).scaled_target
+    aim = LayerReconstruction.towards(problem.weight.double(), y.T @ y, x.T @ y, strength=CORRECTION).scaled_target
     assert float((aim - problem.weight).norm()) > 0.01 * float(problem.weight.norm())
     torch.testing.assert_close(problem.scaled_target.double(), aim, rtol=0, atol=2e-3 * float(aim.abs().max()))
 

@@ -157,6 +157,28 @@ def test_windows_are_pieces_of_the_text(tokenizer, samples, seqlen, size, seed):
     assert torch.equal(torch.cat(again.batches), torch.cat(calibration.batches))
 
 
+@settings(deadline=None, max_examples=40)
+@given(samples=st.integers(1, 3), windows=st.integers(1, 4), seqlen=st.integers(1, 9), seed=st.integers(0, 99))
+def test_windows_apart_share_no_token_where_the_text_is_long_enough(tokenizer, samples, windows, seqlen, seed):
+    calibration = calibration_batches(tokenizer, TEXT, samples, seqlen, 2, seed)
+    others = calibration.apart(windows)
+    assert (others.samples, others.seqlen, others.source) == (windows, seqlen, calibration.source)
+    assert torch.equal(torch.cat(others.batches), others.text_ids.unfold(0, seqlen, 1)[others.starts])
+    taken = [set(range(start, start + seqlen)) for start in (*calibration.starts.tolist(), *others.starts.tolist())]
+    # Each window rules out at most 2 * seqlen - 1 places for the next.
+    if (samples + windows) * (2 * seqlen - 1) < len(TEXT) - seqlen:
+        for index in range(samples, len(taken)):
+            assert not any(taken[index] & before for before in taken[:index])
+
+
+def test_windows_apart_of_a_short_text_overlap_least(tokenizer):
+    text = "abcdefghij"
+    calibration = calibration_batches(tokenizer, text, samples=1, seqlen=6, seed=1)
+    (start,), (other,) = calibration.starts.tolist(), calibration.apart(1).starts.tolist()
+    places = range(calibration.text_tokens - 5)
+    assert abs(start - other) == max(abs(start - place) for place in places)
+
+
 def test_calibration_records_its_source(tokenizer):
     calibration = calibration_batches(tokenizer, TEXT, samples=5, seqlen=16, seed=3)
     other = calibration_batches(tokenizer, TEXT, samples=5, seqlen=16, seed=4)

@@ -139,6 +139,15 @@ def test_a_large_ridge_draws_the_target_towards_the_weight():
     assert far[0] > far[1] > 100 * far[2]
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_the_strength_is_the_part_of_the_way_to_the_target(strength):
+    random = np.random.default_rng(7)
+    weight, x, new = (torch.from_numpy(random.standard_normal(shape)) for shape in ((2, 5), (5, 40), (5, 40)))
+    full = LayerReconstruction.towards(weight, new @ new.T, x @ new.T).target
+    part = LayerReconstruction.towards(weight, new @ new.T, x @ new.T, strength=strength).target
+    torch.testing.assert_close(part - weight, strength * (full - weight))
+
+
 def test_targets_of_half_precision_weights_keep_their_digits():
     random = np.random.default_rng(6)
     weight, x, new = (torch.from_numpy(random.standard_normal(shape)) for shape in ((2, 5), (5, 40), (5, 40)))

@@ -162,6 +162,15 @@ def test_an_interrupt_leaves_the_best_state(calls):
     assert not objective.parameter.requires_grad
 
 
+def test_a_fit_that_is_worse_half_way_ends():
+    objective = Regression()
+    weight = objective.masked(PerRow(0.5))
+    objective.held = (objective.x[4] @ objective.parameter.double().T + 1e-3).detach()
+    fitted = fit(objective, [weight], [], FixedMasks(), 40, step_size=0.3)
+    assert not fitted.accepted
+    assert fitted.steps == 20
+
+
 def test_a_loss_that_is_no_number_ends_the_fit():
     objective = Regression()
     weight = objective.masked(PerRow(0.5))
