@@ -182,10 +182,14 @@ def pruned(data: Opened, masks: Set, solver: Solver, propagate: str | None, seed
 def variants(method: str, options: argparse.Namespace) -> dict[str, Solver]:
     """Return a method with each setting of its grid if it is one of those to tune, or as it is."""
     keeps = method in options.solvers.split(",")
-    return {
-        setting: parse_comparison(*((spec, "keep") if keeps else (options.solvers, spec)))[spec]
-        for setting, spec in specs(method, options.tune).items()
-    }
+
+    def made(spec: str) -> Solver:
+        solver, _, weights = spec.partition(" + ")
+        if weights or keeps:
+            return parse_comparison(solver, weights or "keep")[spec]
+        return parse_comparison(options.solvers, spec)[spec]
+
+    return {setting: made(spec) for setting, spec in specs(method, options.tune).items()}
 
 
 def distinct(candidates: dict[str, Solver], model: PreTrainedModel, masks: Set) -> dict[str, Solver]:

@@ -6,8 +6,8 @@
 Without models the shipped demo model, calibrated and evaluated on this Python's standard library. A method is one of
 benchmarks/allocation.py. A recovery is none, block or model; behind a colon the rule for masks, and behind a second one
 what is fitted (all, pruned or vectors): block:fixed:vectors. Every cell prunes the dense model anew with the same
-windows; times are processor time. Writes benchmarks/results/NAME.{md,json} after every cell; --resume goes on where an
-interrupted run ended.
+windows, drawn as by `maskopt prune`; times are processor time. Writes benchmarks/results/NAME.{md,json} after every
+cell; --resume goes on where an interrupted run ended.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from allocation import solver_of
 from perplexity import Job
 from study import Record, carry_out
 
-from maskopt.cli.options import parse_recovery
+from maskopt.cli.options import further_windows, parse_recovery
 from maskopt.models import calibration_batches, default_seqlen, load_model, perplexity, prune
 from maskopt.oracles import parse_masks
 
@@ -75,7 +75,8 @@ def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: A
         settings = parse_recovery(level, options.epochs, None, rule or None, which or "all", seed)
         model = copy.deepcopy(dense)
         began = time.process_time()
-        done = prune(model, batches, masks, solver_of(method), recover=settings)
+        held_out, further = further_windows(batches, None, settings)
+        done = prune(model, batches, masks, solver_of(method), recover=settings, held_out=held_out, further=further)
         seconds = time.process_time() - began
         values = {what: perplexity(model, tokenizer, part, seqlen=seqlen).perplexity for what, part in texts.items()}
         finished(
@@ -144,7 +145,8 @@ def write(records: Sequence[Record], options: argparse.Namespace, left: int) -> 
     recoveries = [name for name in options.recoveries if any(record["recovery"] == name for record in records)]
     parts = [
         "Perplexity on text the model was not calibrated with (lower is better), the median over seeds "
-        f"{options.seeds}. Windows of at most 512 tokens; an eighth is held out of the fits."
+        f"{options.seeds}. Windows of at most 512 tokens, and as many others for the fit of the whole model, as "
+        "`maskopt prune` draws them; an eighth as many are held out."
     ]
     if left:
         parts.append(f"Unfinished: {left} cells are still to be run.")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from maskopt import MaskoptError
+from maskopt.cli.solvers import parse_comparison
 from maskopt.demo.run import MODEL
 from maskopt.models import load_model
 from maskopt.solvers import SparseFW
@@ -47,6 +48,13 @@ def test_windows_held_out_share_no_token_with_a_repeat_of_a_calibration_window(b
 def test_text_that_is_all_calibrated_with_leaves_nothing_to_hold_out(bench: ModuleType) -> None:
     with pytest.raises(MaskoptError, match="no window can be held out"):
         bench.held_out_windows(torch.arange(20), torch.arange(20).view(2, 10), 4)
+
+
+def test_every_method_of_a_comparison_is_made_by_its_name(bench: ModuleType) -> None:
+    solvers, weights = "wanda,continuation", "keep,lsq,sparsegpt,admm,fista,alps,best"
+    options = SimpleNamespace(solvers=solvers, weights=weights, tune=[])
+    for method, solver in parse_comparison(solvers, weights).items():
+        assert bench.variants(method, options) == {method: solver}
 
 
 def test_every_setting_of_every_grid_is_one_of_its_method(bench: ModuleType) -> None:

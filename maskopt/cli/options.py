@@ -57,7 +57,7 @@ __all__ = [
     "WeightsOption",
     "check_device",
     "check_seqlen",
-    "held_out_windows",
+    "further_windows",
     "parse_fixed",
     "parse_masks",
     "parse_memory",
@@ -300,8 +300,17 @@ def parse_fixed(items: list[str] | None) -> dict[str, float]:
     return found
 
 
-def held_out_windows(calibration: "Calibration", number: int | None) -> "Calibration | None":
-    """Return windows that are held out of a calibration: by default an eighth as many; none for 0.
+def further_windows(
+    calibration: "Calibration", number: int | None, recovery: "Recovery | None"
+) -> "tuple[Calibration | None, Calibration | None]":
+    """Return windows that are held out of a calibration, and as many as it has to fit the whole model to, if it is.
+
+    Parameters
+    ----------
+    calibration : Calibration
+    number : int, optional
+        Of windows to hold out: by default an eighth; none for 0.
+    recovery : Recovery, optional
 
     Raises
     ------
@@ -311,7 +320,14 @@ def held_out_windows(calibration: "Calibration", number: int | None) -> "Calibra
     count = max(1, calibration.samples // 8) if number is None else number
     if count < 0:
         raise MaskoptError(f"--held-out must be a number of windows, or 0 for none; got {count}.")
-    return calibration.apart(count) if count else None
+    fitted = calibration.samples if recovery is not None and recovery.level == "model" else 0
+    if count + fitted == 0:
+        return None, None
+    others = calibration.apart(count + fitted)
+    return (
+        others.at(others.starts[:count]) if count else None,
+        others.at(others.starts[count:]) if fitted else None,
+    )
 
 
 def parse_recovery(

@@ -43,7 +43,7 @@ from maskopt.cli.options import (
     WeightsOption,
     check_device,
     check_seqlen,
-    held_out_windows,
+    further_windows,
     parse_fixed,
     parse_masks,
     parse_memory,
@@ -177,7 +177,7 @@ def prune(
         network, tokenizer = models.load_model(model, device=device)
         length = check_seqlen(network, tokenizer, seqlen)
         batches = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
-        others = held_out_windows(batches, held_out)
+        others, further = further_windows(batches, held_out, recovery)
         if calibration_perplexity:
             # As much text as the calibration uses, at four characters a token, and at least one window.
             texts["calibration"] = corpus.opening(max(4 * samples, 32) * length)
@@ -233,6 +233,7 @@ def prune(
             progress=whole.prune if bar.visible else None,
             recover=recovery,
             held_out=others,
+            further=further,
         )
         pruned = perplexities("pruned")
     extra: dict[str, Any] = {

@@ -29,7 +29,7 @@ from maskopt.cli.options import (
     SeqlenOption,
     check_device,
     check_seqlen,
-    held_out_windows,
+    further_windows,
     parse_memory,
     parse_recovery,
     require_file,
@@ -101,7 +101,7 @@ def recover(
         dense, _ = models.load_model(against, device=device)
         length = check_seqlen(network, tokenizer, seqlen)
         batches = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
-        others = held_out_windows(batches, held_out)
+        others, further = further_windows(batches, held_out, settings)
         perplexities: dict[str, models.Perplexity] = {}
 
         def measure(when: str, model: Any) -> None:
@@ -130,6 +130,7 @@ def recover(
             memory=working,
             progress=show,
             held_out=others,
+            further=further,
         )
         measure("after", network)
     extra: dict[str, Any] = {

@@ -54,7 +54,7 @@ def prepare_batches(model: PreTrainedModel, batches: Iterable[Any], kind: str = 
     batches : iterable of dict or Tensor
         Keyword arguments of the model's forward, with its main input (``input_ids``, or ``pixel_values`` for vision
         models), or the tensor of the main input alone.
-    kind : {"calibration", "held-out"}
+    kind : {"calibration", "held-out", "further"}
         What messages call them.
 
     Returns

@@ -91,9 +91,20 @@ class Calibration:
             start = int(fewest[torch.randint(len(fewest), (1,), generator=generator)])
             taken[start + 1 : start + 1 + self.seqlen] += 1
             starts.append(start)
-        return self._at(torch.tensor(starts))
+        return self.at(torch.tensor(starts))
 
-    def _at(self, starts: Tensor) -> Calibration:
+    def at(self, starts: Tensor) -> Calibration:
+        """Return windows of the text that begin at given tokens.
+
+        Parameters
+        ----------
+        starts : Tensor
+            Integers, shape (windows,).
+
+        Returns
+        -------
+        Calibration
+        """
         found = self.text_ids.unfold(0, self.seqlen, 1)[starts]
         size = max(len(batch) for batch in self.batches)
         return replace(self, batches=list(torch.split(found, size)), samples=len(starts), starts=starts)

@@ -40,6 +40,7 @@ def recover(
     memory: int = 2**30,
     progress: Callable[[str, float], object] | None = None,
     held_out: Iterable[Any] | None = None,
+    further: Iterable[Any] | None = None,
 ) -> RecoveryReport:
     """Fit a pruned model to the dense one, in place, block by block and then as a whole.
 
@@ -68,6 +69,8 @@ def recover(
         Called with what is fitted and the fraction of all work done.
     held_out : iterable of dict or Tensor, optional
         As for `prune`; an eighth of the windows by default.
+    further : iterable of dict or Tensor, optional
+        As for `prune`.
 
     Returns
     -------
@@ -98,12 +101,13 @@ def recover(
     chosen = _masks({layer.name: layer for layer in selection.layers}, masks)
     sets = {layer: recognised(layer.oriented(chosen[layer.name])) for layer in selection.layers if layer.name in chosen}
     data = divided(with_held_out(model, prepare_batches(model, batches), held_out))
+    last = data if further is None else data.instead(prepare_batches(model, further, "further"))
     report = RecoveryReport(masks=chosen)
     began = time.perf_counter()
     with evaluation_mode(model), evaluation_mode(dense):
         replay = Replay(model, list(selection.blocks), data.batches)
         beside = Replay(dense, list(select_layers(dense, include, exclude).blocks), data.batches)
-        target = predictions(dense, data, memory) if settings.level == "model" else None
+        target = predictions(dense, last, memory) if settings.level == "model" else None
         by_block = replay.shortcut and beside.shortcut
         if target is None and not by_block:
             raise MaskoptError(
@@ -129,10 +133,11 @@ def recover(
             replay.run(position, store=True)
             done += 1
         if target is not None:
-            report.recovery += recoverer.fit_model(target)
+            report.recovery += recoverer.fit_model(target, last)
     report.seconds = time.perf_counter() - began
     report.settings = {
         "recover": repr(settings),
+        **({} if further is None else {"further_tokens": last.tokens}),
         **data_settings(data.batches),
         **circumstances(model),
     }

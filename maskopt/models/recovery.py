@@ -54,6 +54,11 @@ class Data:
         """Tokens to fit."""
         return sum(self.batches[index].tokens for index in self.fitted)
 
+    def instead(self, batches: Sequence[Batch]) -> Data:
+        """Return other windows to fit, with the same held out."""
+        held_out = [self.batches[index] for index in self.held_out]
+        return divided([*batches, *held_out])
+
 
 def divided(batches: Sequence[Batch]) -> Data:
     """Divide calibration windows into micro-batches, with an eighth of the windows held out unless batches are already.
@@ -192,6 +197,7 @@ class Recoverer:
     replay : Replay
         Of the model on the micro-batches.
     data : Data
+        To fit blocks.
     recovery : Recovery
     sets : mapping of Layer to MaskSet
         The sets in which masks may move.
@@ -258,15 +264,17 @@ class Recoverer:
         deviations = self._deviations(position, layers) if self._recovery.rule_for("block").moves else {}
         masked = self._masked(layers, parameters, deviations)
         objective = _BlockOutput(self._replay, position, targets, self._data)
-        return [self._fit("block", block.name, objective, masked, parameters)]
+        return [self._fit("block", block.name, objective, masked, parameters, self._data.tokens)]
 
-    def fit_model(self, divergence: Divergence) -> list[RecoveryRecord]:
+    def fit_model(self, divergence: Divergence, data: Data) -> list[RecoveryRecord]:
         """Fit the whole model to the dense model's predictions.
 
         Parameters
         ----------
         divergence : Divergence
-            From the dense model, on the micro-batches.
+            From the dense model, on micro-batches.
+        data : Data
+            These.
 
         Returns
         -------
@@ -284,7 +292,8 @@ class Recoverer:
                 deviations |= self._deviations(position, inner)
                 self._replay.run(position, store=True)
         masked = self._masked(layers, parameters, deviations)
-        return [self._fit("model", "model", _Predictions(self._model, divergence, self._data), masked, parameters)]
+        objective = _Predictions(self._model, divergence, data)
+        return [self._fit("model", "model", objective, masked, parameters, data.tokens)]
 
     def _wanted(self, parameter: nn.Parameter) -> bool:
         pruned, vector = id(parameter) in self._pruned, parameter.ndim == 1
@@ -318,6 +327,7 @@ class Recoverer:
         objective: Objective,
         masked: Mapping[Layer, Masked],
         parameters: Sequence[nn.Parameter],
+        tokens: int,
     ) -> RecoveryRecord:
         began = time.perf_counter()
         pruned = {id(weight.parameter) for weight in masked.values()}
@@ -336,7 +346,7 @@ class Recoverer:
                     list(masked.values()),
                     others,
                     settings.rule_for(level),
-                    settings.steps(level, objective.batches, self._data.tokens),
+                    settings.steps(level, objective.batches, tokens),
                     step_size=settings.step_size,
                     largest=_LARGEST[level],
                     seed=settings.seed,

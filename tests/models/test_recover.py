@@ -193,6 +193,30 @@ def test_recovery_within_pruning_and_beside_the_dense_model_agree(build, batches
     assert first.after == pytest.approx(second.after, rel=1e-6)
 
 
+def test_the_model_is_fitted_to_further_windows(build, batches, make_batches, monkeypatch):
+    seen = []
+    logits = Divergence.logits
+
+    def watched(self, model, index, *args, **kwargs):
+        seen.append(self.batches[index].inputs["input_ids"])
+        return logits(self, model, index, *args, **kwargs)
+
+    monkeypatch.setattr(Divergence, "logits", watched)
+    further = [{"input_ids": batch["input_ids"].flip(1)} for batch in batches[:16]]
+    recovery = Recovery("model", epochs=1, step_size=1e-3)
+    data = {"held_out": batches[24:], "further": further}
+    model, dense = build("llama"), build("llama")
+    report = prune(model, batches[:24], PerRow(0.5), Wanda(), recover=recovery, **data)
+    wanted = {tuple(row) for batch in (*further, *batches[24:]) for row in batch["input_ids"].tolist()}
+    assert {tuple(row) for ids in seen for row in ids.tolist()} == wanted
+    assert report.settings["further_tokens"] == 16 * 2 * 28
+    assert report.settings["calibration_tokens"] == 24 * 2 * 28
+    seen.clear()
+    again = recover(model, dense, batches[:24], recovery, **data)
+    assert {tuple(row) for ids in seen for row in ids.tolist()} == wanted
+    assert again.settings["further_tokens"] == 16 * 2 * 28
+
+
 def test_patterns_are_recognised():
     generator = torch.Generator().manual_seed(0)
     score = torch.rand(16, 64, generator=generator)
