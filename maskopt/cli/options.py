@@ -165,7 +165,7 @@ RecoverMasksOption = Annotated[
     typer.Option(
         "--recover-masks",
         metavar="RULE",
-        help="How masks move meanwhile: continuation, fixed or reselection.",
+        help="How masks move meanwhile: continuation, fixed, reselection, admm, drop-and-grow or frank-wolfe.",
         show_default="continuation for blocks, fixed for the model",
     ),
 ]

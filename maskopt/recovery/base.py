@@ -57,6 +57,8 @@ class Masked:
         The values that the optimizer changes, float32 or float64; the parameter itself where nothing else is needed.
     pruned : float
         What pruned entries count: the module computes with master * (mask + pruned * (1 - mask)).
+    relaxed : Tensor or None
+        What each entry counts, in place of mask and `pruned`.
     """
 
     def __init__(
@@ -72,16 +74,57 @@ class Masked:
         self.deviation = deviation
         self.master: Tensor = parameter.data
         self.pruned = 0.0
+        self.relaxed: Tensor | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the module computes with the mask."""
+        return self.pruned == 0.0 and self.relaxed is None
+
+    def settle(self, mask: Tensor, values: Tensor) -> None:
+        """Let the module compute with a mask and values of which nothing else is kept."""
+        self.mask, self.master, self.pruned, self.relaxed = mask, values, 0.0, None
 
     def oriented(self, tensor: Tensor) -> Tensor:
         """Turn a tensor from the stored orientation to (rows, d), or back; a view."""
         return tensor.T if self.transposed else tensor
 
+    def cost(self, values: Tensor) -> Tensor:
+        """Return what pruning values costs while other weights compensate: their squares times those of deviations.
+
+        Parameters
+        ----------
+        values : Tensor
+            Stored as the parameter is, and so is the result.
+        """
+        size = self.oriented(values)
+        return self.oriented(size.square() if self.deviation is None else (size * self.deviation).square_())
+
+    def promise(self, gradient: Tensor) -> Tensor:
+        """Return in proportion to what the loss falls by an entry alone: gradient squared over variance.
+
+        Parameters
+        ----------
+        gradient : Tensor
+            Stored as the parameter is, and so is the result.
+        """
+        size = self.oriented(gradient)
+        if self.deviation is not None:
+            least = torch.finfo(size.dtype).tiny ** 0.25
+            size = size / self.deviation.clamp_min(max(least, 1e-6 * float(self.deviation.max())))
+        return self.oriented(size.square())
+
+    def select_by(self, values: Tensor) -> None:
+        """Select the mask of the set that keeps the largest sum of values, which are stored as the parameter is."""
+        self.mask = self.oriented(self.masks.lmo_mask(self.oriented(-values))).contiguous()
+
+    def select(self, values: Tensor) -> None:
+        """Select the mask of the set whose pruned values cost least."""
+        self.select_by(self.cost(values))
+
     def reselect(self) -> None:
-        """Select the mask of the set that keeps the largest sum of squared weights, each times its deviation."""
-        size = self.oriented(self.master.detach())
-        cost = size.square() if self.deviation is None else (size * self.deviation).square_()
-        self.mask = self.oriented(self.masks.lmo_mask(cost.neg_())).contiguous()
+        """Select the mask of the set whose pruned weights cost least."""
+        self.select(self.master.detach())
 
     def scale_gradient(self, factor: float) -> None:
         """Multiply the master's gradient of pruned entries by a factor."""
@@ -97,7 +140,9 @@ class Masked:
         target = self.parameter.data
         if self.master.data_ptr() != target.data_ptr():
             target.copy_(self.master.detach())
-        if self.pruned == 0.0:
+        if self.relaxed is not None:
+            target.mul_(self.relaxed)
+        elif self.pruned == 0.0:
             target.masked_fill_(~self.mask, 0.0)
         elif self.pruned != 1.0:
             target.copy_(torch.where(self.mask, target, self.pruned * target))

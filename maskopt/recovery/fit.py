@@ -210,7 +210,7 @@ class _Fit:
         for loss in self._run(rule, step_size, steps, max(1, min(_WARM, steps // 6)), tell):
             losses.append(loss)
             ends = len(losses) % self._objective.batches == 0 or len(losses) == steps
-            if ends and all(weight.pruned == 0.0 for weight in self._weights):
+            if ends and all(weight.settled for weight in self._weights):
                 hopeless = not self._measure()
                 if hopeless and 2 * len(losses) >= steps:
                     break
@@ -235,7 +235,7 @@ class _Fit:
             parameter.data.copy_(saved)
             parameter.grad = None
         for weight, mask in zip(self._weights, self._masks, strict=True):
-            weight.mask, weight.pruned, weight.master = mask, 0.0, weight.parameter.data
+            weight.settle(mask, weight.parameter.data)
 
     def _run(
         self, rule: MaskRule, step_size: float, steps: int, warm: int, tell: Callable[[], None]

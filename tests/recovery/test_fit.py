@@ -75,11 +75,11 @@ def test_masks_are_in_their_set_at_every_step(rule):
     objective, masks = Regression(), NM(keep=2, group=4)
     weight = objective.masked(masks)
     found = []
-    reselect = Masked.reselect
+    select = Masked.select_by
 
     class Watched(Masked):
-        def reselect(self):
-            reselect(self)
+        def select_by(self, values):
+            select(self, values)
             found.append(self.mask.clone())
 
     weight.__class__ = Watched
