@@ -22,7 +22,7 @@ import report
 import torch
 from allocation import solver_of
 from perplexity import Job
-from study import Record, carry_out
+from study import Record, carry_out, numbers, split_pattern, words
 
 from maskopt.cli.options import further_windows, parse_recovery
 from maskopt.models import calibration_batches, default_seqlen, load_model, perplexity, prune
@@ -69,8 +69,7 @@ def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: A
     before = {name: perplexity(dense, tokenizer, part, seqlen=seqlen).perplexity for name, part in texts.items()}
     for name, seed, samples, pattern, method, recovery in todo:
         batches = calibration_batches(tokenizer, job.calibration, samples, seqlen, seed=seed)
-        words, _, sparsity = pattern.partition(":") if pattern.startswith(("per-row", "unstr")) else (pattern, "", "")
-        masks = parse_masks(words, float(sparsity) if sparsity else None)
+        masks = parse_masks(*split_pattern(pattern))
         level, rule, which = (*recovery.split(":"), "", "")[:3]
         settings = parse_recovery(level, options.epochs, None, rule or None, which or "all", seed)
         model = copy.deepcopy(dense)
@@ -167,12 +166,6 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL,CALIBRATION,TEXT")
-
-    def words(text: str) -> list[str]:
-        return text.split(",")
-
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
 
     parser.add_argument("--seeds", type=numbers, default=[0])
     parser.add_argument("--samples", type=numbers, default=[128], help="numbers of calibration windows")

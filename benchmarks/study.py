@@ -9,9 +9,25 @@ import report
 from perplexity import Job, jobs_of
 from rich.progress import Progress
 
-__all__ = ["Record", "carry_out"]
+__all__ = ["Record", "carry_out", "numbers", "split_pattern", "words"]
 
 Record = dict[str, Any]
+
+
+def words(text: str) -> list[str]:
+    """Return the parts of a list with commas."""
+    return text.split(",")
+
+
+def numbers(text: str) -> list[int]:
+    """Return the whole numbers of a list with commas."""
+    return [int(part) for part in text.split(",")]
+
+
+def split_pattern(pattern: str) -> tuple[str, float | None]:
+    """Return the arguments of `parse_masks` for a pattern such as per-row:0.6 or 2:4."""
+    name, _, sparsity = pattern.partition(":")
+    return (pattern, None) if name.isdigit() else (name, float(sparsity))
 
 
 def carry_out(
