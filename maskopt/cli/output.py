@@ -45,6 +45,7 @@ __all__ = [
     "show_evaluation",
     "stderr",
     "tables",
+    "tell_memory",
 ]
 
 _FILE_WIDTH = 200  # columns at most where output is no terminal
@@ -171,6 +172,12 @@ class Bar:
             self.tell(what, (done + state.fraction) / self._steps)
 
         return tell if self.visible else None
+
+
+def tell_memory(needed: int, bar: Bar) -> None:
+    """Say, before the work, how much memory a recovery takes, if there is a bar."""
+    if bar.visible:
+        stderr().print(f"Recovery takes about {needed / 1e9:.2g} GB beside the model and its states.", highlight=False)
 
 
 def check_outputs(json: str | None, *targets: str | Path | None) -> None:

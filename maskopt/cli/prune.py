@@ -51,7 +51,17 @@ from maskopt.cli.options import (
     require_file,
     require_transformers,
 )
-from maskopt.cli.output import Bar, check_outputs, environment, facts, finite, json_output, show_evaluation, tables
+from maskopt.cli.output import (
+    Bar,
+    check_outputs,
+    environment,
+    facts,
+    finite,
+    json_output,
+    show_evaluation,
+    tables,
+    tell_memory,
+)
 from maskopt.cli.prune_progress import PruneProgress
 from maskopt.cli.recover import recovery_lines
 from maskopt.cli.solvers import parse_weights
@@ -216,6 +226,11 @@ def prune(
                 for name, part in texts.items()
             }
 
+        needed = None
+        if recovery is not None:
+            chosen = {"include": include or (), "exclude": exclude or ()}
+            needed = models.recovery_bytes(network, batches, recovery, **chosen)
+            tell_memory(needed, bar)
         dense = perplexities("dense")
         report = models.prune(
             network,
@@ -250,6 +265,7 @@ def prune(
             "batch_size": batch_size,
             "time_limit": time_limit,
             "recover": recover,
+            "recovery_bytes": needed,
             "device": device,
             "memory": working,
         },

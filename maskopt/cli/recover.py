@@ -35,7 +35,17 @@ from maskopt.cli.options import (
     require_file,
     require_transformers,
 )
-from maskopt.cli.output import Bar, check_outputs, environment, facts, finite, json_output, show_evaluation, tables
+from maskopt.cli.output import (
+    Bar,
+    check_outputs,
+    environment,
+    facts,
+    finite,
+    json_output,
+    show_evaluation,
+    tables,
+    tell_memory,
+)
 from maskopt.cli.words import duration, named_table
 from maskopt.errors import MaskoptError
 
@@ -102,6 +112,9 @@ def recover(
         length = check_seqlen(network, tokenizer, seqlen)
         batches = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
         others, further = further_windows(batches, held_out, settings)
+        chosen = {"include": include or (), "exclude": exclude or ()}
+        needed = models.recovery_bytes(network, batches, settings, **chosen)
+        tell_memory(needed, bar)
         perplexities: dict[str, models.Perplexity] = {}
 
         def measure(when: str, model: Any) -> None:
@@ -136,7 +149,14 @@ def recover(
     extra: dict[str, Any] = {
         "calibration": batches.to_json(),
         "perplexity": {when: value.to_json() for when, value in perplexities.items()},
-        "command": {"pruned": pruned, "against": against, "out": str(out), "device": device, "memory": working},
+        "command": {
+            "pruned": pruned,
+            "against": against,
+            "out": str(out),
+            "device": device,
+            "memory": working,
+            "recovery_bytes": needed,
+        },
         "versions": environment(),
         "seconds": time.perf_counter() - began,
     }

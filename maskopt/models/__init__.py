@@ -5,6 +5,7 @@ from maskopt.models.blocks import Block, find_blocks
 from maskopt.models.calibration import Calibration, calibration_batches
 from maskopt.models.context import context_length, default_seqlen
 from maskopt.models.loading import load_model
+from maskopt.models.memory import recovery_bytes
 from maskopt.models.perplexity import Perplexity, perplexity
 from maskopt.models.prune import CORRECTION, Progress, PruningError, prune
 from maskopt.models.recover import recognised, recover
@@ -44,6 +45,7 @@ __all__ = [
     "read_text",
     "recognised",
     "recover",
+    "recovery_bytes",
     "save_masks",
     "save_pruned",
     "select_layers",

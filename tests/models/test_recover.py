@@ -7,7 +7,7 @@ import torch
 
 import maskopt
 from maskopt.errors import MaskoptError
-from maskopt.models import prune, recognised, recover
+from maskopt.models import prune, recognised, recover, recovery_bytes
 from maskopt.models.batches import prepare_batches
 from maskopt.models.divergence import Divergence
 from maskopt.models.recovery import divided
@@ -308,3 +308,34 @@ def test_blocks_that_share_weights_keep_what_is_shared(build, batches):
     assert any(record.accepted for record in report.recovery)
     for own, other in zip(model.model.layers[0].mlp.parameters(), shared.parameters(), strict=True):
         assert torch.equal(own, other)
+
+
+def test_memory_is_estimated_before(build, batches):
+    """Of blocks: moments, best state, masters and one gradient; activations grow with the micro-batch."""
+    model = build("llama")
+    before = weights_of(model)
+    block = model.model.layers[0]
+    numbers = [parameter.numel() for parameter in block.parameters()]
+    moving, fixed, vectors, model_level = (
+        recovery_bytes(model, batches, recovery)
+        for recovery in (
+            Recovery("block"),
+            Recovery("block", rule=FixedMasks()),
+            Recovery("block", parameters="vectors"),
+            Recovery("model"),
+        )
+    )
+    assert moving - fixed == 4 * sum(numbers)
+    norms = [parameter.numel() for parameter in block.parameters() if parameter.ndim == 1]
+    assert fixed - vectors == 12 * (sum(numbers) - sum(norms)) + 4 * (max(numbers) - max(norms))
+    assert model_level > moving
+    activations = fixed - 12 * sum(numbers) - 4 * max(numbers)
+    assert activations > 0
+    halves = [{"input_ids": batch["input_ids"][:, :14]} for batch in batches]
+    shorter = recovery_bytes(model, halves, Recovery("block", rule=FixedMasks())) - (fixed - activations)
+    assert activations > 1.5 * shorter > 0
+    assert all(torch.equal(before[name], weight) for name, weight in weights_of(model).items())
+    assert not any(
+        parameter.requires_grad != own.requires_grad
+        for parameter, own in zip(model.parameters(), build("llama").parameters(), strict=True)
+    )

@@ -1,0 +1,118 @@
+"""How much memory a recovery takes, estimated before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from maskopt.models.batches import prepare_batches
+from maskopt.models.checks import check_model
+from maskopt.models.recovery import Recoverer, divided
+from maskopt.models.replay import Replay, evaluation_mode, first_tensor
+from maskopt.models.selection import select_layers
+from maskopt.oracles import Unstructured
+from maskopt.recovery import Recovery
+
+__all__ = ["recovery_bytes"]
+
+_ADAM, _MASTER, _GRADIENT = 8, 4, 4  # bytes for each parameter
+_LOGITS = 16  # bytes for each logit of a micro-batch: float32 values, their logarithms, and gradients of both
+
+
+def recovery_bytes(
+    model: PreTrainedModel,
+    batches: Iterable[Any],
+    recovery: Recovery,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> int:
+    """Return about how many bytes a recovery takes at its peak, beside the model and the states of all windows.
+
+    Counted are the optimizer's two moments, the best state, and what masks that move and half precision need, for the
+    parameters of the largest block or of the model; the largest gradient; and the activations of a micro-batch, which
+    are measured on the first block.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    batches, recovery, include, exclude
+        As for `prune`.
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from maskopt.models import recovery_bytes
+    >>> from maskopt.recovery import Recovery
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    ... )
+    >>> batches = [torch.zeros(4, 8, dtype=torch.int64)]
+    >>> small, large = (
+    ...     recovery_bytes(LlamaForCausalLM(config), batches, Recovery(level)) for level in ("block", "model")
+    ... )
+    >>> small < large
+    True
+    """
+    check_model(model)
+    selection = select_layers(model, include, exclude)
+    data = divided(prepare_batches(model, batches))
+    with evaluation_mode(model):
+        replay = Replay(model, list(selection.blocks), [data.batches[data.fitted[0]]])
+        anything = dict.fromkeys(selection.layers, Unstructured(0.5))  # which set does not matter here
+        recoverer = Recoverer(model, replay, data, recovery, anything, {})
+        activations = _saved_bytes(replay)
+    # One after the other, so that the larger of both counts.
+    needed = max(_fit_bytes(recoverer.parameters(block), recovery.rule_for("block").moves) for block in replay.order)
+    needed += activations
+    if recovery.level == "model":
+        batch = data.batches[data.fitted[0]]
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        whole = _fit_bytes(recoverer.all_parameters(), recovery.rule_for("model").moves)
+        whole += len(replay.order) * activations + _LOGITS * batch.shape[0] * batch.shape[1] * vocabulary
+        needed = max(needed, whole)
+    return needed
+
+
+def _fit_bytes(parameters: Sequence[Tensor], moves: bool) -> int:
+    total = 0
+    for parameter in parameters:
+        exact = parameter.dtype in (torch.float32, torch.float64)
+        best = parameter.element_size()
+        total += (_ADAM + best + (_MASTER if moves or not exact else 0)) * parameter.numel()
+    return total + max((_GRADIENT * parameter.numel() for parameter in parameters), default=0)
+
+
+def _saved_bytes(replay: Replay) -> int:
+    """Return the bytes that the first block keeps for its backward pass, without parameters."""
+    block = replay.order[0]
+    parameters = list(block.module.parameters())
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    flags = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            first_tensor(replay.output(0, 0))
+    finally:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)
+    return sum(seen.values())
