@@ -47,9 +47,9 @@ SMOLLM_STUDY := --name smollm2 --only-models --solvers wanda --weights sparsegpt
 ALLOCATION_STUDY := --methods best,wanda --sparsities 0.7,0.6 --characters 60000 --rules uniform,auto,owl,dlp
 SMOLLM_ALLOCATION := --name allocation-smollm2 --only-models --methods best --sparsities 0.6 --rules uniform,auto --samples 32 \
 	--batch-size 2 --characters 250000
-CORRECTION_STUDY := --characters 60000
+CORRECTION_STUDY := --patterns per-row:0.6,2:4 --characters 60000
 RECOVERY_STUDY := --characters 60000
-RULES_STUDY := --name mask-rules --characters 60000 \
+RULES_STUDY := --name mask-rules --only-models --samples 32 --characters 60000 \
 	--recoveries none,block:fixed,block,block:reselection,block:admm,block:drop-and-grow,block:frank-wolfe
 # SMOLLM names the folder that benchmarks/make_smollm2.py makes.
 bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOLLM= add to them, see README)
@@ -68,7 +68,7 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOL
 	$(BIN)/python benchmarks/allocation.py $(MODELS) $(ALLOCATION_STUDY)
 	$(BIN)/python benchmarks/correction.py $(MODELS) $(CORRECTION_STUDY)
 	$(BIN)/python benchmarks/recovery.py $(MODELS) $(RECOVERY_STUDY)
-	$(BIN)/python benchmarks/recovery.py $(MODELS) $(RULES_STUDY)
+	$(if $(MODELS),$(BIN)/python benchmarks/recovery.py $(MODELS) $(RULES_STUDY))
 	$(if $(SMOLLM),$(BIN)/python benchmarks/allocation.py $(SMOLLM) $(SMOLLM_ALLOCATION))
 
 clean:  ## Remove the environment and all caches

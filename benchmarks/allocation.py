@@ -14,17 +14,15 @@ import copy
 import re
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import report
-import torch
 from perplexity import Job
-from study import Record, carry_out
+from study import Opened, Record, carry_out, fractions, parse, words
 
 from maskopt.cli.solvers import parse_weights
-from maskopt.models import RULES, allocate, calibration_batches, default_seqlen, load_model, perplexity, prune
+from maskopt.models import RULES, allocate, calibration_batches, prune
 from maskopt.oracles import parse_masks
 from maskopt.solvers import Solver
 
@@ -57,13 +55,9 @@ def cells(job: Job, options: argparse.Namespace, done: set[tuple[Any, ...]]) -> 
 
 def run(job: Job, todo: Sequence[tuple[Any, ...]], options: argparse.Namespace, finished: Any) -> None:
     """Measure cells of one model; call `finished` with the record of each."""
-    torch.set_num_threads(1)
-    dense, tokenizer = load_model(job.model)
-    dense.float()
-    seqlen = default_seqlen(dense, tokenizer, at_most=512)
-    text = job.source.read_text() if isinstance(job.source, Path) else job.source
-    text = text[: options.characters]
-    before = perplexity(dense, tokenizer, text, seqlen=seqlen).perplexity
+    data = Opened.of(job, options.characters)
+    dense, tokenizer, seqlen = data.model, data.tokenizer, data.seqlen
+    before = data.perplexity(dense)
     draws = {
         seed: calibration_batches(
             tokenizer, job.calibration, options.samples, seqlen, batch_size=options.batch_size, seed=seed
@@ -91,7 +85,7 @@ def run(job: Job, todo: Sequence[tuple[Any, ...]], options: argparse.Namespace, 
                 "seqlen": seqlen,
                 "reached": done.sparsity,
                 "dense": before,
-                "perplexity": perplexity(model, tokenizer, text, seqlen=seqlen).perplexity,
+                "perplexity": data.perplexity(model),
                 "allocation_seconds": allocated,
                 "pruning_seconds": pruned,
                 "details": {} if plan is None else dict(plan.details),
@@ -206,22 +200,13 @@ def write(records: Sequence[Record], options: argparse.Namespace, left: int) -> 
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL,CALIBRATION,TEXT")
-    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
-    parser.add_argument(
-        "--sparsities", type=lambda text: [float(part) for part in text.split(",")], default=[0.5, 0.6, 0.7, 0.8]
-    )
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=["best", "wanda"])
-    parser.add_argument("--rules", type=lambda text: text.split(","), default=list(RULES))
+    parser.add_argument("--sparsities", type=fractions, default=[0.5, 0.6, 0.7, 0.8])
+    parser.add_argument("--methods", type=words, default=["best", "wanda"])
+    parser.add_argument("--rules", type=words, default=list(RULES))
     parser.add_argument("--pattern", default="per-row")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows of at most 512 tokens")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--characters", type=int, help="length of each evaluation text; all by default")
-    parser.add_argument("--name", default="allocation")
-    parser.add_argument("--only-models", action="store_true", help="leave the demo model out")
-    parser.add_argument("--resume", action="store_true", help="keep what results/NAME.json has, and run the rest")
-    options = parser.parse_args()
-    carry_out("allocation", options, cells, run, write, key)
+    carry_out("allocation", parse(parser, "allocation"), cells, run, write, key)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,14 @@ goes on where an interrupted run ended.
 import argparse
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import report
-import torch
 from perplexity import Job
-from study import Record, carry_out, numbers, split_pattern, words
+from study import Opened, Record, carry_out, fractions, numbers, parse, split_pattern, words
 
-from maskopt.models import calibration_batches, default_seqlen, load_model, perplexity, prune
+from maskopt.models import calibration_batches, prune
 from maskopt.oracles import parse_masks
 from maskopt.weights import ConditionalADMM
 
@@ -45,15 +43,11 @@ def cells(job: Job, options: argparse.Namespace, done: set[Cell]) -> list[Cell]:
 
 def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: Any) -> None:
     """Measure cells of one model; call `finished` with the record of each."""
-    torch.set_num_threads(1)
-    dense, tokenizer = load_model(job.model)
-    dense.float()
-    seqlen = default_seqlen(dense, tokenizer, at_most=512)
-    text = (job.source.read_text() if isinstance(job.source, Path) else job.source)[: options.characters]
-    before = perplexity(dense, tokenizer, text, seqlen=seqlen).perplexity
+    data = Opened.of(job, options.characters)
+    before = data.perplexity(data.model)
     for name, seed, samples, pattern, strength in todo:
-        batches = calibration_batches(tokenizer, job.calibration, samples, seqlen, seed=seed)
-        model = copy.deepcopy(dense)
+        batches = calibration_batches(data.tokenizer, job.calibration, samples, data.seqlen, seed=seed)
+        model = copy.deepcopy(data.model)
         done = prune(
             model,
             batches,
@@ -70,9 +64,9 @@ def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: A
                 "samples": samples,
                 "pattern": pattern,
                 "strength": strength,
-                "seqlen": seqlen,
+                "seqlen": data.seqlen,
                 "dense": before,
-                "perplexity": perplexity(model, tokenizer, text, seqlen=seqlen).perplexity,
+                "perplexity": data.perplexity(model),
                 "error": done.mean_relative_error,
                 "held_out_error": done.held_out.mean_error,
             }
@@ -112,19 +106,10 @@ def write(records: Sequence[Record], options: argparse.Namespace, left: int) -> 
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL,CALIBRATION,TEXT")
-    parser.add_argument("--seeds", type=numbers, default=[0])
     parser.add_argument("--samples", type=numbers, default=[16, 128], help="numbers of calibration windows")
     parser.add_argument("--patterns", type=words, default=["per-row:0.5", "per-row:0.6", "2:4"])
-    parser.add_argument(
-        "--strengths", type=lambda text: [float(part) for part in text.split(",")], default=[0.0, 0.5, 0.7, 0.85, 1.0]
-    )
-    parser.add_argument("--characters", type=int, help="length of each evaluation text; all by default")
-    parser.add_argument("--name", default="correction")
-    parser.add_argument("--only-models", action="store_true", help="leave the demo model out")
-    parser.add_argument("--resume", action="store_true", help="keep what results/NAME.json has, and run the rest")
-    options = parser.parse_args()
-    carry_out("correction", options, cells, run, write, key)
+    parser.add_argument("--strengths", type=fractions, default=[0.0, 0.5, 0.7, 0.85, 1.0])
+    carry_out("correction", parse(parser, "correction"), cells, run, write, key)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,12 @@ from statistics import median
 from typing import Any
 
 import report
-import torch
 from allocation import solver_of
 from perplexity import Job
-from study import Record, carry_out, numbers, split_pattern, words
+from study import Opened, Record, carry_out, numbers, parse, split_pattern, words
 
 from maskopt.cli.options import further_windows, parse_recovery
-from maskopt.models import calibration_batches, default_seqlen, load_model, perplexity, prune
+from maskopt.models import calibration_batches, prune
 from maskopt.oracles import parse_masks
 
 Cell = tuple[str, int, int, str, str, str]
@@ -58,26 +57,22 @@ def cells(job: Job, options: argparse.Namespace, done: set[Cell]) -> list[Cell]:
 
 def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: Any) -> None:
     """Measure cells of one model; call `finished` with the record of each."""
-    torch.set_num_threads(1)
-    dense, tokenizer = load_model(job.model)
-    dense.float()
-    seqlen = default_seqlen(dense, tokenizer, at_most=512)
-    text = (job.source.read_text() if isinstance(job.source, Path) else job.source)[: options.characters]
-    texts = {"perplexity": text}
+    data = Opened.of(job, options.characters)
+    texts = {"perplexity": data.text}
     if options.foreign is not None:
         texts["foreign"] = options.foreign.read_text()[: options.characters]
-    before = {name: perplexity(dense, tokenizer, part, seqlen=seqlen).perplexity for name, part in texts.items()}
+    before = {name: data.perplexity(data.model, part) for name, part in texts.items()}
     for name, seed, samples, pattern, method, recovery in todo:
-        batches = calibration_batches(tokenizer, job.calibration, samples, seqlen, seed=seed)
+        batches = calibration_batches(data.tokenizer, job.calibration, samples, data.seqlen, seed=seed)
         masks = parse_masks(*split_pattern(pattern))
         level, rule, which = (*recovery.split(":"), "", "")[:3]
         settings = parse_recovery(level, options.epochs, None, rule or None, which or "all", seed)
-        model = copy.deepcopy(dense)
+        model = copy.deepcopy(data.model)
         began = time.process_time()
         held_out, further = further_windows(batches, None, settings)
         done = prune(model, batches, masks, solver_of(method), recover=settings, held_out=held_out, further=further)
         seconds = time.process_time() - began
-        values = {what: perplexity(model, tokenizer, part, seqlen=seqlen).perplexity for what, part in texts.items()}
+        values = {what: data.perplexity(model, part) for what, part in texts.items()}
         finished(
             {
                 "model": name,
@@ -86,7 +81,7 @@ def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: A
                 "pattern": pattern,
                 "method": method,
                 "recovery": recovery,
-                "seqlen": seqlen,
+                "seqlen": data.seqlen,
                 "sparsity": done.sparsity,
                 "dense": before["perplexity"],
                 "dense_foreign": before.get("foreign"),
@@ -165,21 +160,14 @@ def write(records: Sequence[Record], options: argparse.Namespace, left: int) -> 
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL,CALIBRATION,TEXT")
 
-    parser.add_argument("--seeds", type=numbers, default=[0])
     parser.add_argument("--samples", type=numbers, default=[128], help="numbers of calibration windows")
     parser.add_argument("--patterns", type=words, default=["per-row:0.6", "2:4"])
     parser.add_argument("--methods", type=words, default=["best"])
     parser.add_argument("--recoveries", type=words, default=["none", "block:fixed", "block", "model"])
     parser.add_argument("--epochs", type=float, help="passes; the default of `maskopt prune` otherwise")
-    parser.add_argument("--characters", type=int, help="length of each evaluation text; all by default")
     parser.add_argument("--foreign", type=Path, help="another text on which perplexity is measured")
-    parser.add_argument("--name", default="recovery")
-    parser.add_argument("--only-models", action="store_true", help="leave the demo model out")
-    parser.add_argument("--resume", action="store_true", help="keep what results/NAME.json has, and run the rest")
-    options = parser.parse_args()
-    carry_out("recovery", options, cells, run, write, key)
+    carry_out("recovery", parse(parser, "recovery"), cells, run, write, key)
 
 
 if __name__ == "__main__":

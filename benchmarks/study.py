@@ -3,13 +3,19 @@
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import report
+import torch
 from perplexity import Job, jobs_of
 from rich.progress import Progress
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Record", "carry_out", "numbers", "split_pattern", "words"]
+from maskopt.models import default_seqlen, load_model, perplexity
+
+__all__ = ["Opened", "Record", "carry_out", "fractions", "numbers", "parse", "split_pattern", "words"]
 
 Record = dict[str, Any]
 
@@ -22,6 +28,62 @@ def words(text: str) -> list[str]:
 def numbers(text: str) -> list[int]:
     """Return the whole numbers of a list with commas."""
     return [int(part) for part in text.split(",")]
+
+
+def fractions(text: str) -> list[float]:
+    """Return the numbers of a list with commas."""
+    return [float(part) for part in text.split(",")]
+
+
+def parse(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
+    """Add the options that all studies have, and parse the command line.
+
+    Parameters
+    ----------
+    parser : ArgumentParser
+        With the study's own options.
+    name : str
+        Of the results by default.
+    """
+    parser.add_argument("models", nargs="*", metavar="MODEL,CALIBRATION,TEXT")
+    parser.add_argument("--seeds", type=numbers, default=[0])
+    parser.add_argument("--characters", type=int, help="length of each evaluation text; all by default")
+    parser.add_argument("--name", default=name)
+    parser.add_argument("--only-models", action="store_true", help="leave the demo model out")
+    parser.add_argument("--resume", action="store_true", help="keep what results/NAME.json has, and run the rest")
+    return parser.parse_args()
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A dense model in float32 on one thread, and the text on which perplexity is measured.
+
+    Parameters
+    ----------
+    model, tokenizer
+    seqlen : int
+        Tokens of a window, at most 512.
+    text : str
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    seqlen: int
+    text: str
+
+    @classmethod
+    def of(cls, job: Job, characters: int | None) -> "Opened":
+        """Load a model, and the first characters of its text."""
+        torch.set_num_threads(1)
+        model, tokenizer = load_model(job.model)
+        model.float()
+        text = job.source.read_text() if isinstance(job.source, Path) else job.source
+        return cls(model, tokenizer, default_seqlen(model, tokenizer, at_most=512), text[:characters])
+
+    def perplexity(self, model: PreTrainedModel, text: str | None = None) -> float:
+        """Return a model's perplexity on the text, or on another."""
+        part = self.text if text is None else text
+        return perplexity(model, self.tokenizer, part, seqlen=self.seqlen).perplexity
 
 
 def split_pattern(pattern: str) -> tuple[str, float | None]:
