@@ -300,6 +300,42 @@ def test_rules_for_masks_alone_lose_where_weights_move() -> None:
     assert first["auto"] > 0
 
 
+def test_perplexities_after_recovery_are_those_of_the_results() -> None:
+    """The table, and what the text below it says."""
+    columns = {
+        "dense": "dense",
+        "`best`": "none",
+        "block, masks fixed": "block:fixed",
+        "--recover block": "block",
+        "--recover model": "model",
+    }
+    found = _table("model, masks", "dense", "`best`")
+    records = _figures("recovery")["records"]
+    cells = {(r["model"].removesuffix("-llama"), r["pattern"], r["recovery"]): r for r in records}
+    places = {(model, pattern) for model, pattern, _ in cells}
+    assert len(found.rows) == len(places)
+    for model, pattern in places:
+        masks = pattern.replace("per-row:0.6", "per-row 60 %")
+        for column, name in columns.items():
+            record = cells[model, pattern, "none" if name == "dense" else name]
+            value = record["dense" if name == "dense" else "perplexity"]
+            assert found.rows[f"{model}, {masks}"][column] == f"{value:.2f}", (model, pattern, name)
+
+    def over(figure: str, name: str, base: str) -> list[float]:
+        return [cells[*place, name][figure] / cells[*place, base][figure] for place in sorted(places)]
+
+    text = " ".join(README.split())
+    block, model = (median(over("perplexity", name, "none")) for name in ("block", "model"))
+    moving = over("perplexity", "block", "block:fixed")
+    assert f"to {block:.2f} of `best` alone in the median and recovered models to {model:.2f}" in text
+    assert f"to {median(moving):.2f} of those with fixed ones (at most {max(moving):.2f})" in text
+    times = [ratio for name in ("block", "model") for ratio in over("seconds", name, "none")]
+    assert f"takes {min(times):.0f} to {max(times):.0f} times the time of pruning alone" in text
+    fits = [fit for record in records for fit in record["fits"]]
+    assert all(fit["after"] <= fit["before"] for fit in fits)
+    assert "no fit is worse than before on held-out windows" in text
+
+
 def test_ratios_in_the_text_are_those_of_the_results() -> None:
     def rows(name: str, only: str = "") -> list[dict[str, Any]]:
         return [row["results"] for row in _figures(name)["rows"] if row["instance"].startswith(only)]

@@ -322,13 +322,14 @@ def _layers(layers: list[dict[str, Any]], width: int) -> Table:
     """Return the table of layers; a status that all have in common has no column."""
     updated = any(layer["kept_error"] != layer["relative_error"] for layer in layers)
     certified = any(layer["lower_bound"] is not None for layer in layers)
-    measured = width >= _WIDE and all(layer["held_out_error"] is not None for layer in layers)
+    held_out = [layer["held_out_error"] for layer in layers]
+    measured = width >= _WIDE and any(error is not None for error in held_out)
     columns = {
         "shape": [f"{layer['rows']} x {layer['columns']}" for layer in layers],
         "sparsity": [f"{layer['sparsity']:.3f}" for layer in layers],
         **({"before": [f"{layer['kept_error']:.5f}" for layer in layers]} if updated else {}),
         "error": [f"{layer['relative_error']:.5f}" for layer in layers],
-        **({"held out": [f"{layer['held_out_error']:.5f}" for layer in layers]} if measured else {}),
+        **({"held out": ["" if error is None else f"{error:.5f}" for error in held_out]} if measured else {}),
         **({"proven": [_proven(layer) for layer in layers]} if certified else {}),
         "seconds": [f"{layer['seconds']:.2f}" for layer in layers],
         "status": [_status(layer) for layer in layers],

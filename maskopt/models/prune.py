@@ -256,7 +256,7 @@ def prune_layers(
         with order:
             replay = Replay(model, list(selection.blocks), prepared)
             stages = _stages(replay, selection)
-            _require_calls(replay, order, stages)
+            _require_calls(replay, order, stages, [not batch.held_out for batch in prepared])
         if propagate is None:
             corrects = solver.corrects and certify is None and replay.shortcut
             propagate = "corrected" if corrects else "pruned"
@@ -338,8 +338,8 @@ def _stages(replay: Replay, selection: Selection) -> list[Stage]:
     return stages
 
 
-def _require_calls(replay: Replay, order: CallOrder, stages: Sequence[Stage]) -> None:
-    """Run further batches, which experts may need, until every layer was called; fail if one never is."""
+def _require_calls(replay: Replay, order: CallOrder, stages: Sequence[Stage], used: Sequence[bool]) -> None:
+    """Run further batches that are used, which experts may need, until every layer was called; fail if one never is."""
 
     def uncalled() -> list[str]:
         return [layer.name for stage in stages for layer in stage.layers if layer not in order]
@@ -347,7 +347,8 @@ def _require_calls(replay: Replay, order: CallOrder, stages: Sequence[Stage]) ->
     for index in range(1, replay.batches):
         if not uncalled():
             break
-        replay.run_whole(index)
+        if used[index]:
+            replay.run_whole(index)
     names = uncalled()
     if names:
         kinds = list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))
