@@ -212,7 +212,7 @@ def prune(
             )
             bar.stage("calibration")
         selection = models.select_layers(network, include or (), exclude or ())
-        whole = PruneProgress(bar, network, selection, batches, certify is not None, 2 * len(texts), recovery)
+        whole = PruneProgress(bar, network, selection, batches, certify is not None, 2 * len(texts), recovery, others)
 
         def perplexities(when: str) -> dict[str, models.Perplexity]:
             return {

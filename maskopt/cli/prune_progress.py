@@ -40,6 +40,8 @@ class PruneProgress:
         Number of perplexities to measure, each on about as many windows as the calibration has.
     recovery : Recovery, optional
         What follows the pruning of blocks.
+    held_out : Calibration, optional
+        Windows that run along.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class PruneProgress:
         certify: bool,
         measurements: int,
         recovery: Recovery | None = None,
+        held_out: Calibration | None = None,
     ) -> None:
         self._bar, self._measurements = bar, measurements
         self._costs = {layer.name: float(layer.shape[0]) * layer.shape[1] ** 2 for layer in selection.layers}
@@ -66,7 +69,7 @@ class PruneProgress:
         batch = calibration.tokens / len(calibration)
         planned = {
             "perplexity": float(measurements * calibration.samples),
-            "calibrate": float(self._stages * len(calibration) * _RUNS),
+            "calibrate": float(self._stages * (len(calibration) + len(held_out or ())) * _RUNS),
             "solve": sum(self._costs.values()),
             "certify": sum(self._proofs.values()) if certify else 0.0,
             # In fits of a block; one of the model is as much work as those of all blocks, and its head's.

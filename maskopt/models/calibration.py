@@ -18,6 +18,8 @@ from maskopt.models.text import Text, tokenize
 
 __all__ = ["Calibration", "calibration_batches"]
 
+_DRAWS = 64  # places that are tried for a window before all are looked at
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
@@ -80,18 +82,25 @@ class Calibration:
         """
         require_positive(windows=windows)
         generator = torch.Generator().manual_seed(self.seed)
-        taken = torch.zeros(self.text_tokens + 1, dtype=torch.int64)
-        for start in self.starts.tolist():
-            taken[start + 1 : start + 1 + self.seqlen] = 1
-        starts = []
+        starts: list[int] = self.starts.tolist()
         for _ in range(windows):
-            sums = taken.cumsum(0)
-            shared = sums[self.seqlen :] - sums[: -self.seqlen]
-            fewest = (shared == shared.min()).nonzero().flatten()
-            start = int(fewest[torch.randint(len(fewest), (1,), generator=generator)])
+            starts.append(self._free(starts, generator))
+        return self.at(torch.tensor(starts[self.samples :]))
+
+    def _free(self, starts: list[int], generator: torch.Generator) -> int:
+        """Return a random beginning of a window that shares as few tokens as possible with others."""
+        places, others = self.text_tokens - self.seqlen + 1, torch.tensor(starts)
+        for start in torch.randint(places, (_DRAWS,), generator=generator).tolist():
+            if int((others - start).abs().min()) >= self.seqlen:
+                return int(start)
+        # The text is short, so that looking at all of it takes no time.
+        taken = torch.zeros(self.text_tokens + 1, dtype=torch.int64)
+        for start in starts:
             taken[start + 1 : start + 1 + self.seqlen] += 1
-            starts.append(start)
-        return self.at(torch.tensor(starts))
+        sums = taken.cumsum(0)
+        shared = sums[self.seqlen :] - sums[: -self.seqlen]
+        fewest = (shared == shared.min()).nonzero().flatten()
+        return int(fewest[torch.randint(len(fewest), (1,), generator=generator)])
 
     def at(self, starts: Tensor) -> Calibration:
         """Return windows of the text that begin at given tokens.
