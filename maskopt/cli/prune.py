@@ -228,8 +228,9 @@ def prune(
 
         needed = None
         if recovery is not None:
-            chosen = {"include": include or (), "exclude": exclude or ()}
-            needed = models.recovery_bytes(network, batches, recovery, **chosen)
+            needed = models.recovery_bytes(
+                network, batches, recovery, include=include or (), exclude=exclude or (), held_out=others
+            )
             tell_memory(needed, bar)
         dense = perplexities("dense")
         report = models.prune(

@@ -112,8 +112,9 @@ def recover(
         length = check_seqlen(network, tokenizer, seqlen)
         batches = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
         others, further = further_windows(batches, held_out, settings)
-        chosen = {"include": include or (), "exclude": exclude or ()}
-        needed = models.recovery_bytes(network, batches, settings, **chosen)
+        needed = models.recovery_bytes(
+            network, batches, settings, include=include or (), exclude=exclude or (), held_out=others
+        )
         tell_memory(needed, bar)
         perplexities: dict[str, models.Perplexity] = {}
 

@@ -14,7 +14,16 @@ from maskopt.checks import shown
 from maskopt.errors import MaskoptError
 from maskopt.models.context import context_length
 
-__all__ = ["Batch", "check_token_ids", "data_settings", "gathered", "prepare_batches", "sequences", "with_held_out"]
+__all__ = [
+    "Batch",
+    "check_token_ids",
+    "data_settings",
+    "gathered",
+    "prepare_batches",
+    "sequences",
+    "vocabulary_size",
+    "with_held_out",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +185,7 @@ def check_token_ids(model: PreTrainedModel, where: str, ids: Tensor) -> None:
             f"The {where} must hold integer token ids of shape (sequences, positions); it has {ids.dtype} of shape "
             f"{tuple(ids.shape)}."
         )
-    vocabulary, low, high = _vocabulary(model), int(ids.min()), int(ids.max())
+    vocabulary, low, high = vocabulary_size(model), int(ids.min()), int(ids.max())
     if low < 0 or (vocabulary is not None and high >= vocabulary):
         raise MaskoptError(
             f"The {where} holds token id {low if low < 0 else high}, but the model knows ids "
@@ -189,7 +198,7 @@ def check_token_ids(model: PreTrainedModel, where: str, ids: Tensor) -> None:
         )
 
 
-def _vocabulary(model: PreTrainedModel) -> int | None:
+def vocabulary_size(model: PreTrainedModel) -> int | None:
     """Return the number of tokens in the vocabulary, None where the model does not say."""
     try:
         size = model.get_input_embeddings().num_embeddings

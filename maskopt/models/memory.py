@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from maskopt.models.batches import prepare_batches
+from maskopt.models.batches import prepare_batches, vocabulary_size, with_held_out
 from maskopt.models.checks import check_model
 from maskopt.models.recovery import Recoverer, divided
 from maskopt.models.replay import Replay, evaluation_mode, first_tensor
@@ -30,6 +30,7 @@ def recovery_bytes(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    held_out: Iterable[Any] | None = None,
 ) -> int:
     """Return about how many bytes a recovery takes at its peak, beside the model and the states of all windows.
 
@@ -40,7 +41,7 @@ def recovery_bytes(
     Parameters
     ----------
     model : PreTrainedModel
-    batches, recovery, include, exclude
+    batches, recovery, include, exclude, held_out
         As for `prune`.
 
     Returns
@@ -65,9 +66,10 @@ def recovery_bytes(
     """
     check_model(model)
     selection = select_layers(model, include, exclude)
-    data = divided(prepare_batches(model, batches))
+    data = divided(with_held_out(model, prepare_batches(model, batches), held_out))
+    batch = data.batches[data.fitted[0]]
     with evaluation_mode(model):
-        replay = Replay(model, list(selection.blocks), [data.batches[data.fitted[0]]])
+        replay = Replay(model, list(selection.blocks), [batch])
         anything = dict.fromkeys(selection.layers, Unstructured(0.5))  # which set does not matter here
         recoverer = Recoverer(model, replay, data, recovery, anything, {})
         activations = _saved_bytes(replay)
@@ -75,10 +77,9 @@ def recovery_bytes(
     needed = max(_fit_bytes(recoverer.parameters(block), recovery.rule_for("block").moves) for block in replay.order)
     needed += activations
     if recovery.level == "model":
-        batch = data.batches[data.fitted[0]]
-        vocabulary = model.get_output_embeddings().weight.shape[0]
+        logits = batch.shape[0] * batch.shape[1] * (vocabulary_size(model) or 0)
         whole = _fit_bytes(recoverer.all_parameters(), recovery.rule_for("model").moves)
-        whole += len(replay.order) * activations + _LOGITS * batch.shape[0] * batch.shape[1] * vocabulary
+        whole += len(replay.order) * activations + _LOGITS * logits
         needed = max(needed, whole)
     return needed
 

@@ -89,6 +89,15 @@ def test_outputs_are_not_overwritten_and_options_are_checked(fails, model, text,
     assert not (tmp_path / "new").exists()
 
 
+def test_one_window_is_enough_beside_those_held_out(run, model, text, tmp_path, read):
+    command = ("prune", model, tmp_path / "out", "--calibration", text, "-s", 0.5, "--samples", 1, "--seqlen", 32)
+    run(*command, "--recover", "model", "--recover-tokens", 64, "--json", tmp_path / "figures.json")
+    figures = read(tmp_path / "figures.json")
+    assert figures["settings"]["held_out_sequences"] == 1
+    assert figures["command"]["recovery_bytes"] > 0
+    assert figures["recovery"]
+
+
 def test_two_runs_are_identical(run, model, text, tmp_path):
     outs = [tmp_path / "one", tmp_path / "two"]
     for out in outs:

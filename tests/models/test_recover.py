@@ -310,6 +310,13 @@ def test_blocks_that_share_weights_keep_what_is_shared(build, batches):
         assert torch.equal(own, other)
 
 
+def test_memory_of_models_that_do_not_name_their_head_is_estimated(build, batches, monkeypatch):
+    model = build("llama")
+    expected = recovery_bytes(model, batches, Recovery("model"))
+    monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
+    assert recovery_bytes(model, batches, Recovery("model")) == expected
+
+
 def test_memory_is_estimated_before(build, batches):
     """Of blocks: moments, best state, masters and one gradient; activations grow with the micro-batch."""
     model = build("llama")
