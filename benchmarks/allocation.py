@@ -41,15 +41,14 @@ def solver_of(method: str) -> Solver:
     return parse_weights(solver, None, ()) if joint else parse_weights("keep", solver, ())
 
 
-def cells(job: Job, options: argparse.Namespace, done: set[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Return seed, method, sparsity and rule of what is still to be run."""
+def cells(job: Job, options: argparse.Namespace) -> list[tuple[Any, ...]]:
+    """Return seed, method, sparsity and rule of what is run of a model."""
     return [
         (job.name, seed, method, sparsity, rule)
         for seed in options.seeds
         for method in options.methods
         for sparsity in options.sparsities
         for rule in options.rules
-        if (job.name, seed, method, sparsity, rule) not in done
     ]
 
 

@@ -29,16 +29,15 @@ def key(record: Record) -> Cell:
     return record["model"], record["seed"], record["samples"], record["pattern"], record["strength"]
 
 
-def cells(job: Job, options: argparse.Namespace, done: set[Cell]) -> list[Cell]:
-    """Return what is still to be run of a model."""
-    every = [
+def cells(job: Job, options: argparse.Namespace) -> list[Cell]:
+    """Return what is run of a model."""
+    return [
         (job.name, seed, samples, pattern, strength)
         for seed in options.seeds
         for samples in options.samples
         for pattern in options.patterns
         for strength in options.strengths
     ]
-    return [cell for cell in every if cell not in done]
 
 
 def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: Any) -> None:

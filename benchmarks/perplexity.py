@@ -101,15 +101,19 @@ class Opened:
     tokens: int
 
 
-@lru_cache(maxsize=1)
-def opened(job: Job, settings: Settings) -> Opened:
-    """Load a model, draw its calibration windows and measure it as it is."""
+def loaded(job: Job, characters: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int, str]:
+    """Return a model in float32 on one thread, its tokenizer, the tokens of a window, and the beginning of its text."""
     torch.set_num_threads(1)
     dense, tokenizer = load_model(job.model)
     dense.float()
-    seqlen = default_seqlen(dense, tokenizer, at_most=512)
     text = job.source.read_text() if isinstance(job.source, Path) else job.source
-    text = text[: settings.characters]
+    return dense, tokenizer, default_seqlen(dense, tokenizer, at_most=512), text[:characters]
+
+
+@lru_cache(maxsize=1)
+def opened(job: Job, settings: Settings) -> Opened:
+    """Load a model, draw its calibration windows and measure it as it is."""
+    dense, tokenizer, seqlen, text = loaded(job, settings.characters)
     before = perplexity(dense, tokenizer, text, seqlen=seqlen)
     draws = {
         seed: calibration_batches(

@@ -42,9 +42,9 @@ def key(record: Record) -> Cell:
     )
 
 
-def cells(job: Job, options: argparse.Namespace, done: set[Cell]) -> list[Cell]:
-    """Return what is still to be run of a model."""
-    every = [
+def cells(job: Job, options: argparse.Namespace) -> list[Cell]:
+    """Return what is run of a model."""
+    return [
         (job.name, seed, samples, pattern, method, recovery)
         for seed in options.seeds
         for samples in options.samples
@@ -52,7 +52,6 @@ def cells(job: Job, options: argparse.Namespace, done: set[Cell]) -> list[Cell]:
         for method in options.methods
         for recovery in options.recoveries
     ]
-    return [cell for cell in every if cell not in done]
 
 
 def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: Any) -> None:

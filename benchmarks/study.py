@@ -4,16 +4,14 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import report
-import torch
-from perplexity import Job, jobs_of
+from perplexity import Job, jobs_of, loaded
 from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from maskopt.models import default_seqlen, load_model, perplexity
+from maskopt.models import perplexity
 
 __all__ = ["Opened", "Record", "carry_out", "fractions", "numbers", "parse", "split_pattern", "words"]
 
@@ -74,11 +72,7 @@ class Opened:
     @classmethod
     def of(cls, job: Job, characters: int | None) -> "Opened":
         """Load a model, and the first characters of its text."""
-        torch.set_num_threads(1)
-        model, tokenizer = load_model(job.model)
-        model.float()
-        text = job.source.read_text() if isinstance(job.source, Path) else job.source
-        return cls(model, tokenizer, default_seqlen(model, tokenizer, at_most=512), text[:characters])
+        return cls(*loaded(job, characters))
 
     def perplexity(self, model: PreTrainedModel, text: str | None = None) -> float:
         """Return a model's perplexity on the text, or on another."""
@@ -95,7 +89,7 @@ def split_pattern(pattern: str) -> tuple[str, float | None]:
 def carry_out(
     what: str,
     options: argparse.Namespace,
-    cells: Callable[[Job, argparse.Namespace, set[Any]], Sequence[Any]],
+    cells: Callable[[Job, argparse.Namespace], Sequence[Any]],
     run: Callable[[Job, Sequence[Any], argparse.Namespace, Callable[[Record], None]], None],
     write: Callable[[Sequence[Record], argparse.Namespace, int], None],
     key: Callable[[Record], Any],
@@ -109,7 +103,7 @@ def carry_out(
     options : Namespace
         With `models` and `only_models`, `name` and `resume`.
     cells : callable
-        Returns the cells of a model that are not among those done.
+        Returns the cells of a model.
     run : callable
         Runs cells of a model and calls a function with the record of each.
     write : callable
@@ -120,7 +114,7 @@ def carry_out(
     earlier = report.RESULTS / f"{options.name}.json"
     records: list[Record] = json.loads(earlier.read_text())["records"] if options.resume and earlier.exists() else []
     done = {key(record) for record in records}
-    todo = [(job, cells(job, options, done)) for job in jobs_of(options)]
+    todo = [(job, [cell for cell in cells(job, options) if cell not in done]) for job in jobs_of(options)]
     left = sum(len(found) for _, found in todo)
     with Progress() as bar:
         shown = bar.add_task(what, total=left)

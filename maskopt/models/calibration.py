@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +24,42 @@ _DRAWS = 64  # places that are tried for a window before all are looked at
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Batches of token ids and their source; iterating yields the batches.
+    """Windows of a text, in batches of token ids; iterating yields the batches.
 
     Parameters
     ----------
-    batches : list of Tensor
-        Token ids, int64, each of shape (at most batch_size, seqlen).
-    samples, seqlen, seed : int
+    seqlen, batch_size, seed : int
         Arguments of `calibration_batches`.
     source, sha256 : str
         The text and the hash of its bytes.
-    text_tokens : int
-        Length of the whole tokenised text.
     text_ids : Tensor
-        That text, shape (text_tokens,).
+        The whole tokenised text, int64, shape (text_tokens,).
     starts : Tensor
         Where in it each window begins, shape (samples,).
     """
 
-    batches: list[Tensor] = field(repr=False)
-    samples: int
     seqlen: int
+    batch_size: int
     seed: int
     source: str
     sha256: str
-    text_tokens: int
     text_ids: Tensor = field(repr=False)
     starts: Tensor = field(repr=False)
+
+    @cached_property
+    def batches(self) -> list[Tensor]:
+        """Token ids, int64, each of shape (at most batch_size, seqlen)."""
+        return list(torch.split(self.text_ids.unfold(0, self.seqlen, 1)[self.starts], self.batch_size))
+
+    @property
+    def samples(self) -> int:
+        """Number of windows."""
+        return len(self.starts)
+
+    @property
+    def text_tokens(self) -> int:
+        """Length of the whole tokenised text."""
+        return len(self.text_ids)
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.batches)
@@ -114,9 +124,7 @@ class Calibration:
         -------
         Calibration
         """
-        found = self.text_ids.unfold(0, self.seqlen, 1)[starts]
-        size = max(len(batch) for batch in self.batches)
-        return replace(self, batches=list(torch.split(found, size)), samples=len(starts), starts=starts)
+        return replace(self, starts=starts)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the batches as a dictionary that `json.dump` takes."""
@@ -168,15 +176,4 @@ def calibration_batches(
     stream.require(seqlen)
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(stream.ids) - seqlen + 1, (samples,), generator=generator)
-    windows = stream.ids.unfold(0, seqlen, 1)[starts]
-    return Calibration(
-        list(torch.split(windows, batch_size)),
-        samples,
-        seqlen,
-        seed,
-        stream.source,
-        stream.sha256,
-        len(stream.ids),
-        stream.ids,
-        starts,
-    )
+    return Calibration(seqlen, batch_size, seed, stream.source, stream.sha256, stream.ids, starts)

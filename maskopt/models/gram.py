@@ -279,15 +279,17 @@ class GramCollector(_Inputs):
             raise _inseparable(layer, gram.leader)
         rows = self._token_rows(layer, x).float()
         assert self._batch is not None
+        total = gram.matrix
         if self._batch.held_out:
-            gram.held_out = torch.zeros_like(gram.matrix) if gram.held_out is None else gram.held_out
-        total = gram.held_out if self._batch.held_out else gram.matrix
-        assert total is not None
+            if gram.held_out is None:
+                gram.held_out = torch.zeros_like(gram.matrix)
+            total = gram.held_out
         with _full_precision():
             total.addmm_(rows.T, rows)
-            if gram.cross is not None and not self._batch.held_out:
-                gram.cross = self._paired(gram.cross, layer, before, x, rows)
-        gram.tokens += 0 if self._batch.held_out else len(rows)
+            if not self._batch.held_out:
+                gram.tokens += len(rows)
+                if gram.cross is not None:
+                    gram.cross = self._paired(gram.cross, layer, before, x, rows)
         self._seen[key] = x, gram
         if not bool(torch.isfinite(total.diagonal()).all()):
             raise MaskoptError(

@@ -6,7 +6,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,7 +235,8 @@ class Corrected(Pruned):
         return inputs
 
     def _run_dense(self, stage: Stage, inputs: DenseInputs, index: int, *, store: bool) -> None:
-        with self._as_it_was(), inputs:
+        # Of held-out batches no cross terms are summed.
+        with self._as_it_was(), nullcontext() if self._replay.held_out(index) else inputs:
             self._run(self._dense, stage, store=store, indices=[index])
 
     @contextmanager

@@ -249,8 +249,10 @@ def prune_layers(
     starts = _check_fit(sets, {} if start is None else start)
     prepared = with_held_out(model, prepare_batches(model, batches), held_out)
     data = None if recover is None else divided(prepared)
+    last = None
     if data is not None:
         prepared = data.batches
+        last = data if further is None else data.instead(prepare_batches(model, further, "further"))
     with evaluation_mode(model):
         began = time.perf_counter()
         order = CallOrder(selection.blocks, selection.outside)
@@ -269,8 +271,7 @@ def prune_layers(
             sets, solver, starts, memory, progress, prover, stages, propagation, edits, correction, report, observe
         )
         after = None
-        if recover is not None and data is not None:
-            last = data if further is None else data.instead(prepare_batches(model, further, "further"))
+        if recover is not None and data is not None and last is not None:
             after = _Recovery(model, replay, data, last, recover, work, edits, memory)
             work.recover = after.block if by_block else None
         report.calibration_seconds = time.perf_counter() - began
@@ -288,7 +289,7 @@ def prune_layers(
         "propagate": propagate,
         **({"correction": correction} if propagate == "corrected" else {}),
         **({} if recover is None else {"recover": repr(recover)}),
-        **({} if after is None or further is None else {"further_tokens": after.tokens}),
+        **({} if last is None or further is None else {"further_tokens": last.tokens}),
         "include": list(include),
         "exclude": list(exclude),
         "warm_started_layers": sorted(layer.name for layer in starts),
@@ -396,11 +397,6 @@ class _Recovery:
         self._last = last
         self._dense = predictions(model, last, memory) if settings.level == "model" else None
         self._records = work.report.recovery
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the whole model is fitted to."""
-        return self._last.tokens
 
     def block(self, stage: Stage, outputs: Callable[[int], Tensor]) -> None:
         """Fit a block."""

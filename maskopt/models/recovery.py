@@ -302,7 +302,7 @@ class Recoverer:
     def _deviations(self, position: int, layers: Sequence[Layer]) -> dict[Layer, Tensor]:
         """Return the deviations of a block's inputs given each other."""
         with GramCollector(layers) as grams:
-            self._replay.run(position, before=grams.begin)
+            self._replay.run(position, before=grams.begin, indices=self._data.fitted)
         return {layer: conditional_deviations(grams[layer].matrix) for layer in layers}
 
     def _masked(

@@ -135,6 +135,10 @@ class Replay:
         """Number of batches."""
         return len(self._batches)
 
+    def held_out(self, index: int) -> bool:
+        """Return whether the batch of an index is held out."""
+        return self._batches[index].held_out
+
     @property
     def growth(self) -> float:
         """Positions in all batches over those in the first."""

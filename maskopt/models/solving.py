@@ -191,6 +191,7 @@ class Work:
             bounds = self.prover.prove(problem, masks, lambda fraction: self._tell("certify", name, fraction))
             self.report.certify_seconds += time.perf_counter() - began
             result = replace(result, lower_bound=bounds.bound, gap_kind=GapKind.PROVEN)
+        apart = None if gram.held_out is None else _errors_apart(problem, result, gram.held_out)
         first = 0
         for layer in layers:
             index = slice(first, first + layer.shape[0])
@@ -200,8 +201,8 @@ class Work:
             mask = layer.oriented(part.mask).cpu().contiguous()
             # In the layer's own type, to which it is rounded anyway: with dense propagation all weights are kept.
             updated = None if part.weight is None else layer.oriented(part.weight).to(layer.weight.dtype)
-            held_out = None if gram.held_out is None else _held_out_error(problem, index, part, gram.held_out)
-            self.solved[layer] = _record(layer, gram, part, unfinished, held_out), mask, updated
+            record = _record(layer, gram, part, unfinished, None if apart is None else _ratio(*apart[:, index]))
+            self.solved[layer] = record, mask, updated
 
     def _tell(
         self, stage: Literal["calibrate", "solve", "certify", "recover", "done"], name: str, fraction: float = 0.0
@@ -212,13 +213,16 @@ class Work:
             self.progress(Progress(stage, name, done, total, fraction))
 
 
-def _held_out_error(problem: LayerReconstruction, rows: slice, result: Result, gram: Tensor) -> float:
-    """Return the relative error of some rows on the inputs of another Gram matrix."""
-    target = problem.target[rows]
-    weight = problem.weight[rows] if result.weight is None else result.weight
-    other = LayerReconstruction(problem.weight[rows], gram.to(target.device), target=target, check=False)
-    total, lost = float(other.scale().sum()), float(other.error(result.mask * weight).sum())
-    return lost / total if total > 0 else 0.0
+def _errors_apart(problem: LayerReconstruction, result: Result, gram: Tensor) -> Tensor:
+    """Return each row's error on the inputs of another Gram matrix, and that of pruning everything, shape (2, rows)."""
+    target, weight = problem.target, problem.weight if result.weight is None else result.weight
+    other = LayerReconstruction(problem.weight, gram.to(target.device), target=target, check=False)
+    return torch.stack([other.error(result.mask * weight), other.scale()])
+
+
+def _ratio(lost: Tensor, whole: Tensor) -> float:
+    total = float(whole.sum())
+    return float(lost.sum()) / total if total > 0 else 0.0
 
 
 def _record(

@@ -81,7 +81,7 @@ class _Exchanges(MaskState):
             wanted = self._rule.fraction * (1.0 + math.cos(math.pi * min(1.0, step / self._last))) / 2.0
             for weight in self.weights:
                 sums = self._sums.pop(id(weight), None)
-                if sums is not None:
+                if sums is not None and wanted > 0.0:
                     self._exchange(weight, sums, wanted)
         if step >= self._last:
             self._sums.clear()

@@ -329,7 +329,7 @@ def _size(parameter: nn.Parameter, weight: Masked | None) -> float:
     values = values[values != 0].abs()
     if not len(values):
         return 0.0
-    size = min(float(values.double().square().mean().sqrt()), _SPREAD * float(values.median()))
+    size = min(float(values.square().mean().sqrt()), _SPREAD * float(values.median()))
     return size / math.sqrt(inputs)
 
 
