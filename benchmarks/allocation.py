@@ -22,7 +22,7 @@ from perplexity import Job
 from study import Opened, Record, carry_out, fractions, parse, words
 
 from maskopt.cli.solvers import parse_weights
-from maskopt.models import RULES, allocate, calibration_batches, prune
+from maskopt.models import CORRECTION, RULES, allocate, calibration_batches, prune
 from maskopt.oracles import parse_masks
 from maskopt.solvers import Solver
 
@@ -67,11 +67,14 @@ def run(job: Job, todo: Sequence[tuple[Any, ...]], options: argparse.Namespace, 
         batches = draws[seed]
         solver = solver_of(method)
         began = time.process_time()
-        plan = None if rule == "uniform" else allocate(dense, batches, options.pattern, sparsity, solver, rule=rule)
+        how = {"correction": options.correction}
+        plan = (
+            None if rule == "uniform" else allocate(dense, batches, options.pattern, sparsity, solver, rule=rule, **how)
+        )
         allocated = time.process_time() - began
         model = copy.deepcopy(dense)
         began = time.process_time()
-        done = prune(model, batches, parse_masks(options.pattern, sparsity) if plan is None else plan, solver)
+        done = prune(model, batches, parse_masks(options.pattern, sparsity) if plan is None else plan, solver, **how)
         pruned = time.process_time() - began
         finished(
             {
@@ -205,6 +208,7 @@ def main() -> None:
     parser.add_argument("--pattern", default="per-row")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows of at most 512 tokens")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--correction", type=float, default=CORRECTION, help="strength, where errors are corrected")
     carry_out("allocation", parse(parser, "allocation"), cells, run, write, key)
 
 

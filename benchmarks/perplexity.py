@@ -43,6 +43,7 @@ from maskopt.demo.corpus import held_out_text, training_text
 from maskopt.demo.run import MODEL
 from maskopt.errors import MaskoptError
 from maskopt.models import (
+    CORRECTION,
     Calibration,
     PruneReport,
     calibration_batches,
@@ -82,6 +83,8 @@ class Settings:
     characters: int | None
     validation: int
     """Windows that settings are chosen on."""
+    correction: float
+    """Of errors upstream, where a method corrects them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +95,8 @@ class Opened:
     tokenizer: PreTrainedTokenizerBase
     calibrations: dict[int, Calibration]
     """By seed."""
+    correction: float
+    """As in `Settings`."""
     held_out: Tensor
     """Windows of the calibration text that overlap no calibration window, shape (windows, seqlen)."""
     text: str
@@ -123,7 +128,7 @@ def opened(job: Job, settings: Settings) -> Opened:
     }
     used = torch.cat([window for draw in draws.values() for window in draw])
     held = held_out_windows(tokenize(tokenizer, job.calibration).ids, used, settings.validation)
-    return Opened(dense, tokenizer, draws, held, text, seqlen, before.perplexity, before.tokens)
+    return Opened(dense, tokenizer, draws, settings.correction, held, text, seqlen, before.perplexity, before.tokens)
 
 
 def held_out_windows(ids: Tensor, used: Tensor, count: int) -> Tensor:
@@ -179,7 +184,8 @@ def pruned(data: Opened, masks: Set, solver: Solver, propagate: str | None, seed
     """Prune a copy of a model."""
     model = copy.deepcopy(data.dense)
     began = time.process_time()
-    done = prune(model, data.calibrations[seed], parse_masks(*masks), solver, propagate=propagate)
+    calibration, correction = data.calibrations[seed], data.correction
+    done = prune(model, calibration, parse_masks(*masks), solver, propagate=propagate, correction=correction)
     return Pruned(model, done, time.process_time() - began)
 
 
@@ -471,6 +477,7 @@ def main() -> None:
     parser.add_argument("--solvers", default="magnitude,wanda,ria,sparsefw,one-swap,continuation")
     parser.add_argument("--weights", default="keep")
     parser.add_argument("--propagate", type=lambda text: text.split(","), default=["pruned"])
+    parser.add_argument("--correction", type=float, default=CORRECTION, help="strength, where errors are corrected")
     parser.add_argument("--tune", type=parse_tuned, default=[], metavar="METHOD,...", help=f"of {', '.join(GRIDS)}")
     parser.add_argument("--tune-once", action="store_true", help="on the first set; the others use what was chosen")
     parser.add_argument("--validation", type=int, default=16, help="windows that --tune chooses on")
@@ -489,7 +496,12 @@ def main() -> None:
     if options.tune_once and options.jobs > 1:
         parser.error("--tune-once runs one method after the other; leave --jobs out")
     settings = Settings(
-        tuple(options.seeds), options.samples, options.batch_size, options.characters, options.validation
+        tuple(options.seeds),
+        options.samples,
+        options.batch_size,
+        options.characters,
+        options.validation,
+        options.correction,
     )
     before: list[Record] = []
     earlier = report.RESULTS / f"{options.name}.json"
