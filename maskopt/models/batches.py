@@ -19,6 +19,7 @@ __all__ = [
     "check_token_ids",
     "data_settings",
     "gathered",
+    "opening",
     "prepare_batches",
     "sequences",
     "vocabulary_size",
@@ -146,6 +147,22 @@ def sequences(batches: Sequence[Batch]) -> list[Batch]:
             real = None if batch.real is None else batch.real[part]
             found.append(Batch(inputs, (1, batch.shape[1]), real, batch.held_out))
     return found
+
+
+def opening(batch: Batch) -> Batch:
+    """Return two sequences of a batch that holds nothing but token ids and their mask; others as they are.
+
+    Parameters
+    ----------
+    batch : Batch
+    """
+    if not set(batch.inputs) <= {"input_ids", "attention_mask"}:
+        return batch
+    tokens = torch.full((batch.shape[0],), batch.shape[1]) if batch.real is None else batch.real.sum(1).cpu()
+    chosen = tokens.argsort(descending=True, stable=True)[:2].sort().values
+    real = None if batch.real is None else batch.real[chosen]
+    inputs = {name: value[chosen] for name, value in batch.inputs.items()}
+    return Batch(inputs, (len(chosen), batch.shape[1]), real, batch.held_out)
 
 
 def gathered(parts: Sequence[Batch], size: int) -> list[Batch]:

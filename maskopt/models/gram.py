@@ -19,8 +19,14 @@ from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch
 from maskopt.models.blocks import Block
 from maskopt.models.layers import Layer
+from maskopt.models.states import States
 
-__all__ = ["CallOrder", "DenseInputs", "Gram", "GramCollector"]
+__all__ = ["CallOrder", "DenseInputs", "Gram", "GramCollector", "identity"]
+
+_PANELS, _NARROW = 4, 256
+"""Panels of a symmetric product, measured: more are not faster, and matrices narrower than this gain nothing."""
+
+_TILE = 512
 
 
 @dataclass(eq=False)
@@ -113,7 +119,7 @@ class CallOrder(_Inputs):
             self._current = block
             self._seen.clear()
         if layer not in self._groups:
-            _, group = self._seen.setdefault(_identity(x), (x, []))
+            _, group = self._seen.setdefault(identity(x), (x, []))
             group.append(layer)
             self._groups[layer] = group
             self._sizes[id(group)] = x.numel() * x.element_size()
@@ -179,19 +185,29 @@ class DenseInputs(_Inputs):
     ----------
     layers : sequence of Layer
         The layers to observe; call `begin` before every batch.
+    states : States, optional
+        Where inputs are kept; on the device by default.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[Layer], states: States | None = None) -> None:
         super().__init__(layers)
-        self._batches: dict[int, dict[Layer, list[Tensor]]] = {}
-        self._seen: dict[Layer, list[Tensor]] = {}
-        self._latest: tuple[Tensor, int, Tensor] | None = None
+        self._states = States() if states is None else states
+        self._batches: dict[int, dict[Layer, list[int]]] = {}
+        self._seen: dict[Layer, list[int]] = {}
+        self._readers: dict[int, int] = {}
+        self._latest: tuple[Tensor, int, int] | None = None
+        self._read: tuple[int, Tensor] | None = None  # layers with the same input read it one after the other
+        self._number = 0
 
     def _see(self, layer: Layer, x: Tensor) -> None:
         # A copy, because models may change their states in place; one for all layers with the same tensor.
         if self._latest is None or self._latest[0] is not x or self._latest[1] != x._version:
-            self._latest = x, x._version, x.clone()
-        self._seen.setdefault(layer, []).append(self._latest[2])
+            self._number += 1
+            self._latest = x, x._version, self._number
+            self._states.put(self._number, x.clone())
+        number = self._latest[2]
+        self._seen.setdefault(layer, []).append(number)
+        self._readers[number] = self._readers.get(number, 0) + 1
 
     def _release(self) -> None:
         self._latest = None
@@ -202,13 +218,29 @@ class DenseInputs(_Inputs):
 
     def forget(self, index: int) -> None:
         """Drop the inputs of a batch that are left."""
-        self._batches.pop(index, None)
+        for numbers in self._batches.pop(index, {}).values():
+            for number in numbers:
+                self._leave(number)
         self._seen = {}
 
     def pop(self, layer: Layer) -> Tensor | None:
         """Return a layer's earliest input that has not been returned yet, None if there is none."""
         calls = self._seen.get(layer)
-        return calls.pop(0) if calls else None
+        if not calls:
+            return None
+        number = calls.pop(0)
+        if self._read is None or self._read[0] != number:
+            self._read = number, self._states.get(number)
+        x = self._read[1]
+        self._leave(number)
+        return x
+
+    def _leave(self, number: int) -> None:
+        self._readers[number] -= 1
+        if self._readers[number] == 0:
+            del self._readers[number]
+            self._states.drop(number)
+            self._read = None
 
 
 class GramCollector(_Inputs):
@@ -229,6 +261,7 @@ class GramCollector(_Inputs):
         super().__init__(layers)
         self._dense = dense
         self._grams: dict[Layer, Gram] = {}
+        self._halves: set[Gram] = set()  # of which the entries below the diagonal blocks are still to be filled
         self._calls: dict[Layer, int] = dict.fromkeys(layers, 0)
         # The references keep the addresses of a batch's tensors from being used again.
         self._seen: dict[tuple[object, ...], tuple[Tensor, Gram]] = {}
@@ -251,6 +284,11 @@ class GramCollector(_Inputs):
             If the layer was never called, or has another layer's input in some batches only.
         """
         gram = self._grams.get(layer)
+        if gram is not None and gram in self._halves:
+            self._halves.discard(gram)
+            for matrix in (gram.matrix, gram.held_out):
+                if matrix is not None:
+                    _mirror(matrix)
         if gram is None or gram.tokens == 0:
             raise MaskoptError(
                 f"The layer {layer.name} saw no token of the calibration data (experts may need more of it, and some "
@@ -263,7 +301,7 @@ class GramCollector(_Inputs):
     def _see(self, layer: Layer, x: Tensor) -> None:
         self._calls[layer] += 1
         before = None if self._dense is None else self._dense.pop(layer)
-        key = _identity(x)
+        key = identity(x)
         gram = self._grams.get(layer)
         if key in self._seen:
             common = self._seen[key][1]
@@ -285,7 +323,8 @@ class GramCollector(_Inputs):
                 gram.held_out = torch.zeros_like(gram.matrix)
             total = gram.held_out
         with _full_precision():
-            total.addmm_(rows.T, rows)
+            _add_square(total, rows)
+            self._halves.add(gram)
             if not self._batch.held_out:
                 gram.tokens += len(rows)
                 if gram.cross is not None:
@@ -327,8 +366,32 @@ class GramCollector(_Inputs):
         )
 
 
-def _identity(x: Tensor) -> tuple[object, ...]:
-    """Return a key that two tensors have in common only if they are the same, as long as both exist."""
+def _add_square(total: Tensor, rows: Tensor) -> None:
+    """Add rows^T rows to a matrix, on the diagonal blocks and above them only: less than two thirds of the work."""
+    size = total.shape[0]
+    step = size if size < _NARROW else -(-size // _PANELS)
+    for first in range(0, size, step):
+        last = first + step
+        total[first:last, first:].addmm_(rows[:, first:last].T, rows[:, first:])
+
+
+def _mirror(total: Tensor) -> None:
+    """Fill the entries below the diagonal with those above it."""
+    size = total.shape[0]
+    for first in range(0, size, _TILE):
+        last = first + _TILE
+        total[last:, first:last] = total[first:last, last:].T
+        tile = total[first:last, first:last]
+        tile.copy_(tile.triu() + tile.triu(1).T)
+
+
+def identity(x: Tensor) -> tuple[object, ...]:
+    """Return a key that two tensors have in common only if they are the same, as long as both exist.
+
+    Parameters
+    ----------
+    x : Tensor
+    """
     return x.data_ptr(), x.shape, x.stride(), x.dtype, x._version
 
 

@@ -16,6 +16,7 @@ from maskopt.models.edits import Edits
 from maskopt.models.gram import CallOrder, DenseInputs, GramCollector
 from maskopt.models.layers import Layer
 from maskopt.models.replay import Replay
+from maskopt.models.reuse import Reuse
 
 __all__ = ["Accompanied", "Corrected", "Dense", "Propagation", "Pruned", "Stage", "last_uses"]
 
@@ -101,7 +102,7 @@ class Propagation(ABC):
 
     def _collect(self, stage: Stage, layers: Sequence[Layer], *, store: bool) -> GramCollector:
         with GramCollector(layers) as grams:
-            self._run(self._replay, stage, store=store, before=grams.begin)
+            self._run(self._replay, stage, store=store, before=grams.begin, until=layers)
         return grams
 
 
@@ -159,19 +160,17 @@ class Corrected(Pruned):
         Of the layers.
     uses : mapping of Layer to int
         The position of the last stage that uses a layer's weight, where that is later than the layer's own.
-    memory : int
-        Bytes up to which the dense model's inputs of a block's layers are kept for all turns; where they need more, the
-        dense block runs again for every turn.
     """
 
-    def __init__(self, replay: Replay, edits: Edits, order: CallOrder, uses: Mapping[Layer, int], memory: int) -> None:
+    def __init__(self, replay: Replay, edits: Edits, order: CallOrder, uses: Mapping[Layer, int]) -> None:
         super().__init__(replay, edits)
         self._dense = replay.dense_copy()
-        self._order, self._uses, self._memory = order, uses, memory
+        self._order, self._uses = order, uses
         self._originals: dict[Layer, Tensor] = {}
         """Dense weights of pruned layers that the dense stream still needs."""
         self._turns: list[tuple[Layer, ...]] = []
-        self._kept: DenseInputs | None = None
+        self._inputs = DenseInputs(())
+        self._reuse: Reuse | None = None
 
     def turns(self, stage: Stage) -> list[tuple[Layer, ...]]:
         """Return a stage's layers in the order of their calls; one turn has those with one input or of one kind.
@@ -187,32 +186,31 @@ class Corrected(Pruned):
         return self._turns
 
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
-        if layers is self._turns[0] and len(self._turns) > 1:
-            self._kept = self._all_inputs(stage)
-        inputs = DenseInputs(layers) if self._kept is None else self._kept
-        grams = GramCollector(layers, inputs)
+        turn = self._turns.index(tuple(layers))
+        if turn == 0:
+            self._run_dense(stage)
+            self._reuse = None if stage.position is None else self._replay.reuse(stage.position, self._turns)
+        later = [layer for others in self._turns[turn + 1 :] for layer in others]
+        grams = GramCollector(layers, self._inputs)
         for index in range(self._replay.batches):
-            inputs.begin(index)
-            if self._kept is None:
-                self._run_dense(stage, inputs, index, store=layers is self._turns[-1])
-            with grams:
-                self._run(self._replay, stage, before=grams.begin, indices=[index])
-            if self._kept is None:
-                inputs.forget(index)
+            self._inputs.begin(index)
+            with grams, nullcontext() if self._reuse is None else self._reuse.on(index, layers, later):
+                self._run(self._replay, stage, before=grams.begin, indices=[index], until=layers)
         return grams
 
     def chosen(self, layers: Sequence[Layer]) -> None:
-        # Where the dense model's inputs are kept, its block does not run again in this stage.
-        needed = [layer for layer in layers if self._kept is None or layer in self._uses]
-        self._originals.update((layer, layer.weight.data.clone()) for layer in needed)
+        # The dense block has run, but others may use the same weights.
+        self._originals.update((layer, layer.weight.data.clone()) for layer in layers if layer in self._uses)
         super().chosen(layers)
 
     def leave(self, stage: Stage) -> None:
-        super().leave(stage)
-        self._kept = None
+        for index in range(self._replay.batches):
+            with nullcontext() if self._reuse is None else self._reuse.on(index):
+                self._run(self._replay, stage, store=True, indices=[index])
         if not stage.layers:
-            with self._as_it_was():
-                self._run(self._dense, stage, store=True)
+            self._run_dense(stage)
+        self._reuse = None
+        self._inputs = DenseInputs(())
         assert stage.position is not None, "the stage outside the blocks is the last"
         position = stage.position
         self._originals = {
@@ -222,22 +220,17 @@ class Corrected(Pruned):
     def dense_outputs(self, stage: Stage) -> Callable[[int], Tensor]:
         position = stage.position
         assert position is not None, "only blocks have outputs"
+        self._reuse = None  # what is fitted to the outputs changes layers that had their turn
         return lambda index: self._dense.state(position, index)
 
-    def _all_inputs(self, stage: Stage) -> DenseInputs | None:
-        """Run the dense block once for all turns and return its layers' inputs; None if they exceed the memory."""
-        if self._order.size(stage.layers) * self._replay.growth > self._memory:
-            return None
-        inputs = DenseInputs(stage.layers)
+    def _run_dense(self, stage: Stage) -> None:
+        """Run the dense block on all batches, and keep its output and the inputs of its layers."""
+        self._inputs = DenseInputs(stage.layers, self._replay.keeping(self._order.size(stage.layers)))
         for index in range(self._replay.batches):
-            inputs.begin(index)
-            self._run_dense(stage, inputs, index, store=True)
-        return inputs
-
-    def _run_dense(self, stage: Stage, inputs: DenseInputs, index: int, *, store: bool) -> None:
-        # Of held-out batches no cross terms are summed.
-        with self._as_it_was(), nullcontext() if self._replay.held_out(index) else inputs:
-            self._run(self._dense, stage, store=store, indices=[index])
+            self._inputs.begin(index)
+            # Of held-out batches no cross terms are summed.
+            with self._as_it_was(), nullcontext() if self._replay.held_out(index) else self._inputs:
+                self._run(self._dense, stage, store=True, indices=[index])
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
@@ -257,7 +250,7 @@ class Accompanied(Corrected):
 
     Parameters
     ----------
-    replay, edits, order, uses, memory
+    replay, edits, order, uses
         See `Corrected`.
     """
 

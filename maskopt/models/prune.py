@@ -28,6 +28,7 @@ from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.report import PruneReport, circumstances
 from maskopt.models.selection import LeftDense, Selection, select_layers
 from maskopt.models.solving import Observer, Progress, Work
+from maskopt.models.states import Place, Storage
 from maskopt.oracles import MaskSet
 from maskopt.recovery import Recovery
 from maskopt.solvers import ContinuationFrankWolfe, Solver
@@ -77,6 +78,7 @@ def prune(
     certify_seconds: float | None = None,
     device: str | torch.device | None = None,
     memory: int = 2**30,
+    states: Place | None = None,
     progress: Callable[[Progress], object] | None = None,
     on_error: OnError = "restore",
     recover: Recovery | None = None,
@@ -132,7 +134,11 @@ def prune(
     device : str or torch.device, optional
         Where the model is moved first (it stays there).
     memory : int
-        Bytes of working memory for the solver.
+        Bytes of working memory for the solver, and for what `states` keeps on the device.
+    states : {"device", "host", "disk"}, optional
+        Where the states of all batches wait, with the inputs and outputs inside a block that its later turns need. By
+        default those that exceed `memory` move from an accelerator to the main memory, and from there to temporary
+        files.
     progress : callable, optional
         Called with a `Progress` before every batch and about once per iteration of a solver.
     on_error : {"restore", "keep"}
@@ -188,6 +194,7 @@ def prune(
         certify_seconds=certify_seconds,
         device=device,
         memory=memory,
+        states=states,
         progress=progress,
         on_error=on_error,
         recover=recover,
@@ -211,6 +218,7 @@ def prune_layers(
     certify_seconds: float | None = None,
     device: str | torch.device | None = None,
     memory: int = 2**30,
+    states: Place | None = None,
     progress: Callable[[Progress], object] | None = None,
     on_error: OnError = "restore",
     recover: Recovery | None = None,
@@ -224,7 +232,7 @@ def prune_layers(
     ----------
     model, batches, masks, solver, propagate, correction, include, exclude, start, certify, certify_seconds
         As for `prune`.
-    device, memory, progress, on_error, recover, held_out, further
+    device, memory, states, progress, on_error, recover, held_out, further
         As for `prune`.
     observe : callable, optional
         Called with every layer, its problem and its result; layers are then solved one by one.
@@ -234,7 +242,7 @@ def prune_layers(
     PruneReport
     """
     solver = ContinuationFrankWolfe() if solver is None else solver
-    _check_arguments(masks, solver, propagate, correction, on_error, progress, memory, recover)
+    _check_arguments(masks, solver, propagate, correction, on_error, progress, memory, recover, states)
     check_model(model)
     if certify is not None:
         if isinstance(solver, Joint):
@@ -253,11 +261,11 @@ def prune_layers(
     if data is not None:
         prepared = data.batches
         last = data if further is None else data.instead(prepare_batches(model, further, "further"))
-    with evaluation_mode(model):
+    with evaluation_mode(model), Storage(memory, states) as storage:
         began = time.perf_counter()
         order = CallOrder(selection.blocks, selection.outside)
         with order:
-            replay = Replay(model, list(selection.blocks), prepared)
+            replay = Replay(model, list(selection.blocks), prepared, storage)
             stages = _stages(replay, selection)
             _require_calls(replay, order, stages, [not batch.held_out for batch in prepared])
         if propagate is None:
@@ -265,7 +273,7 @@ def prune_layers(
             propagate = "corrected" if corrects else "pruned"
         edits = Edits(on_error == "restore")
         by_block = recover is not None and (recover.level == "block" or (replay.shortcut and propagate != "dense"))
-        propagation = _propagation(propagate, by_block, model, replay, edits, order, stages, memory)
+        propagation = _propagation(propagate, by_block, model, replay, edits, order, stages)
         report = PruneReport()
         work = Work(
             sets, solver, starts, memory, progress, prover, stages, propagation, edits, correction, report, observe
@@ -309,6 +317,7 @@ def _check_arguments(
     progress: object,
     memory: object,
     recover: object,
+    states: object,
 ) -> None:
     """Check the types of arguments."""
     if not isinstance(masks, Plan):
@@ -317,6 +326,7 @@ def _check_arguments(
     for name, value, options, optional in (
         ("propagate", propagate, get_args(Propagate), True),
         ("on_error", on_error, get_args(OnError), False),
+        ("states", states, get_args(Place), True),
     ):
         if not choice(options, optional=optional).fits(value):
             raise MaskoptError(f"{name} must be one of {', '.join(options)}; got {shown(value)}.")
@@ -346,7 +356,7 @@ def _require_calls(replay: Replay, order: CallOrder, stages: Sequence[Stage], us
     def uncalled() -> list[str]:
         return [layer.name for stage in stages for layer in stage.layers if layer not in order]
 
-    for index in range(1, replay.batches):
+    for index in range(replay.batches):
         if not uncalled():
             break
         if used[index]:
@@ -421,7 +431,6 @@ def _propagation(
     edits: Edits,
     order: CallOrder,
     stages: Sequence[Stage],
-    memory: int,
 ) -> Propagation:
     """Return what runs the blocks; with `by_block` it knows the dense model's states, too."""
     if kind == "dense":
@@ -437,7 +446,7 @@ def _propagation(
             f"{'model' if by_block else 'pruned'!r}."
         )
     chosen = Corrected if kind == "corrected" else Accompanied
-    return chosen(replay, edits, order, last_uses(model, replay, stages), memory)
+    return chosen(replay, edits, order, last_uses(model, replay, stages))
 
 
 @contextmanager

@@ -13,16 +13,20 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from maskopt.errors import MaskoptError, is_memory_failure
 from maskopt.files import first_line
-from maskopt.models.batches import Batch
+from maskopt.models.batches import Batch, opening
 from maskopt.models.blocks import Block
+from maskopt.models.layers import Layer, is_linear
+from maskopt.models.reuse import Course, Reuse, answering, copied
+from maskopt.models.states import States, Storage
 from maskopt.threads import sized_threads
 
 __all__ = ["Replay", "evaluation_mode", "first_tensor", "run_model"]
@@ -93,7 +97,7 @@ def run_model(model: nn.Module, where: str, inputs: Mapping[str, Any]) -> Any:
 class Replay:
     """Runs a model on batches block by block, in the order in which the model executes its blocks.
 
-    One forward of the first batch finds that order. A test run checks that running the blocks one by one gives the
+    One forward of two sequences finds that order. A test run checks that running the blocks one by one gives the
     model's own states. Where it does not (blocks that run several times, states passed outside the blocks' outputs),
     `shortcut` is False and all blocks before the current one run again: slower, but correct for any model.
 
@@ -105,30 +109,76 @@ class Replay:
         The blocks of all stacks.
     batches : sequence of Batch
         Non-empty.
+    storage : Storage, optional
+        Where the states of all batches are kept; on the device by default.
 
     Attributes
     ----------
     order : list of Block
         In the order of execution; blocks that the first batch does not reach are missing.
+    course : Course
+        When the blocks' modules ran on the first sequences.
     shortcut : bool
         Whether blocks can be run one at a time.
+    growth : float
+        Positions in all batches over those with which the sizes in `course` were measured.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch]) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch], storage: Storage | None = None
+    ) -> None:
         self._model = model
-        self._batches = batches
+        # Which blocks run, and when, two sequences tell as well as many.
+        self._batches: Sequence[Batch] = [opening(batch) for batch in batches[:2]]
         self._size = sum(weight.numel() for weight in model.parameters())
-        # Per stack and batch: what the latest block of the stack returned.
-        self._states: dict[str, dict[int, Any]] = {block.stack: {} for block in blocks}
+        self.storage = Storage(0, "device") if storage is None else storage
+        self._states = States()  # by stack and batch: what the latest block of the stack returned
+        self.course = Course()
         self.order, self._calls, finals = self._trace(blocks)
         self.shortcut = all(calls == 1 for calls in self._calls.values())
         self.shortcut = self.shortcut and self._reproduces(finals)
+        self.growth = sum(math.prod(batch.shape) for batch in batches) / math.prod(self._batches[0].shape)
+        self._batches = batches
+        stacks = {block.stack: self.course.outputs[block.module] for block in self.order}
+        device = next((final.device for final in finals.values()), torch.device("cpu"))
+        self._needed = round(2 * sum(stacks.values()) * self.growth), device  # two streams
+        self._states = self.storage.states(*self._needed)
 
     def dense_copy(self) -> Replay:
         """Return a replay of the same model on the same batches with its own states; nothing is run."""
         other = copy.copy(self)
-        other._states = {stack: {} for stack in self._states}
+        other._states = self.storage.states(*self._needed)
         return other
+
+    def reuse(self, position: int, turns: Sequence[Sequence[Layer]]) -> Reuse | None:
+        """Return what keeps final outputs inside a block; None where the block has to run as a whole.
+
+        Parameters
+        ----------
+        position : int
+            Of the block in the order of execution.
+        turns : sequence of sequence of Layer
+            Layers that are chosen one after the other.
+        """
+        block = self.order[position]
+        parameters = list(block.module.named_parameters(remove_duplicate=False))
+        # A weight of two modules may change after the one that runs first.
+        shared = len({id(parameter) for _, parameter in parameters}) < len(parameters)
+        if shared or not self.shortcut:
+            return None
+        reuse = Reuse(block, self.course)
+        reuse.states = self.keeping(reuse.size(turns))
+        return reuse
+
+    def keeping(self, size: int) -> States:
+        """Return a place for tensors of all batches.
+
+        Parameters
+        ----------
+        size : int
+            Bytes of those in the run that `course` has recorded.
+        """
+        return self.storage.states(round(size * self.growth), self._needed[1])
 
     @property
     def batches(self) -> int:
@@ -139,11 +189,6 @@ class Replay:
         """Return whether the batch of an index is held out."""
         return self._batches[index].held_out
 
-    @property
-    def growth(self) -> float:
-        """Positions in all batches over those in the first."""
-        return sum(math.prod(batch.shape) for batch in self._batches) / math.prod(self._batches[0].shape)
-
     def run(
         self,
         position: int | None,
@@ -151,6 +196,7 @@ class Replay:
         store: bool = False,
         before: Callable[[Batch], None] | None = None,
         indices: Iterable[int] | None = None,
+        until: Sequence[Layer] = (),
     ) -> None:
         """Run the block ``order[position]`` on every batch, or with None everything outside the blocks.
 
@@ -164,16 +210,19 @@ class Replay:
             Called with each batch before it runs.
         indices : iterable of int, optional
             Which batches; all of them by default.
+        until : sequence of Layer
+            Layers whose inputs are all that is wanted: a batch ends before the last of them runs. Nothing is stored.
         """
         current = None if position is None else self.order[position]
+        ends = self._ends(until) if self.shortcut and current is not None and not store else ()
         for index in range(len(self._batches)) if indices is None else indices:
             batch = self._batches[index]
             if before is not None:
                 before(batch)
-            with self._passed(position, index):
+            with self._passed(position, index), _ending_before(ends):
                 output = self._forward(index, current)
             if store and self.shortcut and current is not None:
-                self._states[current.stack][index] = output
+                self._states.put((current.stack, index), output)
 
     def output(self, position: int, index: int, *, whole: bool = False) -> Any:
         """Return the output of a block on a batch; gradients flow where they are on.
@@ -192,15 +241,28 @@ class Replay:
 
     def state(self, position: int, index: int) -> Tensor:
         """Return the hidden states that a block returned on a batch, as stored by the latest `run` of its stack."""
-        return first_tensor(self._states[self.order[position].stack][index])
+        return first_tensor(self._states.get((self.order[position].stack, index)))
 
     @contextmanager
     def _passed(self, position: int | None, index: int) -> Iterator[None]:
         """Let the blocks before a position return their stored states of a batch."""
         with ExitStack() as undo:
-            for block in self.order[:position] if self.shortcut else []:
-                undo.enter_context(_answering(block.module, self._states[block.stack][index]))
+            others: dict[str, Any] = {}
+            for block in reversed(self.order[:position] if self.shortcut else []):
+                if block.stack in others:
+                    answer = others[block.stack]  # reaches no block that is computed
+                else:
+                    # Copies, because a model may add to its hidden states in place.
+                    answer = copied(self._states.get((block.stack, index)))
+                    others[block.stack] = copied(answer)
+                undo.enter_context(answering(block.module, partial(_returned, answer)))
             yield
+
+    def _ends(self, layers: Sequence[Layer]) -> tuple[nn.Module, ...]:
+        """Return the modules of layers that end a run; none where a layer is not called exactly once."""
+        modules = tuple(dict.fromkeys(layer.module for layer in layers))
+        once = all(is_linear(module) and self.course.calls.get(module) == 1 for module in modules)
+        return modules if once else ()
 
     def run_whole(self, index: int) -> None:
         """Run the whole model on a batch, without stored states."""
@@ -245,22 +307,22 @@ class Replay:
         with ExitStack() as undo:
             for block in blocks:
                 undo.callback(block.module.register_forward_hook(monitor(block)).remove)
+            undo.enter_context(self.course.recording(blocks))
             self._forward(0)
         return list(calls), calls, finals
 
     def _reproduces(self, finals: dict[str, Tensor]) -> bool:
-        """Whether running the blocks one by one ends in the states of the model's own forward of the first batch."""
+        """Whether running the blocks one by one ends in the states of the model's own forward."""
         try:
             for position in range(len(self.order)):
                 # The second batch overwrites states that a model may have kept of the first one.
-                self.run(position, store=True, indices=range(min(2, len(self._batches))))
-            return all(_close(first_tensor(self._states[stack][0]), final) for stack, final in finals.items())
+                self.run(position, store=True)
+            return all(_close(first_tensor(self._states.get((stack, 0))), final) for stack, final in finals.items())
         except Exception:
             # A model that fails when blocks are skipped is run without skipping.
             return False
         finally:
-            for states in self._states.values():
-                states.clear()
+            self._states.clear()
 
 
 class _Reached(Exception):  # noqa: N818 - control flow, not an error
@@ -271,18 +333,23 @@ class _Reached(Exception):  # noqa: N818 - control flow, not an error
 
 
 @contextmanager
-def _answering(module: nn.Module, output: Any) -> Iterator[None]:
-    """Let every call of a module return (a copy of) `output`."""
-    own = module.__dict__.get("forward")  # an instance's forward, as accelerate sets it
-    # A copy, because a model may add to its hidden states in place.
-    module.forward = lambda *args, **kwargs: tree_map_only(Tensor, Tensor.clone, output)
-    try:
+def _ending_before(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """End a model's forward before the last of some modules runs, each of which is called once."""
+    seen: set[nn.Module] = set()
+
+    def stop(module: nn.Module, args: Any) -> None:
+        seen.add(module)
+        if len(seen) == len(modules):
+            raise _Reached(None)
+
+    with ExitStack() as undo:
+        for module in modules:
+            undo.callback(module.register_forward_pre_hook(stop).remove)
         yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
+
+
+def _returned(answer: Any, *args: Any, **kwargs: Any) -> Any:
+    return answer
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -323,7 +323,7 @@ def test_a_tied_head_is_pruned_together_with_the_embedding(build, make_batches):
 def test_only_what_is_needed_is_run(llama, make_batches):
     calls = []
     for index, layer in enumerate(llama.model.layers):
-        layer.mlp.register_forward_hook(lambda module, args, output, index=index: calls.append(index))
+        layer.self_attn.register_forward_hook(lambda module, args, output, index=index: calls.append(index))
     prune(llama, make_batches(count=1), PerRow(0.5), Wanda(), include=["model.layers.1.*"])
     # One forward finds the order, one pass verifies it; then block 0 runs, block 1 is calibrated, block 2 not needed.
     assert calls == [0, 1, 2, 0, 1, 2, 0, 1]

@@ -88,8 +88,8 @@ def test_the_dense_stream_is_that_of_the_dense_model(shared, make_batches, monke
     def record(self, position, *, store=False, **options):
         run(self, position, store=store, **options)
         if store and position is not None:
-            index = options.get("indices", range(len(batches)))
-            seen.append((id(self), position, [self._states[self.order[position].stack][i] for i in index]))
+            index = options.get("indices", range(self.batches))
+            seen.append((id(self), position, [self._states.get((self.order[position].stack, i)) for i in index]))
 
     monkeypatch.setattr(Replay, "run", record)
     exclude = ["*.mamba*"] if isinstance(model, ZambaForCausalLM) else []
@@ -175,18 +175,20 @@ def test_only_what_later_blocks_use_is_remembered(build, make_batches):
     }
 
 
-def test_the_dense_block_runs_once_where_its_inputs_fit(build, make_batches, monkeypatch):
-    """If they do not fit, it runs again in every turn, with the same masks."""
+@pytest.mark.parametrize("states", [None, "device", "host", "disk"])
+def test_the_dense_block_runs_once_and_the_pruned_one_once_in_pieces(build, make_batches, states):
     results = []
-    for memory in (2**30, 1):
-        model, calls = build("llama"), []
-        model.model.layers[1].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(None))
-        report = prune(model, make_batches(), PerRow(0.5), Wanda(), propagate="corrected", memory=memory)
-        results.append((len(calls), report.masks))
-    # The first run and the verification (two batches), then four turns and the next block's inputs; three batches each.
-    assert results[0][0] == 1 + 2 + 3 * (1 + 4 + 1)
-    assert results[1][0] == 1 + 2 + 3 * (4 + 4 + 1)
-    assert all(torch.equal(mask, results[1][1][name]) for name, mask in results[0][1].items())
+    for memory, place in ((2**30, None), (1, states)):
+        model, calls = build("llama"), {"attention": [], "mlp": []}
+        block = model.model.layers[1]
+        block.self_attn.q_proj.register_forward_hook(lambda *_, calls=calls: calls["attention"].append(None))
+        block.mlp.gate_proj.register_forward_hook(lambda *_, calls=calls: calls["mlp"].append(None))
+        report = prune(model, make_batches(), PerRow(0.5), Wanda(), propagate="corrected", memory=memory, states=place)
+        # The first run and the verification (two batches); then for three batches the dense block, the turn that
+        # calibrates these layers, and the one behind it. What is before a layer is not run again.
+        assert {name: len(made) for name, made in calls.items()} == dict.fromkeys(calls, 1 + 2 + 3 * (1 + 1 + 1))
+        results.append(report.masks)
+    assert all(torch.equal(mask, results[1][name]) for name, mask in results[0].items())
 
 
 def test_finding_the_turns_builds_no_gram(build, make_batches, monkeypatch):

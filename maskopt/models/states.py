@@ -1,0 +1,167 @@
+"""Tensors that wait for their use: on the device, in main memory, or in files."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+__all__ = ["Place", "States", "Storage", "tensor_bytes"]
+
+Place = Literal["device", "host", "disk"]
+
+
+class States:
+    """Outputs of modules by keys, in one place.
+
+    Parameters
+    ----------
+    place : {"device", "host", "disk"}
+        "device" keeps tensors as they are; "host" copies them to the main memory; "disk" writes a file for each key.
+    storage : Storage, optional
+        Owns the files of "disk".
+    """
+
+    def __init__(self, place: Place = "device", storage: Storage | None = None) -> None:
+        self.place = place
+        self._storage = storage
+        self._kept: dict[Hashable, Any] = {}
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept
+
+    def put(self, key: Hashable, value: Any) -> None:
+        """Keep a tensor, or tuples, lists and dicts of tensors and other things, which nobody changes any more.
+
+        Parameters
+        ----------
+        key : hashable
+            A value of the same key is replaced.
+        value : object
+        """
+        if self.place == "device":
+            self._kept[key] = value
+            return
+        leaves, structure = tree_flatten(value)
+        places = [leaf.device if isinstance(leaf, Tensor) else None for leaf in leaves]
+        if self.place == "host":
+            leaves = [leaf.to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            self._kept[key] = leaves, structure, places
+            return
+        tensors = {str(index): leaf.contiguous() for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        before = self._kept.pop(key, None)
+        file = self._file() if before is None else before[3]
+        save_file(tensors, file)
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._kept[key] = others, structure, places, file
+
+    def get(self, key: Hashable) -> Any:
+        """Return what was kept, on the device where it was."""
+        kept = self._kept[key]
+        if self.place == "device":
+            return kept
+        leaves, structure, places = kept[:3]
+        if self.place == "disk":
+            stored = load_file(kept[3])
+            leaves = [stored.get(str(index), leaf) for index, leaf in enumerate(leaves)]
+        return _placed(leaves, structure, places)
+
+    def pop(self, key: Hashable) -> Any:
+        """Return what was kept and keep it no longer."""
+        value = self.get(key)
+        self.drop(key)
+        return value
+
+    def drop(self, key: Hashable) -> None:
+        """Keep it no longer; nothing happens where there is nothing."""
+        kept = self._kept.pop(key, None)
+        if kept is not None and self.place == "disk":
+            kept[3].unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Keep nothing any longer."""
+        for key in list(self._kept):
+            self.drop(key)
+
+    def _file(self) -> Path:
+        assert self._storage is not None, "states on disk belong to a storage"
+        return self._storage.file()
+
+
+@dataclass
+class Storage:
+    """Decides where tensors wait; a context manager, at whose end all its files are removed.
+
+    Parameters
+    ----------
+    memory : int
+        Bytes up to which tensors that are kept for one purpose stay on the device.
+    place : {"device", "host", "disk"}, optional
+        Where they are kept however large they are. By default they move to the main memory, or to files where that is
+        the device, if they exceed `memory`.
+    folder : Path, optional
+        Where the folder of the files is made; the system's temporary folder by default.
+    """
+
+    memory: int
+    place: Place | None = None
+    folder: Path | None = None
+    _files: Path | None = field(default=None, init=False, repr=False)
+    _numbers: itertools.count[int] = field(default_factory=itertools.count, init=False, repr=False)
+
+    def states(self, size: int, device: torch.device) -> States:
+        """Return an empty place for tensors.
+
+        Parameters
+        ----------
+        size : int
+            Bytes of all of them.
+        device : torch.device
+            Where they are computed.
+        """
+        if self.place is not None:
+            return States(self.place, self)
+        if size <= self.memory:
+            return States()
+        return States("disk" if device.type == "cpu" else "host", self)
+
+    def file(self) -> Path:
+        """Return a new file name."""
+        if self._files is None:
+            self._files = Path(tempfile.mkdtemp(prefix="maskopt-states-", dir=self.folder))
+        return self._files / f"{next(self._numbers)}.safetensors"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._files is not None:
+            shutil.rmtree(self._files, ignore_errors=True)
+            self._files = None
+
+
+def tensor_bytes(value: Any) -> int:
+    """Return the bytes of all tensors in tuples, lists and dicts.
+
+    Parameters
+    ----------
+    value : object
+    """
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor))
+
+
+def _placed(leaves: list[Any], structure: TreeSpec, places: list[torch.device | None]) -> Any:
+    pairs = zip(leaves, places, strict=True)
+    return tree_unflatten([leaf if place is None else leaf.to(place) for leaf, place in pairs], structure)
