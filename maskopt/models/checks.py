@@ -13,9 +13,13 @@ from maskopt.checks import shown, whole
 from maskopt.errors import MaskoptError, is_memory_failure
 from maskopt.files import first_line
 
-__all__ = ["check_model", "check_tokenizer", "move_model", "require_positive"]
+__all__ = ["Offloaded", "check_finite", "check_model", "check_tokenizer", "move_model", "require_positive"]
 
 _MOST = 2**63 - 1  # what torch can count
+
+
+class Offloaded(nn.Parameter):
+    """Stands, on the meta device, for a parameter whose values lie on disk until its block runs (`Offload`)."""
 
 
 def check_model(model: Any) -> PreTrainedModel:
@@ -41,13 +45,31 @@ def check_model(model: Any) -> PreTrainedModel:
             f"{shown(model)}."
         )
     for name, tensor in _saved(model):  # buffers of one number are bounds, which may be infinite
+        if isinstance(tensor, Offloaded):
+            continue  # checked when it is read
         if tensor.is_meta:
             raise MaskoptError(
                 f"The model's {name} holds no data (it is on the meta device, or offloaded); load it first."
             )
-        if not _is_finite(tensor, bound=tensor.numel() == 1 and not isinstance(tensor, nn.Parameter)):
-            raise MaskoptError(f"The model's {name} has NaN or infinite entries; repair the checkpoint first.")
+        check_finite(name, tensor)
     return model
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Check that all entries of a tensor of a model are finite.
+
+    Parameters
+    ----------
+    name : str
+    tensor : Tensor
+
+    Raises
+    ------
+    MaskoptError
+        If not, with its name.
+    """
+    if not _is_finite(tensor, bound=tensor.numel() == 1 and not isinstance(tensor, nn.Parameter)):
+        raise MaskoptError(f"The model's {name} has NaN or infinite entries; repair the checkpoint first.")
 
 
 def move_model(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
@@ -68,6 +90,10 @@ def move_model(model: PreTrainedModel, device: str | torch.device) -> PreTrained
     MaskoptError
         If torch cannot compute there.
     """
+    if any(isinstance(parameter, Offloaded) for parameter in model.parameters()):
+        if torch.device(device) != model.device:
+            raise MaskoptError(f"An offloaded model stays on its device; load it with device={str(device)!r}.")
+        return model
     try:
         torch.zeros((), device=device).item()  # a meta device fails here, too
         return model.to(device)

@@ -37,6 +37,14 @@ class Edits:
         """Record the mask of a layer, and its new weights if there are any, in the orientation of its parameter."""
         self._chosen[layer] = mask, weight
 
+    def value(self, layer: Layer) -> Tensor:
+        """Return the weight that a layer has, or will have where its edit is still queued, as it is stored."""
+        if layer not in self._chosen:
+            return layer.weight.data
+        mask, weight = self._chosen[layer]
+        value = layer.weight.data if weight is None else weight.to(layer.weight)
+        return value.masked_fill(~mask.to(value.device), 0.0)
+
     def apply(self, layers: Sequence[Layer]) -> None:
         """Prune layers in the model as chosen."""
         for layer in layers:

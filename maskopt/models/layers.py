@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from maskopt.checks import FLOATS
 from maskopt.errors import MaskoptError
+from maskopt.models.checks import Offloaded
 
 __all__ = ["Layer", "is_linear", "linear_layers"]
 
@@ -81,14 +82,14 @@ class Layer:
                 f"The weight of {self.name} is recomputed from other parameters (torch.nn.utils.prune or a "
                 f"parametrization); make it permanent first, for instance with torch.nn.utils.prune.remove."
             )
-        if weight.is_meta:
+        if weight.is_meta and not isinstance(weight, Offloaded):
             raise MaskoptError(f"The weight of {self.name} holds no data (it is on the meta device); load it first.")
         if weight.dtype not in FLOATS or weight.ndim != 2 or weight.layout is not torch.strided:
             raise MaskoptError(
                 f"The weight of {self.name} is stored as {weight.dtype} of shape {tuple(weight.shape)}; only "
                 f"unquantised floating-point matrices (float64, float32, bfloat16, float16) can be pruned."
             )
-        if not bool(torch.isfinite(weight).all()):
+        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
             raise MaskoptError(f"The weight of {self.name} has NaN or infinite entries; repair the checkpoint first.")
 
 

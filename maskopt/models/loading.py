@@ -10,7 +10,10 @@ from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from accelerate.hooks import remove_hook_from_submodules
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from maskopt.checks import shown
@@ -18,6 +21,7 @@ from maskopt.errors import MaskoptError, is_memory_failure
 from maskopt.models.blocks import find_blocks
 from maskopt.models.checkpoint import check_folder, check_quantization
 from maskopt.models.checks import check_model, move_model
+from maskopt.models.offload import Offload, Stored
 from maskopt.models.quiet import without_bars
 
 __all__ = ["load_model"]
@@ -30,7 +34,7 @@ _ADVICE = re.compile(
 
 
 def load_model(
-    name: str | os.PathLike[str], *, device: str | None = None
+    name: str | os.PathLike[str], *, device: str | None = None, offload: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model, in the dtype of its checkpoint, and its tokenizer.
 
@@ -42,6 +46,10 @@ def load_model(
         A folder, or the id of a model on the hub.
     device : str, optional
         Where to put the model.
+    offload : Path, optional
+        Leave the weights of the blocks on disk, and have them in memory only while a block runs, see `Offload`. In this
+        folder `prune` writes finished blocks, with which a later `prune` of the same model on the same data goes on;
+        weights are stored there, too, that the model has in another form than the checkpoint, such as stacked experts.
 
     Returns
     -------
@@ -78,11 +86,53 @@ def load_model(
     tokenizer = _try(name, "its tokenizer", AutoTokenizer.from_pretrained, name, trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise MaskoptError(f"The tokenizer of {name} is none of transformers' tokenizers.")
-    options = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = _try(name, "its weights", kind.from_pretrained, name, trust_remote_code=False, **options)
+    options = {
+        "dtype": "auto",
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+        "trust_remote_code": False,
+    }
+    if offload is not None:
+        place = torch.device("cpu" if device is None else device)
+        options |= {"device_map": _device_map(name, kind, config, place), "offload_folder": offload / "weights"}
+    model, info = _try(name, "its weights", kind.from_pretrained, name, **options)
     _check_complete(name, model, info)
-    check_model(model)
-    return move_model(model, device) if device is not None else model, tokenizer
+    check_model(model) if offload is None else Offload(model, _stored(model), place, offload / "blocks")
+    return move_model(model, device) if device is not None and offload is None else model, tokenizer
+
+
+def _device_map(name: object, kind: type[PreTrainedModel], config: Any, device: torch.device) -> dict[str, str]:
+    """Return where transformers loads each part of a model to: the blocks nowhere, everything else to a device."""
+    with torch.device("meta"):
+        skeleton = _try(name, "its configuration", kind, config)
+    places = {block.name: "disk" for block in find_blocks(skeleton)}
+
+    def place(module: nn.Module, path: str) -> None:
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        places.update((f"{path}{key}", str(device)) for key, _ in own)
+        for key, child in module.named_children():
+            if f"{path}{key}" in places:
+                continue
+            if any(block.startswith(f"{path}{key}.") for block in places):
+                place(child, f"{path}{key}.")
+            else:
+                places[f"{path}{key}"] = str(device)
+
+    place(skeleton, "")
+    return places
+
+
+def _stored(model: PreTrainedModel) -> dict[str, Stored]:
+    """Return where the parameters lie that were not loaded, and take the hooks away that would load them."""
+    index: Mapping[str, Mapping[str, str]] = {}
+    for module in model.modules():
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if weights is not None:
+            index = weights.dataset.index
+            break
+    remove_hook_from_submodules(model)
+    del model.hf_device_map  # what saves the model would look for the hooks
+    return {name: Stored(Path(entry["safetensors_file"]), entry["weight_name"]) for name, entry in index.items()}
 
 
 def _check_hub_name(name: str) -> None:
@@ -148,7 +198,7 @@ def _class_of(name: object, config: Any) -> type[PreTrainedModel]:
 
 def _try(name: object, what: str, load: Any, *args: Any, **options: Any) -> Any:
     """Call a transformers loader; turn its exceptions into a MaskoptError of one sentence."""
-    loggers = [getLogger(library) for library in ("transformers", "huggingface_hub")]
+    loggers = [getLogger(library) for library in ("transformers", "huggingface_hub", "accelerate")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(ERROR)

@@ -77,6 +77,10 @@ class Propagation(ABC):
         """Run the stage's block and return the second moments of the inputs of a turn's layers."""
 
     @abstractmethod
+    def repeat(self, stage: Stage) -> None:
+        """Run what has to run before a stage's layers change, where they were chosen in an earlier process."""
+
+    @abstractmethod
     def chosen(self, layers: Sequence[Layer]) -> None:
         """Apply, or queue, the edits of a turn's layers, which have been chosen."""
 
@@ -107,16 +111,26 @@ class Propagation(ABC):
 
 
 class Dense(Propagation):
-    """Calibrates every block on the states of the dense model, which is pruned at the end.
+    """Calibrates every block on the states of the dense model; it is pruned once no later block needs its weights.
 
     Parameters
     ----------
     replay, edits
         See `Propagation`.
+    uses : mapping of Layer to int
+        See `Corrected`.
     """
+
+    def __init__(self, replay: Replay, edits: Edits, uses: Mapping[Layer, int]) -> None:
+        super().__init__(replay, edits)
+        self._uses = uses
 
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
         return self._collect(stage, layers, store=True)
+
+    def repeat(self, stage: Stage) -> None:
+        if stage.layers:
+            self._run(self._replay, stage, store=True)
 
     def chosen(self, layers: Sequence[Layer]) -> None:
         self._waiting += layers
@@ -124,6 +138,10 @@ class Dense(Propagation):
     def leave(self, stage: Stage) -> None:
         if not stage.layers:  # `collect` has stored the outputs of stages with layers
             self._run(self._replay, stage, store=True)
+        if self._replay.shortcut:
+            done = [layer for layer in self._waiting if layer not in self._uses]
+            self._waiting = [layer for layer in self._waiting if layer in self._uses]
+            self._edits.apply(done)
 
 
 class Pruned(Propagation):
@@ -137,6 +155,9 @@ class Pruned(Propagation):
 
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
         return self._collect(stage, layers, store=False)
+
+    def repeat(self, stage: Stage) -> None:
+        pass  # the block runs once its layers are pruned
 
     def chosen(self, layers: Sequence[Layer]) -> None:
         self._edits.apply(layers)
@@ -198,6 +219,10 @@ class Corrected(Pruned):
                 self._run(self._replay, stage, before=grams.begin, indices=[index], until=layers)
         return grams
 
+    def repeat(self, stage: Stage) -> None:
+        if stage.layers and stage.position is not None:
+            self._run_dense(stage, observed=False)
+
     def chosen(self, layers: Sequence[Layer]) -> None:
         # The dense block has run, but others may use the same weights.
         self._originals.update((layer, layer.weight.data.clone()) for layer in layers if layer in self._uses)
@@ -223,9 +248,10 @@ class Corrected(Pruned):
         self._reuse = None  # what is fitted to the outputs changes layers that had their turn
         return lambda index: self._dense.state(position, index)
 
-    def _run_dense(self, stage: Stage) -> None:
-        """Run the dense block on all batches, and keep its output and the inputs of its layers."""
-        self._inputs = DenseInputs(stage.layers, self._replay.keeping(self._order.size(stage.layers)))
+    def _run_dense(self, stage: Stage, *, observed: bool = True) -> None:
+        """Run the dense block on all batches, and keep its output and, where wanted, the inputs of its layers."""
+        layers = stage.layers if observed else ()
+        self._inputs = DenseInputs(layers, self._replay.keeping(self._order.size(layers)))
         for index in range(self._replay.batches):
             self._inputs.begin(index)
             # Of held-out batches no cross terms are summed.
@@ -259,8 +285,7 @@ class Accompanied(Corrected):
 
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
         if stage.position is not None:
-            with self._as_it_was():
-                self._run(self._dense, stage, store=True)
+            self._run_dense(stage, observed=False)
         return self._collect(stage, layers, store=False)
 
 

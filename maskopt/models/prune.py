@@ -20,7 +20,10 @@ from maskopt.models.batches import data_settings, prepare_batches, with_held_out
 from maskopt.models.checks import check_model, move_model
 from maskopt.models.edits import Edits
 from maskopt.models.gram import CallOrder
+from maskopt.models.journal import data_hash, tensors_hash
+from maskopt.models.keeping import Keeping
 from maskopt.models.layers import Layer
+from maskopt.models.offload import Offload, offload_of
 from maskopt.models.proofs import Prover
 from maskopt.models.propagation import Accompanied, Corrected, Dense, Propagation, Pruned, Stage, last_uses
 from maskopt.models.recovery import Data, Recoverer, divided, predictions
@@ -249,6 +252,9 @@ def prune_layers(
             raise MaskoptError("certify proves bounds on masks whose weights stay; choose a solver that updates none.")
     elif certify_seconds is not None:
         raise MaskoptError("certify_seconds limits the time of the proofs that certify asks for; give both.")
+    offload = offload_of(model)
+    if offload is not None and recover is not None and recover.level == "model":
+        raise MaskoptError("Fitting the whole model needs all its weights in memory; load it without offload.")
     if device is not None:
         move_model(model, device)
     selection = select_layers(model, include, exclude)
@@ -271,40 +277,64 @@ def prune_layers(
         if propagate is None:
             corrects = solver.corrects and certify is None and replay.shortcut
             propagate = "corrected" if corrects else "pruned"
-        edits = Edits(on_error == "restore")
+        edits = Edits(on_error == "restore" and offload is None)
         by_block = recover is not None and (recover.level == "block" or (replay.shortcut and propagate != "dense"))
         propagation = _propagation(propagate, by_block, model, replay, edits, order, stages)
         report = PruneReport()
+        report.settings = {
+            "masks": repr(masks) if isinstance(masks, MaskSet) else f"{masks.pattern}, by the plan",
+            "solver": repr(solver),
+            "propagate": propagate,
+            **({"correction": correction} if propagate == "corrected" else {}),
+            **({} if recover is None else {"recover": repr(recover)}),
+            **({} if last is None or further is None else {"further_tokens": last.tokens}),
+            "include": list(include),
+            "exclude": list(exclude),
+            "warm_started_layers": sorted(layer.name for layer in starts),
+            "block_by_block": replay.shortcut,
+            **data_settings(prepared),
+            **circumstances(model),
+        }
+        keeping = Keeping(replay, offload, edits, report, propagation)
         work = Work(
-            sets, solver, starts, memory, progress, prover, stages, propagation, edits, correction, report, observe
+            sets,
+            solver,
+            starts,
+            memory,
+            progress,
+            prover,
+            stages,
+            propagation,
+            edits,
+            keeping,
+            correction,
+            report,
+            observe,
         )
         after = None
         if recover is not None and data is not None and last is not None:
             after = _Recovery(model, replay, data, last, recover, work, edits, memory)
             work.recover = after.block if by_block else None
         report.calibration_seconds = time.perf_counter() - began
-        with _restoring(edits, report, on_error):
+        keeping.begin(
+            {
+                **report.settings,
+                "memory": memory,
+                "certify": certify,
+                "certify_seconds": certify_seconds,
+                "plan": masks.to_json() if isinstance(masks, Plan) else None,
+                "data": data_hash(prepared),
+                "starting masks": tensors_hash({layer.name: mask for layer, mask in starts.items()}),
+            }
+        )
+        with _restoring(edits, report, on_error, offload):
             work.run()
             if after is not None:
                 after.model()
             work.done()
-    report.calibration_seconds += propagation.seconds
+        keeping.end()
     report.left_dense = [*selection.left_dense, *_unreached(replay, selection)]
     report.plan = masks if isinstance(masks, Plan) else None
-    report.settings = {
-        "masks": repr(masks) if isinstance(masks, MaskSet) else f"{masks.pattern}, by the plan",
-        "solver": repr(solver),
-        "propagate": propagate,
-        **({"correction": correction} if propagate == "corrected" else {}),
-        **({} if recover is None else {"recover": repr(recover)}),
-        **({} if last is None or further is None else {"further_tokens": last.tokens}),
-        "include": list(include),
-        "exclude": list(exclude),
-        "warm_started_layers": sorted(layer.name for layer in starts),
-        "block_by_block": replay.shortcut,
-        **data_settings(prepared),
-        **circumstances(model),
-    }
     return report
 
 
@@ -436,7 +466,12 @@ def _propagation(
     if kind == "dense":
         if by_block:
             raise MaskoptError("Blocks are fitted behind pruned ones; use propagate='corrected' or 'pruned'.")
-        return Dense(replay, edits)
+        if offload_of(model) is not None and not replay.shortcut:
+            raise MaskoptError(
+                f"The blocks of {type(model).__name__} cannot be run one at a time, so that they have to be in memory "
+                f"for propagate='dense'; load the model without offload, or use propagate='pruned'."
+            )
+        return Dense(replay, edits, last_uses(model, replay, stages))
     if kind == "pruned" and not by_block:
         return Pruned(replay, edits)
     if not replay.shortcut:
@@ -450,7 +485,7 @@ def _propagation(
 
 
 @contextmanager
-def _restoring(edits: Edits, report: PruneReport, on_error: OnError) -> Iterator[None]:
+def _restoring(edits: Edits, report: PruneReport, on_error: OnError, offload: Offload | None) -> Iterator[None]:
     """Where the work fails, restore the model, or report exactly which layers are pruned."""
     try:
         yield
@@ -459,6 +494,8 @@ def _restoring(edits: Edits, report: PruneReport, on_error: OnError) -> Iterator
         names = [layer.name for layer in edits.applied]
         if on_error == "restore":
             edits.undo()
+            if offload is not None:
+                offload.reset()
             if names:
                 error.add_note(f"The model is as it was: the {len(names)} layers pruned so far are dense again.")
             raise
@@ -506,7 +543,7 @@ def _check_fit(sets: Mapping[Layer, MaskSet], start: Mapping[str, Tensor]) -> di
                 f"The starting mask of {name} must be boolean of shape {expected}; it is {mask.dtype} of shape "
                 f"{tuple(mask.shape)}."
             )
-    return {named[name]: named[name].oriented(mask.to(named[name].weight.device)) for name, mask in start.items()}
+    return {named[name]: named[name].oriented(mask) for name, mask in start.items()}
 
 
 def _unreached(replay: Replay, selection: Selection) -> list[LeftDense]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -214,7 +214,7 @@ class Recoverer:
         data: Data,
         recovery: Recovery,
         sets: Mapping[Layer, MaskSet],
-        masks: dict[str, Tensor],
+        masks: MutableMapping[str, Tensor],
         progress: Callable[[str, float], object] | None = None,
     ) -> None:
         self._model, self._replay, self._data, self._recovery = model, replay, data, recovery

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from maskopt.allocation import Plan
+from maskopt.models.masks import PackedMasks
 from maskopt.models.selection import LeftDense
 
 __all__ = ["Generalisation", "LayerRecord", "PruneReport", "RecoveryRecord", "RecoveryReport", "circumstances"]
@@ -206,8 +207,9 @@ class PruneReport:
         In the order of pruning.
     left_dense : list of LeftDense
         Every weight of two or more dimensions that was not pruned, with the reason.
-    masks : dict of str to Tensor
-        Per layer, boolean, True = kept, oriented as the layer's weight parameter, on the CPU.
+    masks : PackedMasks
+        Per layer, boolean, True = kept, oriented as the layer's weight parameter, on the CPU; a mapping that keeps one
+        bit for each weight.
     settings : dict
         Arguments, calibration data and versions.
     plan : Plan or None
@@ -220,7 +222,7 @@ class PruneReport:
 
     layers: list[LayerRecord] = field(default_factory=list)
     left_dense: list[LeftDense] = field(default_factory=list)
-    masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    masks: MutableMapping[str, Tensor] = field(default_factory=PackedMasks, repr=False)
     settings: dict[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
     recovery: list[RecoveryRecord] = field(default_factory=list)

@@ -13,6 +13,7 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.models.edits import Edits
 from maskopt.models.gram import Gram, GramCollector
+from maskopt.models.keeping import Keeping
 from maskopt.models.layers import Layer
 from maskopt.models.proofs import Prover
 from maskopt.models.propagation import Propagation, Stage
@@ -78,6 +79,8 @@ class Work:
         Runs the blocks.
     edits : Edits
         Receives the chosen masks and weights.
+    keeping : Keeping
+        Brings blocks into memory and writes finished ones.
     correction : float
         As for `prune`.
     report : PruneReport
@@ -99,6 +102,7 @@ class Work:
     stages: Sequence[Stage]
     propagation: Propagation
     edits: Edits
+    keeping: Keeping
     correction: float
     report: PruneReport = field(default_factory=PruneReport)
     observe: Observer | None = None
@@ -110,25 +114,37 @@ class Work:
         if self.prover is not None:
             self.prover.plan(layer.shape for stage in self.stages for layer in stage.layers)
         self.propagation.before_batch = lambda stage: self._tell("calibrate", stage.name)
-        for stage in self.stages:
-            for turn in self.propagation.turns(stage):
-                grams = self.propagation.collect(stage, turn)
-                for layers in self._together(turn, grams):
-                    self._solve(layers, grams[layers[0]])
-                del grams  # before those of the next turn are allocated
-                for layer in turn:
-                    record, mask, weight = self.solved.pop(layer)
-                    self.report.masks[layer.name] = mask
-                    self.report.layers.append(record)
-                    self.edits.choose(layer, mask, weight)
-                self.propagation.chosen(turn)
-            if self.recover is not None and stage.layers and stage.position is not None:
-                began = time.perf_counter()
-                self.recover(stage, self.propagation.dense_outputs(stage))
-                self.report.recovery_seconds += time.perf_counter() - began
-            if stage is not self.stages[-1]:
+        for number, stage in enumerate(self.stages):
+            finished = self.keeping.enter(stage, number)
+            if finished is None:
+                self._prune(stage)
+            else:
+                self.propagation.repeat(stage)
+                self.keeping.repeat(stage, finished)
+                self.propagation.chosen(stage.layers)
+            if stage is self.stages[-1]:
+                self.propagation.finish()
+            else:
                 self.propagation.leave(stage)
-        self.propagation.finish()
+            self.keeping.leave(stage, number, finished)
+
+    def _prune(self, stage: Stage) -> None:
+        """Choose and apply the masks of a stage's layers, and fit its block where that is asked for."""
+        for turn in self.propagation.turns(stage):
+            grams = self.propagation.collect(stage, turn)
+            for layers in self._together(turn, grams):
+                self._solve(layers, grams[layers[0]])
+            del grams  # before those of the next turn are allocated
+            for layer in turn:
+                record, mask, weight = self.solved.pop(layer)
+                self.report.masks[layer.name] = mask
+                self.report.layers.append(record)
+                self.edits.choose(layer, mask, weight)
+            self.propagation.chosen(turn)
+        if self.recover is not None and stage.layers and stage.position is not None:
+            began = time.perf_counter()
+            self.recover(stage, self.propagation.dense_outputs(stage))
+            self.report.recovery_seconds += time.perf_counter() - began
 
     def done(self) -> None:
         """Tell that all work is done."""
@@ -169,7 +185,8 @@ class Work:
             cross = gram.cross.to(weight.device)
             problem = LayerReconstruction.towards(weight, matrix, cross, gram.tokens, strength=self.correction)
         masks = self.masks[layers[0]]
-        start = torch.cat([self.starts[layer] for layer in layers]) if layers[0] in self.starts else None
+        starts = [self.starts[layer] for layer in layers if layer in self.starts]
+        start = torch.cat(starts).to(weight.device) if starts else None
         try:
             result = solve(
                 problem,

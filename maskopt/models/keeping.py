@@ -1,0 +1,122 @@
+"""Blocks that come into memory for their stage, and are written when they are finished."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from maskopt.models.edits import Edits
+from maskopt.models.journal import Finished, Journal, read_tensors
+from maskopt.models.layers import Layer
+from maskopt.models.offload import Offload
+from maskopt.models.propagation import Propagation, Stage
+from maskopt.models.replay import Replay
+from maskopt.models.report import PruneReport
+
+__all__ = ["Keeping"]
+
+_SECONDS = ("calibration_seconds", "solve_seconds", "certify_seconds", "recovery_seconds")
+
+
+class Keeping:
+    """The blocks of an offloaded model during `prune`; does nothing for a model in memory.
+
+    Parameters
+    ----------
+    replay : Replay
+        Of the model.
+    offload : Offload or None
+        Of the model.
+    edits : Edits
+        Chosen masks and weights.
+    report : PruneReport
+        Of all stages up to now.
+    propagation : Propagation
+        Knows the time of running the model.
+    """
+
+    def __init__(
+        self, replay: Replay, offload: Offload | None, edits: Edits, report: PruneReport, propagation: Propagation
+    ) -> None:
+        self._replay, self._offload, self._edits, self._report = replay, offload, edits, report
+        self._propagation = propagation
+        self._journal = None if offload is None else Journal(offload.folder)
+        self._recovered = 0
+        self._earlier: dict[str, float] = {}
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Begin a run with these settings, or go on with one."""
+        if self._journal is not None and self._offload is not None:
+            self._journal.begin({**settings, "weight files": self._offload.files})
+
+    def enter(self, stage: Stage, number: int) -> Finished | None:
+        """Bring the block of a stage into memory, and return what is known if it is finished."""
+        if self._offload is None or self._journal is None:
+            return None
+        self._offload.hold(None if stage.position is None else self._replay.order[stage.position])
+        return self._journal.read(number)
+
+    def repeat(self, stage: Stage, finished: Finished) -> None:
+        """Give all parameters of a stage the values that they had in the end, and queue the edits of its layers."""
+        assert finished.weights is not None, "a journal knows its files"
+        values = read_tensors(finished.weights)
+        parameters = self._parameters(stage)
+        for layer in stage.layers:
+            self._edits.choose(layer, finished.masks[layer.name], values.pop(_weight_name(layer)))
+        for name, value in values.items():
+            parameters[name].copy_(value)
+        self._report.layers += finished.layers
+        self._report.recovery += finished.recovery
+        self._recovered = len(self._report.recovery)
+        for name, mask in finished.masks.items():
+            self._report.masks[name] = mask
+        self._earlier = finished.seconds
+
+    def leave(self, stage: Stage, number: int, finished: Finished | None) -> None:
+        """Write a stage whose layers are pruned, where it is not written yet; its block is read from there."""
+        if self._offload is None or self._journal is None:
+            return
+        file = self._write(stage, number, self._journal) if finished is None else finished.weights
+        if stage.position is not None and file is not None:
+            self._offload.written(self._replay.order[stage.position], file)
+
+    def _write(self, stage: Stage, number: int, journal: Journal) -> Path:
+        values = self._parameters(stage)
+        values.update((_weight_name(layer), self._edits.value(layer)) for layer in stage.layers)
+        names = {layer.name for layer in stage.layers}
+        layers = [record for record in self._report.layers if record.name in names]
+        masks = {name: self._report.masks[name] for name in names}
+        recovery = self._report.recovery[self._recovered :]
+        self._recovered = len(self._report.recovery)
+        finished = Finished(stage.name, layers, masks, recovery, self._seconds())
+        return journal.write(number, finished, values)
+
+    def end(self) -> None:
+        """Release the last block, and count the time of earlier processes and of running the model."""
+        if self._offload is not None:
+            self._offload.hold(None)
+        for name, seconds in self._seconds().items():
+            setattr(self._report, name, seconds)
+
+    def _seconds(self) -> dict[str, float]:
+        """Return the time of all processes, by kind of work."""
+        seconds = {name: getattr(self._report, name) + self._earlier.get(name, 0.0) for name in _SECONDS}
+        seconds["calibration_seconds"] += self._propagation.seconds
+        return seconds
+
+    def _parameters(self, stage: Stage) -> dict[str, Tensor]:
+        """Return all parameters of a stage by full name, those of several modules by each name."""
+        if stage.position is None:
+            return {_weight_name(layer): layer.weight.data for layer in stage.layers}
+        block = self._replay.order[stage.position]
+        named: list[tuple[str, nn.Parameter]] = list(
+            block.module.named_parameters(prefix=block.name, remove_duplicate=False)
+        )
+        return {name: parameter.data for name, parameter in named}
+
+
+def _weight_name(layer: Layer) -> str:
+    return f"{layer.name}.weight"
