@@ -48,8 +48,9 @@ class Edits:
     def remember(self, parameters: Iterable[nn.Parameter]) -> None:
         """Keep further parameters, which are about to change, for `undo`."""
         if self._restorable:
-            pruned = {id(layer.weight) for layer in self._dense}
-            new = (p for p in parameters if p not in self._others and id(p) not in pruned)
+            # The parameter of a stack may hold layers that are not pruned; `undo` restores the pruned ones after it.
+            pruned = {layer.identity for layer in self._dense}
+            new = (p for p in parameters if p not in self._others and (id(p),) not in pruned)
             self._others.update((parameter, parameter.detach().to("cpu", copy=True)) for parameter in new)
 
     def settle(self) -> None:
@@ -59,10 +60,10 @@ class Edits:
 
     def undo(self) -> None:
         """Give all layers their dense weights back."""
-        for layer, dense in self._dense.items():
-            layer.weight.data.copy_(dense)
         for parameter, before in self._others.items():
             parameter.data.copy_(before)
+        for layer, dense in self._dense.items():
+            layer.weight.data.copy_(dense)
         self._dense.clear()
         self._others.clear()
         self.applied.clear()

@@ -12,8 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from maskopt.models.calls import CallOrder
 from maskopt.models.edits import Edits
-from maskopt.models.gram import CallOrder, DenseInputs, GramCollector
+from maskopt.models.experts import in_groups
+from maskopt.models.gram import DenseInputs, GramCollector
 from maskopt.models.layers import Layer
 from maskopt.models.replay import Replay
 
@@ -51,6 +53,8 @@ class Propagation(ABC):
         Of the model.
     edits : Edits
         Masks and weights that are chosen.
+    memory : int
+        Bytes of the Gram matrices of stacked layers in one turn (`in_groups`).
 
     Attributes
     ----------
@@ -60,16 +64,17 @@ class Propagation(ABC):
         Called with the stage before a block runs on a batch, to count progress.
     """
 
-    def __init__(self, replay: Replay, edits: Edits) -> None:
+    def __init__(self, replay: Replay, edits: Edits, memory: int) -> None:
         self._replay = replay
         self._edits = edits
+        self._memory = memory
         self._waiting: list[Layer] = []
         self.seconds = 0.0
         self.before_batch: Callable[[Stage], None] | None = None
 
     def turns(self, stage: Stage) -> list[tuple[Layer, ...]]:
         """Return the layers of a stage in turns; those of one turn are calibrated on the same run of the block."""
-        return [stage.layers] if stage.layers else []
+        return in_groups([stage.layers] if stage.layers else [], self._memory)
 
     @abstractmethod
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
@@ -110,7 +115,7 @@ class Dense(Propagation):
 
     Parameters
     ----------
-    replay, edits
+    replay, edits, memory
         See `Propagation`.
     """
 
@@ -130,7 +135,7 @@ class Pruned(Propagation):
 
     Parameters
     ----------
-    replay, edits
+    replay, edits, memory
         See `Propagation`.
     """
 
@@ -153,21 +158,21 @@ class Corrected(Pruned):
 
     Parameters
     ----------
-    replay, edits
+    replay, edits, memory
         See `Propagation`.
     order : CallOrder
         Of the layers.
     uses : mapping of Layer to int
         The position of the last stage that uses a layer's weight, where that is later than the layer's own.
     memory : int
-        Bytes up to which the dense model's inputs of a block's layers are kept for all turns; where they need more, the
-        dense block runs again for every turn.
+        See `Propagation`; also the bytes up to which the dense model's inputs of a block's layers are kept for all
+        turns: where they need more, the dense block runs again for every turn.
     """
 
     def __init__(self, replay: Replay, edits: Edits, order: CallOrder, uses: Mapping[Layer, int], memory: int) -> None:
-        super().__init__(replay, edits)
+        super().__init__(replay, edits, memory)
         self._dense = replay.dense_copy()
-        self._order, self._uses, self._memory = order, uses, memory
+        self._order, self._uses = order, uses
         self._originals: dict[Layer, Tensor] = {}
         """Dense weights of pruned layers that the dense stream still needs."""
         self._turns: list[tuple[Layer, ...]] = []
@@ -183,7 +188,7 @@ class Corrected(Pruned):
         for group in self._order.groups(stage.layers):
             kind = re.sub(r"\d+", "#", group[0].name)
             turns.setdefault(kind, []).extend(group)
-        self._turns = [tuple(turn) for turn in turns.values()]
+        self._turns = in_groups(turns.values(), self._memory)
         return self._turns
 
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
@@ -242,14 +247,14 @@ class Corrected(Pruned):
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
         """Give pruned layers their dense weights inside the block, for modules that use the same parameters."""
-        pruned = {layer: layer.weight.data for layer in self._originals}
+        pruned: dict[Layer, Tensor] = {}
         try:
             for layer, weight in self._originals.items():
-                layer.weight.data = weight
+                pruned[layer] = layer.swap(weight)
             yield
         finally:
             for layer, weight in pruned.items():
-                layer.weight.data = weight
+                layer.swap(weight)
 
 
 class Accompanied(Corrected):
@@ -292,11 +297,11 @@ def last_uses(model: nn.Module, replay: Replay, stages: Sequence[Stage]) -> dict
     tied = {id(p) for module in _outside(model, replay) for p in module.parameters(recurse=False)} & last.keys()
     last.update(dict.fromkeys(tied, len(replay.order)))
     return {
-        layer: last[id(layer.weight)]
+        layer: last[id(layer.parameter)]
         for stage in stages
         if stage.position is not None
         for layer in stage.layers
-        if last[id(layer.weight)] > stage.position
+        if last[id(layer.parameter)] > stage.position
     }
 
 

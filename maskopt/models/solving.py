@@ -247,4 +247,5 @@ def _record(
         status=result.status.name,
         unfinished_rows=unfinished_rows,
         held_out_error=held_out_error,
+        pooled=gram.pooled,
     )
