@@ -68,13 +68,15 @@ class Propagation(ABC):
         self._replay = replay
         self._edits = edits
         self._memory = memory
+        self._turns: list[tuple[Layer, ...]] = []
         self._waiting: list[Layer] = []
         self.seconds = 0.0
         self.before_batch: Callable[[Stage], None] | None = None
 
     def turns(self, stage: Stage) -> list[tuple[Layer, ...]]:
         """Return the layers of a stage in turns; those of one turn are calibrated on the same run of the block."""
-        return in_groups([stage.layers] if stage.layers else [], self._memory)
+        self._turns = in_groups([stage.layers] if stage.layers else [], self._memory)
+        return self._turns
 
     @abstractmethod
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
@@ -120,7 +122,8 @@ class Dense(Propagation):
     """
 
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
-        return self._collect(stage, layers, store=True)
+        # Only the last run may store the outputs, because the block's inputs are then gone.
+        return self._collect(stage, layers, store=layers is self._turns[-1])
 
     def chosen(self, layers: Sequence[Layer]) -> None:
         self._waiting += layers
@@ -175,7 +178,6 @@ class Corrected(Pruned):
         self._order, self._uses = order, uses
         self._originals: dict[Layer, Tensor] = {}
         """Dense weights of pruned layers that the dense stream still needs."""
-        self._turns: list[tuple[Layer, ...]] = []
         self._kept: DenseInputs | None = None
 
     def turns(self, stage: Stage) -> list[tuple[Layer, ...]]:
@@ -270,7 +272,7 @@ class Accompanied(Corrected):
         return Propagation.turns(self, stage)
 
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
-        if stage.position is not None:
+        if stage.position is not None and layers is self._turns[0]:
             with self._as_it_was():
                 self._run(self._dense, stage, store=True)
         return self._collect(stage, layers, store=False)

@@ -161,8 +161,8 @@ def prune(
     ------
     MaskoptError
         If an argument is of the wrong type, there is nothing to prune or to calibrate with, a pattern matches nothing,
-        the inputs of stacked matrices (experts) cannot be told apart, `masks` does not fit a layer, a plan has other layers than
-        those to prune, the batches never call a layer, or weights or activations are not finite.
+        the inputs of stacked matrices (experts) cannot be told apart, `masks` does not fit a layer, a plan has other
+        layers than those to prune, the batches never call a layer, or weights or activations are not finite.
 
     Examples
     --------
