@@ -21,13 +21,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from maskopt.errors import MaskoptError
-from maskopt.models.layers import Layer
+from maskopt.models.layers import Layer, is_linear
 
-__all__ = ["Products", "Stack", "StackedLayer", "eager_experts", "in_groups", "is_stacked", "refuse_use", "stacks"]
+__all__ = ["Products", "Stack", "StackedLayer", "eager_experts", "in_groups", "matrices_in", "refuse_use", "stacks"]
 
 
 class Stack:
-    """A parameter of shape (E, p, q) that holds E matrices.
+    """A parameter of shape (E, p, q), or (E p, q), that holds E matrices.
 
     Parameters
     ----------
@@ -38,6 +38,8 @@ class Stack:
 
     Attributes
     ----------
+    number : int
+        E.
     transposed : bool
         Whether the matrices are stored as (in, out). What the module says (`is_transposed`), or what follows from the
         shapes of two stacks of which the second reads what the first writes; where a product of the model shows
@@ -47,6 +49,7 @@ class Stack:
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
         self.key = name.rpartition(".")[2]
+        self.number = matrices_in(module, self.parameter)
         self.transposed = _is_transposed(module)
 
     @property
@@ -61,9 +64,15 @@ class Stack:
         assert parameter is not None
         return parameter
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, p, q)."""
+        *_, columns = self.parameter.shape
+        return self.number, self.parameter.numel() // (self.number * columns), columns
+
     def layers(self) -> list[StackedLayer]:
         """Return its matrices."""
-        return [StackedLayer(f"{self.name}.{i}", self.module, self, i) for i in range(len(self.parameter))]
+        return [StackedLayer(f"{self.name}.{i}", self.module, self, i) for i in range(self.number)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +110,7 @@ class StackedLayer(Layer):
         return id(self.parameter), self.index
 
     def part(self, tensor: Tensor) -> Tensor:
-        return tensor[self.index]
+        return tensor.view(self.stack.shape)[self.index]
 
     def swap(self, weight: Tensor) -> Tensor:
         own = self.weight
@@ -113,8 +122,7 @@ class StackedLayer(Layer):
 def stacks(module: nn.Module, name: str = "") -> Iterator[Stack]:
     """Yield the parameters in a module that may be stacked matrices, each once, in order.
 
-    Those are the parameters of three axes, none of length one, of modules other than convolutions. Whether a model
-    multiplies by them shows when it runs (`Products`).
+    Whether a model multiplies by them shows when it runs (`Products`).
 
     Parameters
     ----------
@@ -128,19 +136,33 @@ def stacks(module: nn.Module, name: str = "") -> Iterator[Stack]:
     """
     for inner, child in module.named_modules(prefix=name):
         for key, parameter in child.named_parameters(recurse=False):
-            if is_stacked(child, parameter):
+            if matrices_in(child, parameter):
                 yield Stack(f"{inner}.{key}" if inner else key, child)
 
 
-def is_stacked(module: nn.Module, parameter: Tensor) -> bool:
-    """Whether a parameter of a module may be stacked matrices, see `stacks`.
+def matrices_in(module: nn.Module, parameter: Tensor) -> int:
+    """Return how many matrices may be stacked in a parameter of a module; 0 where it is no stack.
+
+    Stacks are the parameters of three axes, none of length one, of modules other than convolutions. Classes of experts
+    may also have a single matrix, or two axes and say how many matrices lie one below the other
+    (``moe_num_experts``).
 
     Parameters
     ----------
     module : nn.Module
     parameter : Tensor
     """
-    return parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, _ConvNd)
+    experts = "Expert" in type(module).__name__
+    if parameter.ndim == 3 and not isinstance(module, _ConvNd):
+        number, *sides = parameter.shape
+        return number if min(sides) > 1 and (number > 1 or experts) else 0
+    if parameter.ndim == 2 and experts and not is_linear(module):
+        number = next(
+            (getattr(module, name, 0) for name in ("num_experts", "moe_num_experts") if name in vars(module)), 0
+        )
+        if number and len(parameter) % number == 0 and min(len(parameter) // number, parameter.shape[1]) > 1:
+            return int(number)
+    return 0
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -148,7 +170,7 @@ def _is_transposed(module: nn.Module) -> bool:
     known = getattr(module, "is_transposed", None)
     if isinstance(known, bool):
         return known
-    own = [tuple(p.shape) for p in module.parameters(recurse=False) if is_stacked(module, p)]
+    own = [tuple(p.shape) for p in module.parameters(recurse=False) if p.ndim == 3 and matrices_in(module, p)]
     # The last one reads what functions of the outputs of the first make, and writes what the first reads.
     if len(own) > 1:
         (_, first, second), (_, third, fourth) = own[0], own[-1]
@@ -202,7 +224,7 @@ class _View:
 
     def matrices(self) -> list[int] | None:
         """Return which matrix each one of the (broadcast) batch is, None if the view is not made of whole matrices."""
-        _, p, q = self.stack.parameter.shape
+        _, p, q = self.stack.shape
         shape, stride = self.tensor.shape, self.tensor.stride()
         if self.flipped is None:
             return None
@@ -213,7 +235,7 @@ class _View:
     @property
     def flipped(self) -> bool | None:
         """Whether the matrices are turned against how they are stored; None if they are not whole."""
-        _, p, q = self.stack.parameter.shape
+        _, p, q = self.stack.shape
         kind = *self.tensor.shape[-2:], *self.tensor.stride()[-2:]
         return {(p, q, q, 1): False, (q, p, 1, q): True}.get(kind)
 

@@ -70,8 +70,8 @@ def _stack(
     parameter = stack.parameter
     assert isinstance(parameter, nn.Parameter)
     mask = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
-    deviation = torch.ones(len(parameter), 1, layers[0].shape[1], device=parameter.device)
-    within: list[MaskSet | None] = [None] * len(parameter)
+    deviation = torch.ones(stack.number, 1, layers[0].shape[1], device=parameter.device)
+    within: list[MaskSet | None] = [None] * stack.number
     for layer in layers:
         layer.part(mask).copy_(masks[layer.name])
         within[layer.index] = sets[layer]

@@ -10,7 +10,7 @@ from torch import nn
 
 from maskopt.errors import MaskoptError
 from maskopt.models.blocks import Block, find_blocks
-from maskopt.models.experts import Stack, StackedLayer, is_stacked, stacks
+from maskopt.models.experts import Stack, StackedLayer, matrices_in, stacks
 from maskopt.models.layers import Layer, is_linear, linear_layers
 from maskopt.models.routers import find_routers
 
@@ -214,7 +214,7 @@ def _left_dense(
         vector = parameter.numel() == max(parameter.shape, default=1)
         if (vector and not (parameter.ndim == 2 and is_linear(owner))) or (id(parameter),) in taken:
             continue
-        if name.startswith(prefixes) and is_stacked(owner, parameter):
+        if name.startswith(prefixes) and matrices_in(owner, parameter):
             yield from _left_of_stack(Stack(name, owner), taken, patterns)
             continue
         if not name.startswith(prefixes):
@@ -231,7 +231,7 @@ def _left_dense(
 def _left_of_stack(stack: Stack, taken: Container[tuple[int, ...]], patterns: _Patterns) -> Iterator[LeftDense]:
     """Yield the matrices of a stack that are not pruned, or the whole parameter if none is."""
     left = [layer for layer in stack.layers() if layer.identity not in taken]
-    if left and len(left) == len(stack.parameter):
+    if left and len(left) == stack.number:
         reason = patterns.reason(*_names(left[0]))
         yield LeftDense(stack.name, tuple(stack.parameter.shape), f"stacked matrices, {reason}")
     else:

@@ -46,12 +46,12 @@ class Masked:
         Boolean, as the parameter is stored, True = kept.
     masks : MaskSet or sequence of MaskSet or None
         The set of masks of the weight as a (rows, d) matrix; a rule that moves masks stays in it. For a parameter of E
-        stacked matrices one for each; the mask of a matrix with None stays.
+        stacked matrices, its first or its first two axes, one for each; the mask of a matrix with None stays.
     deviation : Tensor, optional
         Standard deviation of each input given the others, shape (d,) or (E, 1, d): how much a weight of it matters.
         Ones by default.
     transposed : bool
-        Whether the parameter is stored as (d, rows), or (E, d, rows).
+        Whether the matrices are stored as (d, rows).
 
     Attributes
     ----------
@@ -88,8 +88,14 @@ class Masked:
         self.mask, self.master, self.pruned, self.relaxed = mask, values, 0.0, None
 
     def oriented(self, tensor: Tensor) -> Tensor:
-        """Turn a tensor from the stored orientation to (rows, d), or back; a view."""
+        """Turn a tensor from the shape of the parameter to (rows, d), or (E, rows, d); a view."""
+        if not isinstance(self.masks, MaskSet):
+            tensor = tensor.view(len(self.masks), -1, tensor.shape[-1])
         return tensor.mT if self.transposed else tensor
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """Turn a tensor back to the shape of the parameter."""
+        return (tensor.mT if self.transposed else tensor).reshape(self.parameter.shape)
 
     def cost(self, values: Tensor) -> Tensor:
         """Return what pruning values costs while other weights compensate: their squares times those of deviations.
@@ -100,7 +106,7 @@ class Masked:
             Stored as the parameter is, and so is the result.
         """
         size = self.oriented(values)
-        return self.oriented(size.square() if self.deviation is None else (size * self.deviation).square_())
+        return self.stored(size.square() if self.deviation is None else (size * self.deviation).square_())
 
     def promise(self, gradient: Tensor) -> Tensor:
         """Return in proportion to what the loss falls by an entry alone: gradient squared over variance.
@@ -114,7 +120,7 @@ class Masked:
         if self.deviation is not None:
             least = 1e-6 * self.deviation.amax(-1, keepdim=True)
             size = size / self.deviation.maximum(least.clamp_min(torch.finfo(size.dtype).tiny ** 0.25))
-        return self.oriented(size.square())
+        return self.stored(size.square())
 
     def select_by(self, values: Tensor) -> None:
         """Select the mask of the set that keeps the largest sum of values, which are stored as the parameter is."""
@@ -124,7 +130,7 @@ class Masked:
         else:
             parts = zip(self.masks, self.oriented(self.mask), costs, strict=True)
             mask = torch.stack([before if each is None else each.lmo_mask(cost) for each, before, cost in parts])
-        self.mask = self.oriented(mask).contiguous()
+        self.mask = self.stored(mask).contiguous()
 
     def select(self, values: Tensor) -> None:
         """Select the mask of the set whose pruned values cost least."""
