@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch
@@ -99,7 +99,9 @@ class GramCollector(Inputs):
     never came. The missing tokens then count as tokens of the whole stack, G_e + (d - n_e) P / N, where P is the sum of
     all G_e and N that of all n_e: with n_e = d nothing is added, and a matrix that saw no token has d P / N, which the
     unseen ones have in common. Tokens whose inputs are all zero are not counted: in batched products of all tokens
-    with all matrices they stand for those that were routed elsewhere.
+    with all matrices they stand for those that were routed elsewhere. Of padded batches, experts see routed tokens
+    without their positions; so they compute a second time, on NaN at padded positions, and rows that are NaN are left
+    out.
 
     Parameters
     ----------
@@ -120,6 +122,9 @@ class GramCollector(Inputs):
         self._rest: dict[Stack, Gram] = {}
         """Of each stack: the tokens of matrices that are not among the layers."""
         self._completed: set[Stack] = set()
+        self._marked = False  # whether padded positions are NaN
+        self._passed_over: set[nn.Module] = set()
+        """Modules whose products count no more, because they were counted with marked positions."""
 
     def _release(self) -> None:
         self._seen.clear()
@@ -174,10 +179,44 @@ class GramCollector(Inputs):
     def _observe(self) -> Products | None:
         return Products(self._stacked, self._see_stacked) if self._stacked else None
 
+    def __enter__(self) -> Self:
+        super().__enter__()
+        for module in {stack.module for stack in self._stacked}:
+            self._hooks.append(module.register_forward_pre_hook(self._mark, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._unmark, always_call=True))
+        return self
+
+    def _mark(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let a module of stacks compute on NaN at padded positions, where its input has all positions."""
+        assert self._batch is not None
+        real = self._batch.real
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if real is None or not isinstance(x, Tensor) or x.shape[:-1].numel() != real.numel():
+            return
+        padded = ~real.to(x.device).flatten()
+        marked = x.reshape(len(padded), -1).masked_fill(padded.unsqueeze(1), float("nan"))
+        if not bool(torch.isfinite(marked[~padded]).all()):
+            raise _not_finite(next(one for stack in self._stacked if stack.module is module for one in stack.layers()))
+        marked = marked.view(x.shape)
+        self._marked = True
+        try:
+            if args:
+                module.forward(marked, *args[1:], **kwargs)
+            else:
+                module.forward(**{**kwargs, next(iter(kwargs)): marked})
+        finally:
+            self._marked = False
+        self._passed_over.add(module)
+
+    def _unmark(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._passed_over.discard(module)
+
     def _see_stacked(self, stack: Stack, index: int, x: Tensor) -> None:
+        if stack.module in self._passed_over:
+            return
         layer = self._stacked[stack].get(index)
         leader = layer or next(iter(self._stacked[stack].values()))
-        rows = self._token_rows(leader, x)
+        rows = x[~x.isnan().any(-1)] if self._marked else self._token_rows(leader, x)
         rows = rows[(rows != 0).any(-1)].float()
         gram = self._rest.get(stack) if layer is None else self._grams.get(layer)
         if gram is None:
@@ -222,10 +261,7 @@ class GramCollector(Inputs):
         with _full_precision():
             total.addmm_(rows.T, rows)
         if not bool(torch.isfinite(total.diagonal()).all()):
-            raise MaskoptError(
-                f"The inputs of {gram.leader.name} hold NaN or infinite values (or their squares exceed float32) on "
-                f"the calibration data; the model already fails there before any pruning of this layer."
-            )
+            raise _not_finite(gram.leader)
 
     def _paired(self, cross: Tensor, layer: Layer, before: Tensor | None, x: Tensor, rows: Tensor) -> Tensor | None:
         """Return the cross term plus this call's part, None if the dense model's call had other tokens."""
@@ -266,6 +302,13 @@ def _empty(leader: Layer, x: Tensor, *, cross: bool = False) -> Gram:
 
 def _longer_axes(shape: torch.Size) -> list[int]:
     return [length for length in shape if length != 1]
+
+
+def _not_finite(layer: Layer) -> MaskoptError:
+    return MaskoptError(
+        f"The inputs of {layer.name} hold NaN or infinite values (or their squares exceed float32) on the calibration "
+        f"data; the model already fails there before any pruning of this layer."
+    )
 
 
 def _inseparable(layer: Layer, leader: Layer) -> MaskoptError:

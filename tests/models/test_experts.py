@@ -237,16 +237,53 @@ def test_gram_matrices_of_llama4_leave_out_tokens_that_went_elsewhere():
     check_block(grams, f"{stem}.experts", chosen, inputs, up * nn.functional.silu(gate))
 
 
-def test_padding_of_batched_products_is_left_out_and_of_routed_tokens_refused():
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "deepseek v3", "llama4"])
+def test_padding_is_left_out(family):
+    model, batches = made(family, num_experts_per_tok=1), token_batches(2)
     real = torch.ones(4, 24, dtype=torch.bool)
     real[1, 13:] = False
-    model, batches = made("llama4", num_experts_per_tok=1), token_batches(1)
-    layers = [layer for layer in select_layers(model).layers if layer.name.startswith("model.layers.0.feed_forward.ex")]
-    grams = collected(model, batches, layers, [real])
-    assert sum(gram.tokens for name, gram in grams.items() if "down" in name) == int(real.sum())
+    real[3, 1:] = False
+    layers = [layer for layer in select_layers(model).layers if ".1." in layer.name and "experts." in layer.name]
+    layers = [layer for layer in layers if isinstance(layer, StackedLayer)]
+    # Attention is causal and no mask is given, so that the tokens before the padding are as they are without it.
+    grams = collected(model, batches, layers, [None, real])
+    alone = [batches[0], *(row[:n].unsqueeze(0) for row, n in zip(batches[1], (24, 13, 24, 1), strict=True))]
+    expected = collected(model, alone, layers)
+    for name, gram in expected.items():
+        assert grams[name].tokens == gram.tokens
+        assert grams[name].pooled == gram.pooled
+        torch.testing.assert_close(grams[name].matrix, gram.matrix, rtol=1e-4, atol=1e-4)
+    for key in {layer.stack.key for layer in layers}:
+        assert sum(gram.tokens for name, gram in grams.items() if key in name) == 96 + int(real.sum())
+
+
+def test_padding_among_tokens_that_are_gathered_before_is_refused():
+    real = torch.ones(4, 24, dtype=torch.bool)
+    real[1, 13:] = False
+    with pytest.raises(MaskoptError, match=r"v1.0 has inputs of shape .* padding cannot be identified|w1.0 has inputs"):
+        collected(made("dbrx"), token_batches(1), reals=[real])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_inputs_of_experts_that_are_not_finite_name_one(padded):
+    real = torch.ones(4, 24, dtype=torch.bool)
+    real[1, 13:] = not padded
     model = made("mixtral")
-    with pytest.raises(MaskoptError, match=r"gate_up_proj.0 has inputs of shape .* padding cannot be identified"):
-        collected(model, batches, reals=[real])
+    model.model.layers[1].post_attention_layernorm.weight.data[2] = float("nan")
+    layers = [layer for layer in select_layers(model).layers if ".1.mlp.experts" in layer.name]
+    with pytest.raises(MaskoptError, match=r"inputs of model.layers.1.mlp.experts.gate_up_proj.\d hold NaN"):
+        collected(model, token_batches(1), layers, [real])
+
+
+def test_a_padded_batch_is_pruned_as_its_tokens_say():
+    tokens = token_batches(2)
+    mask = torch.ones(4, 24, dtype=torch.int64)
+    mask[1, 13:] = 0
+    first = prune(made("mixtral"), [tokens[0], {"input_ids": tokens[1], "attention_mask": mask}], PerRow(0.5), Wanda())
+    noise = torch.where(mask.bool(), tokens[1], (tokens[1] + 7) % 58 + 3)
+    second = prune(made("mixtral"), [tokens[0], {"input_ids": noise, "attention_mask": mask}], PerRow(0.5), Wanda())
+    for name, kept in first.masks.items():
+        assert torch.equal(kept, second.masks[name])
 
 
 class Mixture(nn.Module):
