@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -140,13 +140,23 @@ class Pruned(Propagation):
     ----------
     replay, edits, memory
         See `Propagation`.
+
+    Class attributes
+    ----------------
+    apart : bool
+        Whether a turn is calibrated behind the pruned layers of the turns before it.
     """
+
+    apart: ClassVar[bool] = False
 
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
         return self._collect(stage, layers, store=False)
 
     def chosen(self, layers: Sequence[Layer]) -> None:
-        self._edits.apply(layers)
+        self._waiting += layers
+        if self.apart or layers is self._turns[-1]:
+            self._edits.apply(self._waiting)
+            self._waiting.clear()
 
     def leave(self, stage: Stage) -> None:
         self._run(self._replay, stage, store=True)
@@ -171,6 +181,8 @@ class Corrected(Pruned):
         See `Propagation`; also the bytes up to which the dense model's inputs of a block's layers are kept for all
         turns: where they need more, the dense block runs again for every turn.
     """
+
+    apart: ClassVar[bool] = True
 
     def __init__(self, replay: Replay, edits: Edits, order: CallOrder, uses: Mapping[Layer, int], memory: int) -> None:
         super().__init__(replay, edits, memory)
@@ -267,6 +279,8 @@ class Accompanied(Corrected):
     replay, edits, order, uses, memory
         See `Corrected`.
     """
+
+    apart: ClassVar[bool] = False
 
     def turns(self, stage: Stage) -> list[tuple[Layer, ...]]:
         return Propagation.turns(self, stage)

@@ -528,6 +528,19 @@ def test_groups_of_experts_that_fit_the_memory_give_the_same_masks(propagate, mo
         assert first.relative_error == pytest.approx(second.relative_error, rel=1e-4)
 
 
+@pytest.mark.parametrize("propagate", ["dense", "pruned", "corrected"])
+@pytest.mark.parametrize("family", ["qwen3 moe", "gpt-oss"])
+def test_little_memory_changes_no_errors(family, propagate):
+    """Groups of experts, and dense weights that come back for every run of the dense block."""
+    first, second = (
+        prune(made(family), token_batches(2), PerRow(0.5), Wanda(), propagate=propagate, memory=memory)
+        for memory in (2**24, 2**11)
+    )
+    errors = {record.name: record.relative_error for record in second.layers}
+    for record in first.layers:
+        assert errors[record.name] == pytest.approx(record.relative_error, rel=1e-3), record.name
+
+
 def test_groups_of_experts_leave_the_dense_states_as_they_are():
     masks, recovery = NM(keep=2, group=4), Recovery("block", epochs=1)
     found = []
