@@ -133,8 +133,8 @@ def prune(
     device : str or torch.device, optional
         Where the model is moved first (it stays there).
     memory : int
-        Bytes of working memory for the solver; also of the Gram matrices of stacked layers (experts) that are calibrated
-        at a time, as far as one fits.
+        Bytes of working memory for the solver; also of the Gram matrices of stacked layers (experts) that are
+        calibrated at a time, as far as one fits.
     progress : callable, optional
         Called with a `Progress` before every batch and about once per iteration of a solver.
     on_error : {"restore", "keep"}
