@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from maskopt.cli.allocate import divergence_lines, mean_sparsity, show_allocation
 from maskopt.cli.figure import check_figure, draw_plan
@@ -63,9 +62,10 @@ from maskopt.cli.output import (
     tell_memory,
 )
 from maskopt.cli.prune_progress import PruneProgress
+from maskopt.cli.prune_tables import layer_table, summary
 from maskopt.cli.recover import recovery_lines
 from maskopt.cli.solvers import parse_weights
-from maskopt.cli.words import duration, masks_words, named_table, solver_words
+from maskopt.cli.words import duration, masks_words, solver_words
 from maskopt.errors import MaskoptError
 
 if TYPE_CHECKING:
@@ -73,8 +73,6 @@ if TYPE_CHECKING:
     from maskopt.models import PruneReport
 
 __all__ = ["prune"]
-
-_WIDE = 110  # characters of a terminal on which the table has a column more
 
 
 class Certify(StrEnum):
@@ -279,13 +277,13 @@ def prune(
             draw_plan({layer.name: layer.sparsity for layer in report.layers}, plot, f"{model}: {pattern}")
         models.save_pruned(out, network, tokenizer, report, finite(extra))
     console = tables(json)
-    console.print(_layers(figures["layers"], console.width))
+    console.print(layer_table(figures["layers"], console.width))
     shapes = dict.fromkeys((layer.rows, layer.columns) for layer in report.layers)
     if report.plan is None:
         words = masks_words(pattern, sparsity, parse_masks(pattern, sparsity), shapes)
     else:
         words = f"{report.plan.pattern}, sparsity of each layer by the plan ({report.plan.rule})"
-    lines = _summary(figures, words)
+    lines = summary(figures, words)
     if report.plan is not None:
         lines |= divergence_lines(report.plan)
     lines |= recovery_lines(report.recovery)
@@ -317,83 +315,6 @@ def _read_plan(allocation: str, pattern: str, sparsity: float | None, fixed: dic
     if pattern not in ("per-row", plan.pattern):
         raise MaskoptError(f"The plan {allocation} is for {plan.pattern}, not {pattern}; leave --pattern out.")
     return plan
-
-
-def _layers(layers: list[dict[str, Any]], width: int) -> Table:
-    """Return the table of layers; a status that all have in common has no column."""
-    updated = any(layer["kept_error"] != layer["relative_error"] for layer in layers)
-    certified = any(layer["lower_bound"] is not None for layer in layers)
-    held_out = [layer["held_out_error"] for layer in layers]
-    measured = width >= _WIDE and any(error is not None for error in held_out)
-    columns = {
-        "shape": [f"{layer['rows']} x {layer['columns']}" for layer in layers],
-        "sparsity": [f"{layer['sparsity']:.3f}" for layer in layers],
-        **({"before": [f"{layer['kept_error']:.5f}" for layer in layers]} if updated else {}),
-        "error": [f"{layer['relative_error']:.5f}" for layer in layers],
-        **({"held out": ["" if error is None else f"{error:.5f}" for error in held_out]} if measured else {}),
-        **({"proven": [_proven(layer) for layer in layers]} if certified else {}),
-        "seconds": [f"{layer['seconds']:.2f}" for layer in layers],
-        "status": [_status(layer) for layer in layers],
-    }
-    if len(set(columns["status"])) == 1:
-        del columns["status"]
-    return named_table("", "layer", [layer["name"] for layer in layers], columns, width)
-
-
-def _status(layer: dict[str, Any]) -> str:
-    return str(layer["status"]).lower().replace("_", " ")
-
-
-def _proven(layer: dict[str, Any]) -> str:
-    """Return the fraction of a layer's error that no mask can avoid, starred where a time limit ended a proof."""
-    if layer["lower_bound"] is None:
-        return ""
-    fraction = layer["lower_bound"] / layer["objective"] if layer["objective"] > 0 else 1.0
-    return f"{fraction:.3f}" + ("*" if layer["unfinished_rows"] else "")
-
-
-def _summary(figures: dict[str, Any], masks: str) -> dict[str, str]:
-    layers = figures["layers"]
-    fraction = f"{100 * figures['sparsity']:.2f} %"
-    updated = any(layer["kept_error"] != layer["relative_error"] for layer in layers)
-    lines = {
-        "pruned": f"{fraction} of {figures['weights']} weights in {len(layers)} layers",
-        "masks": masks,
-        "relative error": f"median {figures['median_relative_error']:.5f}, mean {figures['mean_relative_error']:.5f}"
-        + (" (`before`: before the update of the surviving weights)" if updated else ""),
-    }
-    if "held_out" in figures:
-        lines["held-out error"] = _held_out_words(**figures["held_out"])
-    statuses = {_status(layer) for layer in layers}
-    if len(statuses) == 1:
-        lines["status"] = statuses.pop()
-    if any(layer["lower_bound"] is not None for layer in layers):
-        lines["proven"] = "fraction of the error that no mask can avoid"
-        unfinished = sum(layer["unfinished_rows"] for layer in layers)
-        if unfinished:
-            lines["proven"] += f"; * the time limit cut {unfinished} proofs of rows short; their bounds are valid"
-    for name, values in figures["perplexity"].items():
-        dense, pruned = values["dense"], values["pruned"]
-        lines[f"perplexity, {name} text"] = (
-            f"{dense['perplexity']:.3f} dense, {pruned['perplexity']:.3f} pruned ({dense['tokens']} tokens)"
-        )
-    return lines
-
-
-def _held_out_words(
-    mean_error: float, ratio: float, largest_ratio: float, layer: str, tokens: int, tokens_wanted: int
-) -> str:
-    words = (
-        f"mean {mean_error:.5f}, {ratio:.2f} times that on the calibration data (most: {largest_ratio:.2f}, {layer})"
-    )
-    if tokens_wanted > tokens:
-        words += f"; about {_leading(tokens_wanted)} tokens instead of {tokens} would lower that to 1.1"
-    return words
-
-
-def _leading(number: int) -> int:
-    """Return a number rounded to two digits."""
-    return round(number, 2 - len(str(number)))
 
 
 def _times(report: PruneReport, seconds: float) -> str:

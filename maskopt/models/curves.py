@@ -171,16 +171,16 @@ def _parts(levels: Mapping[Layer, Sequence[int]], memory: int) -> Iterator[list[
 
 @contextmanager
 def _gradients(model: PreTrainedModel, layers: Sequence[Layer]) -> Iterator[list[Tensor]]:
-    """Record gradients with respect to the weights of some layers, and of no other parameter."""
+    """Record gradients with respect to the parameters that hold some layers, and no others."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         for parameter in before:
             parameter.requires_grad_(False)
-        weights = [layer.weight for layer in layers]
-        for weight in weights:
+        weights = {id(layer.parameter): layer.parameter for layer in layers}
+        for weight in weights.values():
             weight.requires_grad_(True)
         with torch.enable_grad():
-            yield weights
+            yield list(weights.values())
     finally:
         for parameter, wanted in before.items():
             parameter.requires_grad_(wanted)
@@ -190,7 +190,9 @@ def _products(
     value: Tensor, weights: Sequence[Tensor], changes: Mapping[Layer, Tensor], *, keep: bool
 ) -> Iterator[tuple[Layer, Tensor]]:
     """Yield each layer's products of its changes and the gradient of a value, float64 on the CPU."""
-    gradients = torch.autograd.grad(value, weights, retain_graph=keep, allow_unused=True)
-    for (layer, change), gradient in zip(changes.items(), gradients, strict=True):
+    found = torch.autograd.grad(value, weights, retain_graph=keep, allow_unused=True)
+    gradients = {id(weight): gradient for weight, gradient in zip(weights, found, strict=True)}
+    for layer, change in changes.items():
+        gradient = gradients[id(layer.parameter)]
         if gradient is not None:
-            yield layer, (change.float() @ gradient.detach().float().flatten()).double().cpu()
+            yield layer, (change.float() @ layer.part(gradient.detach()).float().flatten()).double().cpu()

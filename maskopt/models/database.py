@@ -109,14 +109,14 @@ class Database:
     @contextmanager
     def composed(self, counts: Mapping[Layer, int]) -> Iterator[None]:
         """Give layers the weights of a count each inside the block."""
-        before = {layer: layer.weight.data for layer in counts}
+        before: dict[Layer, Tensor] = {}
         try:
             for layer, count in counts.items():
-                layer.weight.data = self.weight(layer, count)
+                before[layer] = layer.swap(self.weight(layer, count))
             yield
         finally:
             for layer, weight in before.items():
-                layer.weight.data = weight
+                layer.swap(weight)
 
     def save(self, folder: Path) -> None:
         """Write the database to a file in a folder."""

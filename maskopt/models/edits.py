@@ -37,10 +37,10 @@ class Edits:
         """Record the mask of a layer, and its new weights if there are any, in the orientation of its parameter."""
         self._chosen[layer] = mask, weight
 
-    def value(self, layer: Layer) -> Tensor:
-        """Return the weight that a layer has, or will have where its edit is still queued, as it is stored."""
+    def queued(self, layer: Layer) -> Tensor | None:
+        """Return the weight that a layer will have, as it is stored; None where its edit is not queued."""
         if layer not in self._chosen:
-            return layer.weight.data
+            return None
         mask, weight = self._chosen[layer]
         value = layer.weight.data if weight is None else weight.to(layer.weight)
         return value.masked_fill(~mask.to(value.device), 0.0)
@@ -56,8 +56,9 @@ class Edits:
     def remember(self, parameters: Iterable[nn.Parameter]) -> None:
         """Keep further parameters, which are about to change, for `undo`."""
         if self._restorable:
-            pruned = {id(layer.weight) for layer in self._dense}
-            new = (p for p in parameters if p not in self._others and id(p) not in pruned)
+            # The parameter of a stack may hold layers that are not pruned; `undo` restores the pruned ones after it.
+            pruned = {layer.identity for layer in self._dense}
+            new = (p for p in parameters if p not in self._others and (id(p),) not in pruned)
             self._others.update((parameter, parameter.detach().to("cpu", copy=True)) for parameter in new)
 
     def settle(self) -> None:
@@ -67,10 +68,10 @@ class Edits:
 
     def undo(self) -> None:
         """Give all layers their dense weights back."""
-        for layer, dense in self._dense.items():
-            layer.weight.data.copy_(dense)
         for parameter, before in self._others.items():
             parameter.data.copy_(before)
+        for layer, dense in self._dense.items():
+            layer.weight.data.copy_(dense)
         self._dense.clear()
         self._others.clear()
         self.applied.clear()

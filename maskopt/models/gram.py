@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch
-from maskopt.models.blocks import Block
+from maskopt.models.calls import Inputs, identity
+from maskopt.models.experts import Products, Stack, StackedLayer
 from maskopt.models.layers import Layer
 from maskopt.models.states import States
 
-__all__ = ["CallOrder", "DenseInputs", "Gram", "GramCollector", "identity"]
+__all__ = ["DenseInputs", "Gram", "GramCollector"]
 
 _PANELS, _NARROW = 4, 256
 """Panels of a symmetric product, measured: more are not faster, and matrices narrower than this gain nothing."""
@@ -46,6 +42,8 @@ class Gram:
         belong to different tokens (experts that a router chose differently).
     held_out : Tensor, optional
         Sum of y y^T over the inputs in held-out batches, which are not among those of `matrix`; None without any.
+    pooled : bool
+        Whether the matrix contains tokens of other experts, in place of missing ones (`GramCollector`).
     """
 
     matrix: Tensor
@@ -53,138 +51,17 @@ class Gram:
     tokens: int = 0
     cross: Tensor | None = None
     held_out: Tensor | None = None
+    pooled: bool = False
 
 
-class _Inputs(ABC):
-    """Context manager that hooks layers and passes their inputs to `_see`, call by call."""
-
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self._layers = layers
-        self._hooks: list[RemovableHandle] = []
-
-    @abstractmethod
-    def _see(self, layer: Layer, x: Tensor) -> None: ...
-
-    def __enter__(self) -> Self:
-        for layer in self._layers:
-
-            def hook(module: Any, args: Any, kwargs: Any, layer: Layer = layer) -> None:
-                self._see(layer, args[0] if args else next(iter(kwargs.values())))
-
-            self._hooks.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._release()
-
-    @abstractmethod
-    def _release(self) -> None:
-        """Drop references to tensors that only serve while the hooks are in place."""
-
-
-class CallOrder(_Inputs):
-    """Context manager that records in which order layers are first called, and which have the same input tensor.
-
-    It computes nothing from the inputs, except to compare the outputs of subclasses of nn.Linear (`check`).
-
-    Parameters
-    ----------
-    blocks : mapping of Block to sequence of Layer
-        The layers of each block; only layers of one block are grouped by their input.
-    outside : sequence of Layer
-        Layers outside the blocks.
-    """
-
-    def __init__(self, blocks: Mapping[Block, Sequence[Layer]], outside: Sequence[Layer] = ()) -> None:
-        super().__init__([layer for layers in (*blocks.values(), outside) for layer in layers])
-        self._block_of = {layer: block for block, layers in blocks.items() for layer in layers}
-        self._current: Block | None = None
-        self._groups: dict[Layer, list[Layer]] = {}
-        self._sizes: dict[int, int] = {}
-        self._nonlinear: Layer | None = None  # the first that does more than multiply
-        # The references keep the addresses of a block's tensors from being used again.
-        self._seen: dict[tuple[object, ...], tuple[Tensor, list[Layer]]] = {}
-
-    def _release(self) -> None:
-        self._seen.clear()
-
-    def _see(self, layer: Layer, x: Tensor) -> None:
-        block = self._block_of.get(layer)
-        if block is not self._current:
-            self._current = block
-            self._seen.clear()
-        if layer not in self._groups:
-            _, group = self._seen.setdefault(identity(x), (x, []))
-            group.append(layer)
-            self._groups[layer] = group
-            self._sizes[id(group)] = x.numel() * x.element_size()
-
-    def __enter__(self) -> Self:
-        super().__enter__()
-        for layer in self._layers:
-            if type(layer.module).forward not in (nn.Linear.forward, Conv1D.forward):
-                hook = partial(self._compare, layer)
-                self._hooks.append(layer.module.register_forward_hook(hook, with_kwargs=True))
-        return self
-
-    def _compare(self, layer: Layer, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        """Record a subclass of nn.Linear whose output is not its weight times its input."""
-        if self._nonlinear is not None or not isinstance(output, Tensor):
-            return  # routers return choices made from the product
-        x = args[0] if args else next(iter(kwargs.values()))
-        weight, bias = layer.oriented(layer.weight), getattr(layer.module, "bias", None)
-        if x.dtype == weight.dtype:
-            product = nn.functional.linear(x, weight, bias)
-            size = float(product.float().nan_to_num().abs().amax()) if product.numel() else 0.0
-            rounding = 1e-4 if x.dtype in (torch.float32, torch.float64) else 2e-2
-            if output.shape == product.shape and torch.allclose(
-                output.float(), product.float(), rtol=0.0, atol=rounding * size, equal_nan=True
-            ):
-                return
-        self._nonlinear = layer
-
-    def check(self) -> None:
-        """Check that outputs of layers are their weights times their inputs, as reconstruction from a Gram assumes.
-
-        Raises
-        ------
-        MaskoptError
-            With the name of the first layer for which they are not.
-        """
-        layer = self._nonlinear
-        if layer is not None:
-            raise MaskoptError(
-                f"The layer {layer.name} is a {type(layer.module).__name__}, which does more than multiply its "
-                f"input by its weight; exclude it to leave it dense."
-            )
-
-    def __contains__(self, layer: Layer) -> bool:
-        return layer in self._groups
-
-    def groups(self, layers: Iterable[Layer]) -> list[list[Layer]]:
-        """Return the called ones of some layers, in order, grouped where they have the same input tensor."""
-        wanted = set(layers)
-        groups = {id(group): group for group in self._groups.values()}
-        chosen = ([layer for layer in group if layer in wanted] for group in groups.values())
-        return [group for group in chosen if group]
-
-    def size(self, layers: Iterable[Layer]) -> int:
-        """Return the bytes of some layers' input tensors in their first calls, each tensor once."""
-        return sum(self._sizes[group] for group in {id(self._groups[layer]) for layer in layers})
-
-
-class DenseInputs(_Inputs):
+class DenseInputs(Inputs):
     """Context manager that hooks layers and stores their inputs, for a `GramCollector` to pair with later ones.
 
     Parameters
     ----------
     layers : sequence of Layer
-        The layers to observe; call `begin` before every batch.
+        The layers to observe; call `begin` before every batch. Of stacked matrices nothing is stored: the pruned
+        model's routers choose other tokens for them, so that inputs cannot be paired.
     states : States, optional
         Where inputs are kept; on the device by default.
     """
@@ -243,11 +120,20 @@ class DenseInputs(_Inputs):
             self._read = None
 
 
-class GramCollector(_Inputs):
+class GramCollector(Inputs):
     """Context manager that hooks layers and accumulates the Gram matrix of their inputs.
 
     Layers with the same input tensor (queries, keys and values; gate and up) have one matrix in common. Padded
     positions are left out.
+
+    Every matrix of a stack of E has a Gram matrix G_e of its own, a sum over the n_e tokens that were routed to it.
+    Where n_e < d, it says nothing of d - n_e directions, and masks and weights would be chosen as if inputs along them
+    never came. The missing tokens then count as tokens of the whole stack, G_e + (d - n_e) P / N, where P is the sum of
+    all G_e and N that of all n_e: with n_e = d nothing is added, and a matrix that saw no token has d P / N, which the
+    unseen ones have in common. Tokens whose inputs are all zero are not counted: in batched products of all tokens
+    with all matrices they stand for those that were routed elsewhere. Of padded batches, experts see routed tokens
+    without their positions; so they compute a second time, on NaN at padded positions, and rows that are NaN are left
+    out.
 
     Parameters
     ----------
@@ -266,6 +152,12 @@ class GramCollector(_Inputs):
         # The references keep the addresses of a batch's tensors from being used again.
         self._seen: dict[tuple[object, ...], tuple[Tensor, Gram]] = {}
         self._batch: Batch | None = None
+        self._rest: dict[Stack, Gram] = {}
+        """Of each stack: the tokens of matrices that are not among the layers."""
+        self._completed: set[Stack] = set()
+        self._marked = False  # whether padded positions are NaN
+        self._passed_over: set[nn.Module] = set()
+        """Modules whose products count no more, because they were counted with marked positions."""
 
     def _release(self) -> None:
         self._seen.clear()
@@ -283,13 +175,12 @@ class GramCollector(_Inputs):
         MaskoptError
             If the layer was never called, or has another layer's input in some batches only.
         """
+        if isinstance(layer, StackedLayer) and layer.stack not in self._completed:
+            self._complete(layer.stack)
         gram = self._grams.get(layer)
-        if gram is not None and gram in self._halves:
-            self._halves.discard(gram)
-            for matrix in (gram.matrix, gram.held_out):
-                if matrix is not None:
-                    _mirror(matrix)
-        if gram is None or gram.tokens == 0:
+        if gram is not None:
+            self._fill(gram)
+        if gram is None or (gram.tokens == 0 and not gram.pooled):
             raise MaskoptError(
                 f"The layer {layer.name} saw no token of the calibration data (experts may need more of it, and some "
                 f"modules are never called); exclude it to leave it dense."
@@ -310,31 +201,113 @@ class GramCollector(_Inputs):
             if gram is None or gram is common:
                 return
         if gram is None:
-            size = x.shape[-1]
-            zeros = torch.zeros(size, size, device=x.device, dtype=torch.float32)
-            gram = self._grams[layer] = Gram(zeros, layer, cross=None if self._dense is None else zeros.clone())
+            gram = self._grams[layer] = _empty(layer, x, cross=self._dense is not None)
         if gram.leader is not layer:
             raise _inseparable(layer, gram.leader)
         rows = self._token_rows(layer, x).float()
+        self._add(gram, rows)
+        assert self._batch is not None
+        if gram.cross is not None and not self._batch.held_out:
+            gram.cross = self._paired(gram.cross, layer, before, x, rows)
+        self._seen[key] = x, gram
+
+    def _observe(self) -> Products | None:
+        return Products(self._stacked, self._see_stacked) if self._stacked else None
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        for module in {stack.module for stack in self._stacked}:
+            self._hooks.append(module.register_forward_pre_hook(self._mark, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._unmark, always_call=True))
+        return self
+
+    def _mark(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let a module of stacks compute on NaN at padded positions, where its input has all positions."""
+        assert self._batch is not None
+        real = self._batch.real
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if real is None or not isinstance(x, Tensor) or x.shape[:-1].numel() != real.numel():
+            return
+        padded = ~real.to(x.device).flatten()
+        marked = x.reshape(len(padded), -1).masked_fill(padded.unsqueeze(1), float("nan"))
+        if not bool(torch.isfinite(marked[~padded]).all()):
+            raise _not_finite(next(one for stack in self._stacked if stack.module is module for one in stack.layers()))
+        marked = marked.view(x.shape)
+        self._marked = True
+        try:
+            if args:
+                module.forward(marked, *args[1:], **kwargs)
+            else:
+                module.forward(**{**kwargs, next(iter(kwargs)): marked})
+        finally:
+            self._marked = False
+        self._passed_over.add(module)
+
+    def _unmark(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._passed_over.discard(module)
+
+    def _see_stacked(self, stack: Stack, index: int, x: Tensor) -> None:
+        if stack.module in self._passed_over:
+            return
+        layer = self._stacked[stack].get(index)
+        leader = layer or next(iter(self._stacked[stack].values()))
+        rows = x[~x.isnan().any(-1)] if self._marked else self._token_rows(leader, x)
+        rows = rows[(rows != 0).any(-1)].float()
+        gram = self._rest.get(stack) if layer is None else self._grams.get(layer)
+        if gram is None:
+            gram = _empty(leader, x)
+            if layer is None:
+                self._rest[stack] = gram
+            else:
+                self._grams[layer] = gram
+        self._add(gram, rows)
+
+    def _complete(self, stack: Stack) -> None:
+        """Give matrices of a stack that saw fewer tokens than they have inputs the missing ones of all."""
+        self._completed.add(stack)
+        layers = self._stacked[stack].values()
+        seen = [self._grams[layer] for layer in layers if layer in self._grams]
+        everything = seen + ([self._rest[stack]] if stack in self._rest else [])
+        for gram in everything:
+            self._fill(gram)
+        tokens = sum(gram.tokens for gram in everything)
+        short = [gram for gram in seen if gram.tokens < len(gram.matrix)]
+        unseen = [layer for layer in layers if layer not in self._grams]
+        if not tokens or not (short or unseen):
+            return
+        mean = everything[0].matrix / tokens
+        for gram in everything[1:]:
+            mean.add_(gram.matrix, alpha=1.0 / tokens)
+        for gram in short:
+            gram.matrix.add_(mean, alpha=float(len(mean) - gram.tokens))
+            gram.pooled = True
+        if unseen:
+            common = Gram(mean.mul_(len(mean)), unseen[0], pooled=True)
+            self._grams.update((layer, common) for layer in unseen)
+
+    def _fill(self, gram: Gram) -> None:
+        """Fill the half of a Gram matrix that is not summed."""
+        if gram in self._halves:
+            self._halves.discard(gram)
+            for matrix in (gram.matrix, gram.held_out):
+                if matrix is not None:
+                    _mirror(matrix)
+
+    def _add(self, gram: Gram, rows: Tensor) -> None:
+        """Add tokens of the current batch to a matrix."""
         assert self._batch is not None
         total = gram.matrix
         if self._batch.held_out:
             if gram.held_out is None:
                 gram.held_out = torch.zeros_like(gram.matrix)
             total = gram.held_out
+        else:
+            gram.tokens += len(rows)
         with _full_precision():
             _add_square(total, rows)
-            self._halves.add(gram)
-            if not self._batch.held_out:
-                gram.tokens += len(rows)
-                if gram.cross is not None:
-                    gram.cross = self._paired(gram.cross, layer, before, x, rows)
-        self._seen[key] = x, gram
+        self._halves.add(gram)
         if not bool(torch.isfinite(total.diagonal()).all()):
-            raise MaskoptError(
-                f"The inputs of {layer.name} hold NaN or infinite values (or their squares exceed float32) on the "
-                f"calibration data; the model already fails there before any pruning of this layer."
-            )
+            raise _not_finite(gram.leader)
 
     def _paired(self, cross: Tensor, layer: Layer, before: Tensor | None, x: Tensor, rows: Tensor) -> Tensor | None:
         """Return the cross term plus this call's part, None if the dense model's call had other tokens."""
@@ -344,7 +317,8 @@ class GramCollector(_Inputs):
         whole = x.shape[:-1].numel() == sequences * positions or (x.ndim > 2 and x.shape[0] == sequences)
         if before is None or before.shape != x.shape or not whole:
             return None
-        return cross.addmm_(self._token_rows(layer, before).float().T, rows)
+        with _full_precision():
+            return cross.addmm_(self._token_rows(layer, before).float().T, rows)
 
     def _token_rows(self, layer: Layer, x: Tensor) -> Tensor:
         """Return the inputs at the positions that are not padding, shape (tokens, d)."""
@@ -385,18 +359,21 @@ def _mirror(total: Tensor) -> None:
         tile.copy_(tile.triu() + tile.triu(1).T)
 
 
-def identity(x: Tensor) -> tuple[object, ...]:
-    """Return a key that two tensors have in common only if they are the same, as long as both exist.
-
-    Parameters
-    ----------
-    x : Tensor
-    """
-    return x.data_ptr(), x.shape, x.stride(), x.dtype, x._version
+def _empty(leader: Layer, x: Tensor, *, cross: bool = False) -> Gram:
+    """Return the Gram matrix of no tokens, for inputs like x."""
+    zeros = torch.zeros(x.shape[-1], x.shape[-1], device=x.device, dtype=torch.float32)
+    return Gram(zeros, leader, cross=zeros.clone() if cross else None)
 
 
 def _longer_axes(shape: torch.Size) -> list[int]:
     return [length for length in shape if length != 1]
+
+
+def _not_finite(layer: Layer) -> MaskoptError:
+    return MaskoptError(
+        f"The inputs of {layer.name} hold NaN or infinite values (or their squares exceed float32) on the calibration "
+        f"data; the model already fails there before any pruning of this layer."
+    )
 
 
 def _inseparable(layer: Layer, leader: Layer) -> MaskoptError:

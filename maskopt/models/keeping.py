@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from maskopt.models.edits import Edits
 from maskopt.models.journal import Finished, Journal, read_tensors
-from maskopt.models.layers import Layer
 from maskopt.models.offload import Offload
 from maskopt.models.propagation import Propagation, Stage
 from maskopt.models.replay import Replay
@@ -26,6 +25,7 @@ class Keeping:
 
     Parameters
     ----------
+    model : nn.Module
     replay : Replay
         Of the model.
     offload : Offload or None
@@ -39,8 +39,15 @@ class Keeping:
     """
 
     def __init__(
-        self, replay: Replay, offload: Offload | None, edits: Edits, report: PruneReport, propagation: Propagation
+        self,
+        model: nn.Module,
+        replay: Replay,
+        offload: Offload | None,
+        edits: Edits,
+        report: PruneReport,
+        propagation: Propagation,
     ) -> None:
+        self._model = model
         self._replay, self._offload, self._edits, self._report = replay, offload, edits, report
         self._propagation = propagation
         self._journal = None if offload is None else Journal(offload.folder)
@@ -60,20 +67,26 @@ class Keeping:
         return self._journal.read(number)
 
     def repeat(self, stage: Stage, finished: Finished) -> None:
-        """Give all parameters of a stage the values that they had in the end, and queue the edits of its layers."""
-        assert finished.weights is not None, "a journal knows its files"
-        values = read_tensors(finished.weights)
-        parameters = self._parameters(stage)
+        """Queue the edits of a finished stage's layers, and add it to the report."""
+        values = self._values(finished)
+        names = self._names(stage)
         for layer in stage.layers:
-            self._edits.choose(layer, finished.masks[layer.name], values.pop(_weight_name(layer)))
-        for name, value in values.items():
-            parameters[name].copy_(value)
+            value = layer.part(values[names[id(layer.parameter)]])
+            self._edits.choose(layer, finished.masks[layer.name], value)
         self._report.layers += finished.layers
         self._report.recovery += finished.recovery
         self._recovered = len(self._report.recovery)
         for name, mask in finished.masks.items():
             self._report.masks[name] = mask
         self._earlier = finished.seconds
+
+    def complete(self, stage: Stage, finished: Finished) -> None:
+        """Give all parameters of a finished stage their values, but those with edits that are still queued."""
+        waiting = {id(layer.parameter) for layer in stage.layers if self._edits.queued(layer) is not None}
+        for name, value in self._values(finished).items():
+            parameter = self._parameters(stage)[name]
+            if id(parameter) not in waiting:
+                parameter.data.copy_(value)
 
     def leave(self, stage: Stage, number: int, finished: Finished | None) -> None:
         """Write a stage whose layers are pruned, where it is not written yet; its block is read from there."""
@@ -84,11 +97,17 @@ class Keeping:
             self._offload.written(self._replay.order[stage.position], file)
 
     def _write(self, stage: Stage, number: int, journal: Journal) -> Path:
-        values = self._parameters(stage)
-        values.update((_weight_name(layer), self._edits.value(layer)) for layer in stage.layers)
-        names = {layer.name for layer in stage.layers}
-        layers = [record for record in self._report.layers if record.name in names]
-        masks = {name: self._report.masks[name] for name in names}
+        values = {name: parameter.data for name, parameter in self._parameters(stage).items()}
+        names = self._names(stage)
+        for layer in stage.layers:
+            queued = self._edits.queued(layer)
+            if queued is not None:
+                name = names[id(layer.parameter)]
+                values[name] = values[name].clone()
+                layer.part(values[name]).copy_(queued)
+        chosen = {layer.name for layer in stage.layers}
+        layers = [record for record in self._report.layers if record.name in chosen]
+        masks = {record.name: self._report.masks[record.name] for record in layers}
         recovery = self._report.recovery[self._recovered :]
         self._recovered = len(self._report.recovery)
         finished = Finished(stage.name, layers, masks, recovery, self._seconds())
@@ -107,16 +126,18 @@ class Keeping:
         seconds["calibration_seconds"] += self._propagation.seconds
         return seconds
 
-    def _parameters(self, stage: Stage) -> dict[str, Tensor]:
-        """Return all parameters of a stage by full name, those of several modules by each name."""
+    def _values(self, finished: Finished) -> dict[str, Tensor]:
+        assert finished.weights is not None, "a journal knows its files"
+        return read_tensors(finished.weights)
+
+    def _parameters(self, stage: Stage) -> dict[str, nn.Parameter]:
+        """Return all parameters of a stage by full name."""
         if stage.position is None:
-            return {_weight_name(layer): layer.weight.data for layer in stage.layers}
+            wanted = {id(layer.parameter) for layer in stage.layers}
+            named = self._model.named_parameters()
+            return {name: parameter for name, parameter in named if id(parameter) in wanted}
         block = self._replay.order[stage.position]
-        named: list[tuple[str, nn.Parameter]] = list(
-            block.module.named_parameters(prefix=block.name, remove_duplicate=False)
-        )
-        return {name: parameter.data for name, parameter in named}
+        return dict(block.module.named_parameters(prefix=block.name))
 
-
-def _weight_name(layer: Layer) -> str:
-    return f"{layer.name}.weight"
+    def _names(self, stage: Stage) -> dict[int, str]:
+        return {id(parameter): name for name, parameter in self._parameters(stage).items()}

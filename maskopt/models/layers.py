@@ -1,7 +1,8 @@
-"""The linear layers of a model: nn.Linear and transformers' Conv1D behind one orientation."""
+"""The layers that are pruned: linear modules, and matrices stacked in one parameter, behind one orientation."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,41 +14,57 @@ from maskopt.checks import FLOATS
 from maskopt.errors import MaskoptError
 from maskopt.models.checks import Offloaded
 
-__all__ = ["Layer", "is_linear", "linear_layers"]
+__all__ = ["Layer", "LinearLayer", "is_linear", "linear_layers"]
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class Layer(ABC):
     """A linear map y = W x whose weight can be pruned.
 
     Parameters
     ----------
     name : str
-        Full module name, such as ``model.layers.0.mlp.up_proj``.
-    module : nn.Linear or Conv1D
-        The module; Conv1D stores its weight as (in, out).
+        Full name, such as ``model.layers.0.mlp.up_proj``.
+    module : nn.Module
+        The module that has the weight.
     """
 
     name: str
     module: nn.Module
 
     @property
+    @abstractmethod
+    def parameter(self) -> Tensor:
+        """The module's tensor that holds the weight, and perhaps those of other layers."""
+
+    @property
+    @abstractmethod
+    def transposed(self) -> bool:
+        """Whether the weight is stored as (in, out)."""
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """What layers with the same weights have in common."""
+        return (id(self.parameter),)
+
+    @abstractmethod
+    def part(self, tensor: Tensor) -> Tensor:
+        """Return this layer's part of a tensor of the parameter's shape; a view."""
+
+    @abstractmethod
+    def swap(self, weight: Tensor) -> Tensor:
+        """Let the module compute with another weight, as the weight is stored, and return the one before."""
+
+    @property
     def weight(self) -> Tensor:
-        """The stored weight, in the module's own orientation."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        """The stored weight, two-dimensional, in the module's own orientation."""
+        return self.part(self.parameter)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, d) = (out features, in features)."""
         rows, columns = self.oriented(self.weight).shape
         return rows, columns
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the weight is stored as (in, out)."""
-        return isinstance(self.module, Conv1D)
 
     def oriented(self, tensor: Tensor) -> Tensor:
         """Turn a tensor from the stored orientation to (rows, d), or back; a view."""
@@ -76,14 +93,15 @@ class Layer:
         MaskoptError
             If it is recomputed from other parameters, quantised, without data, or not finite.
         """
-        weight = self.weight
-        if not isinstance(weight, nn.Parameter):
+        parameter = self.parameter
+        if not isinstance(parameter, nn.Parameter):
             raise MaskoptError(
                 f"The weight of {self.name} is recomputed from other parameters (torch.nn.utils.prune or a "
                 f"parametrization); make it permanent first, for instance with torch.nn.utils.prune.remove."
             )
-        if weight.is_meta and not isinstance(weight, Offloaded):
+        if parameter.is_meta and not isinstance(parameter, Offloaded):
             raise MaskoptError(f"The weight of {self.name} holds no data (it is on the meta device); load it first.")
+        weight = self.weight
         if weight.dtype not in FLOATS or weight.ndim != 2 or weight.layout is not torch.strided:
             raise MaskoptError(
                 f"The weight of {self.name} is stored as {weight.dtype} of shape {tuple(weight.shape)}; only "
@@ -93,8 +111,44 @@ class Layer:
             raise MaskoptError(f"The weight of {self.name} has NaN or infinite entries; repair the checkpoint first.")
 
 
+@dataclass(frozen=True, eq=False)
+class LinearLayer(Layer):
+    """A module of type nn.Linear or Conv1D; the latter stores its weight as (in, out).
+
+    Parameters
+    ----------
+    name : str
+        Full module name.
+    module : nn.Linear or Conv1D
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> LinearLayer("up", nn.Linear(3, 5)).shape
+    (5, 3)
+    """
+
+    @property
+    def parameter(self) -> Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def transposed(self) -> bool:
+        return isinstance(self.module, Conv1D)
+
+    def part(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def swap(self, weight: Tensor) -> Tensor:
+        before = self.parameter.data
+        self.parameter.data = weight
+        return before
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is nn.Linear or transformers' Conv1D, the layers that are pruned.
+    """Whether a module is nn.Linear or transformers' Conv1D.
 
     Parameters
     ----------
@@ -104,7 +158,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linear_layers(module: nn.Module, name: str = "") -> Iterator[Layer]:
-    """Yield the linear layers in a module, each once, in order.
+    """Yield the linear modules in a module, each once, in order.
 
     Parameters
     ----------
@@ -118,4 +172,4 @@ def linear_layers(module: nn.Module, name: str = "") -> Iterator[Layer]:
     """
     for inner, child in module.named_modules(prefix=name):
         if is_linear(child):
-            yield Layer(inner, child)
+            yield LinearLayer(inner, child)

@@ -15,7 +15,7 @@ from maskopt.files import open_tensors
 from maskopt.models.blocks import Block, find_blocks
 from maskopt.models.checks import Offloaded, check_finite
 
-__all__ = ["Offload", "Stored", "offload_of"]
+__all__ = ["Offload", "Stored", "changes", "offload_of"]
 
 
 @dataclass(frozen=True)
@@ -154,16 +154,21 @@ class Offload:
         return forward
 
     def _load(self, block: Block) -> None:
+        global _changes
         places = self._offloaded[block.name]
         values = self._read({name: _parameter(module, key) for name, module, key in places})
         for name, module, key in places:
             module._parameters[key] = values[name]
+        _changes += 1
 
     def _release(self, block: Block) -> None:
+        global _changes
         for _, module, key in self._offloaded[block.name]:
             parameter = _parameter(module, key)
-            empty = torch.empty_like(parameter.data, device="meta")
+            # Not by an operation on the parameter: what observes uses of stacked matrices would see one.
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
             module._parameters[key] = Offloaded(empty, parameter.requires_grad)
+        _changes += 1
 
     def _read(self, wanted: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Return parameters with their values, by full name; each file is opened once."""
@@ -182,6 +187,14 @@ class Offload:
             check_finite(name, found[name])
         self._checked |= found.keys()
         return found
+
+
+_changes = 0
+
+
+def changes() -> int:
+    """Return a number that is another one after parameters of any offloaded model were read or dropped."""
+    return _changes
 
 
 _OFFLOADS: WeakKeyDictionary[nn.Module, Offload] = WeakKeyDictionary()

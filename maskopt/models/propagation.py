@@ -8,12 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from maskopt.models.calls import CallOrder
 from maskopt.models.edits import Edits
-from maskopt.models.gram import CallOrder, DenseInputs, GramCollector
+from maskopt.models.experts import in_groups
+from maskopt.models.gram import DenseInputs, GramCollector
 from maskopt.models.layers import Layer
 from maskopt.models.replay import Replay
 from maskopt.models.reuse import Reuse
@@ -52,6 +54,8 @@ class Propagation(ABC):
         Of the model.
     edits : Edits
         Masks and weights that are chosen.
+    memory : int
+        Bytes of the Gram matrices of stacked layers in one turn (`in_groups`).
 
     Attributes
     ----------
@@ -61,16 +65,19 @@ class Propagation(ABC):
         Called with the stage before a block runs on a batch, to count progress.
     """
 
-    def __init__(self, replay: Replay, edits: Edits) -> None:
+    def __init__(self, replay: Replay, edits: Edits, memory: int) -> None:
         self._replay = replay
         self._edits = edits
+        self._memory = memory
+        self._turns: list[tuple[Layer, ...]] = []
         self._waiting: list[Layer] = []
         self.seconds = 0.0
         self.before_batch: Callable[[Stage], None] | None = None
 
     def turns(self, stage: Stage) -> list[tuple[Layer, ...]]:
         """Return the layers of a stage in turns; those of one turn are calibrated on the same run of the block."""
-        return [stage.layers] if stage.layers else []
+        self._turns = in_groups([stage.layers] if stage.layers else [], self._memory)
+        return self._turns
 
     @abstractmethod
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
@@ -115,18 +122,19 @@ class Dense(Propagation):
 
     Parameters
     ----------
-    replay, edits
+    replay, edits, memory
         See `Propagation`.
     uses : mapping of Layer to int
         See `Corrected`.
     """
 
-    def __init__(self, replay: Replay, edits: Edits, uses: Mapping[Layer, int]) -> None:
-        super().__init__(replay, edits)
+    def __init__(self, replay: Replay, edits: Edits, uses: Mapping[Layer, int], memory: int) -> None:
+        super().__init__(replay, edits, memory)
         self._uses = uses
 
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
-        return self._collect(stage, layers, store=True)
+        # Only the last run may store the outputs, because the block's inputs are then gone.
+        return self._collect(stage, layers, store=layers is self._turns[-1])
 
     def repeat(self, stage: Stage) -> None:
         if stage.layers:
@@ -149,9 +157,16 @@ class Pruned(Propagation):
 
     Parameters
     ----------
-    replay, edits
+    replay, edits, memory
         See `Propagation`.
+
+    Class attributes
+    ----------------
+    apart : bool
+        Whether a turn is calibrated behind the pruned layers of the turns before it.
     """
+
+    apart: ClassVar[bool] = False
 
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
         return self._collect(stage, layers, store=False)
@@ -160,7 +175,10 @@ class Pruned(Propagation):
         pass  # the block runs once its layers are pruned
 
     def chosen(self, layers: Sequence[Layer]) -> None:
-        self._edits.apply(layers)
+        self._waiting += layers
+        if self.apart or layers is self._turns[-1]:
+            self._edits.apply(self._waiting)
+            self._waiting.clear()
 
     def leave(self, stage: Stage) -> None:
         self._run(self._replay, stage, store=True)
@@ -175,7 +193,7 @@ class Corrected(Pruned):
 
     Parameters
     ----------
-    replay, edits
+    replay, edits, memory
         See `Propagation`.
     order : CallOrder
         Of the layers.
@@ -183,13 +201,14 @@ class Corrected(Pruned):
         The position of the last stage that uses a layer's weight, where that is later than the layer's own.
     """
 
-    def __init__(self, replay: Replay, edits: Edits, order: CallOrder, uses: Mapping[Layer, int]) -> None:
-        super().__init__(replay, edits)
+    apart: ClassVar[bool] = True
+
+    def __init__(self, replay: Replay, edits: Edits, order: CallOrder, uses: Mapping[Layer, int], memory: int) -> None:
+        super().__init__(replay, edits, memory)
         self._dense = replay.dense_copy()
         self._order, self._uses = order, uses
         self._originals: dict[Layer, Tensor] = {}
         """Dense weights of pruned layers that the dense stream still needs."""
-        self._turns: list[tuple[Layer, ...]] = []
         self._inputs = DenseInputs(())
         self._reuse: Reuse | None = None
 
@@ -203,7 +222,7 @@ class Corrected(Pruned):
         for group in self._order.groups(stage.layers):
             kind = re.sub(r"\d+", "#", group[0].name)
             turns.setdefault(kind, []).extend(group)
-        self._turns = [tuple(turn) for turn in turns.values()]
+        self._turns = in_groups(turns.values(), self._memory)
         return self._turns
 
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
@@ -261,14 +280,14 @@ class Corrected(Pruned):
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
         """Give pruned layers their dense weights inside the block, for modules that use the same parameters."""
-        pruned = {layer: layer.weight.data for layer in self._originals}
+        pruned: dict[Layer, Tensor] = {}
         try:
             for layer, weight in self._originals.items():
-                layer.weight.data = weight
+                pruned[layer] = layer.swap(weight)
             yield
         finally:
             for layer, weight in pruned.items():
-                layer.weight.data = weight
+                layer.swap(weight)
 
 
 class Accompanied(Corrected):
@@ -280,11 +299,13 @@ class Accompanied(Corrected):
         See `Corrected`.
     """
 
+    apart: ClassVar[bool] = False
+
     def turns(self, stage: Stage) -> list[tuple[Layer, ...]]:
         return Propagation.turns(self, stage)
 
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
-        if stage.position is not None:
+        if stage.position is not None and layers is self._turns[0]:
             self._run_dense(stage, observed=False)
         return self._collect(stage, layers, store=False)
 
@@ -310,11 +331,11 @@ def last_uses(model: nn.Module, replay: Replay, stages: Sequence[Stage]) -> dict
     tied = {id(p) for module in _outside(model, replay) for p in module.parameters(recurse=False)} & last.keys()
     last.update(dict.fromkeys(tied, len(replay.order)))
     return {
-        layer: last[id(layer.weight)]
+        layer: last[id(layer.parameter)]
         for stage in stages
         if stage.position is not None
         for layer in stage.layers
-        if last[id(layer.weight)] > stage.position
+        if last[id(layer.parameter)] > stage.position
     }
 
 

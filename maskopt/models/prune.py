@@ -17,9 +17,10 @@ from maskopt.bounds import BoundKind
 from maskopt.checks import choice, real, shown
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import data_settings, prepare_batches, with_held_out
+from maskopt.models.calls import CallOrder
 from maskopt.models.checks import check_model, move_model
 from maskopt.models.edits import Edits
-from maskopt.models.gram import CallOrder
+from maskopt.models.experts import StackedLayer, eager_experts
 from maskopt.models.journal import data_hash, tensors_hash
 from maskopt.models.keeping import Keeping
 from maskopt.models.layers import Layer
@@ -137,7 +138,8 @@ def prune(
     device : str or torch.device, optional
         Where the model is moved first (it stays there).
     memory : int
-        Bytes of working memory for the solver, and for what `states` keeps on the device.
+        Bytes of working memory for the solver; of what `states` keeps on the device; and of the Gram matrices of
+        stacked layers (experts) that are calibrated at a time, as far as one fits.
     states : {"device", "host", "disk"}, optional
         Where the states of all batches wait, with the inputs and outputs inside a block that its later turns need. By
         default those that exceed `memory` move from an accelerator to the main memory, and from there to temporary
@@ -169,8 +171,8 @@ def prune(
     ------
     MaskoptError
         If an argument is of the wrong type, there is nothing to prune or to calibrate with, a pattern matches nothing,
-        expert weights are neither pruned nor excluded, `masks` does not fit a layer, a plan has other layers than
-        those to prune, the batches never call a layer, or weights or activations are not finite.
+        the inputs of stacked matrices (experts) cannot be told apart, `masks` does not fit a layer, a plan has other
+        layers than those to prune, the batches never call a layer, or weights or activations are not finite.
 
     Examples
     --------
@@ -260,26 +262,32 @@ def prune_layers(
     selection = select_layers(model, include, exclude)
     sets = _sets(selection.layers, masks)
     prover = None if certify is None else Prover(sets.values(), certify, certify_seconds, memory)
-    starts = _check_fit(sets, {} if start is None else start)
+    # What a product of the model shows about stacked matrices comes first.
+    _check_fit({layer: each for layer, each in sets.items() if not isinstance(layer, StackedLayer)})
+    starts = _starting(sets, {} if start is None else start)
     prepared = with_held_out(model, prepare_batches(model, batches), held_out)
     data = None if recover is None else divided(prepared)
     last = None
     if data is not None:
         prepared = data.batches
         last = data if further is None else data.instead(prepare_batches(model, further, "further"))
-    with evaluation_mode(model), Storage(memory, states) as storage:
+    with evaluation_mode(model), eager_experts(model, selection.layers), Storage(memory, states) as storage:
         began = time.perf_counter()
         order = CallOrder(selection.blocks, selection.outside)
         with order:
             replay = Replay(model, list(selection.blocks), prepared, storage)
+            selection = selection.without(order.elsewise)
             stages = _stages(replay, selection)
             _require_calls(replay, order, stages, [not batch.held_out for batch in prepared])
+        _check_fit({layer: sets[layer] for layer in selection.layers})
+        # Oriented only now: the batches may have shown that stacked matrices are transposed.
+        starts = {layer: layer.oriented(mask) for layer, mask in starts.items()}
         if propagate is None:
             corrects = solver.corrects and certify is None and replay.shortcut
             propagate = "corrected" if corrects else "pruned"
         edits = Edits(on_error == "restore" and offload is None)
         by_block = recover is not None and (recover.level == "block" or (replay.shortcut and propagate != "dense"))
-        propagation = _propagation(propagate, by_block, model, replay, edits, order, stages)
+        propagation = _propagation(propagate, by_block, model, replay, edits, order, stages, memory)
         report = PruneReport()
         report.settings = {
             "masks": repr(masks) if isinstance(masks, MaskSet) else f"{masks.pattern}, by the plan",
@@ -295,7 +303,7 @@ def prune_layers(
             **data_settings(prepared),
             **circumstances(model),
         }
-        keeping = Keeping(replay, offload, edits, report, propagation)
+        keeping = Keeping(model, replay, offload, edits, report, propagation)
         work = Work(
             sets,
             solver,
@@ -461,6 +469,7 @@ def _propagation(
     edits: Edits,
     order: CallOrder,
     stages: Sequence[Stage],
+    memory: int,
 ) -> Propagation:
     """Return what runs the blocks; with `by_block` it knows the dense model's states, too."""
     if kind == "dense":
@@ -471,9 +480,9 @@ def _propagation(
                 f"The blocks of {type(model).__name__} cannot be run one at a time, so that they have to be in memory "
                 f"for propagate='dense'; load the model without offload, or use propagate='pruned'."
             )
-        return Dense(replay, edits, last_uses(model, replay, stages))
+        return Dense(replay, edits, last_uses(model, replay, stages), memory)
     if kind == "pruned" and not by_block:
-        return Pruned(replay, edits)
+        return Pruned(replay, edits, memory)
     if not replay.shortcut:
         raise MaskoptError(
             f"The blocks of {type(model).__name__} cannot be run one at a time, so its dense states are "
@@ -481,7 +490,7 @@ def _propagation(
             f"{'model' if by_block else 'pruned'!r}."
         )
     chosen = Corrected if kind == "corrected" else Accompanied
-    return chosen(replay, edits, order, last_uses(model, replay, stages))
+    return chosen(replay, edits, order, last_uses(model, replay, stages), memory)
 
 
 @contextmanager
@@ -524,16 +533,20 @@ def _sets(layers: Sequence[Layer], masks: MaskSet | Plan) -> dict[Layer, MaskSet
     return {layer: planned[layer.name] for layer in layers}
 
 
-def _check_fit(sets: Mapping[Layer, MaskSet], start: Mapping[str, Tensor]) -> dict[Layer, Tensor]:
-    """Check that sets and starting masks fit the layers; return the starting masks as (rows, d)."""
-    if not isinstance(start, Mapping) or not all(isinstance(mask, Tensor) for mask in start.values()):
-        raise MaskoptError(f"start must be a dict of boolean tensors by layer names; got {shown(start)}.")
-    named = {layer.name: layer for layer in sets}
+def _check_fit(sets: Mapping[Layer, MaskSet]) -> None:
+    """Check that sets fit the layers."""
     for layer, masks in sets.items():
         try:
             masks.check(layer.shape)
         except MaskoptError as error:
             raise MaskoptError(f"The masks do not fit the layer {layer.name}: {error}") from error
+
+
+def _starting(layers: Iterable[Layer], start: Mapping[str, Tensor]) -> dict[Layer, Tensor]:
+    """Return the starting masks by layer after a check, as the weights are stored."""
+    if not isinstance(start, Mapping) or not all(isinstance(mask, Tensor) for mask in start.values()):
+        raise MaskoptError(f"start must be a dict of boolean tensors by layer names; got {shown(start)}.")
+    named = {layer.name: layer for layer in layers}
     for name, mask in start.items():
         if name not in named:
             raise MaskoptError(f"There is a starting mask for {name}, which is not a layer to prune.")
@@ -543,14 +556,18 @@ def _check_fit(sets: Mapping[Layer, MaskSet], start: Mapping[str, Tensor]) -> di
                 f"The starting mask of {name} must be boolean of shape {expected}; it is {mask.dtype} of shape "
                 f"{tuple(mask.shape)}."
             )
-    return {named[name]: named[name].oriented(mask) for name, mask in start.items()}
+    return {named[name]: mask for name, mask in start.items()}
 
 
 def _unreached(replay: Replay, selection: Selection) -> list[LeftDense]:
     """Return the layers of blocks that the batches never reach, such as the vision part of a model fed with text."""
     reached = set(replay.order)
     return [
-        LeftDense(f"{layer.name}.weight", tuple(layer.weight.shape), f"{block.name} is not run by these batches")
+        LeftDense(
+            layer.name if isinstance(layer, StackedLayer) else f"{layer.name}.weight",
+            tuple(layer.weight.shape),
+            f"{block.name} is not run by these batches",
+        )
         for block, layers in selection.blocks.items()
         if block not in reached
         for layer in layers

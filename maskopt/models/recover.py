@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from maskopt.checks import shown
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import data_settings, prepare_batches, with_held_out
+from maskopt.models.calls import CallOrder
 from maskopt.models.checks import check_model
+from maskopt.models.experts import eager_experts
 from maskopt.models.layers import Layer
 from maskopt.models.recovery import Recoverer, divided, predictions
 from maskopt.models.replay import Replay, evaluation_mode
@@ -99,13 +101,16 @@ def recover(
     _check_same(model, dense)
     selection = select_layers(model, include, exclude)
     chosen = _masks({layer.name: layer for layer in selection.layers}, masks)
-    sets = {layer: recognised(layer.oriented(chosen[layer.name])) for layer in selection.layers if layer.name in chosen}
     data = divided(with_held_out(model, prepare_batches(model, batches), held_out))
     last = data if further is None else data.instead(prepare_batches(model, further, "further"))
     report = RecoveryReport(masks=chosen)
     began = time.perf_counter()
-    with evaluation_mode(model), evaluation_mode(dense):
-        replay = Replay(model, list(selection.blocks), data.batches)
+    with evaluation_mode(model), evaluation_mode(dense), eager_experts(model, selection.layers):
+        with CallOrder(selection.blocks, selection.outside) as order:  # shows how stacked matrices are oriented
+            replay = Replay(model, list(selection.blocks), data.batches)
+        selection = selection.without(order.elsewise)
+        layers = [layer for layer in selection.layers if layer.name in chosen]
+        sets = {layer: recognised(layer.oriented(chosen[layer.name])) for layer in layers}
         beside = Replay(dense, list(select_layers(dense, include, exclude).blocks), data.batches)
         target = predictions(dense, last, memory) if settings.level == "model" else None
         by_block = replay.shortcut and beside.shortcut

@@ -16,6 +16,7 @@ from maskopt.models.blocks import Block
 from maskopt.models.divergence import KEPT, Divergence
 from maskopt.models.gram import GramCollector
 from maskopt.models.layers import Layer
+from maskopt.models.masked import masked_weights
 from maskopt.models.replay import Replay, first_tensor
 from maskopt.models.report import RecoveryRecord
 from maskopt.oracles import MaskSet
@@ -220,7 +221,7 @@ class Recoverer:
         self._model, self._replay, self._data, self._recovery = model, replay, data, recovery
         self._sets, self._masks, self._progress = sets, masks, progress
         self._size = sum(parameter.numel() for parameter in model.parameters())
-        self._pruned = {id(layer.weight) for layer in sets}
+        self._pruned = {id(layer.parameter) for layer in sets}
         self._inside, self._twice = _uses(model, replay.order)
 
     def parameters(self, block: Block) -> list[nn.Parameter]:
@@ -262,7 +263,7 @@ class Recoverer:
         if not parameters:
             return []
         deviations = self._deviations(position, layers) if self._recovery.rule_for("block").moves else {}
-        masked = self._masked(layers, parameters, deviations)
+        masked = masked_weights(layers, parameters, self._masks, self._sets, deviations)
         objective = _BlockOutput(self._replay, position, targets, self._data)
         return [self._fit("block", block.name, objective, masked, parameters, self._data.tokens)]
 
@@ -291,7 +292,7 @@ class Recoverer:
                 inner = [layer for layer in layers if layer.name.startswith(f"{block.name}.")]
                 deviations |= self._deviations(position, inner)
                 self._replay.run(position, store=True)
-        masked = self._masked(layers, parameters, deviations)
+        masked = masked_weights(layers, parameters, self._masks, self._sets, deviations)
         objective = _Predictions(self._model, divergence, data)
         return [self._fit("model", "model", objective, masked, parameters, data.tokens)]
 
@@ -305,21 +306,6 @@ class Recoverer:
             self._replay.run(position, before=grams.begin, indices=self._data.fitted)
         return {layer: conditional_deviations(grams[layer].matrix) for layer in layers}
 
-    def _masked(
-        self, layers: Sequence[Layer], parameters: Sequence[nn.Parameter], deviations: Mapping[Layer, Tensor]
-    ) -> dict[Layer, Masked]:
-        wanted = {id(parameter) for parameter in parameters}
-        masked = {}
-        for layer in layers:
-            weight = layer.weight
-            if id(weight) in wanted:
-                assert isinstance(weight, nn.Parameter)
-                mask = self._masks[layer.name].to(weight.device)
-                masked[layer] = Masked(
-                    weight, mask, self._sets[layer], deviations.get(layer), transposed=layer.transposed
-                )
-        return masked
-
     def _fit(
         self,
         level: Level,
@@ -330,7 +316,8 @@ class Recoverer:
         tokens: int,
     ) -> RecoveryRecord:
         began = time.perf_counter()
-        pruned = {id(weight.parameter) for weight in masked.values()}
+        weights = list(dict.fromkeys(masked.values()))  # that of a stack is several layers'
+        pruned = {id(weight.parameter) for weight in weights}
         others = [parameter for parameter in parameters if id(parameter) not in pruned]
         settings = self._recovery
 
@@ -343,7 +330,7 @@ class Recoverer:
             with sized_threads(self._size):
                 fitted = fit(
                     objective,
-                    list(masked.values()),
+                    weights,
                     others,
                     settings.rule_for(level),
                     settings.steps(level, objective.batches, tokens),
@@ -355,7 +342,7 @@ class Recoverer:
         finally:
             # Where a fit is interrupted, the model has the best state so far.
             for layer, weight in masked.items():
-                self._masks[layer.name] = weight.mask.cpu()
+                self._masks[layer.name] = layer.part(weight.mask).cpu()
         return RecoveryRecord(
             name=name,
             level=level,

@@ -48,7 +48,7 @@ class LayerRecord:
     nonzeros : int
         Number of weights kept.
     tokens : int
-        Calibration tokens in its Gram matrix, padding excluded.
+        Calibration tokens that it saw, padding excluded.
     iterations : int
         Of the solver.
     seconds : float
@@ -60,6 +60,9 @@ class LayerRecord:
     held_out_error : float or None
         The relative error on the inputs of held-out batches, which neither mask nor weights were chosen on; None
         without any.
+    pooled : bool
+        Whether it is one of several stacked matrices and saw fewer tokens than it has inputs (perhaps none), so that
+        tokens of the others stand for the missing ones in its Gram matrix (`GramCollector`), and in the errors.
     """
 
     name: str
@@ -78,6 +81,7 @@ class LayerRecord:
     status: str
     unfinished_rows: int = 0
     held_out_error: float | None = None
+    pooled: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from maskopt.models.blocks import Block
-from maskopt.models.gram import identity
+from maskopt.models.calls import identity
 from maskopt.models.layers import Layer, is_linear
 from maskopt.models.states import States, tensor_bytes
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from maskopt.models.layers import Layer, is_linear
+from maskopt.models.layers import LinearLayer, is_linear
 
 __all__ = ["find_routers"]
 
@@ -61,7 +61,7 @@ def _decides(key: str, child: nn.Module, experts: set[int] | None) -> bool:
         return False
     if _GATE.search(key):
         return True
-    return not _EXPERT.search(key) and is_linear(child) and Layer(key, child).shape[0] in experts
+    return not _EXPERT.search(key) and is_linear(child) and LinearLayer(key, child).shape[0] in experts
 
 
 def _experts(module: nn.Module) -> set[int] | None:

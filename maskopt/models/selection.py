@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import nn
 
 from maskopt.errors import MaskoptError
 from maskopt.models.blocks import Block, find_blocks
+from maskopt.models.experts import Stack, StackedLayer, matrices_in, stacks
 from maskopt.models.layers import Layer, is_linear, linear_layers
 from maskopt.models.routers import find_routers
 
 __all__ = ["LeftDense", "Selection", "select_layers"]
-
-_STACKED = "stacked matrices"
 
 
 @dataclass(frozen=True)
@@ -60,12 +58,47 @@ class Selection:
         """Every layer to prune."""
         return (*(layer for layers in self.blocks.values() for layer in layers), *self.outside)
 
+    def without(self, elsewise: Mapping[Stack, str]) -> Selection:
+        """Return the selection without parameters that turned out to be no stacks of matrices.
+
+        Parameters
+        ----------
+        elsewise : mapping of Stack to str
+            The operation that uses each.
+
+        Returns
+        -------
+        Selection
+
+        Raises
+        ------
+        MaskoptError
+            If no layer is left.
+        """
+        if not elsewise:
+            return self
+
+        def remaining(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+            return tuple(one for one in layers if not isinstance(one, StackedLayer) or one.stack not in elsewise)
+
+        found = [
+            LeftDense(stack.name, tuple(stack.parameter.shape), f"no matrices: used by {operation} alone")
+            for stack, operation in elsewise.items()
+        ]
+        blocks = {block: remaining(layers) for block, layers in self.blocks.items()}
+        selection = Selection(blocks, self.outside, (*self.left_dense, *found))
+        if not selection.layers:
+            raise MaskoptError("The include and exclude patterns leave no layer to prune.")
+        return selection
+
 
 def select_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Selection:
     """Decide for each weight of a model whether it is pruned.
 
     Without `include`, every linear layer inside a block is pruned and nothing outside (embeddings, lm_head, pooler,
-    classifier). With `include`, exactly the linear layers whose full name matches one of its patterns are, inside
+    classifier). Matrices stacked in one parameter inside a block, such as those of experts, are layers like any other:
+    ``model.layers.0.mlp.experts.gate_up_proj.3``; patterns may also match the name of the parameter, or of the module
+    that has it. With `include`, exactly the linear layers whose full name matches one of its patterns are, inside
     the blocks or not. `exclude` wins over `include`. Patterns are those of `fnmatch`, case-sensitive, and must match
     the full name (``model.layers.0.mlp.up_proj``); ``*`` also matches dots. Weights that several modules have in
     common are pruned once, where they come first.
@@ -89,37 +122,35 @@ def select_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequen
     Raises
     ------
     MaskoptError
-        If there are no blocks, nothing is left to prune, a pattern matches nothing, a block holds expert weights
-        (parameters of three dimensions) that are not excluded, or a weight cannot be pruned in place.
+        If there are no blocks, nothing is left to prune, a pattern matches nothing, or a weight cannot be pruned in
+        place.
     """
     patterns = _Patterns(include, exclude)
     found = find_blocks(model)
     routers = {name: part for block in found for name, part in find_routers(block.module, block.name).items()}
-    taken: set[int] = set()
+    taken: set[tuple[int, ...]] = set()
 
     def choose(candidates: Iterable[Layer], inside: bool) -> tuple[Layer, ...]:
         chosen = []
         for layer in candidates:
-            selected = patterns.select(layer.name, inside=inside)
+            selected = patterns.select(*_names(layer), inside=inside)
             if layer.name in routers:
                 selected = selected and patterns.calls(layer.name, routers[layer.name])
-            if selected and id(layer.weight) not in taken:
-                taken.add(id(layer.weight))
+            if selected and layer.identity not in taken:
+                taken.add(layer.identity)
                 chosen.append(layer)
         return tuple(chosen)
 
-    blocks = {block: choose(linear_layers(block.module, block.name), True) for block in found}
+    def inside(block: Block) -> Iterator[Layer]:
+        yield from linear_layers(block.module, block.name)
+        for stack in stacks(block.module, block.name):
+            yield from stack.layers()
+
+    blocks = {block: choose(inside(block), True) for block in found}
     prefixes = tuple(f"{block.name}." for block in blocks)
     others = (layer for layer in linear_layers(model) if not layer.name.startswith(prefixes))
     outside = choose(others, False)
     left_dense = tuple(_left_dense(model, prefixes, taken, patterns, routers))
-    stacked = [weight.name for weight in left_dense if weight.reason == _STACKED]
-    if stacked:
-        owners = sorted({name.split(".")[-2] for name in stacked})
-        raise MaskoptError(
-            f"{stacked[0]} (one of {len(stacked)}) stacks several matrices, such as experts, in one parameter, which "
-            f"cannot be pruned yet; leave them dense by excluding {' and '.join(f'*.{owner}*' for owner in owners)}."
-        )
     patterns.require_used(model)
     selection = Selection(blocks, outside, left_dense)
     if not selection.layers:
@@ -171,7 +202,7 @@ class _Patterns:
 def _left_dense(
     model: nn.Module,
     prefixes: tuple[str, ...],
-    taken: set[int],
+    taken: Container[tuple[int, ...]],
     patterns: _Patterns,
     routers: Mapping[str, str],
 ) -> Iterator[LeftDense]:
@@ -181,7 +212,10 @@ def _left_dense(
         owner = model.get_submodule(owner_name)
         # Parameters that are vectors up to axes of length one; the weight of a layer with one output is a matrix.
         vector = parameter.numel() == max(parameter.shape, default=1)
-        if (vector and not (parameter.ndim == 2 and is_linear(owner))) or id(parameter) in taken:
+        if (vector and not (parameter.ndim == 2 and is_linear(owner))) or (id(parameter),) in taken:
+            continue
+        if name.startswith(prefixes) and matrices_in(owner, parameter):
+            yield from _left_of_stack(Stack(name, owner), taken, patterns)
             continue
         if not name.startswith(prefixes):
             reason = "outside the blocks"
@@ -189,13 +223,22 @@ def _left_dense(
             reason = f"decides between experts or inputs; name {routers[owner_name]} in include to prune it"
         elif is_linear(owner):
             reason = patterns.reason(owner_name)
-        elif _stacks_matrices(owner, parameter):
-            selected = patterns.select(name, owner_name, inside=True)
-            reason = _STACKED if selected else f"stacked matrices, {patterns.reason(name, owner_name)}"
         else:
             reason = f"a parameter of {type(owner).__name__}, which is neither nn.Linear nor Conv1D"
         yield LeftDense(name, tuple(parameter.shape), reason)
 
 
-def _stacks_matrices(owner: nn.Module, parameter: Tensor) -> bool:
-    return parameter.ndim >= 3 and min(parameter.shape) > 1 and not isinstance(owner, _ConvNd)
+def _left_of_stack(stack: Stack, taken: Container[tuple[int, ...]], patterns: _Patterns) -> Iterator[LeftDense]:
+    """Yield the matrices of a stack that are not pruned, or the whole parameter if none is."""
+    left = [layer for layer in stack.layers() if layer.identity not in taken]
+    if left and len(left) == stack.number:
+        reason = patterns.reason(*_names(left[0]))
+        yield LeftDense(stack.name, tuple(stack.parameter.shape), f"stacked matrices, {reason}")
+    else:
+        for layer in left:
+            yield LeftDense(layer.name, tuple(layer.weight.shape), patterns.reason(*_names(layer)))
+
+
+def _names(layer: Layer) -> tuple[str, ...]:
+    """Return the names that patterns may match."""
+    return (layer.name, layer.stack.name, layer.stack.owner) if isinstance(layer, StackedLayer) else (layer.name,)

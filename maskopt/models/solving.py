@@ -121,7 +121,9 @@ class Work:
             else:
                 self.propagation.repeat(stage)
                 self.keeping.repeat(stage, finished)
-                self.propagation.chosen(stage.layers)
+                for turn in self.propagation.turns(stage):
+                    self.propagation.chosen(turn)
+                self.keeping.complete(stage, finished)
             if stage is self.stages[-1]:
                 self.propagation.finish()
             else:
@@ -264,4 +266,5 @@ def _record(
         status=result.status.name,
         unfinished_rows=unfinished_rows,
         held_out_error=held_out_error,
+        pooled=gram.pooled,
     )

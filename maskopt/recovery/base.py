@@ -44,12 +44,14 @@ class Masked:
         What the module computes with.
     mask : Tensor
         Boolean, as the parameter is stored, True = kept.
-    masks : MaskSet
-        The set of masks of the weight as a (rows, d) matrix; a rule that moves masks stays in it.
+    masks : MaskSet or sequence of MaskSet or None
+        The set of masks of the weight as a (rows, d) matrix; a rule that moves masks stays in it. For a parameter of E
+        stacked matrices, its first or its first two axes, one for each; the mask of a matrix with None stays.
     deviation : Tensor, optional
-        Standard deviation of each input given the others, shape (d,): how much a weight of it matters. Ones by default.
+        Standard deviation of each input given the others, shape (d,) or (E, 1, d): how much a weight of it matters.
+        Ones by default.
     transposed : bool
-        Whether the parameter is stored as (d, rows).
+        Whether the matrices are stored as (d, rows).
 
     Attributes
     ----------
@@ -65,7 +67,7 @@ class Masked:
         self,
         parameter: nn.Parameter,
         mask: Tensor,
-        masks: MaskSet,
+        masks: MaskSet | Sequence[MaskSet | None],
         deviation: Tensor | None = None,
         *,
         transposed: bool = False,
@@ -86,8 +88,14 @@ class Masked:
         self.mask, self.master, self.pruned, self.relaxed = mask, values, 0.0, None
 
     def oriented(self, tensor: Tensor) -> Tensor:
-        """Turn a tensor from the stored orientation to (rows, d), or back; a view."""
-        return tensor.T if self.transposed else tensor
+        """Turn a tensor from the shape of the parameter to (rows, d), or (E, rows, d); a view."""
+        if not isinstance(self.masks, MaskSet):
+            tensor = tensor.view(len(self.masks), -1, tensor.shape[-1])
+        return tensor.mT if self.transposed else tensor
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """Turn a tensor back to the shape of the parameter."""
+        return (tensor.mT if self.transposed else tensor).reshape(self.parameter.shape)
 
     def cost(self, values: Tensor) -> Tensor:
         """Return what pruning values costs while other weights compensate: their squares times those of deviations.
@@ -98,7 +106,7 @@ class Masked:
             Stored as the parameter is, and so is the result.
         """
         size = self.oriented(values)
-        return self.oriented(size.square() if self.deviation is None else (size * self.deviation).square_())
+        return self.stored(size.square() if self.deviation is None else (size * self.deviation).square_())
 
     def promise(self, gradient: Tensor) -> Tensor:
         """Return in proportion to what the loss falls by an entry alone: gradient squared over variance.
@@ -110,13 +118,19 @@ class Masked:
         """
         size = self.oriented(gradient)
         if self.deviation is not None:
-            least = torch.finfo(size.dtype).tiny ** 0.25
-            size = size / self.deviation.clamp_min(max(least, 1e-6 * float(self.deviation.max())))
-        return self.oriented(size.square())
+            least = 1e-6 * self.deviation.amax(-1, keepdim=True)
+            size = size / self.deviation.maximum(least.clamp_min(torch.finfo(size.dtype).tiny ** 0.25))
+        return self.stored(size.square())
 
     def select_by(self, values: Tensor) -> None:
         """Select the mask of the set that keeps the largest sum of values, which are stored as the parameter is."""
-        self.mask = self.oriented(self.masks.lmo_mask(self.oriented(-values))).contiguous()
+        costs = self.oriented(-values)
+        if isinstance(self.masks, MaskSet):
+            mask = self.masks.lmo_mask(costs)
+        else:
+            parts = zip(self.masks, self.oriented(self.mask), costs, strict=True)
+            mask = torch.stack([before if each is None else each.lmo_mask(cost) for each, before, cost in parts])
+        self.mask = self.stored(mask).contiguous()
 
     def select(self, values: Tensor) -> None:
         """Select the mask of the set whose pruned values cost least."""

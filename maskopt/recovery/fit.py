@@ -325,7 +325,7 @@ def _size(parameter: nn.Parameter, weight: Masked | None) -> float:
     At most twice the median size stands for the root mean square: a few huge entries must not set the step of all.
     """
     values = parameter.data.float()
-    inputs = parameter.shape[-1] if weight is None else weight.oriented(parameter).shape[1]
+    inputs = parameter.shape[-1] if weight is None else weight.oriented(parameter).shape[-1]
     values = values[values != 0].abs()
     if not len(values):
         return 0.0

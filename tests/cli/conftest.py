@@ -61,18 +61,17 @@ def read() -> Callable[[Path], Any]:
     return lambda path: json.loads(path.read_text(), parse_constant=refuse)
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny random Llama and a tokenizer that makes a token of every character."""
+def _save(folder: Path, kind: str, **changes: Any) -> Path:
+    """Save a tiny random model of a kind, and a tokenizer that makes a token of every character."""
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     vocabulary = {"<unk>": 0, **{letter: index for index, letter in enumerate("abcdefghijklmnopqrstuvwxyz .\n", 1)}}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=len(vocabulary),
         hidden_size=16,
         intermediate_size=24,
@@ -82,11 +81,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.3,
         bos_token_id=0,
         eos_token_id=0,
+        **changes,
     )
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random Llama."""
+    return _save(tmp_path_factory.mktemp("models") / "tiny", "Llama")
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random Mixtral of 12 experts."""
+    return _save(tmp_path_factory.mktemp("models") / "mixture", "Mixtral", num_local_experts=12, num_key_value_heads=2)
 
 
 @pytest.fixture

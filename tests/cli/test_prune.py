@@ -149,6 +149,42 @@ def test_options_reach_prune(run, model, text, tmp_path, read):
     assert report["perplexity"] == {}
 
 
+def test_experts_are_pruned_and_those_with_few_tokens_counted(run, mixture, text, tmp_path, read):
+    out = tmp_path / "out"
+    options = ("--pattern", "2:4", "--samples", 2, "--seqlen", 8, "--evaluate", text, "--quiet")
+    result = run("prune", mixture, out, "--calibration", text, *options)
+    report = read(out / "report.json")
+    experts = [layer for layer in report["layers"] if ".experts." in layer["name"]]
+    assert len(experts) == 2 * 2 * 12
+    assert {layer["sparsity"] for layer in experts} == {0.5}
+    few = sum(layer["tokens"] < layer["columns"] for layer in experts)
+    assert few == sum(layer["pooled"] for layer in report["layers"]) > 0
+    words = " ".join(result.stdout.split())
+    assert f"{few} of {len(report['layers'])} layers saw fewer tokens than they have inputs" in words
+    rows = [line for line in result.stdout.splitlines() if "12 x 16 x 24" in line or "12 x 48 x 16" in line]
+    assert len(rows) == 4
+    masks, (network, _) = load_masks(out), load_model(out)
+    for layer in experts:
+        stem, _, index = layer["name"].rpartition(".")
+        assert torch.equal(network.get_parameter(stem)[int(index)] != 0, masks[layer["name"]])
+    evaluated = json.loads(run("evaluate", out, "--text", text, "--seqlen", 8, "--json", "-").stdout)
+    assert evaluated["perplexity"] > 1.0
+    recovery = (
+        "--against",
+        mixture,
+        "--calibration",
+        text,
+        "--samples",
+        4,
+        "--recover",
+        "block",
+        "--recover-epochs",
+        1,
+    )
+    run("recover", out, tmp_path / "recovered", *recovery)
+    assert load_masks(tmp_path / "recovered").keys() == masks.keys()
+
+
 def test_calibration_text_is_measured_at_its_beginning_only(run, model, tmp_path, read):
     path = tmp_path / "long.jsonl"
     path.write_text("\n".join(json.dumps({"text": "a long story."}) for _ in range(1000)))

@@ -138,9 +138,14 @@ def test_nothing_left_is_refused(llama):
         select_layers(llama, exclude=["*"])
 
 
-def test_experts_are_refused_by_name(mixture):
-    with pytest.raises(MaskoptError, match=r"layers.0.mlp.experts.gate_up_proj \(one of 6\) stacks .* \*.experts\*\.$"):
-        select_layers(mixture.build())
+def test_experts_are_layers_of_their_own(mixture):
+    selection = select_layers(mixture.build())
+    names = [layer.name for layer in selection.layers if "experts" in layer.name]
+    assert names[:5] == [
+        f"model.layers.0.mlp.experts.{name}" for name in [*(f"gate_up_proj.{i}" for i in range(4)), "down_proj.0"]
+    ]
+    assert len(names) == len(set(names)) == 24
+    assert not any("experts" in weight.name for weight in selection.left_dense)
 
 
 @pytest.mark.parametrize("pattern", ["*.experts*", "*.experts", "*.experts.*_proj"])

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from maskopt.errors import MaskoptError
 from maskopt.models import PruningError, calibration_batches, perplexity, prune, select_layers, tokenize
 from maskopt.models.edits import Edits
-from maskopt.models.layers import Layer
+from maskopt.models.layers import Layer, LinearLayer
 from maskopt.oracles import PerRow
 from maskopt.solvers import Solver, Wanda
 from maskopt.weights import ConditionalADMM
@@ -96,7 +96,7 @@ def test_a_failure_before_the_first_layer_is_raised_as_it_is(llama, make_batches
 
 @pytest.mark.parametrize("restorable", [True, False])
 def test_an_interrupt_between_weight_and_mask_leaves_no_layer_in_between(monkeypatch, restorable):
-    layer = Layer("a", nn.Linear(6, 4))
+    layer = LinearLayer("a", nn.Linear(6, 4))
     dense, new = layer.weight.detach().clone(), torch.randn(4, 6)
     mask = torch.rand(4, 6) < 0.5
     edits = Edits(restorable)

@@ -7,7 +7,7 @@ from torch import nn
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch
 from maskopt.models.gram import GramCollector
-from maskopt.models.layers import Layer, linear_layers
+from maskopt.models.layers import LinearLayer, linear_layers
 
 
 def batch_of(x, real=None):
@@ -62,7 +62,7 @@ def test_padding_is_left_out_even_where_it_is_not_finite(tensors):
 
 @pytest.mark.parametrize("shape", [(10, 6), (2, 1, 5, 6), (2, 5, 3, 2)])
 def test_padding_is_found_in_flat_and_in_split_inputs(tensors, shape):
-    layer = Layer("flat", nn.Linear(shape[-1], 3))
+    layer = LinearLayer("flat", nn.Linear(shape[-1], 3))
     real = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]).bool()
     with torch.no_grad(), GramCollector([layer]) as grams:
         grams.begin(batch_of(tensors[0], real))
@@ -73,7 +73,7 @@ def test_padding_is_found_in_flat_and_in_split_inputs(tensors, shape):
 
 
 def test_a_pooled_row_per_sequence_has_no_padding(tensors):
-    layer = Layer("pooler", nn.Linear(6, 3))
+    layer = LinearLayer("pooler", nn.Linear(6, 3))
     real = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]).bool()
     with torch.no_grad(), GramCollector([layer]) as grams:
         grams.begin(batch_of(tensors[0], real))
@@ -82,7 +82,7 @@ def test_a_pooled_row_per_sequence_has_no_padding(tensors):
 
 
 def test_padding_that_cannot_be_told_apart_is_refused(tensors):
-    layer = Layer("routed", nn.Linear(6, 3))
+    layer = LinearLayer("routed", nn.Linear(6, 3))
     real = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]).bool()
     with torch.no_grad(), GramCollector([layer]) as grams:
         grams.begin(batch_of(tensors[0], real))
