@@ -22,11 +22,13 @@ __all__ = [
     "atomic_path",
     "discard_unfinished",
     "first_line",
+    "locked",
     "open_tensors",
     "reason",
     "remove_stale",
     "renamed",
     "require_absent",
+    "resumable",
     "shielded",
     "written_since",
 ]
@@ -39,6 +41,9 @@ _unfinished: set[Path] = set()
 
 _renamed: list[tuple[Path, tuple[int, int]]] = []
 """Outputs that were renamed or about to be, with device and inode, which identify them."""
+
+resumable = ""
+"""What an interrupted command has kept for another one to go on, as a clause; empty where there is nothing."""
 
 shielded: Callable[[], Any] | None = None
 """Returns a context in which signals are deferred; set by the command line, which turns signals into exceptions."""
@@ -197,6 +202,26 @@ def _private_folder(path: Path) -> Iterator[Path]:
                 lock.close()
             shutil.rmtree(hidden, ignore_errors=True)
             _unfinished.discard(hidden)
+
+
+def locked(path: Path) -> IO[str] | None:
+    """Lock a file until it is closed or the process ends for any reason; None if another process has locked it.
+
+    Parameters
+    ----------
+    path : Path
+        Made if it is not there.
+    """
+    file = path.open("a", encoding="ascii")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError:
+            pass  # a file system without locks
+    return file
 
 
 def _locked(path: Path) -> IO[str]:

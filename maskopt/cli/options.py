@@ -40,6 +40,7 @@ __all__ = [
     "MemoryOption",
     "ModelArgument",
     "PatternOption",
+    "Place",
     "PlotOption",
     "Propagate",
     "PropagateOption",
@@ -48,12 +49,14 @@ __all__ = [
     "RecoverMasksOption",
     "RecoverParametersOption",
     "RecoverTokensOption",
+    "ResumeOption",
     "SamplesOption",
     "SeedOption",
     "SeqlenOption",
     "SettingsOption",
     "SolverOption",
     "SparsityOption",
+    "StatesOption",
     "WeightsOption",
     "check_device",
     "check_seqlen",
@@ -135,6 +138,27 @@ JsonOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="Device of the computation: cpu, cuda, cuda:1 ...")]
 MemoryOption = Annotated[str, typer.Option("--memory", help="Working memory of the solver, such as 500M or 2G.")]
+
+
+class Place(StrEnum):
+    """Where tensors wait."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+StatesOption = Annotated[
+    Place | None,
+    typer.Option(
+        "--states",
+        help="Where the states of all windows wait between blocks; by default in memory up to --memory, and beyond it "
+        "in the main memory (of a GPU) or in temporary files.",
+    ),
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on with an interrupted run of the same command; otherwise begin one.")
+]
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model folder, or the id of a model on the Hugging Face hub.")
 ]

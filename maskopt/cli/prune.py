@@ -33,12 +33,14 @@ from maskopt.cli.options import (
     RecoverMasksOption,
     RecoverParametersOption,
     RecoverTokensOption,
+    ResumeOption,
     SamplesOption,
     SeedOption,
     SeqlenOption,
     SettingsOption,
     SolverOption,
     SparsityOption,
+    StatesOption,
     WeightsOption,
     check_device,
     check_seqlen,
@@ -58,6 +60,7 @@ from maskopt.cli.output import (
     finite,
     json_output,
     show_evaluation,
+    stderr,
     tables,
     tell_memory,
 )
@@ -66,6 +69,7 @@ from maskopt.cli.prune_tables import layer_table, summary
 from maskopt.cli.recover import recovery_lines
 from maskopt.cli.solvers import parse_weights
 from maskopt.cli.words import duration, masks_words, solver_words
+from maskopt.cli.work_folder import WorkFolder
 from maskopt.errors import MaskoptError
 
 if TYPE_CHECKING:
@@ -153,19 +157,43 @@ def prune(
     json: JsonOption = None,
     device: DeviceOption = "cpu",
     memory: MemoryOption = "1G",
+    states: StatesOption = None,
+    resume: ResumeOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Prune a language model and save it."""
     began = time.perf_counter()
+    treatment = weights or ("best" if solver is None and certify is None else "keep")
+    fixed, working = parse_fixed(sparsity_of), parse_memory(memory)
+    command: dict[str, Any] = {
+        "model": model,
+        "out": str(out),
+        "pattern": pattern,
+        "sparsity": sparsity,
+        "weights": treatment,
+        "allocation": allocation,
+        "sparsity_of": fixed,
+        "batch_size": batch_size,
+        "time_limit": time_limit,
+        "recover": recover,
+        "device": device,
+        "memory": working,
+    }
+    # What looks at the whole model at once needs it in memory.
+    uniform = not fixed and (allocation == "uniform" or allocation not in RULE_NAMES)
+    work = WorkFolder(out, resume, uniform and recover != "model")
+    earlier = work.completed_before(command)
+    if earlier is not None:
+        with json_output(json, earlier):
+            stderr().print(f"{out} is complete already.", highlight=False, soft_wrap=True)
+        return
     check_outputs(json, out, plot)
     from maskopt.checks import check_time_limit
 
     check_time_limit(time_limit)
     if time_limit is not None and certify is None:
         raise MaskoptError("--time-limit applies to the proofs of --certify; give both, or leave it out.")
-    treatment = weights or ("best" if solver is None and certify is None else "keep")
     method = parse_weights(treatment, solver, option or ())
-    fixed, working = parse_fixed(sparsity_of), parse_memory(memory)
     recovery = parse_recovery(recover, recover_epochs, recover_tokens, recover_masks, recover_parameters, seed)
     given = _read_plan(allocation, pattern, sparsity, fixed)
     masks = given or (parse_masks(pattern, sparsity) if allocation == "uniform" and not fixed else None)
@@ -179,103 +207,93 @@ def prune(
     require_transformers()
     from maskopt import models
 
-    with Bar(quiet, "loading the model") as bar:
-        corpus = models.read_text(calibration)
-        texts = {} if evaluate is None else {"evaluation": models.read_text(evaluate)}
-        network, tokenizer = models.load_model(model, device=device)
-        length = check_seqlen(network, tokenizer, seqlen)
-        batches = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
-        others, further = further_windows(batches, held_out, recovery)
-        if calibration_perplexity:
-            # As much text as the calibration uses, at four characters a token, and at least one window.
-            texts["calibration"] = corpus.opening(max(4 * samples, 32) * length)
+    with work:
+        with Bar(quiet, "loading the model") as bar:
+            corpus = models.read_text(calibration)
+            texts = {} if evaluate is None else {"evaluation": models.read_text(evaluate)}
+            network, tokenizer = models.load_model(model, device=device, offload=work.path)
+            length = check_seqlen(network, tokenizer, seqlen)
+            batches = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
+            others, further = further_windows(batches, held_out, recovery)
+            if calibration_perplexity:
+                # As much text as the calibration uses, at four characters a token, and at least one window.
+                texts["calibration"] = corpus.opening(max(4 * samples, 32) * length)
 
-        if masks is None:
-            masks = models.allocate(
+            if masks is None:
+                masks = models.allocate(
+                    network,
+                    batches,
+                    pattern,
+                    mean,
+                    method,
+                    rule=allocation,  # type: ignore[arg-type]  # checked by _read_plan
+                    fixed=fixed,
+                    propagate=None if propagate is None else propagate.value,
+                    correction=correction,
+                    include=include or (),
+                    exclude=exclude or (),
+                    seed=seed,
+                    memory=working,
+                    progress=show_allocation(bar),
+                    cache=cache,
+                )
+                bar.stage("calibration")
+            selection = models.select_layers(network, include or (), exclude or ())
+            whole = PruneProgress(
+                bar, network, selection, batches, certify is not None, 2 * len(texts), recovery, others
+            )
+
+            def perplexities(when: str) -> dict[str, models.Perplexity]:
+                return {
+                    name: models.perplexity(
+                        network,
+                        tokenizer,
+                        part,
+                        seqlen=length,
+                        progress=whole.perplexity(f"{when} perplexity, {name} text"),
+                    )
+                    for name, part in texts.items()
+                }
+
+            needed = None
+            if recovery is not None:
+                needed = models.recovery_bytes(
+                    network, batches, recovery, include=include or (), exclude=exclude or (), held_out=others
+                )
+                tell_memory(needed, bar)
+            dense = perplexities("dense")
+            report = models.prune(
                 network,
                 batches,
-                pattern,
-                mean,
+                masks,
                 method,
-                rule=allocation,  # type: ignore[arg-type]  # checked by _read_plan
-                fixed=fixed,
                 propagate=None if propagate is None else propagate.value,
                 correction=correction,
                 include=include or (),
                 exclude=exclude or (),
-                seed=seed,
+                certify=None if certify is None else certify.value,
+                certify_seconds=time_limit,
                 memory=working,
-                progress=show_allocation(bar),
-                cache=cache,
+                states=None if states is None else states.value,
+                on_error="keep",  # the program ends after an error, so the model need not be restored
+                progress=whole.prune if bar.visible else None,
+                recover=recovery,
+                held_out=others,
+                further=further,
             )
-            bar.stage("calibration")
-        selection = models.select_layers(network, include or (), exclude or ())
-        whole = PruneProgress(bar, network, selection, batches, certify is not None, 2 * len(texts), recovery, others)
-
-        def perplexities(when: str) -> dict[str, models.Perplexity]:
-            return {
-                name: models.perplexity(
-                    network,
-                    tokenizer,
-                    part,
-                    seqlen=length,
-                    progress=whole.perplexity(f"{when} perplexity, {name} text"),
-                )
-                for name, part in texts.items()
-            }
-
-        needed = None
-        if recovery is not None:
-            needed = models.recovery_bytes(
-                network, batches, recovery, include=include or (), exclude=exclude or (), held_out=others
-            )
-            tell_memory(needed, bar)
-        dense = perplexities("dense")
-        report = models.prune(
-            network,
-            batches,
-            masks,
-            method,
-            propagate=None if propagate is None else propagate.value,
-            correction=correction,
-            include=include or (),
-            exclude=exclude or (),
-            certify=None if certify is None else certify.value,
-            certify_seconds=time_limit,
-            memory=working,
-            on_error="keep",  # the program ends after an error, so the model need not be restored
-            progress=whole.prune if bar.visible else None,
-            recover=recovery,
-            held_out=others,
-            further=further,
-        )
-        pruned = perplexities("pruned")
-    extra: dict[str, Any] = {
-        "calibration": batches.to_json(),
-        "perplexity": {name: {"dense": dense[name].to_json(), "pruned": pruned[name].to_json()} for name in texts},
-        "command": {
-            "model": model,
-            "out": str(out),
-            "pattern": pattern,
-            "sparsity": sparsity,
-            "weights": treatment,
-            "allocation": allocation,
-            "sparsity_of": fixed,
-            "batch_size": batch_size,
-            "time_limit": time_limit,
-            "recover": recover,
-            "recovery_bytes": needed,
-            "device": device,
-            "memory": working,
-        },
-        "versions": environment(),
-    }
-    extra["seconds"] = time.perf_counter() - began
-    figures = {**report.to_json(), **extra}
-    with json_output(json, figures):
-        if plot is not None:
-            draw_plan({layer.name: layer.sparsity for layer in report.layers}, plot, f"{model}: {pattern}")
-        models.save_pruned(out, network, tokenizer, report, finite(extra))
+            pruned = perplexities("pruned")
+        extra: dict[str, Any] = {
+            "calibration": batches.to_json(),
+            "perplexity": {name: {"dense": dense[name].to_json(), "pruned": pruned[name].to_json()} for name in texts},
+            "command": {**command, "recovery_bytes": needed},
+            "versions": environment(),
+        }
+        extra["seconds"] = time.perf_counter() - began
+        figures = {**report.to_json(), **extra}
+        with json_output(json, figures):
+            if plot is not None:
+                draw_plan({layer.name: layer.sparsity for layer in report.layers}, plot, f"{model}: {pattern}")
+            models.save_pruned(out, network, tokenizer, report, finite(extra))
     console = tables(json)
     console.print(layer_table(figures["layers"], console.width))
     shapes = dict.fromkeys((layer.rows, layer.columns) for layer in report.layers)

@@ -90,7 +90,7 @@ class Journal:
             known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         except (OSError, ValueError) as error:
             raise MaskoptError(f"The interrupted run in {self.folder} cannot be read: {reason(error)}.") from error
-        if known is None:
+        if known is None or not self.stages:
             with replaced(file) as aside:
                 aside.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         elif known != wanted:

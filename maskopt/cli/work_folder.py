@@ -1,0 +1,117 @@
+"""The folder beside an output in which `maskopt prune` keeps what an interrupted run needs to go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from maskopt import files
+from maskopt.errors import MaskoptError
+
+__all__ = ["WorkFolder"]
+
+
+class WorkFolder:
+    """OUT.unfinished, as long as OUT is not complete; a context manager.
+
+    The folder is locked by the process that works in it. An exception leaves it there if a block is finished, and the
+    program's message says so.
+
+    Parameters
+    ----------
+    out : Path
+        The output.
+    resume : bool
+        Whether to go on with an interrupted run.
+    needed : bool
+        Whether the command keeps anything; without, there is no folder.
+
+    Attributes
+    ----------
+    path : Path or None
+
+    Raises
+    ------
+    MaskoptError
+        If `resume` is asked for a command that keeps nothing.
+    """
+
+    def __init__(self, out: Path, resume: bool, needed: bool) -> None:
+        self._folder = out.with_name(f"{out.name}.unfinished")
+        self.path = self._folder if needed else None
+        self._out, self._resume = out, resume
+        self._lock: IO[str] | None = None
+        if resume and not needed:
+            raise MaskoptError(
+                "--resume goes on with commands that prune block by block; allocating sparsities (first `maskopt "
+                "allocate --cache`, then --allocation PLAN) and --recover model need the whole model at once."
+            )
+
+    def completed_before(self, command: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the report of the output if an earlier process completed it; None if it is not there.
+
+        Parameters
+        ----------
+        command : mapping
+            What the report says of a command that is the same.
+
+        Raises
+        ------
+        MaskoptError
+            If the output is that of another command.
+        """
+        if not self._resume or not self._out.exists():
+            return None
+        try:
+            report: dict[str, Any] = json.loads((self._out / "report.json").read_text(encoding="utf-8"))
+            known = report["command"]
+            differing = [name for name, value in command.items() if known.get(name) != value]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            differing = ["command"]
+        if differing:
+            raise MaskoptError(
+                f"The output {self._out} is there already, and another {differing[0]} made it; choose another name."
+            )
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return report
+
+    def __enter__(self) -> Self:
+        if not self._resume and self._number():
+            raise MaskoptError(
+                f"An interrupted run of {self._out} is kept in {self._folder}, with {self._finished()}; add --resume "
+                f"to go on, or remove that folder to start anew."
+            )
+        if self.path is None:
+            return self
+        try:
+            self.path.mkdir(exist_ok=True)
+            self._lock = files.locked(self.path / "lock")
+        except OSError as error:
+            raise MaskoptError(f"The folder {self.path} cannot be written: {files.reason(error)}.") from error
+        if self._lock is None:
+            raise MaskoptError(f"Another process is working in {self.path}; wait for it, or write another output.")
+        # What an earlier process needed for itself.
+        shutil.rmtree(self.path / "weights", ignore_errors=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is None:
+            return
+        self._lock.close()
+        if error is not None and self._number() and not self._out.exists():
+            files.resumable = f"{self._finished()} kept in {self._folder}, add --resume to the command to go on"
+        else:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _number(self) -> int:
+        return sum(1 for _ in self._folder.glob("blocks/[0-9]*/record.json"))
+
+    def _finished(self) -> str:
+        number = self._number()
+        return f"{number} finished block{'' if number == 1 else 's'}"
