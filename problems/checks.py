@@ -40,8 +40,10 @@ def ridged_factor(matrix: Tensor) -> Tensor:
     ridge = 0.0
     for _ in range(8):
         factor: Tensor
-        factor, info = torch.linalg.cholesky_ex(matrix + ridge * torch.eye(len(matrix)).to(matrix))
-        if int(info) == 0 and bool(torch.isfinite(factor).all()):
+        shifted = matrix if ridge == 0.0 else matrix + ridge * torch.eye(len(matrix)).to(matrix)
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        # An entry that is not finite makes the diagonal of its row so.
+        if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
             return factor
         ridge = max(10.0 * ridge, 1e-6)
     last: Tensor = torch.linalg.cholesky(matrix + len(matrix) * torch.eye(len(matrix)).to(matrix))

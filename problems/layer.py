@@ -23,6 +23,7 @@ from maskopt.threads import factor_threads
 
 __all__ = ["LayerReconstruction"]
 
+_NARROW = 256  # columns of a product that is not cut further
 _BLOCK = 1024  # columns converted to float64 at a time, so that no float64 copy of a large Gram exists
 
 
@@ -115,10 +116,10 @@ class LayerReconstruction(Quadratic):
         self.unit = self._weight_unit * self._gram_unit * self._weight_unit
         self._w = divided(self.weight, self._weight_unit)
         self._g = divided(self.gram, self._gram_unit)
-        # T - W and (T - W) G, in scaled units; None where T = W.
+        # T - W, in scaled units; None where T = W.
         self._target = None if target is None else target.detach().to(dtype)
         self._offset = None if self._target is None else divided(self._target, self._weight_unit) - self._w
-        self._offset_product = None if self._offset is None else self._offset @ self._g
+        self._product: Tensor | None = None  # filled on demand
         self._scale: Tensor | None = None  # filled on demand
         self._cache = _GramCache()
 
@@ -152,22 +153,28 @@ class LayerReconstruction(Quadratic):
         strength : float
             T = W + strength * W (C - G) G^-1. Layer by layer 1 leaves the smallest error, also on other tokens; a model
             whose layers all correct in full predicts worse than one whose layers correct in part, see `prune`.
+
+        Notes
+        -----
+        Beside matrices of W's shape, the memory is that of six float32 arrays of d x d: G, C and two float64 arrays.
         """
         weight, gram, cross = matrix("weight", weight), matrix("Gram", gram), matrix("cross term", cross)
         for name, data in (("weight", weight), ("Gram", gram), ("cross term", cross)):
             check_finite(name, data)
-        wide = gram.double()
-        wide = wide / 2 + wide.T / 2
-        diagonal = wide.diagonal()
+        scaled = _symmetric_double(gram)
+        diagonal = scaled.diagonal()
         diagonal.add_(ridge * float(diagonal.mean()))
         # Scaled to about unit diagonal: outlier channels would make the factorisation inaccurate.
-        size = entry_sizes(wide)
+        size = entry_sizes(scaled)
         size = torch.where(size > 0, size, 1.0)
-        scaled = wide / size / size.unsqueeze(1)
+        scaled.div_(size).div_(size.unsqueeze(1))
         with factor_threads(len(scaled)):
             factor = ridged_factor(scaled)
-        drift = (cross.double() - gram.double()) / size
+        del scaled, diagonal
+        drift = cross.double()
+        drift.sub_(gram).div_(size)
         step = torch.cholesky_solve((weight.double() @ drift).T, factor).T / size
+        del drift, factor
         dtype = torch.promote_types(weight.dtype, torch.float32)
         target = (weight.double() + strength * step).to(dtype)
         check_finite("target", target)
@@ -215,6 +222,13 @@ class LayerReconstruction(Quadratic):
     def device(self) -> torch.device:
         return self.weight.device
 
+    @property
+    def _offset_product(self) -> Tensor | None:
+        """(T - W) G in scaled units; None where T = W. What updates the weights has no use for it."""
+        if self._product is None and self._offset is not None:
+            self._product = self._offset @ self._g
+        return self._product
+
     def evaluate(self, x: Tensor) -> Point:
         return Point(x, self.product(x).mul_(self._w).mul_(-2.0))
 
@@ -256,7 +270,7 @@ class LayerReconstruction(Quadratic):
         part._scale = None if self._scale is None else self._scale[index]
         part._target = None if self._target is None else self._target[index]
         part._offset = None if self._offset is None else self._offset[index]
-        part._offset_product = None if self._offset_product is None else self._offset_product[index]
+        part._product = None if self._product is None else self._product[index]
         return part
 
     def double(self) -> "LayerReconstruction":
@@ -268,7 +282,7 @@ class LayerReconstruction(Quadratic):
         if self._target is not None:
             wide._target = self._target.double()
             wide._offset = wide._target / self._weight_unit - wide._w
-            wide._offset_product = wide._offset @ wide._g
+            wide._product = None
         return wide
 
     def _wide_weight(self) -> Tensor:
@@ -386,12 +400,15 @@ class LayerReconstruction(Quadratic):
     def _quadratic_form(self, rows: Tensor) -> Tensor:
         """Return z^T G z for each row z of a float64 tensor, without a float64 copy of the whole Gram."""
         total = rows.new_zeros(rows.shape[0])
-        for start in range(0, rows.shape[1], _BLOCK):
-            block = slice(start, start + _BLOCK)
-            gram = self.gram[:, block].double()
+        step = min(_BLOCK, max(_NARROW, -(-rows.shape[1] // 4)))
+        for start in range(0, rows.shape[1], step):
+            block = slice(start, start + step)
+            gram = self.gram[block, start:].double()
             if self._gram_unit != 1.0:
                 gram = gram / self._gram_unit
-            total += torch.linalg.vecdot(rows @ gram, rows[:, block])
+            # G is symmetric: what is right of a diagonal block counts twice.
+            gram[:, step:] *= 2.0
+            total += torch.linalg.vecdot(rows[:, block] @ gram, rows[:, start:])
         # Rounding may leave a zero slightly negative; an error is a sum of squares.
         return total.clamp_min_(0.0) * self.unit
 
@@ -404,3 +421,12 @@ class _GramCache:
         self.sizes: Tensor | None = None
         self.indefinite: float | None = None
         self.exact: ExactMatrix | None = None
+
+
+def _symmetric_double(matrix: Tensor) -> Tensor:
+    """Return the mean of a matrix and its transpose in float64, with no other float64 array of its size."""
+    double = torch.empty(matrix.shape, dtype=torch.float64, device=matrix.device)
+    for start in range(0, len(matrix), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        double[block] = matrix[block].double() / 2 + matrix[:, block].T.double() / 2
+    return double

@@ -35,6 +35,9 @@ class ConditionalADMM(Joint):
     x changes by `relaxation` times v - z. Rows are independent where the set allows it. Conjugate gradients on the
     last mask follow.
 
+    Beside matrices of the weight's shape, the memory is that of five float32 arrays of d x d: the problem's Gram, the
+    scaled one, and three during a factorisation.
+
     Parameters
     ----------
     ridge : float
@@ -95,9 +98,8 @@ class ConditionalADMM(Joint):
     def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
         system = System.of(problem, self.ridge, each=True)
         metric = _deviations(system.gram, self.noise)
-        gram = system.gram / metric / metric.unsqueeze(1)
         w = system.weight * metric
-        target = w @ gram
+        target = w @ _in_metric(system.gram, metric)
         x, near, reflected, cost = w.clone(), *(torch.empty_like(w) for _ in range(3))
         mask = None if start is None else start.to(w.dtype)
         rho, done = self.penalty[0], 0
@@ -107,9 +109,7 @@ class ConditionalADMM(Joint):
             if monitor.ended is not None:
                 break
             before, rho = rho, self.penalty[0] * (self.penalty[1] / self.penalty[0]) ** (stage / max(1, stages - 1))
-            matrix = gram.clone()
-            matrix.diagonal().add_(rho)
-            inverse = definite_inverse(matrix)
+            inverse = definite_inverse(_in_metric(system.gram, metric, rho))
             constant = target @ inverse
             inverse.mul_(rho)
             end = self.iterations * (stage + 1) // stages
@@ -134,6 +134,13 @@ class ConditionalADMM(Joint):
         if monitor.ended is None:
             v = polish(problem, masks, system, mask, v, self.polish, monitor, done)
         return Outcome(mask.bool(), Status.COMPLETED, done, weight=system.finish(problem, v))
+
+
+def _in_metric(gram: Tensor, metric: Tensor, rho: float = 0.0) -> Tensor:
+    """Return M^-1 H M^-1 + rho I for the diagonal matrix M of a metric, shape (d, d)."""
+    matrix = (gram / metric).div_(metric.unsqueeze(1))
+    matrix.diagonal().add_(rho)
+    return matrix
 
 
 def conditional_deviations(gram: Tensor, noise: float = 0.03) -> Tensor:

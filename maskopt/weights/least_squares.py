@@ -267,7 +267,9 @@ def conjugate_gradients(
 def definite_inverse(matrix: Tensor) -> Tensor:
     """Return the inverse of a symmetric matrix, shape (d, d), after what `definite_factor` adds to its diagonal."""
     with factor_threads(len(matrix)):
-        return torch.cholesky_inverse(definite_factor(matrix))
+        factor = definite_factor(matrix)
+        del matrix  # where the caller has no other use for it, its memory is free now
+        return torch.cholesky_inverse(factor)
 
 
 def definite_factor(matrices: Tensor) -> Tensor:
