@@ -125,11 +125,18 @@ def fit(
     -------
     Fitted
 
+    Raises
+    ------
+    MaskoptError
+        If the set of a weight lacks what the rule needs.
+
     Notes
     -----
     Memory beside the module, in bytes per entry of a float32 parameter: 8 of Adam, 4 for the best state, 4 for the
     values of pruned entries where masks move, and the largest parameter's gradient.
     """
+    for weight in weights:
+        rule.requires.check_set(weight.masks, type(rule).__name__)
     run = _Fit(objective, weights, others, seed)
     trial = max(_SHORTEST, steps // _TRIAL)
     total, done, told = steps + (trial if step_size is None else 0), 0, 0.0
@@ -258,6 +265,7 @@ class _Fit:
             value = float(loss.detach())
             if not math.isfinite(value):
                 return
+            state.observed(value)
             with self._stepping(masters, optimizers, state, step, rate):
                 loss.backward()  # type: ignore[no-untyped-call]
             del loss
