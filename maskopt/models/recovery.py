@@ -205,6 +205,11 @@ class Recoverer:
         Masks by the name of the layer, as in ``PruneReport.masks``; replaced where they move.
     progress : callable, optional
         Called with what is fitted and the fraction done.
+
+    Raises
+    ------
+    MaskoptError
+        If a set lacks what the rule for masks needs.
     """
 
     def __init__(
@@ -221,6 +226,10 @@ class Recoverer:
         self._sets, self._masks, self._progress = sets, masks, progress
         self._size = sum(parameter.numel() for parameter in model.parameters())
         self._pruned = {id(layer.weight) for layer in sets}
+        for level in ("block", "model") if recovery.level == "model" else ("block",):
+            rule = recovery.rule_for(level)
+            for masks_of in sets.values():
+                rule.requires.check_set(masks_of, type(rule).__name__)
         self._inside, self._twice = _uses(model, replay.order)
 
     def parameters(self, block: Block) -> list[nn.Parameter]:
@@ -237,6 +246,11 @@ class Recoverer:
             and (id(parameter) in self._inside or parameter.ndim == 1)
             and self._wanted(parameter)
         ]
+
+    def trained(self, parameter: nn.Parameter) -> int:
+        """Return how many numbers the optimizer changes for a parameter."""
+        rank = self._recovery.rank_of(id(parameter) in self._pruned)
+        return parameter.numel() if rank is None else min(rank, *parameter.shape) * sum(parameter.shape)
 
     def fit_block(
         self, position: int, layers: Sequence[Layer], targets: Callable[[int], Tensor]
@@ -297,7 +311,7 @@ class Recoverer:
 
     def _wanted(self, parameter: nn.Parameter) -> bool:
         pruned, vector = id(parameter) in self._pruned, parameter.ndim == 1
-        return {"all": True, "pruned": pruned, "vectors": vector}[self._recovery.parameters]
+        return {"all": True, "pruned": pruned, "vectors": vector, "lora": pruned or vector}[self._recovery.parameters]
 
     def _deviations(self, position: int, layers: Sequence[Layer]) -> dict[Layer, Tensor]:
         """Return the deviations of a block's inputs given each other."""
@@ -350,6 +364,7 @@ class Recoverer:
                     step_size=settings.step_size,
                     largest=_LARGEST[level],
                     seed=settings.seed,
+                    rank=settings.rank_of(True),
                     progress=tell,
                 )
         finally:
@@ -365,7 +380,7 @@ class Recoverer:
             changed=fitted.changed,
             step_size=fitted.step_size,
             steps=fitted.steps,
-            parameters=sum(parameter.numel() for parameter in parameters),
+            parameters=sum(self.trained(parameter) for parameter in parameters),
             seconds=time.perf_counter() - began,
         )
 

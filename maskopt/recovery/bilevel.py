@@ -90,7 +90,8 @@ class _Levels(MovingState):
             average, gamma = self._averages.get(id(weight)), self._gammas.get(id(weight), 0.0)
             if average is None or gamma <= 0.0:
                 continue  # without a gradient, as of an expert that no token chose, nothing is known
-            upper = average * weight.master.detach() - weight.promise(average) / gamma
+            kept = weight.master.detach().masked_fill(~weight.mask, 0.0)
+            upper = upper_gradient(kept, average, weight.promise(average), gamma)
             size = float(upper.square().mean().sqrt())
             if size > 0.0:
                 scores.sub_(upper, alpha=self._rule.step * self.left(step - 1) / size)
@@ -103,6 +104,21 @@ class _Levels(MovingState):
         super().stay()
         self._averages.clear()
         self._scores = []
+
+
+def upper_gradient(values: Tensor, gradient: Tensor, promise: Tensor, gamma: float) -> Tensor:
+    """Return the upper level's gradient by the mask where it is 1, and what keeping an entry changes where it is 0.
+
+    Parameters
+    ----------
+    values, gradient : Tensor
+        Weights, zero where they are pruned, and the loss's gradient by what the module computes with.
+    promise : Tensor
+        The gradient's squares over the metric.
+    gamma : float
+        Of the ridge in that metric.
+    """
+    return values * gradient - promise / gamma
 
 
 def _normed(scores: Tensor, mask: Tensor) -> Tensor:
