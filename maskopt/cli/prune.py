@@ -21,7 +21,6 @@ from maskopt.cli.options import (
     DeviceOption,
     ExcludeOption,
     FixedOption,
-    HeldOutOption,
     IncludeOption,
     JsonOption,
     MemoryOption,
@@ -30,10 +29,6 @@ from maskopt.cli.options import (
     PlotOption,
     PropagateOption,
     QuietOption,
-    RecoverEpochsOption,
-    RecoverMasksOption,
-    RecoverParametersOption,
-    RecoverTokensOption,
     SamplesOption,
     SeedOption,
     SeqlenOption,
@@ -43,11 +38,9 @@ from maskopt.cli.options import (
     WeightsOption,
     check_device,
     check_seqlen,
-    further_windows,
     parse_fixed,
     parse_masks,
     parse_memory,
-    parse_recovery,
     require_file,
     require_transformers,
 )
@@ -64,6 +57,16 @@ from maskopt.cli.output import (
 )
 from maskopt.cli.prune_progress import PruneProgress
 from maskopt.cli.recover import recovery_lines
+from maskopt.cli.recover_options import (
+    HeldOutOption,
+    RecoverEpochsOption,
+    RecoverMasksOption,
+    RecoverParametersOption,
+    RecoverRankOption,
+    RecoverTokensOption,
+    further_windows,
+    parse_recovery,
+)
 from maskopt.cli.solvers import parse_weights
 from maskopt.cli.words import duration, masks_words, named_table, solver_words
 from maskopt.errors import MaskoptError
@@ -150,6 +153,7 @@ def prune(
     recover_tokens: RecoverTokensOption = None,
     recover_masks: RecoverMasksOption = None,
     recover_parameters: RecoverParametersOption = "all",
+    recover_rank: RecoverRankOption = 16,
     plot: PlotOption = None,
     cache: CacheOption = None,
     json: JsonOption = None,
@@ -168,7 +172,9 @@ def prune(
     treatment = weights or ("best" if solver is None and certify is None else "keep")
     method = parse_weights(treatment, solver, option or ())
     fixed, working = parse_fixed(sparsity_of), parse_memory(memory)
-    recovery = parse_recovery(recover, recover_epochs, recover_tokens, recover_masks, recover_parameters, seed)
+    recovery = parse_recovery(
+        recover, recover_epochs, recover_tokens, recover_masks, recover_parameters, seed, recover_rank
+    )
     given = _read_plan(allocation, pattern, sparsity, fixed)
     masks = given or (parse_masks(pattern, sparsity) if allocation == "uniform" and not fixed else None)
     mean = 0.0 if masks is not None else mean_sparsity(pattern, sparsity)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from maskopt.errors import MaskoptError
-from maskopt.models.batches import Batch, gathered, sequences
 from maskopt.models.blocks import Block
 from maskopt.models.divergence import KEPT, Divergence
 from maskopt.models.gram import GramCollector
 from maskopt.models.layers import Layer
-from maskopt.models.replay import Replay, first_tensor
+from maskopt.models.objectives import BlockOutput, Predictions
+from maskopt.models.replay import Replay
 from maskopt.models.report import RecoveryRecord
+from maskopt.models.windows import Data, divided
 from maskopt.oracles import MaskSet
 from maskopt.recovery import Level, Masked, Objective, Recovery, fit
 from maskopt.threads import sized_threads
@@ -25,166 +23,8 @@ from maskopt.weights import conditional_deviations
 
 __all__ = ["Data", "Recoverer", "divided", "predictions"]
 
-_TOKENS = 2048  # of a micro-batch, at most, unless a window is longer
-_STEPS = 32  # micro-batches in a pass, at least, where there are so many windows
-_HELD = 8  # one window of so many is held out, and at least two
 _LEAST, _BYTES = 32, 8  # likely tokens of a position that are told apart, at least, and bytes for each
 _LARGEST: dict[Level, float] = {"block": 0.5, "model": 0.24}  # step sizes that are tried
-_SMALLEST = 1e-6  # squared length of a token, at least, relative to the mean
-_SHINGLE = 16  # tokens in a row that two windows of a text have in common only where they overlap
-
-
-@dataclass(frozen=True)
-class Data:
-    """Calibration windows in micro-batches.
-
-    Attributes
-    ----------
-    batches : list of Batch
-    fitted, held_out : range
-        Indices of the micro-batches to fit and of those that are held out.
-    """
-
-    batches: list[Batch]
-    fitted: range
-    held_out: range
-
-    @property
-    def tokens(self) -> int:
-        """Tokens to fit."""
-        return sum(self.batches[index].tokens for index in self.fitted)
-
-    def instead(self, batches: Sequence[Batch]) -> Data:
-        """Return other windows to fit, with the same held out."""
-        held_out = [self.batches[index] for index in self.held_out]
-        return divided([*batches, *held_out])
-
-
-def divided(batches: Sequence[Batch]) -> Data:
-    """Divide calibration windows into micro-batches, with an eighth of the windows held out unless batches are already.
-
-    Those windows are held out that have the fewest tokens in common with others, because windows drawn at random from a
-    text may overlap; among equals the last ones.
-
-    Parameters
-    ----------
-    batches : sequence of Batch
-
-    Returns
-    -------
-    Data
-
-    Raises
-    ------
-    MaskoptError
-        If there is a single window.
-    """
-    single = sequences(batches)
-    number = len(single)
-    if number < 2:
-        raise MaskoptError("Recovery needs at least two calibration windows, because one of them is held out.")
-    out = {index for index, batch in enumerate(single) if batch.held_out}
-    if not out:
-        count = max(min(2, number // 2), number // _HELD)
-        overlap = _overlaps(single)
-        out = set(sorted(range(number), key=lambda index: (overlap[index], -index))[:count])
-    size = max(1, min(_TOKENS // single[0].shape[1], number // _STEPS))
-    kept = gathered([batch for index, batch in enumerate(single) if index not in out], size)
-    held = gathered([replace(batch, held_out=True) for index, batch in enumerate(single) if index in out], size)
-    return Data([*kept, *held], range(len(kept)), range(len(kept), len(kept) + len(held)))
-
-
-def _overlaps(single: Sequence[Batch]) -> list[int]:
-    """Return how many runs of tokens each window has in common with others."""
-    owners: dict[bytes, int] = {}
-    shared = [0] * len(single)
-    for index, batch in enumerate(single):
-        ids = batch.inputs.get("input_ids")
-        if ids is None:
-            continue
-        row = ids[0].cpu().numpy()
-        for first in range(len(row) - _SHINGLE + 1):
-            run = row[first : first + _SHINGLE].tobytes()
-            owner = owners.setdefault(run, index)
-            if owner != index:
-                shared[index] += 1
-                shared[owner] += 1
-    return shared
-
-
-class _BlockOutput(Objective):
-    """Squared error of a block's output, relative to the size of the output to reach, token by token.
-
-    What follows a block norms its output, so an error matters in proportion to its token's size; without that, a few
-    tokens with huge activations would decide everything.
-
-    Parameters
-    ----------
-    replay : Replay
-        Of the pruned model.
-    position : int
-        Of the block.
-    targets : callable
-        Returns the output to reach on the micro-batch of an index.
-    data : Data
-    """
-
-    def __init__(self, replay: Replay, position: int, targets: Callable[[int], Tensor], data: Data) -> None:
-        self._replay, self._position, self._targets, self._data = replay, position, targets, data
-        total = sum(float(self._sizes(targets(index)).mean()) for index in data.fitted) / len(data.fitted)
-        self._least = max(_SMALLEST * total, torch.finfo(torch.float32).tiny)
-
-    @property
-    def batches(self) -> int:
-        return len(self._data.fitted)
-
-    def loss(self, index: int) -> Tensor:
-        return self._errors(self._data.fitted[index]).mean()
-
-    def held_out(self) -> Tensor:
-        return torch.cat([self._errors(index).double().cpu() for index in self._data.held_out])
-
-    def _errors(self, index: int) -> Tensor:
-        """Return the mean error over the tokens of each sequence."""
-        output = first_tensor(self._replay.output(self._position, index))
-        target, batch = self._targets(index), self._data.batches[index]
-        errors = self._sizes(output.float() - target.float()) / self._sizes(target).clamp_min(self._least)
-        if batch.real is not None and errors.shape[:2] == batch.real.shape:
-            real = batch.real.to(errors.device).reshape(*batch.real.shape, *(1 for _ in errors.shape[2:]))
-            return (errors * real).flatten(1).sum(1) / real.flatten(1).sum(1).clamp_min(1)
-        return errors.reshape(batch.shape[0], -1).mean(1)
-
-    @staticmethod
-    def _sizes(states: Tensor) -> Tensor:
-        """Return the squared length of each token's vector."""
-        return states.float().square().sum(-1)
-
-
-class _Predictions(Objective):
-    """Divergence of the model's predictions from the dense model's, per token.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-    divergence : Divergence
-        From the dense model, on the micro-batches.
-    data : Data
-    """
-
-    def __init__(self, model: PreTrainedModel, divergence: Divergence, data: Data) -> None:
-        self._model, self._divergence, self._data = model, divergence, data
-
-    @property
-    def batches(self) -> int:
-        return len(self._data.fitted)
-
-    def loss(self, index: int) -> Tensor:
-        number = self._data.fitted[index]
-        total = self._divergence.of(self._divergence.logits(self._model, number), number).sum()
-        return total / max(1, self._data.batches[number].tokens)
-
-    def held_out(self) -> Tensor:
-        return self._divergence.each(self._model, indices=self._data.held_out)
 
 
 class Recoverer:
@@ -277,7 +117,7 @@ class Recoverer:
             return []
         deviations = self._deviations(position, layers) if self._recovery.rule_for("block").moves else {}
         masked = self._masked(layers, parameters, deviations)
-        objective = _BlockOutput(self._replay, position, targets, self._data)
+        objective = BlockOutput(self._replay, position, targets, self._data)
         return [self._fit("block", block.name, objective, masked, parameters, self._data.tokens)]
 
     def fit_model(self, divergence: Divergence, data: Data) -> list[RecoveryRecord]:
@@ -306,7 +146,7 @@ class Recoverer:
                 deviations |= self._deviations(position, inner)
                 self._replay.run(position, store=True)
         masked = self._masked(layers, parameters, deviations)
-        objective = _Predictions(self._model, divergence, data)
+        objective = Predictions(self._model, divergence, data)
         return [self._fit("model", "model", objective, masked, parameters, data.tokens)]
 
     def _wanted(self, parameter: nn.Parameter) -> bool:
