@@ -52,8 +52,8 @@ class BiLevel(MovingRule):
     True
     """
 
-    ridge: float = 0.1
-    step: float = 0.02
+    ridge: float = 0.01
+    step: float = 0.005
     momentum: float = 0.8
 
     numbers: ClassVar[float] = 3.0  # values of pruned entries, scores, and averaged gradients

@@ -65,14 +65,14 @@ class GumbelMasks(MovingRule):
     Examples
     --------
     >>> from maskopt.recovery import GumbelMasks
-    >>> GumbelMasks(prior=4.0).moves
+    >>> GumbelMasks(prior=3.0).moves
     True
     """
 
-    hot: float = 1.0
-    cold: float = 0.05
-    prior: float = 3.0
-    step: float = 0.1
+    hot: float = 4.0
+    cold: float = 0.1
+    prior: float = 10.0
+    step: float = 1.0
     regularity: float = 0.0
     seed: int = 0
 

@@ -53,11 +53,11 @@ class PolicyGradient(MovingRule):
     Examples
     --------
     >>> from maskopt.recovery import PolicyGradient
-    >>> PolicyGradient(spread=0.2).moves
+    >>> PolicyGradient(spread=0.1).moves
     True
     """
 
-    spread: float = 0.1
+    spread: float = 0.02
     step: float = 0.01
     memory: float = 0.9
     seed: int = 0

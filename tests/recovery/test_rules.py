@@ -242,7 +242,7 @@ def test_logits_find_the_mask_of_least_cost(masks):
     cost = torch.randn(4, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     weight.master = torch.ones_like(cost)
     start = float((cost * weight.mask).sum())
-    state = GumbelMasks(step=0.2).begin([weight], 1000)
+    state = GumbelMasks(hot=1.0, cold=0.05, prior=3.0, step=0.2).begin([weight], 1000)
     for step in range(600):
         weight.master.grad = cost.clone()  # the gradient by x * w is cost, and w is 1
         state.gradient(weight, step)
