@@ -29,16 +29,17 @@ class GumbelMasks(MovingRule):
     """Learns logits by gradients through relaxed masks that are drawn with Gumbel noise of falling temperature.
 
     N:M masks (MaskLLM): each of the C = M over N candidates S_i of a group has a logit a_i. With Gumbel noise z, the
-    group's relaxed mask is x = sum_i y_i S_i, y = softmax((a + z) / t), and the module computes with x * w. The
-    gradient of the loss by a is that through y. Other partition matroids, and N:M with more than 70 candidates: each
-    entry has a logit, and x_j = sigmoid((a_j + z_j - c) / t), with one threshold c for each group at which the x_j add
-    up to the number it keeps: the capped simplex's point for a - z in place of the simplex's, with an entropy as the
-    softmax has one. In the limit t -> 0 it is the mask of the largest noisy logits. t falls geometrically from `hot`
-    to `cold`. Logits start from the mask: `prior` times what a candidate has in common with it, less the mean.
+    group's relaxed mask is x = sum_i y_i S_i, y = softmax((a + z) / t), and the module computes with x * w. Other
+    partition matroids, and N:M with more than 70 candidates: each entry has a logit, and x_j =
+    sigmoid((a_j + z_j - c) / t), with one threshold c for each group at which the x_j add up to the number it keeps.
+    Softmax and sigmoids are alike: the points of the simplex, and of the capped simplex, with the largest sum of noisy
+    logits plus t times an entropy; for t -> 0 they are masks. Logits follow the gradient of the loss through x, with
+    steps of Adam. t falls geometrically from `hot` to `cold`. Logits start from the mask: `prior` times what a
+    candidate has in common with it, less the mean.
 
-    The logits are Adam's, whose steps are `step`. Weights have the gradient of what the module computes with, x * g, so
-    that pruned ones grow from zero in proportion to how often they are drawn; in MaskLLM they stay. Less `regularity`
-    times the mean of |x * w|^2, which draws logits to large weights, relative to the loss's own gradient.
+    Weights have the gradient of what the module computes with, x * g, so that pruned ones grow from zero in proportion
+    to how much they count; in MaskLLM weights stay. `regularity` draws logits to large weights as MaskLLM's sparse
+    weight regularization does, by the gradient of -|x * w|^2, whose size is given relative to that of the loss.
 
     Parameters
     ----------
