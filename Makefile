@@ -50,7 +50,7 @@ SMOLLM_ALLOCATION := --name allocation-smollm2 --only-models --methods best --sp
 CORRECTION_STUDY := --patterns per-row:0.6,2:4 --characters 60000
 RECOVERY_STUDY := --characters 60000
 RULES_STUDY := --name mask-rules --only-models --samples 32 --characters 60000 \
-	--recoveries none,block:fixed,block,block:reselection,block:admm,block:drop-and-grow,block:frank-wolfe
+	--recoveries none,block:fixed,block,block:reselection,block:admm,block:drop-and-grow,block:frank-wolfe,block:bip,block:policy-gradient,block:gumbel,block:fixed:lora,ebft:0.0002,ebft:0.001,ebft:0.005,ebft:0.02,model:fixed,model:fixed:lora
 # SMOLLM names the folder that benchmarks/make_smollm2.py makes.
 bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOLLM= add to them, see README)
 	$(BIN)/python benchmarks/layers.py $(LAYERS)

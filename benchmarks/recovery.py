@@ -4,9 +4,10 @@
     python benchmarks/recovery.py [...] --recoveries none,block,block:fixed,model,model:fixed --samples 16,128
 
 Without models the shipped demo model, calibrated and evaluated on this Python's standard library. A method is one of
-benchmarks/allocation.py. A recovery is none, block or model; behind a colon the rule for masks, and behind a second one
-what is fitted (all, pruned or vectors): block:fixed:vectors. Every cell prunes the dense model anew with the same
-windows, drawn as by `maskopt prune`; times are processor time. Writes benchmarks/results/NAME.{md,json} after every
+benchmarks/allocation.py. A recovery is none, block or model; behind a colon the rule for masks, behind a second one
+what is fitted (all, pruned, vectors or lora), and behind a third one the rank: block:fixed:lora:8. Or it is EBFT's
+recipe with a learning rate: ebft:0.001. Every cell prunes the dense model anew with the same windows, drawn as by
+`maskopt prune`; times are processor time. Writes benchmarks/results/NAME.{md,json} after every
 cell; --resume goes on where an interrupted run ended.
 """
 
@@ -20,12 +21,15 @@ from typing import Any
 
 import report
 from allocation import solver_of
+from ebft import ebft
 from perplexity import Job
 from study import Opened, Record, carry_out, numbers, parse, split_pattern, words
 
-from maskopt.cli.options import further_windows, parse_recovery
+from maskopt.cli.recover_options import further_windows, parse_recovery
 from maskopt.models import calibration_batches, prune
 from maskopt.oracles import parse_masks
+
+BEST = "ebft, best"
 
 Cell = tuple[str, int, int, str, str, str]
 
@@ -64,12 +68,24 @@ def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: A
     for name, seed, samples, pattern, method, recovery in todo:
         batches = calibration_batches(data.tokenizer, job.calibration, samples, data.seqlen, seed=seed)
         masks = parse_masks(*split_pattern(pattern))
-        level, rule, which = (*recovery.split(":"), "", "")[:3]
-        settings = parse_recovery(level, options.epochs, None, rule or None, which or "all", seed)
+        level, rule, which, rank = (*recovery.split(":"), "", "", "")[:4]
+        recipe = level == "ebft"
+        settings = parse_recovery(
+            "none" if recipe else level,
+            options.epochs,
+            None,
+            None if recipe else rule or None,
+            which or "all",
+            seed,
+            int(rank or 16),
+        )
         model = copy.deepcopy(data.model)
         began = time.process_time()
         held_out, further = further_windows(batches, None, settings)
         done = prune(model, batches, masks, solver_of(method), recover=settings, held_out=held_out, further=further)
+        if recipe:
+            passes = 4 if options.epochs is None else round(options.epochs)
+            ebft(model, data.model, batches, held_out, done.masks, float(rule), passes, seed)
         seconds = time.process_time() - began
         values = {what: data.perplexity(model, part) for what, part in texts.items()}
         finished(
@@ -113,8 +129,19 @@ def summary(records: Sequence[Record], recoveries: Sequence[str], what: str) -> 
     return report.table(["model, masks, start, data", "dense", *recoveries], rows)
 
 
+def with_best(records: Sequence[Record]) -> list[Record]:
+    """Return the records, and for each cell that of EBFT's learning rate with the lowest perplexity."""
+    best: dict[tuple[Any, ...], Record] = {}
+    for record in records:
+        if record["recovery"].startswith("ebft:"):
+            cell = key(record)[:5]
+            if cell not in best or record["perplexity"] < best[cell]["perplexity"]:
+                best[cell] = record
+    return [*records, *({**record, "recovery": BEST} for record in best.values())]
+
+
 def ratios(records: Sequence[Record], recoveries: Sequence[str]) -> str:
-    """Return each recovery's perplexity over the same start's without: median, largest; and what moving masks add."""
+    """Return each recovery's perplexity over others of the same start: none, the level's fixed and moving masks."""
     by_cell = {key(record): record["perplexity"] for record in records}
 
     def over(name: str, base: str) -> str:
@@ -123,19 +150,20 @@ def ratios(records: Sequence[Record], recoveries: Sequence[str]) -> str:
             for cell, value in by_cell.items()
             if cell[5] == name and (*cell[:5], base) in by_cell
         ]
-        return f"{median(found):.3f} ({max(found):.3f})" if found else ""
+        return f"{median(found):.3f} ({max(found):.3f})" if found and name != base else ""
 
     rows = []
     for name in recoveries:
         if name != "none":
-            level, _, rule = name.partition(":")
-            rows.append([name, over(name, "none"), "" if rule else over(name, f"{level}:fixed")])
-    return report.table(["recovery", "over none", "over fixed masks"], rows)
+            level = "block" if name.startswith("ebft") else name.partition(":")[0]
+            rows.append([name, over(name, "none"), over(name, f"{level}:fixed"), over(name, level)])
+    return report.table(["recovery", "over none", "over fixed masks", "over the default"], rows)
 
 
 def write(records: Sequence[Record], options: argparse.Namespace, left: int) -> None:
     """Write the results."""
-    recoveries = [name for name in options.recoveries if any(record["recovery"] == name for record in records)]
+    records = with_best(records)
+    recoveries = [name for name in (*options.recoveries, BEST) if any(record["recovery"] == name for record in records)]
     parts = [
         "Perplexity on text the model was not calibrated with (lower is better), the median over seeds "
         f"{options.seeds}. Windows of at most 512 tokens, and as many others for the fit of the whole model, as "
@@ -143,6 +171,10 @@ def write(records: Sequence[Record], options: argparse.Namespace, left: int) -> 
     ]
     if left:
         parts.append(f"Unfinished: {left} cells are still to be run.")
+    if BEST in recoveries:
+        parts.append(
+            f"{BEST} has the learning rate with the lowest perplexity on this very text in each cell, which favours it."
+        )
     parts += [summary(records, recoveries, "perplexity"), "Ratios of perplexities: median over all cells (largest)."]
     parts.append(ratios(records, recoveries))
     if any("foreign" in record for record in records):
@@ -150,10 +182,11 @@ def write(records: Sequence[Record], options: argparse.Namespace, left: int) -> 
             "Perplexity on text of another kind than the calibration's.",
             summary([record for record in records if "foreign" in record], recoveries, "foreign"),
         ]
-    worse = sum(fit["after"] > fit["before"] for record in records for fit in record["fits"])
-    total = sum(len(record["fits"]) for record in records)
+    measured = [record for record in records if record["recovery"] != BEST]
+    worse = sum(fit["after"] > fit["before"] for record in measured for fit in record["fits"])
+    total = sum(len(record["fits"]) for record in measured)
     parts.append(f"Fits that are worse than before on held-out windows: {worse} of {total}.")
-    report.write(options.name, "Recovery above the layer", "\n\n".join(parts), {"records": list(records)})
+    report.write(options.name, "Recovery above the layer", "\n\n".join(parts), {"records": measured})
 
 
 def main() -> None:

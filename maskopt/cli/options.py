@@ -15,9 +15,7 @@ from maskopt.errors import MaskoptError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from maskopt.models import Calibration
     from maskopt.oracles import MaskSet
-    from maskopt.recovery import Recovery
 
 __all__ = [
     "INSTANCE_HELP",
@@ -33,7 +31,6 @@ __all__ = [
     "DeviceOption",
     "ExcludeOption",
     "FixedOption",
-    "HeldOutOption",
     "IncludeOption",
     "InstanceArgument",
     "JsonOption",
@@ -45,10 +42,6 @@ __all__ = [
     "Propagate",
     "PropagateOption",
     "QuietOption",
-    "RecoverEpochsOption",
-    "RecoverMasksOption",
-    "RecoverParametersOption",
-    "RecoverTokensOption",
     "ResumeOption",
     "SamplesOption",
     "SeedOption",
@@ -60,11 +53,9 @@ __all__ = [
     "WeightsOption",
     "check_device",
     "check_seqlen",
-    "further_windows",
     "parse_fixed",
     "parse_masks",
     "parse_memory",
-    "parse_recovery",
     "require_file",
     "require_transformers",
 ]
@@ -171,37 +162,6 @@ SeqlenOption = Annotated[
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Windows per forward pass of the model.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")]
 SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Number of calibration windows.")]
-RecoverEpochsOption = Annotated[
-    float | None,
-    typer.Option(
-        "--recover-epochs",
-        metavar="N",
-        help="Passes over the calibration windows for each block, and for the model.",
-        show_default="4 for blocks, 2 for the model",
-    ),
-]
-RecoverTokensOption = Annotated[
-    int | None,
-    typer.Option("--recover-tokens", metavar="N", min=1, help="Tokens to fit on, in place of --recover-epochs."),
-]
-RecoverMasksOption = Annotated[
-    str | None,
-    typer.Option(
-        "--recover-masks",
-        metavar="RULE",
-        help="How masks move meanwhile: continuation, fixed, reselection, admm, drop-and-grow or frank-wolfe.",
-        show_default="continuation for blocks, fixed for the model",
-    ),
-]
-RecoverParametersOption = Annotated[
-    str,
-    typer.Option(
-        "--recover-parameters",
-        metavar="WHICH",
-        help="What is fitted: all parameters of the blocks, the pruned weights (pruned), or norms and biases alone "
-        "(vectors).",
-    ),
-]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the random choice of calibration windows.")]
 IncludeOption = Annotated[
     list[str] | None,
@@ -251,16 +211,6 @@ PropagateOption = Annotated[
         help="Inputs on which a layer is calibrated: those in the pruned model, those in the dense one, or "
         "corrected: inputs in the pruned model, with the dense model's outputs as target.",
         show_default="corrected for continuation, lsq, fista and best, else pruned",
-    ),
-]
-HeldOutOption = Annotated[
-    int | None,
-    typer.Option(
-        "--held-out",
-        metavar="N",
-        help="Further windows of the calibration text on which nothing is chosen: errors are measured on them as well, "
-        "and recovery stops by them; 0 for none.",
-        show_default="an eighth of --samples",
     ),
 ]
 CorrectionOption = Annotated[
@@ -322,57 +272,6 @@ def parse_fixed(items: list[str] | None) -> dict[str, float]:
         found.pop(glob, None)
         found[glob] = number
     return found
-
-
-def further_windows(
-    calibration: "Calibration", number: int | None, recovery: "Recovery | None"
-) -> "tuple[Calibration | None, Calibration | None]":
-    """Return windows that are held out of a calibration, and as many as it has to fit the whole model to, if it is.
-
-    Parameters
-    ----------
-    calibration : Calibration
-    number : int, optional
-        Of windows to hold out: by default an eighth; none for 0.
-    recovery : Recovery, optional
-
-    Raises
-    ------
-    MaskoptError
-        If the number is negative.
-    """
-    count = max(1, calibration.samples // 8) if number is None else number
-    if count < 0:
-        raise MaskoptError(f"--held-out must be a number of windows, or 0 for none; got {count}.")
-    fitted = calibration.samples if recovery is not None and recovery.level == "model" else 0
-    if count + fitted == 0:
-        return None, None
-    others = calibration.apart(count + fitted)
-    return (
-        others.at(others.starts[:count]) if count else None,
-        others.at(others.starts[count:]) if fitted else None,
-    )
-
-
-def parse_recovery(
-    level: str, epochs: float | None, tokens: int | None, masks: str | None, parameters: str, seed: int
-) -> "Recovery | None":
-    """Return the settings of a recovery; None where the level is "none".
-
-    Raises
-    ------
-    MaskoptError
-        If an option is not one of those there are.
-    """
-    if level not in ("none", "block", "model"):
-        raise MaskoptError(f"There is no recovery {level!r}; choose none, block or model.")
-    from maskopt.recovery import RULES, Recovery
-
-    if masks is not None and masks not in RULES:
-        raise MaskoptError(f"There is no rule {masks!r} for masks in recovery; choose {', '.join(RULES)}.")
-    rule = None if masks is None else RULES[masks]()
-    made = Recovery("block" if level == "none" else level, epochs, tokens, parameters, rule, seed=seed)  # type: ignore[arg-type]  # checked inside
-    return None if level == "none" else made
 
 
 def check_device(name: str) -> str:

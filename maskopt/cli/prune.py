@@ -20,7 +20,6 @@ from maskopt.cli.options import (
     DeviceOption,
     ExcludeOption,
     FixedOption,
-    HeldOutOption,
     IncludeOption,
     JsonOption,
     MemoryOption,
@@ -29,10 +28,6 @@ from maskopt.cli.options import (
     PlotOption,
     PropagateOption,
     QuietOption,
-    RecoverEpochsOption,
-    RecoverMasksOption,
-    RecoverParametersOption,
-    RecoverTokensOption,
     ResumeOption,
     SamplesOption,
     SeedOption,
@@ -44,11 +39,9 @@ from maskopt.cli.options import (
     WeightsOption,
     check_device,
     check_seqlen,
-    further_windows,
     parse_fixed,
     parse_masks,
     parse_memory,
-    parse_recovery,
     require_file,
     require_transformers,
 )
@@ -67,6 +60,16 @@ from maskopt.cli.output import (
 from maskopt.cli.prune_progress import PruneProgress
 from maskopt.cli.prune_tables import layer_table, summary
 from maskopt.cli.recover import recovery_lines
+from maskopt.cli.recover_options import (
+    HeldOutOption,
+    RecoverEpochsOption,
+    RecoverMasksOption,
+    RecoverParametersOption,
+    RecoverRankOption,
+    RecoverTokensOption,
+    further_windows,
+    parse_recovery,
+)
 from maskopt.cli.solvers import parse_weights
 from maskopt.cli.words import duration, masks_words, solver_words
 from maskopt.cli.work_folder import WorkFolder
@@ -152,6 +155,7 @@ def prune(
     recover_tokens: RecoverTokensOption = None,
     recover_masks: RecoverMasksOption = None,
     recover_parameters: RecoverParametersOption = "all",
+    recover_rank: RecoverRankOption = 16,
     plot: PlotOption = None,
     cache: CacheOption = None,
     json: JsonOption = None,
@@ -194,7 +198,9 @@ def prune(
     if time_limit is not None and certify is None:
         raise MaskoptError("--time-limit applies to the proofs of --certify; give both, or leave it out.")
     method = parse_weights(treatment, solver, option or ())
-    recovery = parse_recovery(recover, recover_epochs, recover_tokens, recover_masks, recover_parameters, seed)
+    recovery = parse_recovery(
+        recover, recover_epochs, recover_tokens, recover_masks, recover_parameters, seed, recover_rank
+    )
     given = _read_plan(allocation, pattern, sparsity, fixed)
     masks = given or (parse_masks(pattern, sparsity) if allocation == "uniform" and not fixed else None)
     mean = 0.0 if masks is not None else mean_sparsity(pattern, sparsity)

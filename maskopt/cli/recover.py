@@ -15,23 +15,16 @@ from maskopt.cli.options import (
     CalibrationOption,
     DeviceOption,
     ExcludeOption,
-    HeldOutOption,
     IncludeOption,
     JsonOption,
     MemoryOption,
     QuietOption,
-    RecoverEpochsOption,
-    RecoverMasksOption,
-    RecoverParametersOption,
-    RecoverTokensOption,
     SamplesOption,
     SeedOption,
     SeqlenOption,
     check_device,
     check_seqlen,
-    further_windows,
     parse_memory,
-    parse_recovery,
     require_file,
     require_transformers,
 )
@@ -45,6 +38,16 @@ from maskopt.cli.output import (
     show_evaluation,
     tables,
     tell_memory,
+)
+from maskopt.cli.recover_options import (
+    HeldOutOption,
+    RecoverEpochsOption,
+    RecoverMasksOption,
+    RecoverParametersOption,
+    RecoverRankOption,
+    RecoverTokensOption,
+    further_windows,
+    parse_recovery,
 )
 from maskopt.cli.words import duration, named_table
 from maskopt.errors import MaskoptError
@@ -75,6 +78,7 @@ def recover(
     recover_tokens: RecoverTokensOption = None,
     recover_masks: RecoverMasksOption = None,
     recover_parameters: RecoverParametersOption = "all",
+    recover_rank: RecoverRankOption = 16,
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = None,
     batch_size: BatchOption = 8,
@@ -94,7 +98,9 @@ def recover(
     began = time.perf_counter()
     check_outputs(json, out)
     working = parse_memory(memory)
-    settings = parse_recovery(level, recover_epochs, recover_tokens, recover_masks, recover_parameters, seed)
+    settings = parse_recovery(
+        level, recover_epochs, recover_tokens, recover_masks, recover_parameters, seed, recover_rank
+    )
     if settings is None:
         raise MaskoptError("The command recover fits blocks or the model, not none; choose block or model.")
     require_file("calibration text", calibration)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from maskopt.models.batches import prepare_batches, vocabulary_size, with_held_out
@@ -15,7 +15,7 @@ from maskopt.models.recovery import Recoverer, divided
 from maskopt.models.replay import Replay, evaluation_mode, first_tensor
 from maskopt.models.selection import select_layers
 from maskopt.oracles import Unstructured
-from maskopt.recovery import Recovery
+from maskopt.recovery import MaskRule, Recovery
 
 __all__ = ["recovery_bytes"]
 
@@ -35,8 +35,8 @@ def recovery_bytes(
     """Return about how many bytes a recovery takes at its peak, beside the model and the states of all windows.
 
     Counted are the optimizer's two moments, the best state, and what masks that move and half precision need, for the
-    parameters of the largest block or of the model; the largest gradient; and the activations of a micro-batch, which
-    are measured on the first block.
+    parameters of the largest block or of the model, or for the factors of a change of low rank; the largest gradient;
+    and the activations of a micro-batch, which are measured on the first block.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ def recovery_bytes(
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from maskopt.models import recovery_bytes
-    >>> from maskopt.recovery import Recovery
+    >>> from maskopt.recovery import MaskRule, Recovery
     >>> config = LlamaConfig(
     ...     vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
     ... )
@@ -74,23 +74,34 @@ def recovery_bytes(
         recoverer = Recoverer(model, replay, data, recovery, anything, {})
         activations = _saved_bytes(replay)
     # One after the other, so that the larger of both counts.
-    needed = max(_fit_bytes(recoverer.parameters(block), recovery.rule_for("block").moves) for block in replay.order)
+    needed = max(
+        _fit_bytes(recoverer, recoverer.parameters(block), recovery.rule_for("block")) for block in replay.order
+    )
     needed += activations
     if recovery.level == "model":
         logits = batch.shape[0] * batch.shape[1] * (vocabulary_size(model) or 0)
-        whole = _fit_bytes(recoverer.all_parameters(), recovery.rule_for("model").moves)
+        whole = _fit_bytes(recoverer, recoverer.all_parameters(), recovery.rule_for("model"))
         whole += len(replay.order) * activations + _LOGITS * logits
         needed = max(needed, whole)
     return needed
 
 
-def _fit_bytes(parameters: Sequence[Tensor], moves: bool) -> int:
-    total = 0
+def _fit_bytes(recoverer: Recoverer, parameters: Sequence[nn.Parameter], rule: MaskRule) -> int:
+    """Return the bytes of a fit: the optimizer's, copies of what it changes, what the rule keeps, and one gradient."""
+    total, largest = 0, 0
     for parameter in parameters:
+        numbers, entries = recoverer.trained(parameter), parameter.numel()
+        size = parameter.element_size()
+        if numbers != entries:
+            # Factors and the best of them, a copy of the weight; its change beside the gradient.
+            total += (_ADAM + 2 * _MASTER) * numbers + size * entries
+            largest = max(largest, 2 * _GRADIENT * entries)
+            continue
         exact = parameter.dtype in (torch.float32, torch.float64)
-        best = parameter.element_size()
-        total += (_ADAM + best + (_MASTER if moves or not exact else 0)) * parameter.numel()
-    return total + max((_GRADIENT * parameter.numel() for parameter in parameters), default=0)
+        beside = max(rule.numbers if parameter.ndim > 1 else min(1.0, rule.numbers), 0.0 if exact else 1.0)
+        total += int((_ADAM + size + _MASTER * beside) * entries)
+        largest = max(largest, _GRADIENT * entries)
+    return total + largest
 
 
 def _saved_bytes(replay: Replay) -> int:

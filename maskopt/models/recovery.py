@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from maskopt.errors import MaskoptError
-from maskopt.models.batches import Batch, gathered, sequences
 from maskopt.models.blocks import Block
 from maskopt.models.divergence import KEPT, Divergence
+from maskopt.models.experts import StackedLayer
 from maskopt.models.gram import GramCollector
 from maskopt.models.layers import Layer
 from maskopt.models.masked import masked_weights
-from maskopt.models.replay import Replay, first_tensor
+from maskopt.models.objectives import BlockOutput, Predictions
+from maskopt.models.replay import Replay
 from maskopt.models.report import RecoveryRecord
+from maskopt.models.windows import Data, divided
 from maskopt.oracles import MaskSet
 from maskopt.recovery import Level, Masked, Objective, Recovery, fit
 from maskopt.threads import sized_threads
@@ -26,166 +26,8 @@ from maskopt.weights import conditional_deviations
 
 __all__ = ["Data", "Recoverer", "divided", "predictions"]
 
-_TOKENS = 2048  # of a micro-batch, at most, unless a window is longer
-_STEPS = 32  # micro-batches in a pass, at least, where there are so many windows
-_HELD = 8  # one window of so many is held out, and at least two
 _LEAST, _BYTES = 32, 8  # likely tokens of a position that are told apart, at least, and bytes for each
 _LARGEST: dict[Level, float] = {"block": 0.5, "model": 0.24}  # step sizes that are tried
-_SMALLEST = 1e-6  # squared length of a token, at least, relative to the mean
-_SHINGLE = 16  # tokens in a row that two windows of a text have in common only where they overlap
-
-
-@dataclass(frozen=True)
-class Data:
-    """Calibration windows in micro-batches.
-
-    Attributes
-    ----------
-    batches : list of Batch
-    fitted, held_out : range
-        Indices of the micro-batches to fit and of those that are held out.
-    """
-
-    batches: list[Batch]
-    fitted: range
-    held_out: range
-
-    @property
-    def tokens(self) -> int:
-        """Tokens to fit."""
-        return sum(self.batches[index].tokens for index in self.fitted)
-
-    def instead(self, batches: Sequence[Batch]) -> Data:
-        """Return other windows to fit, with the same held out."""
-        held_out = [self.batches[index] for index in self.held_out]
-        return divided([*batches, *held_out])
-
-
-def divided(batches: Sequence[Batch]) -> Data:
-    """Divide calibration windows into micro-batches, with an eighth of the windows held out unless batches are already.
-
-    Those windows are held out that have the fewest tokens in common with others, because windows drawn at random from a
-    text may overlap; among equals the last ones.
-
-    Parameters
-    ----------
-    batches : sequence of Batch
-
-    Returns
-    -------
-    Data
-
-    Raises
-    ------
-    MaskoptError
-        If there is a single window.
-    """
-    single = sequences(batches)
-    number = len(single)
-    if number < 2:
-        raise MaskoptError("Recovery needs at least two calibration windows, because one of them is held out.")
-    out = {index for index, batch in enumerate(single) if batch.held_out}
-    if not out:
-        count = max(min(2, number // 2), number // _HELD)
-        overlap = _overlaps(single)
-        out = set(sorted(range(number), key=lambda index: (overlap[index], -index))[:count])
-    size = max(1, min(_TOKENS // single[0].shape[1], number // _STEPS))
-    kept = gathered([batch for index, batch in enumerate(single) if index not in out], size)
-    held = gathered([replace(batch, held_out=True) for index, batch in enumerate(single) if index in out], size)
-    return Data([*kept, *held], range(len(kept)), range(len(kept), len(kept) + len(held)))
-
-
-def _overlaps(single: Sequence[Batch]) -> list[int]:
-    """Return how many runs of tokens each window has in common with others."""
-    owners: dict[bytes, int] = {}
-    shared = [0] * len(single)
-    for index, batch in enumerate(single):
-        ids = batch.inputs.get("input_ids")
-        if ids is None:
-            continue
-        row = ids[0].cpu().numpy()
-        for first in range(len(row) - _SHINGLE + 1):
-            run = row[first : first + _SHINGLE].tobytes()
-            owner = owners.setdefault(run, index)
-            if owner != index:
-                shared[index] += 1
-                shared[owner] += 1
-    return shared
-
-
-class _BlockOutput(Objective):
-    """Squared error of a block's output, relative to the size of the output to reach, token by token.
-
-    What follows a block norms its output, so an error matters in proportion to its token's size; without that, a few
-    tokens with huge activations would decide everything.
-
-    Parameters
-    ----------
-    replay : Replay
-        Of the pruned model.
-    position : int
-        Of the block.
-    targets : callable
-        Returns the output to reach on the micro-batch of an index.
-    data : Data
-    """
-
-    def __init__(self, replay: Replay, position: int, targets: Callable[[int], Tensor], data: Data) -> None:
-        self._replay, self._position, self._targets, self._data = replay, position, targets, data
-        total = sum(float(self._sizes(targets(index)).mean()) for index in data.fitted) / len(data.fitted)
-        self._least = max(_SMALLEST * total, torch.finfo(torch.float32).tiny)
-
-    @property
-    def batches(self) -> int:
-        return len(self._data.fitted)
-
-    def loss(self, index: int) -> Tensor:
-        return self._errors(self._data.fitted[index]).mean()
-
-    def held_out(self) -> Tensor:
-        return torch.cat([self._errors(index).double().cpu() for index in self._data.held_out])
-
-    def _errors(self, index: int) -> Tensor:
-        """Return the mean error over the tokens of each sequence."""
-        output = first_tensor(self._replay.output(self._position, index))
-        target, batch = self._targets(index), self._data.batches[index]
-        errors = self._sizes(output.float() - target.float()) / self._sizes(target).clamp_min(self._least)
-        if batch.real is not None and errors.shape[:2] == batch.real.shape:
-            real = batch.real.to(errors.device).reshape(*batch.real.shape, *(1 for _ in errors.shape[2:]))
-            return (errors * real).flatten(1).sum(1) / real.flatten(1).sum(1).clamp_min(1)
-        return errors.reshape(batch.shape[0], -1).mean(1)
-
-    @staticmethod
-    def _sizes(states: Tensor) -> Tensor:
-        """Return the squared length of each token's vector."""
-        return states.float().square().sum(-1)
-
-
-class _Predictions(Objective):
-    """Divergence of the model's predictions from the dense model's, per token.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-    divergence : Divergence
-        From the dense model, on the micro-batches.
-    data : Data
-    """
-
-    def __init__(self, model: PreTrainedModel, divergence: Divergence, data: Data) -> None:
-        self._model, self._divergence, self._data = model, divergence, data
-
-    @property
-    def batches(self) -> int:
-        return len(self._data.fitted)
-
-    def loss(self, index: int) -> Tensor:
-        number = self._data.fitted[index]
-        total = self._divergence.of(self._divergence.logits(self._model, number), number).sum()
-        return total / max(1, self._data.batches[number].tokens)
-
-    def held_out(self) -> Tensor:
-        return self._divergence.each(self._model, indices=self._data.held_out)
 
 
 class Recoverer:
@@ -206,6 +48,11 @@ class Recoverer:
         Masks by the name of the layer, as in ``PruneReport.masks``; replaced where they move.
     progress : callable, optional
         Called with what is fitted and the fraction done.
+
+    Raises
+    ------
+    MaskoptError
+        If a set lacks what the rule for masks needs.
     """
 
     def __init__(
@@ -221,23 +68,41 @@ class Recoverer:
         self._model, self._replay, self._data, self._recovery = model, replay, data, recovery
         self._sets, self._masks, self._progress = sets, masks, progress
         self._size = sum(parameter.numel() for parameter in model.parameters())
-        self._pruned = {id(layer.parameter) for layer in sets}
+        for level in ("block", "model") if recovery.level == "model" else ("block",):
+            rule = recovery.rule_for(level)
+            for layer, masks_of in sets.items():
+                rule.check([masks_of] if isinstance(layer, StackedLayer) else masks_of)
         self._inside, self._twice = _uses(model, replay.order)
+
+    @property
+    def _pruned(self) -> set[int]:
+        """Identities of the pruned layers' parameters; those of blocks on disk are others whenever a block is read."""
+        return {id(layer.parameter) for layer in self._sets}
 
     def parameters(self, block: Block) -> list[nn.Parameter]:
         """Return what is fitted of a block: parameters that no other block and nothing outside the blocks has."""
         own = [p for p in block.module.parameters() if id(p) not in self._twice and p.is_floating_point()]
-        return [parameter for parameter in own if self._wanted(parameter)]
+        pruned = self._pruned
+        return [parameter for parameter in own if self._wanted(parameter, pruned)]
 
     def all_parameters(self) -> list[nn.Parameter]:
         """Return what is fitted of the model: the blocks' parameters, and vectors outside."""
+        pruned = self._pruned
         return [
             parameter
             for parameter in self._model.parameters()
             if parameter.is_floating_point()
             and (id(parameter) in self._inside or parameter.ndim == 1)
-            and self._wanted(parameter)
+            and self._wanted(parameter, pruned)
         ]
+
+    def trained(self, parameter: nn.Parameter) -> int:
+        """Return how many numbers the optimizer changes for a parameter."""
+        rank = self._recovery.rank_of(id(parameter) in self._pruned)
+        if rank is None:
+            return parameter.numel()
+        *stack, rows, inputs = parameter.shape
+        return math.prod(stack) * min(rank, rows, inputs) * (rows + inputs)
 
     def fit_block(
         self, position: int, layers: Sequence[Layer], targets: Callable[[int], Tensor]
@@ -264,7 +129,7 @@ class Recoverer:
             return []
         deviations = self._deviations(position, layers) if self._recovery.rule_for("block").moves else {}
         masked = masked_weights(layers, parameters, self._masks, self._sets, deviations)
-        objective = _BlockOutput(self._replay, position, targets, self._data)
+        objective = BlockOutput(self._replay, position, targets, self._data)
         return [self._fit("block", block.name, objective, masked, parameters, self._data.tokens)]
 
     def fit_model(self, divergence: Divergence, data: Data) -> list[RecoveryRecord]:
@@ -293,12 +158,12 @@ class Recoverer:
                 deviations |= self._deviations(position, inner)
                 self._replay.run(position, store=True)
         masked = masked_weights(layers, parameters, self._masks, self._sets, deviations)
-        objective = _Predictions(self._model, divergence, data)
+        objective = Predictions(self._model, divergence, data)
         return [self._fit("model", "model", objective, masked, parameters, data.tokens)]
 
-    def _wanted(self, parameter: nn.Parameter) -> bool:
-        pruned, vector = id(parameter) in self._pruned, parameter.ndim == 1
-        return {"all": True, "pruned": pruned, "vectors": vector}[self._recovery.parameters]
+    def _wanted(self, parameter: nn.Parameter, those: set[int]) -> bool:
+        pruned, vector = id(parameter) in those, parameter.ndim == 1
+        return {"all": True, "pruned": pruned, "vectors": vector, "lora": pruned or vector}[self._recovery.parameters]
 
     def _deviations(self, position: int, layers: Sequence[Layer]) -> dict[Layer, Tensor]:
         """Return the deviations of a block's inputs given each other."""
@@ -337,6 +202,7 @@ class Recoverer:
                     step_size=settings.step_size,
                     largest=_LARGEST[level],
                     seed=settings.seed,
+                    rank=settings.rank_of(True),
                     progress=tell,
                 )
         finally:
@@ -352,7 +218,7 @@ class Recoverer:
             changed=fitted.changed,
             step_size=fitted.step_size,
             steps=fitted.steps,
-            parameters=sum(parameter.numel() for parameter in parameters),
+            parameters=sum(self.trained(parameter) for parameter in parameters),
             seconds=time.perf_counter() - began,
         )
 

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 
 from maskopt.checks import check_settings, real
-from maskopt.recovery.base import Masked, MaskRule, MaskState
+from maskopt.recovery.base import Masked, MovingRule, MovingState
 
 __all__ = ["Splitting"]
 
 
 @dataclass(frozen=True)
-class Splitting(MaskRule):
+class Splitting(MovingRule):
     """Fits dense weights that are drawn towards masked ones, more and more.
 
     ADMM for the loss of w, subject to w = z and z masked: w is the optimizer's, followed by a proximal step towards
@@ -43,34 +43,28 @@ class Splitting(MaskRule):
     True
     """
 
-    until: float = 0.6
     pull: float = 0.5
 
-    moves: ClassVar[bool] = True
+    numbers: ClassVar[float] = 2.0  # w of pruned entries, and u
 
     def __post_init__(self) -> None:
-        check_settings(self, until=real(0, 1, above=True), pull=real(0, 1, above=True))
+        super().__post_init__()
+        check_settings(self, pull=real(0, 1, above=True))
 
-    def begin(self, weights: Sequence[Masked], steps: int) -> MaskState:
+    def begin(self, weights: Sequence[Masked], steps: int) -> MovingState:
         return _Split(weights, steps, self)
 
 
-class _Split(MaskState):
+class _Split(MovingState):
     def __init__(self, weights: Sequence[Masked], steps: int, rule: Splitting) -> None:
-        super().__init__(weights, steps)
-        self._rule, self._last = rule, rule.until * steps
+        super().__init__(weights, steps, rule)
+        self._pull = rule.pull
         self._duals = [torch.zeros_like(weight.master) for weight in weights]
         for weight in weights:
             weight.pruned = 1.0
 
-    def gradient(self, weight: Masked, step: int) -> None:
-        if step >= self._last:
-            super().gradient(weight, step)
-
-    def stepped(self, step: int) -> None:
-        if not self._duals:
-            return
-        strength = self._rule.pull * min(1.0, step / self._last) ** 2
+    def move(self, step: int) -> None:
+        strength = self._pull * (1.0 - self.left(step)) ** 2
         for weight, dual in zip(self.weights, self._duals, strict=True):
             with torch.no_grad():
                 dual.add_(weight.master)  # the point w + u
@@ -78,7 +72,7 @@ class _Split(MaskState):
                 outside = dual * ~weight.mask  # the new u, and z = point - u
                 weight.master.lerp_(dual.sub_(outside).sub_(outside), strength)
                 dual.copy_(outside)
-        if step >= self._last:
-            self._duals = []
-            for weight in self.weights:
-                weight.pruned = 0.0
+
+    def stay(self) -> None:
+        super().stay()
+        self._duals = []

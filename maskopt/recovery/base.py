@@ -10,9 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from maskopt.checks import check_settings, real
+from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
+from maskopt.solvers.requirements import Requirements
 
-__all__ = ["MaskRule", "MaskState", "Masked", "Objective"]
+__all__ = ["MaskRule", "MaskState", "Masked", "MovingRule", "MovingState", "Objective"]
 
 
 class Objective(ABC):
@@ -108,6 +111,17 @@ class Masked:
         size = self.oriented(values)
         return self.stored(size.square() if self.deviation is None else (size * self.deviation).square_())
 
+    def curved(self, values: Tensor) -> Tensor:
+        """Return half the gradient of the summed `cost`: values times the squares of deviations.
+
+        Parameters
+        ----------
+        values : Tensor
+            Stored as the parameter is, and so is the result.
+        """
+        size = self.oriented(values)
+        return self.stored(size.clone() if self.deviation is None else size * self.deviation.square())
+
     def promise(self, gradient: Tensor) -> Tensor:
         """Return in proportion to what the loss falls by an entry alone: gradient squared over variance.
 
@@ -175,6 +189,15 @@ class MaskState:
     def __init__(self, weights: Sequence[Masked], steps: int) -> None:
         self.weights, self.steps = weights, steps
 
+    def observed(self, loss: float) -> None:
+        """Take the training loss of the coming step into account.
+
+        Parameters
+        ----------
+        loss : float
+            With the weights and masks that the module computes with.
+        """
+
     def gradient(self, weight: Masked, step: int) -> None:
         """Change the gradient of a weight's master before the optimizer's step; by default only kept entries have one.
 
@@ -205,9 +228,40 @@ class MaskRule(ABC):
     ----------------
     moves : bool
         Whether masks change; values of pruned entries are then kept beside the parameter.
+    numbers : float
+        How many numbers for each entry of a weight the rule keeps beside the optimizer's, for estimates of memory.
+    requires : Requirements
+        What the set of each weight must have.
+    stacks : bool
+        Whether masks of matrices that are stacked in one parameter can move.
     """
 
     moves: ClassVar[bool] = False
+    numbers: ClassVar[float] = 0.0
+    requires: ClassVar[Requirements] = Requirements()
+    stacks: ClassVar[bool] = True
+
+    def check(self, masks: MaskSet | Sequence[MaskSet | None]) -> None:
+        """Check that masks of a weight can change by this rule.
+
+        Parameters
+        ----------
+        masks : MaskSet or sequence of MaskSet or None
+            As of `Masked`.
+
+        Raises
+        ------
+        MaskoptError
+            With what is missing, if they cannot.
+        """
+        name = type(self).__name__
+        if not isinstance(masks, MaskSet) and not self.stacks:
+            raise MaskoptError(
+                f"{name} moves masks of single matrices only, not of those stacked in one parameter, such as experts; "
+                f"choose another rule, or exclude them."
+            )
+        for each in (masks,) if isinstance(masks, MaskSet) else filter(None, masks):
+            self.requires.check_set(each, name)
 
     @abstractmethod
     def begin(self, weights: Sequence[Masked], steps: int) -> MaskState:
@@ -219,3 +273,72 @@ class MaskRule(ABC):
         steps : int
             Of the fit; at its end every entry counts 0 or 1.
         """
+
+
+@dataclass(frozen=True)
+class MovingRule(MaskRule):
+    """A rule that moves masks during the first part of a fit.
+
+    Parameters
+    ----------
+    until : float
+        Fraction of the steps after which masks stay, in (0, 1].
+    """
+
+    until: float = 0.6
+
+    moves: ClassVar[bool] = True
+    numbers: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        check_settings(self, until=real(0, 1, above=True))
+
+
+class MovingState(MaskState, ABC):
+    """What a rule that moves masks does in one fit: `free` and `move` while masks move, then `stay`.
+
+    Parameters
+    ----------
+    weights : sequence of Masked
+    steps : int
+        Of the fit.
+    rule : MovingRule
+    """
+
+    def __init__(self, weights: Sequence[Masked], steps: int, rule: MovingRule) -> None:
+        super().__init__(weights, steps)
+        self._last = rule.until * steps
+
+    def left(self, step: int) -> float:
+        """Return which fraction of the time in which masks move is left after a number of steps."""
+        return max(0.0, 1.0 - step / self._last)
+
+    def gradient(self, weight: Masked, step: int) -> None:
+        if step < self._last:
+            self.free(weight)
+        else:
+            super().gradient(weight, step)
+
+    def stepped(self, step: int) -> None:
+        if step - 1 < self._last:
+            self.move(step)
+            if step >= self._last:
+                self.stay()
+
+    def free(self, weight: Masked) -> None:
+        """Change the gradient of a weight's master while masks move; by default it is that of all entries."""
+
+    @abstractmethod
+    def move(self, step: int) -> None:
+        """Change masks after an optimizer's step; the last call sees `left(step)` = 0.
+
+        Parameters
+        ----------
+        step : int
+            Steps that are done.
+        """
+
+    def stay(self) -> None:
+        """Let the module compute with the masks, which stay from here on."""
+        for weight in self.weights:
+            weight.pruned, weight.relaxed = 0.0, None

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from maskopt.checks import check_settings, real
-from maskopt.recovery.base import Masked, MaskRule, MaskState
+from maskopt.recovery.base import Masked, MovingRule, MovingState
 
 __all__ = ["Continuation"]
 
 
 @dataclass(frozen=True)
-class Continuation(MaskRule):
+class Continuation(MovingRule):
     """Fits weights on relaxed masks that become masks while the fit proceeds.
 
     The module computes with x * w, where x is 1 for kept entries and tau for pruned ones. tau falls from 1 to 0:
@@ -44,35 +43,27 @@ class Continuation(MaskRule):
     True
     """
 
-    until: float = 0.6
     power: float = 2.0
 
-    moves: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
-        check_settings(self, until=real(0, 1, above=True), power=real(0, above=True))
+        super().__post_init__()
+        check_settings(self, power=real(0, above=True))
 
-    def begin(self, weights: Sequence[Masked], steps: int) -> MaskState:
+    def begin(self, weights: Sequence[Masked], steps: int) -> MovingState:
         return _Relaxed(weights, steps, self)
 
 
-class _Relaxed(MaskState):
+class _Relaxed(MovingState):
     def __init__(self, weights: Sequence[Masked], steps: int, rule: Continuation) -> None:
-        super().__init__(weights, steps)
-        self._rule = rule
-        self._show(0)
+        super().__init__(weights, steps, rule)
+        self._power = rule.power
+        for weight in weights:
+            weight.pruned = 1.0
 
-    def _show(self, step: int) -> None:
-        """Set what pruned entries count, before the step of this number."""
-        left = max(0.0, 1.0 - step / (self._rule.until * self.steps))
-        for weight in self.weights:
-            weight.pruned = left**self._rule.power
-
-    def gradient(self, weight: Masked, step: int) -> None:
+    def free(self, weight: Masked) -> None:
         weight.scale_gradient(weight.pruned)
 
-    def stepped(self, step: int) -> None:
-        if self.weights and self.weights[0].pruned > 0.0:
-            for weight in self.weights:
-                weight.reselect()
-        self._show(step)
+    def move(self, step: int) -> None:
+        for weight in self.weights:
+            weight.reselect()
+            weight.pruned = self.left(step) ** self._power

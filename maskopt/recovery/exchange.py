@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maskopt.checks import check_settings, real, whole
-from maskopt.recovery.base import Masked, MaskRule, MaskState
+from maskopt.recovery.base import Masked, MovingRule, MovingState
 
 __all__ = ["DropAndGrow"]
 
@@ -19,7 +19,7 @@ _HALVINGS = 20
 
 
 @dataclass(frozen=True)
-class DropAndGrow(MaskRule):
+class DropAndGrow(MovingRule):
     """Exchanges a falling fraction of the kept weights a few times.
 
     Dropping w_j costs w_j^2 c_j^2, c_j^2 the variance of input j given the others; growing it from zero promises
@@ -50,41 +50,43 @@ class DropAndGrow(MaskRule):
 
     fraction: float = 0.05
     exchanges: int = 8
-    until: float = 0.6
 
-    moves: ClassVar[bool] = True
+    numbers: ClassVar[float] = 2.0  # values of pruned entries, and sums of gradients
 
     def __post_init__(self) -> None:
-        check_settings(self, fraction=real(0, 1), exchanges=whole(1), until=real(0, 1, above=True))
+        super().__post_init__()
+        check_settings(self, fraction=real(0, 1), exchanges=whole(1))
 
-    def begin(self, weights: Sequence[Masked], steps: int) -> MaskState:
+    def begin(self, weights: Sequence[Masked], steps: int) -> MovingState:
         return _Exchanges(weights, steps, self)
 
 
-class _Exchanges(MaskState):
+class _Exchanges(MovingState):
     def __init__(self, weights: Sequence[Masked], steps: int, rule: DropAndGrow) -> None:
-        super().__init__(weights, steps)
-        self._rule, self._last = rule, rule.until * steps
-        self._times = {max(1, round(self._last * (index + 1) / rule.exchanges)) for index in range(rule.exchanges)}
+        super().__init__(weights, steps, rule)
+        self._fraction = rule.fraction
+        last = rule.until * steps
+        self._times = {max(1, round(last * (index + 1) / rule.exchanges)) for index in range(rule.exchanges)}
         self._sums: dict[int, Tensor] = {}
 
-    def gradient(self, weight: Masked, step: int) -> None:
-        if step < self._last:
-            gradient = weight.master.grad
-            assert gradient is not None
-            sums = self._sums.setdefault(id(weight), torch.zeros_like(gradient))
-            sums.add_(gradient)
-        super().gradient(weight, step)
+    def free(self, weight: Masked) -> None:
+        gradient = weight.master.grad
+        assert gradient is not None
+        self._sums.setdefault(id(weight), torch.zeros_like(gradient)).add_(gradient)
+        weight.scale_gradient(0.0)
 
-    def stepped(self, step: int) -> None:
-        if step in self._times:
-            wanted = self._rule.fraction * (1.0 + math.cos(math.pi * min(1.0, step / self._last))) / 2.0
-            for weight in self.weights:
-                sums = self._sums.pop(id(weight), None)
-                if sums is not None and wanted > 0.0:
-                    self._exchange(weight, sums, wanted)
-        if step >= self._last:
-            self._sums.clear()
+    def move(self, step: int) -> None:
+        if step not in self._times:
+            return
+        wanted = self._fraction * (1.0 + math.cos(math.pi * (1.0 - self.left(step)))) / 2.0
+        for weight in self.weights:
+            sums = self._sums.pop(id(weight), None)
+            if sums is not None and wanted > 0.0:
+                self._exchange(weight, sums, wanted)
+
+    def stay(self) -> None:
+        super().stay()
+        self._sums.clear()
 
     @staticmethod
     def _exchange(weight: Masked, gradient: Tensor, wanted: float) -> None:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from maskopt.errors import MaskoptError
 from maskopt.recovery.base import Masked, MaskRule, MaskState, Objective
 from maskopt.recovery.fixed import FixedMasks
+from maskopt.recovery.trained import Product, Trained, Values
 
 __all__ = ["Fitted", "clearly_smaller", "fit"]
 
@@ -23,7 +25,6 @@ _SHORTEST = 8  # steps of a trial
 # A trial has no time to average the noise of large steps out: on four objectives (blocks and models) the best size of a
 # whole fit was three times the best of short ones.
 _SHORT = 3.0
-_SPREAD = 2.0  # root mean square of entries over their median, at most; 1.5 where they are normal
 _WARM = 16  # steps, at most, until steps have their full size
 
 
@@ -87,6 +88,7 @@ def fit(
     step_size: float | None = None,
     largest: float = _SIZES[0],
     seed: int = 0,
+    rank: int | None = None,
     progress: Callable[[float], object] | None = None,
 ) -> Fitted:
     """Fit weights to an objective, in place, and keep the best of the states met that held-out data prefers.
@@ -117,7 +119,9 @@ def fit(
     largest : float
         No larger step size is tried.
     seed : int
-        Of the order of the micro-batches.
+        Of the order of the micro-batches, and of factors.
+    rank : int, optional
+        Change pruned weights by masked products of this rank (`Product`); masks must then be fixed.
     progress : callable, optional
         Called with the fraction done.
 
@@ -125,12 +129,24 @@ def fit(
     -------
     Fitted
 
+    Raises
+    ------
+    MaskoptError
+        If the set of a weight lacks what the rule needs, or masks are to move in a fit of low rank.
+
     Notes
     -----
     Memory beside the module, in bytes per entry of a float32 parameter: 8 of Adam, 4 for the best state, 4 for the
-    values of pruned entries where masks move, and the largest parameter's gradient.
+    values of pruned entries where masks move, and the largest parameter's gradient. With `rank` the first three are
+    those of the factors, and there is a copy of the parameter.
     """
-    run = _Fit(objective, weights, others, seed)
+    for weight in weights:
+        rule.check(weight.masks)
+    if rank is not None and rule.moves:
+        raise MaskoptError(
+            f"A fit of low rank needs fixed masks; {type(rule).__name__} moves them, so use FixedMasks()."
+        )
+    run = _Fit(objective, weights, others, seed, rank)
     trial = max(_SHORTEST, steps // _TRIAL)
     total, done, told = steps + (trial if step_size is None else 0), 0, 0.0
 
@@ -165,21 +181,29 @@ class _Fit:
 
     Parameters
     ----------
-    objective, weights, others, seed
+    objective, weights, others, seed, rank
         As for `fit`.
     """
 
     def __init__(
-        self, objective: Objective, weights: Sequence[Masked], others: Sequence[nn.Parameter], seed: int
+        self,
+        objective: Objective,
+        weights: Sequence[Masked],
+        others: Sequence[nn.Parameter],
+        seed: int,
+        rank: int | None = None,
     ) -> None:
         self._objective, self._weights, self._seed = objective, list(weights), seed
-        self._parameters = [*(weight.parameter for weight in weights), *others]
         self._before = objective.held_out()
         self._best = self._before
-        self._saved = [parameter.data.clone() for parameter in self._parameters]
         self._masks = [weight.mask for weight in weights]
-        pruned = {id(weight.parameter): weight for weight in weights}
-        self._sizes = [_size(parameter, pruned.get(id(parameter))) for parameter in self._parameters]
+        pruned = [
+            Values(weight.parameter, weight) if rank is None else Product(weight, rank, seed + index)
+            for index, weight in enumerate(weights)
+        ]
+        self._trained: list[Trained] = [*pruned, *(Values(parameter) for parameter in others)]
+        self._parameters = [trained.parameter for trained in self._trained]
+        self._moving = len(self._weights) if rank is None else 0  # weights whose gradient a rule changes
 
     @contextmanager
     def gradients_on(self) -> Iterator[None]:
@@ -225,15 +249,15 @@ class _Fit:
         better = float(losses.mean()) < float(self._best.mean()) and clearly_smaller(losses, self._before)
         if better:
             self._best = losses
-            for saved, parameter in zip(self._saved, self._parameters, strict=True):
-                saved.copy_(parameter.data)
+            for trained in self._trained:
+                trained.save()
             self._masks = [weight.mask.clone() for weight in self._weights]
         return not clearly_smaller(self._before, losses)
 
     def _restore(self) -> None:
-        for parameter, saved in zip(self._parameters, self._saved, strict=True):
-            parameter.data.copy_(saved)
-            parameter.grad = None
+        for trained in self._trained:
+            trained.restore()
+            trained.parameter.grad = None
         for weight, mask in zip(self._weights, self._masks, strict=True):
             weight.settle(mask, weight.parameter.data)
 
@@ -241,15 +265,11 @@ class _Fit:
         self, rule: MaskRule, step_size: float, steps: int, warm: int, tell: Callable[[], None]
     ) -> Iterator[float]:
         """Do the steps, of full size after `warm` of them, and yield the loss of each; end where it is no number."""
-        masters = [
-            _master(parameter, apart=rule.moves and index < len(self._weights))
-            for index, parameter in enumerate(self._parameters)
-        ]
-        for weight, master in zip(self._weights, masters, strict=False):
-            weight.master = master
-        optimizers = [torch.optim.Adam([master], betas=_BETAS, eps=_ZERO) for master in masters]
+        for trained in self._trained:
+            trained.begin(apart=rule.moves)
+        optimizers = [torch.optim.Adam(_groups(trained), betas=_BETAS, eps=_ZERO) for trained in self._trained]
         state = rule.begin(self._weights, steps)
-        self._write(masters)
+        self._write()
         order = _orders(self._objective.batches, self._seed)
         for step in range(steps):
             rate = step_size * min(1.0, (step + 1) / warm) * (1.0 - step / steps)
@@ -258,79 +278,58 @@ class _Fit:
             value = float(loss.detach())
             if not math.isfinite(value):
                 return
-            with self._stepping(masters, optimizers, state, step, rate):
+            state.observed(value)
+            with self._stepping(optimizers, state, step, rate):
                 loss.backward()  # type: ignore[no-untyped-call]
             del loss
             state.stepped(step + 1)
-            self._write(masters)
+            self._write()
             tell()
             yield value
 
     @contextmanager
     def _stepping(
         self,
-        masters: Sequence[Tensor],
         optimizers: Sequence[torch.optim.Optimizer],
         state: MaskState,
         step: int,
         rate: float,
     ) -> Iterator[None]:
-        """Change each master as soon as its gradient is known, so that only few gradients exist at a time.
+        """Change each parameter as soon as its gradient is known, so that only few gradients exist at a time.
 
         A parameter's gradient is complete only when the backward pass no longer needs the parameter. One without a
         gradient, such as that of an expert that no token chose, stays.
         """
         hooks = []
-        for index, parameter in enumerate(self._parameters):
+        for index, trained in enumerate(self._trained):
 
-            def change(parameter: Tensor, index: int = index) -> None:
-                master, size = masters[index], self._sizes[index]
+            def change(parameter: Tensor, index: int = index, trained: Trained = trained) -> None:
                 assert parameter.grad is not None
-                # Of the relative size: what Adam takes for zero must not depend on the units of a weight.
-                master.grad = parameter.grad.to(master.dtype).mul_(size)
+                trained.receive(parameter.grad)
                 parameter.grad = None
-                if index < len(self._weights):
+                if index < self._moving:
                     state.gradient(self._weights[index], step)
-                optimizers[index].param_groups[0]["lr"] = rate * size
+                for group, size in zip(optimizers[index].param_groups, trained.sizes, strict=True):
+                    group["lr"] = rate * size
                 with torch.no_grad():
                     optimizers[index].step()
-                master.grad = None
+                optimizers[index].zero_grad()
 
-            hooks.append(parameter.register_post_accumulate_grad_hook(change))  # type: ignore[no-untyped-call]
+            hooks.append(trained.parameter.register_post_accumulate_grad_hook(change))  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _write(self, masters: Sequence[Tensor]) -> None:
-        for weight in self._weights:
-            weight.write()
-        first = len(self._weights)
-        for parameter, master in zip(self._parameters[first:], masters[first:], strict=True):
-            if master.data_ptr() != parameter.data_ptr():
-                parameter.data.copy_(master.detach())
+    def _write(self) -> None:
+        for trained in self._trained:
+            trained.write()
 
 
-def _master(parameter: nn.Parameter, *, apart: bool) -> Tensor:
-    """Return what the optimizer changes: the parameter's own values where these are exact enough, or a copy."""
-    exact = parameter.dtype in (torch.float32, torch.float64)
-    values = parameter.data if exact else parameter.data.float()
-    return (values.clone() if exact and apart else values).detach().requires_grad_(True)
-
-
-def _size(parameter: nn.Parameter, weight: Masked | None) -> float:
-    """Return the root mean square of the nonzero entries over the square root of the number of inputs.
-
-    At most twice the median size stands for the root mean square: a few huge entries must not set the step of all.
-    """
-    values = parameter.data.float()
-    inputs = parameter.shape[-1] if weight is None else weight.oriented(parameter).shape[-1]
-    values = values[values != 0].abs()
-    if not len(values):
-        return 0.0
-    size = min(float(values.square().mean().sqrt()), _SPREAD * float(values.median()))
-    return size / math.sqrt(inputs)
+def _groups(trained: Trained) -> list[dict[str, list[Tensor]]]:
+    """Return a parameter group for each tensor, because each has its own step size."""
+    return [{"params": [tensor]} for tensor in trained.tensors]
 
 
 def _orders(batches: int, seed: int) -> Iterator[int]:

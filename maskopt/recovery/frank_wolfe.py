@@ -9,13 +9,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from maskopt.checks import check_settings, real
-from maskopt.recovery.base import Masked, MaskRule, MaskState
+from maskopt.recovery.base import Masked, MovingRule, MovingState
 
 __all__ = ["FrankWolfeMasks"]
 
 
 @dataclass(frozen=True)
-class FrankWolfeMasks(MaskRule):
+class FrankWolfeMasks(MovingRule):
     """Moves relaxed masks by stochastic Frank-Wolfe with momentum while weights are fitted.
 
     The module computes with x * w, x in the convex hull of the set. After each step of the optimizer x moves a fraction
@@ -46,29 +46,26 @@ class FrankWolfeMasks(MaskRule):
 
     step: float = 0.1
     momentum: float = 0.8
-    until: float = 0.6
 
-    moves: ClassVar[bool] = True
+    numbers: ClassVar[float] = 3.0  # values of pruned entries, x, and averaged gradients
 
     def __post_init__(self) -> None:
-        check_settings(self, step=real(0, 1, above=True), momentum=real(0, 1, below=True), until=real(0, 1, above=True))
+        super().__post_init__()
+        check_settings(self, step=real(0, 1, above=True), momentum=real(0, 1, below=True))
 
-    def begin(self, weights: Sequence[Masked], steps: int) -> MaskState:
+    def begin(self, weights: Sequence[Masked], steps: int) -> MovingState:
         return _Relaxed(weights, steps, self)
 
 
-class _Relaxed(MaskState):
+class _Relaxed(MovingState):
     def __init__(self, weights: Sequence[Masked], steps: int, rule: FrankWolfeMasks) -> None:
-        super().__init__(weights, steps)
-        self._rule, self._last = rule, rule.until * steps
+        super().__init__(weights, steps, rule)
+        self._rule = rule
         self._averages: dict[int, Tensor] = {}
         for weight in weights:
             weight.relaxed = weight.mask.to(weight.master.dtype)
 
-    def gradient(self, weight: Masked, step: int) -> None:
-        if weight.relaxed is None:
-            super().gradient(weight, step)
-            return
+    def free(self, weight: Masked) -> None:
         gradient = weight.master.grad
         assert gradient is not None
         by_mask = gradient * weight.master.detach()
@@ -76,20 +73,19 @@ class _Relaxed(MaskState):
         if average is not by_mask:
             average.lerp_(by_mask, 1.0 - self._rule.momentum)
 
-    def stepped(self, step: int) -> None:
-        fraction = min(1.0, step / self._last)
+    def move(self, step: int) -> None:
+        left = self.left(step)
         for weight in self.weights:
             x, average = weight.relaxed, self._averages.get(id(weight))
-            if x is None:
-                continue
+            assert x is not None
             if average is not None:
                 size = float(average.square().mean().sqrt())
                 # Concave: what is more than half kept is drawn to one, and what is less to zero.
-                shift = size * fraction / max(1.0 - fraction, 1e-3)
+                shift = size * (1.0 - left) / max(left, 1e-3)
                 weight.select_by(average.add(x - 0.5, alpha=-shift).neg_())
                 x.lerp_(weight.mask.to(x.dtype), self._rule.step)
             weight.select_by(x)
-            if step >= self._last:
-                weight.relaxed = None
-        if step >= self._last:
-            self._averages.clear()
+
+    def stay(self) -> None:
+        super().stay()
+        self._averages.clear()

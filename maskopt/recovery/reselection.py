@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-from maskopt.checks import check_settings, real
-from maskopt.recovery.base import Masked, MaskRule, MaskState
+from maskopt.recovery.base import Masked, MovingRule, MovingState
 
 __all__ = ["Reselection"]
 
 
 @dataclass(frozen=True)
-class Reselection(MaskRule):
+class Reselection(MovingRule):
     """Gives pruned weights the gradients of kept ones and selects the mask anew after every step.
 
     The module computes with m * w; the gradient goes to all of w (straight-through estimation). The mask is that of
@@ -22,7 +20,7 @@ class Reselection(MaskRule):
     Parameters
     ----------
     until : float
-        Fraction of the steps after which masks stay, in [0, 1].
+        Fraction of the steps after which masks stay, in (0, 1].
 
     References
     ----------
@@ -36,27 +34,11 @@ class Reselection(MaskRule):
     True
     """
 
-    until: float = 0.6
-
-    moves: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_settings(self, until=real(0, 1))
-
-    def begin(self, weights: Sequence[Masked], steps: int) -> MaskState:
+    def begin(self, weights: Sequence[Masked], steps: int) -> MovingState:
         return _StraightThrough(weights, steps, self)
 
 
-class _StraightThrough(MaskState):
-    def __init__(self, weights: Sequence[Masked], steps: int, rule: Reselection) -> None:
-        super().__init__(weights, steps)
-        self._last = rule.until * steps
-
-    def gradient(self, weight: Masked, step: int) -> None:
-        if step >= self._last:
-            super().gradient(weight, step)
-
-    def stepped(self, step: int) -> None:
-        if step <= self._last:
-            for weight in self.weights:
-                weight.reselect()
+class _StraightThrough(MovingState):
+    def move(self, step: int) -> None:
+        for weight in self.weights:
+            weight.reselect()

@@ -30,15 +30,19 @@ class Recovery:
         the model, which take about the same time.
     tokens : int, optional
         Tokens to fit each block on, and the model, in place of `epochs`.
-    parameters : {"all", "pruned", "vectors"}
+    parameters : {"all", "pruned", "vectors", "lora"}
         What is fitted: all parameters of the blocks and all vectors (norms, biases) outside, the pruned weights alone,
-        or the vectors alone. Embeddings and the head stay.
+        the vectors alone, or the vectors and masked products of low rank that are added to the pruned weights (PERP,
+        arXiv 2312.15230). Embeddings and the head stay.
     rule : MaskRule, optional
-        How masks move, at both levels. By default `Continuation` for blocks and `FixedMasks` for the model.
+        How masks move, at both levels. By default `Continuation` for blocks and `FixedMasks` for the model; always the
+        latter with "vectors" and "lora".
     step_size : float, optional
         Of the optimizer, relative to each tensor, see `fit`; by default short trials choose it.
     seed : int
-        Of the order of the windows.
+        Of the order of the windows, and of factors.
+    rank : int
+        Of the products of "lora".
 
     Examples
     --------
@@ -50,10 +54,11 @@ class Recovery:
     level: Level = "block"
     epochs: float | None = None
     tokens: int | None = None
-    parameters: Literal["all", "pruned", "vectors"] = "all"
+    parameters: Literal["all", "pruned", "vectors", "lora"] = "all"
     rule: MaskRule | None = None
     step_size: float | None = None
     seed: int = 0
+    rank: int = 16
 
     def __post_init__(self) -> None:
         check_settings(
@@ -61,17 +66,28 @@ class Recovery:
             level=choice(("block", "model")),
             epochs=real(0, above=True, optional=True),
             tokens=whole(1, optional=True),
-            parameters=choice(("all", "pruned", "vectors")),
+            parameters=choice(("all", "pruned", "vectors", "lora")),
             rule=instance_of(MaskRule, example="Continuation()", optional=True),
             step_size=real(0, above=True, optional=True),
             seed=whole(*SEEDS),
+            rank=whole(1),
         )
 
     def rule_for(self, level: Level) -> MaskRule:
         """Return how masks move at a level."""
-        if self.parameters == "vectors":
+        if self.parameters in ("vectors", "lora"):
             return FixedMasks()
         return self.rule or (Continuation() if level == "block" else FixedMasks())
+
+    def rank_of(self, weight: bool) -> int | None:
+        """Return the rank of a parameter's change; None where all of it is fitted.
+
+        Parameters
+        ----------
+        weight : bool
+            Whether it is a pruned weight.
+        """
+        return self.rank if weight and self.parameters == "lora" else None
 
     def steps(self, level: Level, batches: int, tokens: int) -> int:
         """Return the number of optimizer steps of a fit at a level.

@@ -80,7 +80,23 @@ def test_outputs_are_not_overwritten_and_options_are_checked(fails, model, text,
     assert "none" in refused("--recover", "none")
     assert "layer" in refused("--recover", "layer")
     assert "epochs" in refused("--recover-epochs", 0)
-    assert "gumbel" in refused("--recover-masks", "gumbel")
+    assert "lottery" in refused("--recover-masks", "lottery")
+    assert "PartitionMatroid" in fails(
+        "prune",
+        model,
+        tmp_path / "new",
+        "--calibration",
+        text,
+        *DATA,
+        "-p",
+        "columns",
+        "-s",
+        0.5,
+        "--recover",
+        "block",
+        "--recover-masks",
+        "gumbel",
+    )
     assert "parameters" in refused("--recover-parameters", "biases")
     assert "No layer" in fails("recover", model, tmp_path / "new", "--against", model, "--calibration", text)
     command = ("prune", model, tmp_path / "new", "--calibration", text, "-s", 0.5)

@@ -14,7 +14,9 @@ import pytest
 from maskopt.cli.allocate import allocate
 from maskopt.cli.options import SOLVER_NAMES
 from maskopt.cli.prune import prune
+from maskopt.cli.recover_options import RECOVERY_RULES
 from maskopt.models import CORRECTION
+from maskopt.recovery import RULES
 from maskopt.solvers import SOLVERS
 
 # The program, with a place where it waits to be interrupted.
@@ -172,6 +174,10 @@ def test_help_does_not_wait_for_torch(arguments):
 
 def test_names_in_help_are_those_of_the_solvers():
     assert tuple(SOLVERS) == SOLVER_NAMES
+
+
+def test_names_in_help_are_those_of_the_rules():
+    assert tuple(RULES) == RECOVERY_RULES
 
 
 @pytest.mark.parametrize("command", [prune, allocate])

@@ -12,8 +12,8 @@ from maskopt.models.batches import prepare_batches
 from maskopt.models.divergence import Divergence
 from maskopt.models.recovery import divided
 from maskopt.models.replay import evaluation_mode
-from maskopt.oracles import NM, PerRow, Unstructured
-from maskopt.recovery import Continuation, FixedMasks, Recovery, Reselection
+from maskopt.oracles import NM, Columns, PerRow, Unstructured
+from maskopt.recovery import Continuation, FixedMasks, GumbelMasks, Recovery, Reselection
 from maskopt.solvers import Wanda
 from maskopt.weights import ConditionalADMM
 from tests.models.conftest import VOCABULARY, weights_of
@@ -140,7 +140,13 @@ def test_a_failure_restores_all_parameters(build, batches, where):
 
 def test_what_is_fitted(build, batches):
     """Embeddings and head never; norms not with "pruned"; matrices not with "vectors"."""
-    for parameters, changed in (("all", (True, True)), ("pruned", (True, False)), ("vectors", (False, True))):
+    cases = (
+        ("all", (True, True)),
+        ("pruned", (True, False)),
+        ("vectors", (False, True)),
+        ("lora", (True, True)),
+    )
+    for parameters, changed in cases:
         model = build("llama")
         plain = build("llama")
         recovery = Recovery("block", epochs=3, parameters=parameters)
@@ -155,6 +161,31 @@ def test_what_is_fitted(build, batches):
             block = [name for name in differs if name.startswith("model.layers.0.")]
             assert any(differs[name] for name in block if own[name].ndim == 2) == changed[0]
             assert any(differs[name] for name in block if own[name].ndim == 1) == changed[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_changes_of_low_rank_keep_every_zero(build, batches, name):
+    model, dense = build(name), build(name)
+    before = prune(model, batches, NM(keep=2, group=4), Wanda())
+    zeros = {layer: ~mask for layer, mask in before.masks.items()}
+    old = weights_of(model)
+    report = recover(model, dense, batches, Recovery("model", epochs=3, parameters="lora", rank=2), masks=before.masks)
+    assert any(record.accepted for record in report.recovery)
+    new = weights_of(model)
+    for layer, zero in zeros.items():
+        assert not bool(new[f"{layer}.weight"][zero].any())
+        assert torch.equal(report.masks[layer], ~zero)
+    assert any(not torch.equal(old[f"{layer}.weight"], new[f"{layer}.weight"]) for layer in zeros)
+    whole = sum(value.numel() for key, value in old.items() if key.removesuffix(".weight") in zeros)
+    assert all(record.parameters < whole for record in report.recovery)
+
+
+def test_rules_refuse_sets_before_anything_is_pruned(build, batches):
+    model = build("llama")
+    before = weights_of(model)
+    with pytest.raises(MaskoptError, match="not compatible with GumbelMasks"):
+        prune(model, batches, Columns(0.5), Wanda(), recover=Recovery("block", rule=GumbelMasks()))
+    assert all(torch.equal(before[name], value) for name, value in weights_of(model).items())
 
 
 def test_pruned_models_recover_beside_the_dense_one(build, batches):
@@ -323,18 +354,24 @@ def test_memory_is_estimated_before(build, batches):
     before = weights_of(model)
     block = model.model.layers[0]
     numbers = [parameter.numel() for parameter in block.parameters()]
-    moving, fixed, vectors, model_level = (
+    moving, fixed, vectors, lora, model_level = (
         recovery_bytes(model, batches, recovery)
         for recovery in (
             Recovery("block"),
             Recovery("block", rule=FixedMasks()),
             Recovery("block", parameters="vectors"),
+            Recovery("block", parameters="lora", rank=2),
             Recovery("model"),
         )
     )
     assert moving - fixed == 4 * sum(numbers)
     norms = [parameter.numel() for parameter in block.parameters() if parameter.ndim == 1]
     assert fixed - vectors == 12 * (sum(numbers) - sum(norms)) + 4 * (max(numbers) - max(norms))
+    matrices = [parameter for parameter in block.parameters() if parameter.ndim == 2]
+    factors = sum(2 * sum(parameter.shape) for parameter in matrices)
+    entries = sum(parameter.numel() for parameter in matrices)
+    # Two moments of the factors, these and their best, a copy of the weights; a gradient and a change.
+    assert lora - vectors == 16 * factors + 4 * entries + 8 * max(numbers) - 4 * max(norms)
     assert model_level > moving
     activations = fixed - 12 * sum(numbers) - 4 * max(numbers)
     assert activations > 0

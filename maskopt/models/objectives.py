@@ -1,0 +1,93 @@
+"""What recovery minimises: the error of a block's output, and the divergence of the model's predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from maskopt.models.divergence import Divergence
+from maskopt.models.replay import Replay, first_tensor
+from maskopt.models.windows import Data
+from maskopt.recovery import Objective
+
+__all__ = ["BlockOutput", "Predictions"]
+
+_SMALLEST = 1e-6  # squared length of a token, at least, relative to the mean
+
+
+class BlockOutput(Objective):
+    """Squared error of a block's output, relative to the size of the output to reach, token by token.
+
+    What follows a block norms its output, so an error matters in proportion to its token's size; without that, a few
+    tokens with huge activations would decide everything.
+
+    Parameters
+    ----------
+    replay : Replay
+        Of the pruned model.
+    position : int
+        Of the block.
+    targets : callable
+        Returns the output to reach on the micro-batch of an index.
+    data : Data
+    """
+
+    def __init__(self, replay: Replay, position: int, targets: Callable[[int], Tensor], data: Data) -> None:
+        self._replay, self._position, self._targets, self._data = replay, position, targets, data
+        total = sum(float(self._sizes(targets(index)).mean()) for index in data.fitted) / len(data.fitted)
+        self._least = max(_SMALLEST * total, torch.finfo(torch.float32).tiny)
+
+    @property
+    def batches(self) -> int:
+        return len(self._data.fitted)
+
+    def loss(self, index: int) -> Tensor:
+        return self._errors(self._data.fitted[index]).mean()
+
+    def held_out(self) -> Tensor:
+        return torch.cat([self._errors(index).double().cpu() for index in self._data.held_out])
+
+    def _errors(self, index: int) -> Tensor:
+        """Return the mean error over the tokens of each sequence."""
+        output = first_tensor(self._replay.output(self._position, index))
+        target, batch = self._targets(index), self._data.batches[index]
+        errors = self._sizes(output.float() - target.float()) / self._sizes(target).clamp_min(self._least)
+        if batch.real is not None and errors.shape[:2] == batch.real.shape:
+            real = batch.real.to(errors.device).reshape(*batch.real.shape, *(1 for _ in errors.shape[2:]))
+            return (errors * real).flatten(1).sum(1) / real.flatten(1).sum(1).clamp_min(1)
+        return errors.reshape(batch.shape[0], -1).mean(1)
+
+    @staticmethod
+    def _sizes(states: Tensor) -> Tensor:
+        """Return the squared length of each token's vector."""
+        return states.float().square().sum(-1)
+
+
+class Predictions(Objective):
+    """Divergence of the model's predictions from the dense model's, per token.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    divergence : Divergence
+        From the dense model, on the micro-batches.
+    data : Data
+    """
+
+    def __init__(self, model: PreTrainedModel, divergence: Divergence, data: Data) -> None:
+        self._model, self._divergence, self._data = model, divergence, data
+
+    @property
+    def batches(self) -> int:
+        return len(self._data.fitted)
+
+    def loss(self, index: int) -> Tensor:
+        number = self._data.fitted[index]
+        total = self._divergence.of(self._divergence.logits(self._model, number), number).sum()
+        return total / max(1, self._data.batches[number].tokens)
+
+    def held_out(self) -> Tensor:
+        return self._divergence.each(self._model, indices=self._data.held_out)
