@@ -143,8 +143,8 @@ StatesOption = Annotated[
     Place | None,
     typer.Option(
         "--states",
-        help="Where the states of all windows wait between blocks; by default in memory up to --memory, and beyond it "
-        "in the main memory (of a GPU) or in temporary files.",
+        help="Where the states of all windows wait between blocks; by default on the device up to an eighth of "
+        "--memory, and beyond that in the main memory (of a GPU) or in temporary files.",
     ),
 ]
 ResumeOption = Annotated[

@@ -15,6 +15,7 @@ from maskopt.files import first_line
 
 __all__ = ["Offloaded", "check_finite", "check_model", "check_tokenizer", "move_model", "require_positive"]
 
+_PIECE = 2**20  # entries
 _MOST = 2**63 - 1  # what torch can count
 
 
@@ -153,6 +154,10 @@ def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _is_finite(tensor: Tensor, *, bound: bool) -> bool:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
-    if tensor.element_size() == 1:
-        tensor = tensor.float()  # float8 has few functions
-    return bool(torch.isfinite(tensor).all()) or (bound and not bool(torch.isnan(tensor).any()))
+    # In pieces: embeddings are large, and every step of the test takes memory of its own.
+    for part in torch.split(tensor.detach().reshape(-1), _PIECE):
+        if part.element_size() == 1:
+            part = part.float()  # float8 has few functions
+        if not (bool(torch.isfinite(part).all()) or (bound and not bool(torch.isnan(part).any()))):
+            return False
+    return True

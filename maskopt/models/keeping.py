@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from maskopt.models.edits import Edits
+from maskopt.models.heap import trim
 from maskopt.models.journal import Finished, Journal, read_tensors
 from maskopt.models.offload import Offload
 from maskopt.models.propagation import Propagation, Stage
@@ -90,6 +91,7 @@ class Keeping:
 
     def leave(self, stage: Stage, number: int, finished: Finished | None) -> None:
         """Write a stage whose layers are pruned, where it is not written yet; its block is read from there."""
+        trim()
         if self._offload is None or self._journal is None:
             return
         file = self._write(stage, number, self._journal) if finished is None else finished.weights

@@ -228,11 +228,13 @@ class Corrected(Pruned):
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
         turn = self._turns.index(tuple(layers))
         if turn == 0:
-            self._run_dense(stage)
+            self._inputs = DenseInputs(stage.layers, self._replay.keeping(self._order.size(stage.layers)))
             self._reuse = None if stage.position is None else self._replay.reuse(stage.position, self._turns)
         later = [layer for others in self._turns[turn + 1 :] for layer in others]
         grams = GramCollector(layers, self._inputs)
         for index in range(self._replay.batches):
+            if turn == 0:  # the first turn's inputs need not wait
+                self._run_dense(stage, index)
             self._inputs.begin(index)
             with grams, nullcontext() if self._reuse is None else self._reuse.on(index, layers, later):
                 self._run(self._replay, stage, before=grams.begin, indices=[index], until=layers)
@@ -240,7 +242,7 @@ class Corrected(Pruned):
 
     def repeat(self, stage: Stage) -> None:
         if stage.layers and stage.position is not None:
-            self._run_dense(stage, observed=False)
+            self._pass_dense(stage)
 
     def chosen(self, layers: Sequence[Layer]) -> None:
         # The dense block has run, but others may use the same weights.
@@ -252,7 +254,7 @@ class Corrected(Pruned):
             with nullcontext() if self._reuse is None else self._reuse.on(index):
                 self._run(self._replay, stage, store=True, indices=[index])
         if not stage.layers:
-            self._run_dense(stage)
+            self._pass_dense(stage)
         self._reuse = None
         self._inputs = DenseInputs(())
         assert stage.position is not None, "the stage outside the blocks is the last"
@@ -267,15 +269,17 @@ class Corrected(Pruned):
         self._reuse = None  # what is fitted to the outputs changes layers that had their turn
         return lambda index: self._dense.state(position, index)
 
-    def _run_dense(self, stage: Stage, *, observed: bool = True) -> None:
-        """Run the dense block on all batches, and keep its output and, where wanted, the inputs of its layers."""
-        layers = stage.layers if observed else ()
-        self._inputs = DenseInputs(layers, self._replay.keeping(self._order.size(layers)))
-        for index in range(self._replay.batches):
-            self._inputs.begin(index)
-            # Of held-out batches no cross terms are summed.
-            with self._as_it_was(), nullcontext() if self._replay.held_out(index) else self._inputs:
-                self._run(self._dense, stage, store=True, indices=[index])
+    def _run_dense(self, stage: Stage, index: int) -> None:
+        """Run the dense block on a batch, and keep its output and the inputs of its layers."""
+        self._inputs.begin(index)
+        # Of held-out batches no cross terms are summed.
+        with self._as_it_was(), nullcontext() if self._replay.held_out(index) else self._inputs:
+            self._run(self._dense, stage, store=True, indices=[index])
+
+    def _pass_dense(self, stage: Stage) -> None:
+        """Run the dense block on all batches, and keep its output."""
+        with self._as_it_was():
+            self._run(self._dense, stage, store=True)
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
@@ -306,7 +310,7 @@ class Accompanied(Corrected):
 
     def collect(self, stage: Stage, layers: Sequence[Layer]) -> GramCollector:
         if stage.position is not None and layers is self._turns[0]:
-            self._run_dense(stage, observed=False)
+            self._pass_dense(stage)
         return self._collect(stage, layers, store=False)
 
 

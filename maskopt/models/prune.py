@@ -21,6 +21,7 @@ from maskopt.models.calls import CallOrder
 from maskopt.models.checks import check_model, move_model
 from maskopt.models.edits import Edits
 from maskopt.models.experts import StackedLayer, eager_experts
+from maskopt.models.heap import trim
 from maskopt.models.journal import data_hash, tensors_hash
 from maskopt.models.keeping import Keeping
 from maskopt.models.layers import Layer
@@ -142,8 +143,8 @@ def prune(
         stacked layers (experts) that are calibrated at a time, as far as one fits.
     states : {"device", "host", "disk"}, optional
         Where the states of all batches wait, with the inputs and outputs inside a block that its later turns need. By
-        default those that exceed `memory` move from an accelerator to the main memory, and from there to temporary
-        files.
+        default those that exceed an eighth of `memory` move from an accelerator to the main memory, and from there to
+        temporary files.
     progress : callable, optional
         Called with a `Progress` before every batch and about once per iteration of a solver.
     on_error : {"restore", "keep"}
@@ -279,6 +280,7 @@ def prune_layers(
             selection = selection.without(order.elsewise)
             stages = _stages(replay, selection)
             _require_calls(replay, order, stages, [not batch.held_out for batch in prepared])
+        trim()
         _check_fit({layer: sets[layer] for layer in selection.layers})
         # Oriented only now: the batches may have shown that stacked matrices are transposed.
         starts = {layer: layer.oriented(mask) for layer, mask in starts.items()}

@@ -58,7 +58,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def run_model(model: nn.Module, where: str, inputs: Mapping[str, Any]) -> Any:
+def run_model(model: nn.Module, where: str, inputs: Mapping[str, Any], *, predict: bool = True) -> Any:
     """Return a model's output, computed without a cache of keys and values.
 
     Parameters
@@ -68,6 +68,8 @@ def run_model(model: nn.Module, where: str, inputs: Mapping[str, Any]) -> Any:
         What messages call the inputs.
     inputs : mapping of str to object
         Keyword arguments of the model's forward.
+    predict : bool
+        Whether the predictions matter; without, a language model makes only that of the last position.
 
     Returns
     -------
@@ -80,8 +82,11 @@ def run_model(model: nn.Module, where: str, inputs: Mapping[str, Any]) -> Any:
         With `where`, if the model cannot be run on them. Exceptions about memory are raised as they are.
     """
     inputs = dict(inputs)
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    known = inspect.signature(model.forward).parameters
+    if "use_cache" in known:
         inputs["use_cache"] = False
+    if not predict and "logits_to_keep" in known:
+        inputs["logits_to_keep"] = 1
     try:
         return model(**inputs)
     except (MaskoptError, _Reached):
@@ -266,14 +271,14 @@ class Replay:
 
     def run_whole(self, index: int) -> None:
         """Run the whole model on a batch, without stored states."""
-        self._forward(index)
+        self._forward(index, predict=False)
 
-    def _forward(self, index: int, until: Block | None = None) -> Any:
+    def _forward(self, index: int, until: Block | None = None, *, predict: bool = True) -> Any:
         """Run the model on a batch; with `until`, stop after that block's last call and return its output."""
         inputs, where = self._batches[index].inputs, f"calibration batch {index}"
         if until is None:
             with sized_threads(self._size):
-                return run_model(self._model, where, inputs)
+                return run_model(self._model, where, inputs, predict=predict)
         calls = 0
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -308,7 +313,7 @@ class Replay:
             for block in blocks:
                 undo.callback(block.module.register_forward_hook(monitor(block)).remove)
             undo.enter_context(self.course.recording(blocks))
-            self._forward(0)
+            self._forward(0, predict=False)
         return list(calls), calls, finals
 
     def _reproduces(self, finals: dict[str, Tensor]) -> bool:

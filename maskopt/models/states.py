@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 __all__ = ["Place", "States", "Storage", "tensor_bytes"]
 
+_PARTS = 8
 Place = Literal["device", "host", "disk"]
 
 
@@ -105,10 +106,11 @@ class Storage:
     Parameters
     ----------
     memory : int
-        Bytes up to which tensors that are kept for one purpose stay on the device.
+        Bytes of working memory: tensors that are kept for one purpose stay on the device up to an eighth of them. There
+        are three purposes (states, inputs and outputs inside a block), and solvers work beside them.
     place : {"device", "host", "disk"}, optional
         Where they are kept however large they are. By default they move to the main memory, or to files where that is
-        the device, if they exceed `memory`.
+        the device, if they exceed that.
     folder : Path, optional
         Where the folder of the files is made; the system's temporary folder by default.
     """
@@ -131,7 +133,7 @@ class Storage:
         """
         if self.place is not None:
             return States(self.place, self)
-        if size <= self.memory:
+        if size * _PARTS <= self.memory:
             return States()
         return States("disk" if device.type == "cpu" else "host", self)
 

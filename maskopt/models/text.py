@@ -17,6 +17,7 @@ from maskopt.checks import shown
 from maskopt.errors import MaskoptError
 from maskopt.files import reason
 from maskopt.models.checks import check_tokenizer
+from maskopt.models.heap import trim
 
 __all__ = ["Text", "TokenStream", "read_text", "tokenize"]
 
@@ -167,8 +168,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str | Path | Text) -> Tok
     end: list[int] = []
     if content.separate and not tokenizer.num_special_tokens_to_add() and tokenizer.eos_token_id is not None:
         end = [tokenizer.eos_token_id]
-    ids = [token for document in content.documents for token in _ids(tokenizer, document) + end]
-    return TokenStream(torch.tensor(ids, dtype=torch.int64), content.source, content.sha256)
+    ids = torch.cat(
+        [torch.tensor(_ids(tokenizer, document) + end, dtype=torch.int64) for document in content.documents]
+    )
+    trim()  # a tokenizer takes a hundred times the memory of its text
+    return TokenStream(ids, content.source, content.sha256)
 
 
 def _read(path: Path) -> bytes:
