@@ -21,6 +21,7 @@ from maskopt.cli.evaluate import evaluate
 from maskopt.cli.output import stderr
 from maskopt.cli.prune import prune
 from maskopt.cli.recover import recover
+from maskopt.cli.scale import scale
 from maskopt.cli.solve import solve
 from maskopt.cli.trace import trace
 from maskopt.cli.verify import verify
@@ -220,4 +221,5 @@ app.command(
     epilog="Example:  maskopt recover pruned recovered --against Qwen/Qwen3-0.6B --calibration text.txt --recover model"
 )(recover)
 app.command(epilog="Example:  maskopt evaluate pruned --text held-out.txt")(evaluate)
+app.command(epilog="Example:  maskopt scale meta-llama/Llama-3.1-70B --samples 128 --speed 60e12")(scale)
 app.command(epilog="Example:  maskopt demo --json demo.json")(demo)

@@ -4,7 +4,8 @@ from maskopt.models.allocate import RULES, AllocationProgress, allocate
 from maskopt.models.blocks import Block, find_blocks
 from maskopt.models.calibration import Calibration, calibration_batches
 from maskopt.models.context import context_length, default_seqlen
-from maskopt.models.loading import load_model
+from maskopt.models.cost import Cost, product_speed, pruning_cost
+from maskopt.models.loading import load_model, model_class
 from maskopt.models.memory import recovery_bytes
 from maskopt.models.perplexity import Perplexity, perplexity
 from maskopt.models.prune import CORRECTION, Progress, PruningError, prune
@@ -20,6 +21,7 @@ __all__ = [
     "AllocationProgress",
     "Block",
     "Calibration",
+    "Cost",
     "Generalisation",
     "LayerRecord",
     "LeftDense",
@@ -40,8 +42,11 @@ __all__ = [
     "find_blocks",
     "load_masks",
     "load_model",
+    "model_class",
     "perplexity",
+    "product_speed",
     "prune",
+    "pruning_cost",
     "read_text",
     "recognised",
     "recover",

@@ -14,7 +14,14 @@ import torch
 import transformers
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from maskopt.checks import shown
 from maskopt.errors import MaskoptError, is_memory_failure
@@ -24,7 +31,7 @@ from maskopt.models.checks import check_model, move_model
 from maskopt.models.offload import Offload, Stored
 from maskopt.models.quiet import without_bars
 
-__all__ = ["load_model"]
+__all__ = ["load_model", "model_class"]
 
 _ADVICE = re.compile(
     r"https?:|internet|connection|pip3? |install |weights_only|trust_remote|ignore_mismatched|report|github|please|"
@@ -133,6 +140,32 @@ def _stored(model: PreTrainedModel) -> dict[str, Stored]:
     remove_hook_from_submodules(model)
     del model.hf_device_map  # what saves the model would look for the hooks
     return {name: Stored(Path(entry["safetensors_file"]), entry["weight_name"]) for name, entry in index.items()}
+
+
+def model_class(name: str | os.PathLike[str]) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """Return the class of a model and its configuration; its weights need not be there.
+
+    Parameters
+    ----------
+    name : str or path-like
+        A folder with ``config.json``, such a file, or the id of a model on the hub.
+
+    Returns
+    -------
+    kind : type of PreTrainedModel
+    config : PreTrainedConfig
+
+    Raises
+    ------
+    MaskoptError
+        If there is no such configuration, or transformers does not know the class.
+    """
+    if not isinstance(name, (str, os.PathLike)) or not str(name):
+        raise MaskoptError(f"The model must be a folder, a config.json or an id on the hub; got {shown(name)}.")
+    if not _lies_there(Path(name)):
+        _check_hub_name(str(name))
+    config = _try(name, "its configuration", AutoConfig.from_pretrained, name, trust_remote_code=False)
+    return _class_of(name, config), config
 
 
 def _check_hub_name(name: str) -> None:

@@ -15,7 +15,7 @@ from maskopt.files import open_tensors
 from maskopt.models.blocks import Block, find_blocks
 from maskopt.models.checks import Offloaded, check_finite
 
-__all__ = ["Offload", "Stored", "changes", "offload_of"]
+__all__ = ["Offload", "Stored", "changes", "offload_of", "parameters_in"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Offload:
         owners = _owners(model)
         self._offloaded: dict[str, list[tuple[str, nn.Module, str]]] = {block.name: [] for block in self.blocks}
         for block in self.blocks:
-            for name, module, key in _places(block):
+            for name, module, key in parameters_in(block):
                 parameter = _parameter(module, key)
                 if len(owners[id(parameter)]) == 1:
                     self._offloaded[block.name].append((name, module, key))
@@ -214,8 +214,17 @@ def _same(one: Block | None, other: Block | None) -> bool:
     return one is other or (one is not None and other is not None and one.module is other.module)
 
 
-def _places(block: Block) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield the full name of every parameter of a block, its module and its name there."""
+def parameters_in(block: Block) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield the full name of every parameter of a block, its module and its name there.
+
+    Parameters
+    ----------
+    block : Block
+
+    Yields
+    ------
+    tuple of str, Module and str
+    """
     for prefix, module in block.module.named_modules(prefix=block.name):
         for key, parameter in module._parameters.items():
             if parameter is not None:

@@ -1,0 +1,97 @@
+"""`maskopt scale`: what pruning a model would cost, counted from its configuration."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from maskopt.cli.options import (
+    DeviceOption,
+    JsonOption,
+    MemoryOption,
+    SamplesOption,
+    SeqlenOption,
+    check_device,
+    parse_memory,
+    require_transformers,
+)
+from maskopt.cli.output import check_outputs, environment, facts, json_output, tables
+from maskopt.cli.words import duration
+from maskopt.errors import MaskoptError
+
+__all__ = ["scale"]
+
+
+def scale(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model folder, a config.json, or the id of a model on the hub.")
+    ],
+    samples: SamplesOption = 128,
+    seqlen: SeqlenOption = None,
+    memory: MemoryOption = "1G",
+    speed: Annotated[
+        float | None,
+        typer.Option(
+            "--speed", help="Float32 multiplications and additions a second; by default measured on --device."
+        ),
+    ] = None,
+    json: JsonOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Count the operations and bytes of pruning a model by the default method, from its configuration alone."""
+    began = time.perf_counter()
+    check_outputs(json)
+    working = parse_memory(memory)
+    if speed is not None and not 0 < speed < float("inf"):
+        raise MaskoptError(f"--speed must be a positive number of operations a second; got {speed}.")
+    check_device(device)
+    require_transformers()
+    from maskopt import models
+
+    kind, config = models.model_class(model)
+    cost = models.pruning_cost(kind, config, samples, seqlen)
+    rate = models.product_speed(device) if speed is None else speed
+    seconds = {
+        "running": cost.running / rate,
+        "grams": cost.grams / rate,
+        "targets": cost.targets / rate,
+        "solving": cost.solving / rate,
+    }
+    figures = {
+        **cost.to_json(),
+        "device_bytes": cost.device_bytes(working),
+        "speed": rate,
+        "seconds_at_speed": seconds,
+        "settings": {"model": model, "samples": samples, "seqlen": seqlen, "memory": working, "device": device},
+        "versions": environment(),
+        "seconds": time.perf_counter() - began,
+    }
+    with json_output(json, figures):
+        lines = {
+            "model": f"{kind.__name__}, {cost.parameters / 1e9:.3g} billion parameters, "
+            f"{cost.pruned / 1e9:.3g} billion of them in layers to prune",
+            "calibration": f"{cost.tokens} tokens",
+            "running blocks": _work(cost.running, seconds["running"]),
+            "Gram matrices": _work(cost.grams, seconds["grams"]),
+            "targets": _work(cost.targets, seconds["targets"]),
+            "masks and weights": _work(cost.solving, seconds["solving"]),
+            "in all": _work(cost.operations, sum(seconds.values())),
+            "speed": f"{rate / 1e9:.4g} GFLOP/s {'measured on ' + device if speed is None else 'as given'}",
+            "weights": f"{_size(cost.model_bytes)}; in memory are one block ({_size(cost.block_bytes)}) and what lies "
+            f"outside the blocks ({_size(cost.rest_bytes)})",
+            "waiting": f"{_size(cost.states_bytes)} of states, up to {_size(cost.inside_bytes)} inside a block; where "
+            f"this exceeds {_size(working // 8)}, not on the device",
+            "Gram matrices at a time": _size(cost.gram_bytes),
+            "device memory": f"about {_size(cost.device_bytes(working))}, beside libraries and activations of a batch",
+        }
+        tables(json).print(facts(lines))
+
+
+def _work(operations: float, seconds: float) -> str:
+    return f"{operations / 1e12:.4g} TFLOP, {duration(seconds)}"
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.3g} GB" if number >= 10**8 else f"{number / 1e6:.3g} MB"
