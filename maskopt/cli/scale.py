@@ -84,6 +84,7 @@ def scale(
             "waiting": f"{_size(cost.states_bytes)} of states, up to {_size(cost.inside_bytes)} inside a block; where "
             f"this exceeds {_size(working // 8)}, not on the device",
             "Gram matrices at a time": _size(cost.gram_bytes),
+            "layers at a time": f"{_size(cost.layer_bytes)}, and {_size(working)} of the solver",
             "device memory": f"about {_size(cost.device_bytes(working))}, beside libraries and activations of a batch",
         }
         tables(json).print(facts(lines))

@@ -29,6 +29,7 @@ __all__ = ["Cost", "product_speed", "pruning_cost"]
 _HELD_OUT = 8  # calibration windows for each one that is held out
 _RUNS = 2  # of a block: in the dense and in the pruned model, whose parts run once
 _HALF = 0.625  # of a symmetric product that is computed, in four panels
+_COPIES = 8  # of a layer in float32: weight, target, their difference, the result, and residuals in float64
 _ARRAYS = 7  # of d x d in float32: three sums, and what targets or a solution need beside them
 _DOUBLE = 2.0  # cost of a float64 operation, in float32 ones, where they are vectorised
 
@@ -56,6 +57,8 @@ class Cost:
         Of inputs and outputs inside a block that wait for a later turn, at most.
     gram_bytes : int
         Of the Gram matrices of one turn, at most, and those of a solution.
+    layer_bytes : int
+        Of weights, targets and residuals of layers that are solved together, at most.
     """
 
     parameters: int
@@ -71,6 +74,7 @@ class Cost:
     states_bytes: int
     inside_bytes: int
     gram_bytes: int
+    layer_bytes: int
 
     @property
     def operations(self) -> float:
@@ -86,7 +90,7 @@ class Cost:
             Of the solver, as for `prune`.
         """
         kept = [size for size in (self.states_bytes, self.inside_bytes) if size * 8 <= memory]
-        return self.block_bytes + self.rest_bytes + self.gram_bytes + memory + sum(kept)
+        return self.block_bytes + self.rest_bytes + self.gram_bytes + self.layer_bytes + memory + sum(kept)
 
     def to_json(self) -> dict[str, Any]:
         """Return a dictionary that `json.dump` takes."""
@@ -179,6 +183,7 @@ def pruning_cost(
         states_bytes=2 * size * all_tokens * _width(model, hidden),
         inside_bytes=size * tokens * inside,
         gram_bytes=max(stacked, 4 * _ARRAYS * widest**2),
+        layer_bytes=4 * _COPIES * max(group[0].shape[1] * sum(layer.shape[0] for layer in group) for group in groups),
     )
 
 

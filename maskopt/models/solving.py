@@ -13,6 +13,7 @@ from torch import Tensor
 from maskopt.errors import MaskoptError
 from maskopt.models.edits import Edits
 from maskopt.models.gram import Gram, GramCollector
+from maskopt.models.heap import trim
 from maskopt.models.keeping import Keeping
 from maskopt.models.layers import Layer
 from maskopt.models.proofs import Prover
@@ -137,6 +138,7 @@ class Work:
             for layers in self._together(turn, grams):
                 self._solve(layers, grams[layers[0]])
             del grams  # before those of the next turn are allocated
+            trim()
             for layer in turn:
                 record, mask, weight = self.solved.pop(layer)
                 self.report.masks[layer.name] = mask
