@@ -67,6 +67,7 @@ from maskopt.cli.output import (
 from maskopt.cli.prune_progress import PruneProgress
 from maskopt.cli.prune_tables import layer_table, summary
 from maskopt.cli.recover import recovery_lines
+from maskopt.cli.signals import first_rank
 from maskopt.cli.solvers import parse_weights
 from maskopt.cli.words import duration, masks_words, solver_words
 from maskopt.cli.work_folder import WorkFolder
@@ -184,8 +185,9 @@ def prune(
     work = WorkFolder(out, resume, uniform and recover != "model")
     earlier = work.completed_before(command)
     if earlier is not None:
-        with json_output(json, earlier):
-            stderr().print(f"{out} is complete already.", highlight=False, soft_wrap=True)
+        if first_rank():
+            with json_output(json, earlier):
+                stderr().print(f"{out} is complete already.", highlight=False, soft_wrap=True)
         return
     check_outputs(json, out, plot)
     from maskopt.checks import check_time_limit
@@ -203,15 +205,22 @@ def prune(
     require_file("calibration text", calibration)
     if evaluate is not None:
         require_file("evaluation text", evaluate)
-    check_device(device)
     require_transformers()
     from maskopt import models
+    from maskopt.models import ranks as several
 
-    with work:
-        with Bar(quiet, "loading the model") as bar:
+    if several.launched() > 1 and not (uniform and recovery is None and certify is None):
+        raise MaskoptError(
+            "Several ranks prune layer by layer; --certify, --recover and allocating sparsities need one process, "
+            "without torchrun."
+        )
+    place = check_device(several.local_device(device))
+
+    with several.joined(place) as ranks, work.among(ranks):
+        with Bar(quiet or not ranks.first, "loading the model") as bar:
             corpus = models.read_text(calibration)
             texts = {} if evaluate is None else {"evaluation": models.read_text(evaluate)}
-            network, tokenizer = models.load_model(model, device=device, offload=work.path)
+            network, tokenizer = models.load_model(model, device=place, offload=work.path)
             length = check_seqlen(network, tokenizer, seqlen)
             batches = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
             others, further = further_windows(batches, held_out, recovery)
@@ -281,6 +290,8 @@ def prune(
                 held_out=others,
                 further=further,
             )
+            if not ranks.first:
+                return
             pruned = perplexities("pruned")
         extra: dict[str, Any] = {
             "calibration": batches.to_json(),
