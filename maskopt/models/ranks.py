@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from maskopt.errors import MaskoptError, RankLostError
 
@@ -164,20 +163,22 @@ class _Joined(Ranks):
         return value
 
     def spoken(self, value: T, source: int) -> T:
-        own = self.number == source
-        leaves, structure = tree_flatten(value if own else None)
-        held: list[Any] = [[_Kind(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure]
+        tensors: list[Tensor] = []
+        held: list[Any] = [_taken(value, tensors) if self.number == source else None]
         with _answering():
             dist.broadcast_object_list(held, source, device=_CPU)
-            found = list(held[0])
-            for index, kind in enumerate(held[0]):
-                if isinstance(kind, _Kind):
-                    # As bytes: not all backends know all types.
-                    data = _bytes(leaves[index].cpu()) if own else torch.empty(kind.size, dtype=torch.uint8)
-                    dist.broadcast(data, source)
-                    found[index] = data.view(kind.dtype).view(kind.shape)
-        result: T = tree_unflatten(found, held[1])
-        return result
+
+            def received(kind: _Kind) -> Tensor:
+                # As bytes: not all backends know all types.
+                if self.number == source:
+                    data = tensors.pop(0).cpu().contiguous().view(-1).view(torch.uint8)
+                else:
+                    data = torch.empty(kind.size, dtype=torch.uint8)
+                dist.broadcast(data, source)
+                return data.view(kind.dtype).view(kind.shape)
+
+            found: T = _mapped(held[0], _Kind, received)
+        return found
 
 
 _CPU = torch.device("cpu")
@@ -191,8 +192,25 @@ class _Kind:
         self.size = tensor.numel() * tensor.element_size()
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+def _taken(value: Any, tensors: list[Tensor]) -> Any:
+    """Return a value without its tensors, which are put into a list."""
+
+    def take(tensor: Tensor) -> _Kind:
+        tensors.append(tensor.detach())
+        return _Kind(tensor)
+
+    return _mapped(value, Tensor, take)
+
+
+def _mapped(value: Any, kind: type[Any], change: Callable[[Any], Any]) -> Any:
+    """Return tuples, lists and dicts with a change of all values of a type, in order."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(each, kind, change) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_mapped(each, kind, change) for each in value)
+    return value
 
 
 _current = Ranks()
