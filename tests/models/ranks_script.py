@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from maskopt import NM, PerRow
+from maskopt import NM, PerRow, Unstructured, Wanda
 from maskopt.models import jobs
 from maskopt.models.prune import prune
 from maskopt.models.ranks import joined
@@ -12,10 +12,10 @@ from maskopt.weights import ConditionalADMM
 from tests.models.conftest import ARCHITECTURES, MIXTURES, VOCABULARY
 
 RUNS = {
-    "corrected": ("llama", PerRow(0.5), ConditionalADMM(), "corrected", 7),
+    "corrected": ("llama", PerRow(0.5), ConditionalADMM(), "corrected", 5),
     "pruned": ("llama", NM(keep=2, group=4), ConditionalADMM(), "pruned", 2),
-    "dense, masks only": ("gpt2", PerRow(0.5), None, "dense", 5),
-    "experts": ("mixtral", PerRow(0.5), ConditionalADMM(), "corrected", 7),
+    "dense, masks only": ("gpt2", Unstructured(0.5), Wanda(), "dense", 5),
+    "experts": ("mixtral", PerRow(0.5), ConditionalADMM(), "corrected", 5),
     "experts with few tokens": ("qwen3_moe", NM(keep=2, group=4), ConditionalADMM(), "pruned", 1),
 }
 """By name: model, masks, solver, propagation and number of batches."""
