@@ -11,6 +11,7 @@ processes the bits are those of one process.
 import argparse
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    splits = [count for count in SPLITS if count <= options.batches]
     exact = torch.zeros(options.size, options.size, dtype=torch.float64)
     parts: list[Part] = []
     products = 0.0
@@ -126,14 +128,14 @@ def main() -> None:
         one = way([parts])
         seconds = time.process_time() - began
         same = 0
-        for count in SPLITS:
+        for count in splits:
             edges = [options.batches * edge // count for edge in range(count + 1)]
-            split = [parts[first:last] for first, last in zip(edges[:-1], edges[1:], strict=True)]
+            split = [parts[first:last] for first, last in pairwise(edges)]
             same += torch.equal(way(split), one)
         mirror(one)
         error = float(((one.double() - exact).abs() / size / size.unsqueeze(1)).max())
         share = f"{100 * seconds / products:.1f} %"
-        print(f"{name:24} {seconds:7.2f}  {share:>11}  {held:>15}  {error:.1e}  {same} of {len(SPLITS)}")
+        print(f"{name:24} {seconds:7.2f}  {share:>11}  {held:>15}  {error:.1e}  {same} of {len(splits)}")
 
 
 if __name__ == "__main__":

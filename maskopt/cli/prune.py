@@ -214,9 +214,9 @@ def prune(
             "Several ranks prune layer by layer; --certify, --recover and allocating sparsities need one process, "
             "without torchrun."
         )
-    place = check_device(several.local_device(device))
+    place = several.local_device(device)
 
-    with several.joined(place) as ranks, work.among(ranks):
+    with several.joined(place, check_device) as ranks, work.among(ranks):
         with Bar(quiet or not ranks.first, "loading the model") as bar:
             corpus = models.read_text(calibration)
             texts = {} if evaluate is None else {"evaluation": models.read_text(evaluate)}

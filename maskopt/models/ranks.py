@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from maskopt.errors import MaskoptError, RankLostError
+from maskopt.files import first_line
 
 __all__ = ["SECONDS", "Ranks", "current", "first_to_tell", "joined", "launched", "local_device"]
 
@@ -228,13 +229,16 @@ def launched() -> int:
 
 
 @contextmanager
-def joined(device: str = "cpu") -> Iterator[Ranks]:
+def joined(device: str = "cpu", check: Callable[[str], object] | None = None) -> Iterator[Ranks]:
     """Join the ranks that torchrun has started with this process, if there are several.
 
     Parameters
     ----------
     device : str
         Where this process's model is: gloo connects CPUs, nccl connects CUDA devices.
+    check : callable, optional
+        Called with the device; raises an error where it cannot be used. It may be missing on one rank only, which can
+        then say so (`first_to_tell`).
 
     Yields
     ------
@@ -247,19 +251,21 @@ def joined(device: str = "cpu") -> Iterator[Ranks]:
     """
     global _current, _store
     if launched() == 1:
+        if check is not None:
+            check(device)
         yield _current
         return
-    seconds = _timeout()
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") and dist.is_nccl_available() else "gloo"
-    try:
-        _store, number, count = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
-        dist.init_process_group(
-            backend, store=_store, rank=number, world_size=count, timeout=timedelta(seconds=seconds)
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise MaskoptError(f"The ranks cannot be joined: {str(error).splitlines()[0].rstrip('.')}.") from error
+    wait = timedelta(seconds=_timeout())
+    cuda = device.startswith("cuda")
+    with _reaching():
+        _store, number, count = next(rendezvous("env://", timeout=wait))
+    if check is not None:
+        check(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda and dist.is_nccl_available() else "gloo"
+    with _reaching():
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=wait)
     _current = _Joined()
     try:
         yield _current
@@ -322,3 +328,11 @@ def _answering() -> Iterator[None]:
         raise RankLostError(
             f"Another rank has ended, or has not answered for {_timeout():g} seconds ({SECONDS})."
         ) from error
+
+
+@contextmanager
+def _reaching() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError) as error:
+        raise MaskoptError(f"The ranks cannot be joined: {first_line(error)}.") from error

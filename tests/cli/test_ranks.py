@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,3 +65,13 @@ def test_ranks_refuse_what_needs_one_process(run, fails, model, arguments, tmp_p
     )
     monkeypatch.setenv("RANK", "1")
     assert run("prune", model, tmp_path / "out", *arguments, *more, code=2).output == ""  # only the first rank says so
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_device_says_so(model, arguments, tmp_path):
+    count = max(2, torch.cuda.device_count() + 1)
+    failed = start(count, "prune", model, tmp_path / "out", *arguments, "--device", "cuda")
+    assert failed.returncode != 0
+    said = [line for line in failed.stderr.splitlines() if line.startswith("The device 'cuda:")]
+    assert len(said) == 1
+    assert not list(tmp_path.glob("out*"))

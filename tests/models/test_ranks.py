@@ -1,5 +1,6 @@
 """Several processes prune as one does, bit by bit."""
 
+import dataclasses
 import os
 import random
 import subprocess
@@ -8,11 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from maskopt import PerRow, Wanda, solve, synthetic
 from maskopt.errors import MaskoptError
+from maskopt.models import jobs
 from maskopt.models.batches import Batch, in_parts, share
+from maskopt.models.jobs import jobs_of
+from maskopt.models.layers import LinearLayer
 from maskopt.models.ranks import Ranks, joined, local_device
 from maskopt.models.sums import PARTS, OrderedSum
+from maskopt.solvers import Result
+from maskopt.weights import LeastSquares
 from tests.models import ranks_script
 
 
@@ -78,6 +86,35 @@ def test_jobs_are_spread_by_cost():
     assert ranks.spread([]) == []
 
 
+def test_jobs_are_cut_where_rows_are_apart_and_enough_work():
+    layers = [LinearLayer(name, nn.Linear(8192, 1000, device="meta")) for name in "abc"]
+    several = jobs_of(layers, apart=True)
+    assert [(job.rows.start, job.rows.stop, job.whole) for job in several] == [
+        (3000 * edge // 8, 3000 * (edge + 1) // 8, False) for edge in range(8)
+    ]
+    (whole,) = jobs_of(layers, apart=False)
+    assert (whole.rows, whole.whole, whole.layers) == (slice(0, 3000), True, tuple(layers))
+    assert 8 * several[0].cost > whole.cost > several[0].cost  # each job factorises
+    (small,) = jobs_of([LinearLayer("d", nn.Linear(64, 1000))], apart=True)
+    assert small.whole
+
+
+def test_results_of_rows_are_joined():
+    problem, masks = synthetic(rows=10, d=16).problem(), PerRow(0.5)
+    whole = solve(problem, masks, LeastSquares(solver=Wanda()))
+    parts = [solve(problem.rows(index), masks, LeastSquares(solver=Wanda())) for index in (slice(0, 3), slice(3, 10))]
+    joined = Result.joined(parts)
+    assert torch.equal(joined.mask, whole.mask)
+    for name in ("weight", "objective", "scale", "kept_objective"):
+        torch.testing.assert_close(getattr(joined, name), getattr(whole, name))
+    assert (joined.status, joined.gap_kind, joined.lower_bound) == (whole.status, whole.gap_kind, None)
+    assert joined.seconds == sum(part.seconds for part in parts)
+    bounds = [dataclasses.replace(part, lower_bound=part.objective / 2) for part in parts]
+    assert torch.equal(Result.joined(bounds).lower_bound, joined.objective / 2)
+    assert Result.joined([bounds[0], parts[1]]).lower_bound is None
+    assert Result.joined(parts[:1]) is parts[0]
+
+
 def test_settings_of_ranks_are_checked(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -104,11 +141,17 @@ def launched(count, *arguments, **changes):
     )
 
 
+@pytest.fixture(scope="module")
+def expected():
+    """What one process chooses."""
+    before = jobs._LEAST
+    yield ranks_script.outcomes()
+    jobs._LEAST = before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-def test_ranks_choose_what_one_process_chooses(count, tmp_path, monkeypatch):
-    monkeypatch.setattr("maskopt.models.jobs._LEAST", 2**34)  # set by the script
-    expected = ranks_script.outcomes()
+def test_ranks_choose_what_one_process_chooses(count, expected, tmp_path):
     run = launched(count, ranks_script.__file__, tmp_path / "found")
     assert run.returncode == 0, run.stderr
     for rank in range(count):
@@ -118,3 +161,4 @@ def test_ranks_choose_what_one_process_chooses(count, tmp_path, monkeypatch):
                 assert one[kind].keys() == found[name][kind].keys()
                 assert all(torch.equal(found[name][kind][key], one[kind][key]) for key in one[kind]), (name, kind)
             assert found[name]["records"] == one["records"], name
+    assert any(record["pooled"] for record in expected["experts with few tokens"]["records"])
