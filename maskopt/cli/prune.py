@@ -185,9 +185,7 @@ def prune(
     work = WorkFolder(out, resume, uniform and recover != "model")
     earlier = work.completed_before(command)
     if earlier is not None:
-        if first_rank():
-            with json_output(json, earlier):
-                stderr().print(f"{out} is complete already.", highlight=False, soft_wrap=True)
+        _tell_complete(json, earlier, out)
         return
     check_outputs(json, out, plot)
     from maskopt.checks import check_time_limit
@@ -209,11 +207,7 @@ def prune(
     from maskopt import models
     from maskopt.models import ranks as several
 
-    if several.launched() > 1 and not (uniform and recovery is None and certify is None):
-        raise MaskoptError(
-            "Several ranks prune layer by layer; --certify, --recover and allocating sparsities need one process, "
-            "without torchrun."
-        )
+    _check_ranks(several.launched(), uniform and recovery is None and certify is None)
     place = several.local_device(device)
 
     with several.joined(place, check_device) as ranks, work.among(ranks):
@@ -320,6 +314,28 @@ def prune(
     console.print(facts(lines))
     if network.can_generate():
         show_evaluation(console, out, evaluate)
+
+
+def _tell_complete(json: str | None, report: dict[str, Any], out: Path) -> None:
+    """Give out the report of an output that is there already."""
+    if first_rank():
+        with json_output(json, report):
+            stderr().print(f"{out} is complete already.", highlight=False, soft_wrap=True)
+
+
+def _check_ranks(ranks: int, apart: bool) -> None:
+    """Check that several ranks are asked only for what works layer by layer.
+
+    Raises
+    ------
+    MaskoptError
+        If they are not.
+    """
+    if ranks > 1 and not apart:
+        raise MaskoptError(
+            "Several ranks prune layer by layer; --certify, --recover and allocating sparsities need one process, "
+            "without torchrun."
+        )
 
 
 def _read_plan(allocation: str, pattern: str, sparsity: float | None, fixed: dict[str, float]) -> Plan | None:

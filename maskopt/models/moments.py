@@ -241,7 +241,7 @@ class Moments:
         """
         for key in self._keys:
             if key in self._tokens:
-                self._gather(key, next(iter(wanted.get(key, ())), 0) if isinstance(key, Layer) else 0, ranks)
+                self._gather(key, _place(key, wanted), ranks)
         for pool in self._pools:
             self._fill(pool, ranks, wanted)
         for leader, places in wanted.items():
@@ -292,7 +292,7 @@ class Moments:
         """Give matrices of a stack that saw fewer tokens than they have inputs the missing ones of all."""
         mean: Tensor | None = None
         for key in pool.everything:
-            place = next(iter(wanted.get(key, ())), 0) if isinstance(key, Layer) else 0
+            place = _place(key, wanted)
             gram = self._complete.get(key)
             empty = partial(self._empty, self._leader_of(key))
             matrix = ranks.shared(None if gram is None else gram.matrix, empty, place)
@@ -306,7 +306,7 @@ class Moments:
                 gram = self._complete[layer]
                 gram.matrix.add_(mean, alpha=float(len(mean) - gram.tokens))
                 gram.pooled = True
-        if pool.unseen and ranks.number == next(iter(wanted.get(pool.unseen[0], ())), 0):
+        if pool.unseen and ranks.number == _place(pool.unseen[0], wanted):
             self._complete[pool.unseen[0]] = Gram(mean.mul_(len(mean)), pool.unseen[0], pooled=True)
 
     def _copy(self, leader: Layer, source: int, place: int, ranks: Ranks) -> None:
@@ -335,6 +335,11 @@ class Moments:
     def _empty(self, leader: Layer) -> Tensor:
         size = leader.shape[1]
         return torch.empty(size, size, device=leader.parameter.device, dtype=torch.float32)
+
+
+def _place(key: Layer | Stack, wanted: Mapping[Layer, Sequence[int]]) -> int:
+    """Return the process in which a matrix is summed: the first one that wants it."""
+    return next(iter(wanted.get(key, ())), 0) if isinstance(key, Layer) else 0
 
 
 def _account(sums: Sums) -> _Account:
