@@ -14,8 +14,11 @@ from maskopt.solvers import Result
 
 __all__ = ["Job", "Solved", "jobs_of"]
 
-_LEAST, _MOST = 2**34, 8
-"""Multiplications (rows x d x d) of a job of several, at least, and jobs of one group at most."""
+_LEAST, _MOST = 2**33, 8
+"""Multiplications (rows x d x d) of layers that are cut, at least, and jobs of one group at most."""
+
+_FACTORS = 0.1
+"""Time of a solve that does not depend on the rows (factorisations), measured: that of so many times d rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,16 +41,17 @@ class Job:
 
     @property
     def cost(self) -> float:
-        """What its solve costs, compared to others: products of its rows, and a factorisation."""
+        """What its solve costs, compared to others: products of its rows, and factorisations."""
         columns = self.layers[0].shape[1]
-        return float(self.rows.stop - self.rows.start + columns) * columns**2
+        return float(self.rows.stop - self.rows.start + _FACTORS * columns) * columns**2
 
 
 def jobs_of(layers: Sequence[Layer], apart: bool) -> list[Job]:
     """Return the jobs of layers that are solved together.
 
     What a row becomes may depend, in its last bits, on how many others are multiplied with it. So rows are cut by the
-    layers' size alone, the same for one process as for several.
+    layers' size alone, the same for one process as for several. Every job repeats the factorisations: with half as many
+    rows as inputs in a job, or more, that takes one process a few per cent more time than a single solve.
 
     Parameters
     ----------
@@ -56,7 +60,7 @@ def jobs_of(layers: Sequence[Layer], apart: bool) -> list[Job]:
         Whether rows may be solved apart.
     """
     rows, columns = sum(layer.shape[0] for layer in layers), layers[0].shape[1]
-    number = min(_MOST, rows, max(1, rows * columns**2 // _LEAST)) if apart else 1
+    number = min(_MOST, max(1, 2 * rows // columns)) if apart and rows * columns**2 >= _LEAST else 1
     edges = [rows * edge // number for edge in range(number + 1)]
     return [Job(tuple(layers), slice(first, last), number == 1) for first, last in pairwise(edges)]
 

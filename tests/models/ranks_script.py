@@ -35,7 +35,7 @@ def batches(count):
 def outcomes():
     """Prune all models and return masks, weights and records by name."""
     found = {}
-    jobs._LEAST = 2**10  # so that tiny layers are cut into several jobs
+    jobs._LEAST = 1  # so that tiny layers are cut into several jobs
     for name, (kind, masks, solver, propagate, count) in RUNS.items():
         model = {**ARCHITECTURES, **MIXTURES}[kind].build()
         data = batches(count + 2)

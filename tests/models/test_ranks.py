@@ -87,16 +87,17 @@ def test_jobs_are_spread_by_cost():
 
 
 def test_jobs_are_cut_where_rows_are_apart_and_enough_work():
-    layers = [LinearLayer(name, nn.Linear(8192, 1000, device="meta")) for name in "abc"]
+    layers = [LinearLayer(name, nn.Linear(2048, 3000, device="meta")) for name in "abc"]
     several = jobs_of(layers, apart=True)
     assert [(job.rows.start, job.rows.stop, job.whole) for job in several] == [
-        (3000 * edge // 8, 3000 * (edge + 1) // 8, False) for edge in range(8)
+        (9000 * edge // 8, 9000 * (edge + 1) // 8, False) for edge in range(8)
     ]
     (whole,) = jobs_of(layers, apart=False)
-    assert (whole.rows, whole.whole, whole.layers) == (slice(0, 3000), True, tuple(layers))
+    assert (whole.rows, whole.whole, whole.layers) == (slice(0, 9000), True, tuple(layers))
     assert 8 * several[0].cost > whole.cost > several[0].cost  # each job factorises
-    (small,) = jobs_of([LinearLayer("d", nn.Linear(64, 1000))], apart=True)
-    assert small.whole
+    for inputs, rows in ((64, 1000), (8192, 4096)):  # little work, and few rows for a factorisation
+        (whole,) = jobs_of([LinearLayer("d", nn.Linear(inputs, rows, device="meta"))], apart=True)
+        assert whole.whole
 
 
 def test_results_of_rows_are_joined():
