@@ -178,7 +178,6 @@ class Work:
                 self._store([solved.pop(job) for job in own], own[0].layers)
         if self.ranks.count == 1:
             return
-        del grams  # before those of the next turn are allocated
         began = time.perf_counter()
         for jobs in placed:
             parts = []
