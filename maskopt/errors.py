@@ -1,10 +1,14 @@
 """The one exception users see, and which of others mean that memory is short."""
 
-__all__ = ["MaskoptError", "is_memory_failure"]
+__all__ = ["MaskoptError", "RankLostError", "is_memory_failure"]
 
 
 class MaskoptError(ValueError):
     """Something the user can put right: one sentence saying what is wrong, where, and what would be right."""
+
+
+class RankLostError(MaskoptError):
+    """Of several processes that work together, another one has ended, or has not answered in time."""
 
 
 _MEMORY_WORDS = ("DefaultCPUAllocator", "not enough memory", "Storage size calculation")

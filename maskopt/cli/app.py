@@ -25,7 +25,7 @@ from maskopt.cli.scale import scale
 from maskopt.cli.solve import solve
 from maskopt.cli.trace import trace
 from maskopt.cli.verify import verify
-from maskopt.errors import MaskoptError, is_memory_failure
+from maskopt.errors import MaskoptError, RankLostError, is_memory_failure
 
 __all__ = ["app"]
 
@@ -97,7 +97,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, signals.Ended):
         return signals.outcome(error.number), signals.CODES[error.number]
     if isinstance(error, MaskoptError):
-        failed = _is_disk_failure(error.__cause__)
+        failed = _is_disk_failure(error.__cause__) or isinstance(error, RankLostError)
         return _with_what_was_written(str(error)), 1 if failed else 2
     if hasattr(error, "format_message"):  # of whichever copy of click typer uses
         context = getattr(error, "ctx", None)
@@ -134,6 +134,8 @@ def _tell(sentence: str) -> None:
     """Print a sentence in one line, with unprintable characters escaped and very long words shortened."""
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in sentence)
     line = re.sub(rf"\S{{{_LONG},}}", lambda word: f"{word[0][:100]}...{word[0][-100:]}", line)
+    if not signals.speaks():
+        return
     try:
         stderr().print(line, style="bold red", markup=False, highlight=False, soft_wrap=True)
     except OSError:

@@ -70,6 +70,7 @@ from maskopt.cli.recover_options import (
     further_windows,
     parse_recovery,
 )
+from maskopt.cli.signals import first_rank
 from maskopt.cli.solvers import parse_weights
 from maskopt.cli.words import duration, masks_words, solver_words
 from maskopt.cli.work_folder import WorkFolder
@@ -188,8 +189,7 @@ def prune(
     work = WorkFolder(out, resume, uniform and recover != "model")
     earlier = work.completed_before(command)
     if earlier is not None:
-        with json_output(json, earlier):
-            stderr().print(f"{out} is complete already.", highlight=False, soft_wrap=True)
+        _tell_complete(json, earlier, out)
         return
     check_outputs(json, out, plot)
     from maskopt.checks import check_time_limit
@@ -209,15 +209,18 @@ def prune(
     require_file("calibration text", calibration)
     if evaluate is not None:
         require_file("evaluation text", evaluate)
-    check_device(device)
     require_transformers()
     from maskopt import models
+    from maskopt.models import ranks as several
 
-    with work:
-        with Bar(quiet, "loading the model") as bar:
+    _check_ranks(several.launched(), uniform and recovery is None and certify is None)
+    place = several.local_device(device)
+
+    with several.joined(place, check_device) as ranks, work.among(ranks):
+        with Bar(quiet or not ranks.first, "loading the model") as bar:
             corpus = models.read_text(calibration)
             texts = {} if evaluate is None else {"evaluation": models.read_text(evaluate)}
-            network, tokenizer = models.load_model(model, device=device, offload=work.path)
+            network, tokenizer = models.load_model(model, device=place, offload=work.path)
             length = check_seqlen(network, tokenizer, seqlen)
             batches = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
             others, further = further_windows(batches, held_out, recovery)
@@ -287,6 +290,8 @@ def prune(
                 held_out=others,
                 further=further,
             )
+            if not ranks.first:
+                return
             pruned = perplexities("pruned")
         extra: dict[str, Any] = {
             "calibration": batches.to_json(),
@@ -315,6 +320,28 @@ def prune(
     console.print(facts(lines))
     if network.can_generate():
         show_evaluation(console, out, evaluate)
+
+
+def _tell_complete(json: str | None, report: dict[str, Any], out: Path) -> None:
+    """Give out the report of an output that is there already."""
+    if first_rank():
+        with json_output(json, report):
+            stderr().print(f"{out} is complete already.", highlight=False, soft_wrap=True)
+
+
+def _check_ranks(ranks: int, apart: bool) -> None:
+    """Check that several ranks are asked only for what works layer by layer.
+
+    Raises
+    ------
+    MaskoptError
+        If they are not.
+    """
+    if ranks > 1 and not apart:
+        raise MaskoptError(
+            "Several ranks prune layer by layer; --certify, --recover and allocating sparsities need one process, "
+            "without torchrun."
+        )
 
 
 def _read_plan(allocation: str, pattern: str, sparsity: float | None, fixed: dict[str, float]) -> Plan | None:

@@ -16,10 +16,12 @@ __all__ = [
     "Ended",
     "begin",
     "finish",
+    "first_rank",
     "handled",
     "open_standard_streams",
     "outcome",
     "shield",
+    "speaks",
     "what_was_written",
 ]
 
@@ -82,9 +84,23 @@ def _leave_at_once(number: int) -> None:
     if files is not None and hasattr(files, "discard_unfinished"):
         files.discard_unfinished()
     with contextlib.suppress(OSError):
+        if not speaks():
+            os._exit(CODES.get(number, 128 + number))
         cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar may have hidden it
         os.write(2, f"{cursor}{outcome(number)}\n".encode(errors="backslashreplace"))
     os._exit(CODES.get(number, 128 + number))
+
+
+def first_rank() -> bool:
+    """Return whether this process is the only one, or the first of those that torchrun has started."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def speaks() -> bool:
+    """Return whether this process tells how the command failed; one of several ranks does, the first that asks."""
+    ranks = sys.modules.get("maskopt.models.ranks")
+    ask = getattr(ranks, "first_to_tell", None)  # missing while the module is imported
+    return first_rank() if ask is None else bool(ask())
 
 
 def outcome(number: int) -> str:

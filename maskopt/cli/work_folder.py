@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from maskopt import files
 from maskopt.errors import MaskoptError
+
+if TYPE_CHECKING:
+    from maskopt.models.ranks import Ranks
 
 __all__ = ["WorkFolder"]
 
@@ -79,6 +83,26 @@ class WorkFolder:
         shutil.rmtree(self._folder, ignore_errors=True)
         return report
 
+    @contextmanager
+    def among(self, ranks: Ranks) -> Iterator[None]:
+        """Work in the folder with other processes, the first of which makes, locks and removes it.
+
+        Parameters
+        ----------
+        ranks : Ranks
+        """
+        if ranks.first:
+            with self:
+                ranks.barrier()
+                yield
+            return
+        ranks.barrier()
+        try:
+            yield
+        except BaseException:
+            self._tell()
+            raise
+
     def __enter__(self) -> Self:
         if not self._resume and self._number():
             raise MaskoptError(
@@ -94,8 +118,9 @@ class WorkFolder:
             raise MaskoptError(f"The folder {self.path} cannot be written: {files.reason(error)}.") from error
         if self._lock is None:
             raise MaskoptError(f"Another process is working in {self.path}; wait for it, or write another output.")
-        # What an earlier process needed for itself.
-        shutil.rmtree(self.path / "weights", ignore_errors=True)
+        # What an earlier process, or each of several, needed for itself.
+        for own in self.path.glob("weights-*"):
+            shutil.rmtree(own, ignore_errors=True)
         return self
 
     def __exit__(
@@ -105,9 +130,13 @@ class WorkFolder:
             return
         self._lock.close()
         if error is not None and self._number() and not self._out.exists():
-            files.resumable = f"{self._finished()} kept in {self._folder}, add --resume to the command to go on"
+            self._tell()
         else:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _tell(self) -> None:
+        if self._number():
+            files.resumable = f"{self._finished()} kept in {self._folder}, add --resume to the command to go on"
 
     def _number(self) -> int:
         return sum(1 for _ in self._folder.glob("blocks/[0-9]*/record.json"))

@@ -13,15 +13,18 @@ from transformers import PreTrainedModel
 from maskopt.checks import shown
 from maskopt.errors import MaskoptError
 from maskopt.models.context import context_length
+from maskopt.models.sums import PARTS
 
 __all__ = [
     "Batch",
     "check_token_ids",
     "data_settings",
     "gathered",
+    "in_parts",
     "opening",
     "prepare_batches",
     "sequences",
+    "share",
     "vocabulary_size",
     "with_held_out",
 ]
@@ -41,12 +44,15 @@ class Batch:
         True at the positions that are not padding, of shape `shape`; None where nothing is padded.
     held_out : bool
         Whether errors are only measured on it.
+    part : int
+        Of the ordered sum to which it adds (`OrderedSum`); parts are consecutive batches.
     """
 
     inputs: dict[str, Any]
     shape: tuple[int, int]
     real: Tensor | None = None
     held_out: bool = False
+    part: int = 0
 
     @property
     def tokens(self) -> int:
@@ -94,6 +100,32 @@ def with_held_out(model: PreTrainedModel, prepared: list[Batch], held_out: Itera
     if held_out is None:
         return prepared
     return [*prepared, *(replace(batch, held_out=True) for batch in prepare_batches(model, held_out, "held-out"))]
+
+
+def in_parts(batches: Sequence[Batch]) -> list[Batch]:
+    """Return batches with their parts: as many batches in each, up to one, and at most `PARTS` parts.
+
+    Parameters
+    ----------
+    batches : sequence of Batch
+    """
+    number = min(PARTS, len(batches))
+    return [replace(batch, part=index * number // len(batches)) for index, batch in enumerate(batches)]
+
+
+def share(batches: Sequence[Batch], rank: int, ranks: int) -> range:
+    """Return the indices of the batches that one of several processes runs: consecutive whole parts.
+
+    Parameters
+    ----------
+    batches : sequence of Batch
+        With their parts.
+    rank, ranks : int
+    """
+    parts = batches[-1].part + 1
+    first, last = (parts * edge // ranks for edge in (rank, rank + 1))
+    own = [index for index, batch in enumerate(batches) if first <= batch.part < last]
+    return range(own[0], own[-1] + 1) if own else range(0)
 
 
 def _prepare(model: PreTrainedModel, where: str, item: Any) -> Batch:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -13,45 +11,14 @@ from torch import Tensor, nn
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch
 from maskopt.models.calls import Inputs, identity
-from maskopt.models.experts import Products, Stack, StackedLayer
+from maskopt.models.experts import Products, Stack
 from maskopt.models.layers import Layer
+from maskopt.models.moments import Gram, Moments, Sums, inseparable, not_finite
+from maskopt.models.ranks import Ranks
 from maskopt.models.states import States
+from maskopt.models.sums import add_square, full_precision
 
 __all__ = ["DenseInputs", "Gram", "GramCollector"]
-
-_PANELS, _NARROW = 4, 256
-"""Panels of a symmetric product, measured: more are not faster, and matrices narrower than this gain nothing."""
-
-_TILE = 512
-
-
-@dataclass(eq=False)
-class Gram:
-    """A second-moment matrix.
-
-    Attributes
-    ----------
-    matrix : Tensor
-        Sum of y y^T over the inputs y, float32, shape (d, d).
-    leader : Layer
-        The layer whose calls add to it; other layers with the same input tensors use it, too.
-    tokens : int
-        Terms of the sum.
-    cross : Tensor, optional
-        Sum of x y^T, shape (d, d), where x is the input of the dense model; None where not asked for, or where x and y
-        belong to different tokens (experts that a router chose differently).
-    held_out : Tensor, optional
-        Sum of y y^T over the inputs in held-out batches, which are not among those of `matrix`; None without any.
-    pooled : bool
-        Whether the matrix contains tokens of other experts, in place of missing ones (`GramCollector`).
-    """
-
-    matrix: Tensor
-    leader: Layer
-    tokens: int = 0
-    cross: Tensor | None = None
-    held_out: Tensor | None = None
-    pooled: bool = False
 
 
 class DenseInputs(Inputs):
@@ -141,20 +108,17 @@ class GramCollector(Inputs):
         The layers to observe; call `begin` before every batch.
     dense : DenseInputs, optional
         The layers' inputs in the dense model for the same batches; then cross terms are summed, too.
+    parts : range
+        The parts of the batches (`Batch.part`) that run here; other processes run the others.
     """
 
-    def __init__(self, layers: Sequence[Layer], dense: DenseInputs | None = None) -> None:
+    def __init__(self, layers: Sequence[Layer], dense: DenseInputs | None = None, parts: range = range(1)) -> None:
         super().__init__(layers)
         self._dense = dense
-        self._grams: dict[Layer, Gram] = {}
-        self._halves: set[Gram] = set()  # of which the entries below the diagonal blocks are still to be filled
-        self._calls: dict[Layer, int] = dict.fromkeys(layers, 0)
+        self._moments = Moments(layers, self._stacked, parts)
         # The references keep the addresses of a batch's tensors from being used again.
-        self._seen: dict[tuple[object, ...], tuple[Tensor, Gram]] = {}
+        self._seen: dict[tuple[object, ...], tuple[Tensor, Layer]] = {}
         self._batch: Batch | None = None
-        self._rest: dict[Stack, Gram] = {}
-        """Of each stack: the tokens of matrices that are not among the layers."""
-        self._completed: set[Stack] = set()
         self._marked = False  # whether padded positions are NaN
         self._passed_over: set[nn.Module] = set()
         """Modules whose products count no more, because they were counted with marked positions."""
@@ -167,49 +131,56 @@ class GramCollector(Inputs):
         self._batch = batch
         self._seen.clear()
 
-    def __getitem__(self, layer: Layer) -> Gram:
-        """Return the Gram matrix of a layer.
+    def agree(self, ranks: Ranks) -> None:
+        """Let all processes know the same of the layers, once their batches have run; see `Moments.agree`."""
+        self._moments.agree(ranks)
+
+    def gather(self, ranks: Ranks, wanted: Mapping[Layer, Sequence[int]]) -> None:
+        """Sum the matrices over all processes, where they are wanted; see `Moments.gather`."""
+        self._moments.gather(ranks, wanted)
+
+    def leader(self, layer: Layer) -> Layer:
+        """Return the layer whose Gram matrix is a layer's own, too; `agree` comes first.
 
         Raises
         ------
         MaskoptError
             If the layer was never called, or has another layer's input in some batches only.
         """
-        if isinstance(layer, StackedLayer) and layer.stack not in self._completed:
-            self._complete(layer.stack)
-        gram = self._grams.get(layer)
-        if gram is not None:
-            self._fill(gram)
-        if gram is None or (gram.tokens == 0 and not gram.pooled):
-            raise MaskoptError(
-                f"The layer {layer.name} saw no token of the calibration data (experts may need more of it, and some "
-                f"modules are never called); exclude it to leave it dense."
-            )
-        if self._calls[layer] != self._calls[gram.leader]:
-            raise _inseparable(layer, gram.leader)
-        return gram
+        return self._moments.leader(layer)
+
+    def __getitem__(self, layer: Layer) -> Gram:
+        """Return the Gram matrix of a layer, which was wanted here; where nothing was gathered, of this process.
+
+        Raises
+        ------
+        MaskoptError
+            As for `leader`.
+        """
+        if not self._moments.agreed:
+            self.agree(Ranks())
+            self.gather(Ranks(), {})
+        return self._moments[self.leader(layer)]
 
     def _see(self, layer: Layer, x: Tensor) -> None:
-        self._calls[layer] += 1
+        moments = self._moments
+        moments.calls[layer] += 1
         before = None if self._dense is None else self._dense.pop(layer)
         key = identity(x)
-        gram = self._grams.get(layer)
         if key in self._seen:
             common = self._seen[key][1]
-            if gram is None:
-                self._grams[layer] = common
-            if gram is None or gram is common:
+            if moments.leaders.setdefault(layer, common) is common:
                 return
-        if gram is None:
-            gram = self._grams[layer] = _empty(layer, x, cross=self._dense is not None)
-        if gram.leader is not layer:
-            raise _inseparable(layer, gram.leader)
+        leader = moments.leaders.setdefault(layer, layer)
+        if leader is not layer:
+            raise inseparable(layer, leader)
+        sums = moments.begun(layer, layer, cross=self._dense is not None)
         rows = self._token_rows(layer, x).float()
-        self._add(gram, rows)
+        self._add(sums, rows)
         assert self._batch is not None
-        if gram.cross is not None and not self._batch.held_out:
-            gram.cross = self._paired(gram.cross, layer, before, x, rows)
-        self._seen[key] = x, gram
+        if "cross" in sums.kinds and not self._batch.held_out:
+            self._pair(sums, layer, before, x, rows)
+        self._seen[key] = x, layer
 
     def _observe(self) -> Products | None:
         return Products(self._stacked, self._see_stacked) if self._stacked else None
@@ -231,7 +202,7 @@ class GramCollector(Inputs):
         padded = ~real.to(x.device).flatten()
         marked = x.reshape(len(padded), -1).masked_fill(padded.unsqueeze(1), float("nan"))
         if not bool(torch.isfinite(marked[~padded]).all()):
-            raise _not_finite(next(one for stack in self._stacked if stack.module is module for one in stack.layers()))
+            raise not_finite(next(one for stack in self._stacked if stack.module is module for one in stack.layers()))
         marked = marked.view(x.shape)
         self._marked = True
         try:
@@ -253,72 +224,34 @@ class GramCollector(Inputs):
         leader = layer or next(iter(self._stacked[stack].values()))
         rows = x[~x.isnan().any(-1)] if self._marked else self._token_rows(leader, x)
         rows = rows[(rows != 0).any(-1)].float()
-        gram = self._rest.get(stack) if layer is None else self._grams.get(layer)
-        if gram is None:
-            gram = _empty(leader, x)
-            if layer is None:
-                self._rest[stack] = gram
-            else:
-                self._grams[layer] = gram
-        self._add(gram, rows)
+        if layer is not None:
+            self._moments.leaders[layer] = layer
+        self._add(self._moments.begun(layer or stack, leader), rows)
 
-    def _complete(self, stack: Stack) -> None:
-        """Give matrices of a stack that saw fewer tokens than they have inputs the missing ones of all."""
-        self._completed.add(stack)
-        layers = self._stacked[stack].values()
-        seen = [self._grams[layer] for layer in layers if layer in self._grams]
-        everything = seen + ([self._rest[stack]] if stack in self._rest else [])
-        for gram in everything:
-            self._fill(gram)
-        tokens = sum(gram.tokens for gram in everything)
-        short = [gram for gram in seen if gram.tokens < len(gram.matrix)]
-        unseen = [layer for layer in layers if layer not in self._grams]
-        if not tokens or not (short or unseen):
-            return
-        mean = everything[0].matrix / tokens
-        for gram in everything[1:]:
-            mean.add_(gram.matrix, alpha=1.0 / tokens)
-        for gram in short:
-            gram.matrix.add_(mean, alpha=float(len(mean) - gram.tokens))
-            gram.pooled = True
-        if unseen:
-            common = Gram(mean.mul_(len(mean)), unseen[0], pooled=True)
-            self._grams.update((layer, common) for layer in unseen)
-
-    def _fill(self, gram: Gram) -> None:
-        """Fill the half of a Gram matrix that is not summed."""
-        if gram in self._halves:
-            self._halves.discard(gram)
-            for matrix in (gram.matrix, gram.held_out):
-                if matrix is not None:
-                    _mirror(matrix)
-
-    def _add(self, gram: Gram, rows: Tensor) -> None:
+    def _add(self, sums: Sums, rows: Tensor) -> None:
         """Add tokens of the current batch to a matrix."""
         assert self._batch is not None
-        total = gram.matrix
-        if self._batch.held_out:
-            if gram.held_out is None:
-                gram.held_out = torch.zeros_like(gram.matrix)
-            total = gram.held_out
-        else:
-            gram.tokens += len(rows)
-        with _full_precision():
-            _add_square(total, rows)
-        self._halves.add(gram)
+        kind = "held_out" if self._batch.held_out else "matrix"
+        total = sums.kinds[kind].part(self._batch.part, rows.shape[-1], rows.device)
+        if not self._batch.held_out:
+            sums.tokens += len(rows)
+        with full_precision():
+            add_square(total, rows)
         if not bool(torch.isfinite(total.diagonal()).all()):
-            raise _not_finite(gram.leader)
+            raise not_finite(sums.leader)
 
-    def _paired(self, cross: Tensor, layer: Layer, before: Tensor | None, x: Tensor, rows: Tensor) -> Tensor | None:
-        """Return the cross term plus this call's part, None if the dense model's call had other tokens."""
+    def _pair(self, sums: Sums, layer: Layer, before: Tensor | None, x: Tensor, rows: Tensor) -> None:
+        """Add this call's part of the cross term; drop the term if the dense model's call had other tokens."""
         assert self._batch is not None
         sequences, positions = self._batch.shape
         # An expert's tokens may differ from those in the dense model even where their number is the same.
         whole = x.shape[:-1].numel() == sequences * positions or (x.ndim > 2 and x.shape[0] == sequences)
         if before is None or before.shape != x.shape or not whole:
-            return None
-        with _full_precision():
-            return cross.addmm_(self._token_rows(layer, before).float().T, rows)
+            del sums.kinds["cross"]
+            return
+        cross = sums.kinds["cross"].part(self._batch.part, rows.shape[-1], rows.device)
+        with full_precision():
+            cross.addmm_(self._token_rows(layer, before).float().T, rows)
 
     def _token_rows(self, layer: Layer, x: Tensor) -> Tensor:
         """Return the inputs at the positions that are not padding, shape (tokens, d)."""
@@ -340,58 +273,5 @@ class GramCollector(Inputs):
         )
 
 
-def _add_square(total: Tensor, rows: Tensor) -> None:
-    """Add rows^T rows to a matrix, on the diagonal blocks and above them only: less than two thirds of the work."""
-    size = total.shape[0]
-    step = size if size < _NARROW else -(-size // _PANELS)
-    for first in range(0, size, step):
-        last = first + step
-        total[first:last, first:].addmm_(rows[:, first:last].T, rows[:, first:])
-
-
-def _mirror(total: Tensor) -> None:
-    """Fill the entries below the diagonal with those above it."""
-    size = total.shape[0]
-    for first in range(0, size, _TILE):
-        last = first + _TILE
-        total[last:, first:last] = total[first:last, last:].T
-        tile = total[first:last, first:last]
-        tile.copy_(tile.triu() + tile.triu(1).T)
-
-
-def _empty(leader: Layer, x: Tensor, *, cross: bool = False) -> Gram:
-    """Return the Gram matrix of no tokens, for inputs like x."""
-    zeros = torch.zeros(x.shape[-1], x.shape[-1], device=x.device, dtype=torch.float32)
-    return Gram(zeros, leader, cross=zeros.clone() if cross else None)
-
-
 def _longer_axes(shape: torch.Size) -> list[int]:
     return [length for length in shape if length != 1]
-
-
-def _not_finite(layer: Layer) -> MaskoptError:
-    return MaskoptError(
-        f"The inputs of {layer.name} hold NaN or infinite values (or their squares exceed float32) on the calibration "
-        f"data; the model already fails there before any pruning of this layer."
-    )
-
-
-def _inseparable(layer: Layer, leader: Layer) -> MaskoptError:
-    return MaskoptError(
-        f"The layers {leader.name} and {layer.name} have the same input in one calibration batch and different ones in "
-        f"another; exclude one of them."
-    )
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Multiply float32 matrices in float32, even where the caller has allowed TF32 or bf16."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]  # torch >= 2.9
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision

@@ -126,8 +126,8 @@ class Journal:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise MaskoptError(f"The interrupted run in {folder} cannot be read: {reason(error)}.") from error
 
-    def write(self, number: int, finished: Finished, tensors: Mapping[str, Tensor]) -> Path:
-        """Write a finished stage and return the file of its parameters.
+    def write(self, number: int, finished: Finished, tensors: Mapping[str, Tensor]) -> None:
+        """Write a finished stage.
 
         Parameters
         ----------
@@ -154,7 +154,15 @@ class Journal:
                 (aside / _RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
         except OSError as error:
             raise MaskoptError(f"The folder {self.folder} could not be written: {reason(error)}.") from error
-        return folder / _WEIGHTS
+
+    def weights(self, number: int) -> Path:
+        """Return the file of a finished stage's parameters.
+
+        Parameters
+        ----------
+        number : int
+        """
+        return self._folder(number) / _WEIGHTS
 
     def _folder(self, number: int) -> Path:
         return self.folder / f"{number:05}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from maskopt.models.heap import trim
 from maskopt.models.journal import Finished, Journal, read_tensors
 from maskopt.models.offload import Offload
 from maskopt.models.propagation import Propagation, Stage
+from maskopt.models.ranks import Ranks
 from maskopt.models.replay import Replay
 from maskopt.models.report import PruneReport
 
@@ -37,6 +37,8 @@ class Keeping:
         Of all stages up to now.
     propagation : Propagation
         Knows the time of running the model.
+    ranks : Ranks
+        The processes that share the work; the first one writes.
     """
 
     def __init__(
@@ -47,10 +49,11 @@ class Keeping:
         edits: Edits,
         report: PruneReport,
         propagation: Propagation,
+        ranks: Ranks,
     ) -> None:
         self._model = model
         self._replay, self._offload, self._edits, self._report = replay, offload, edits, report
-        self._propagation = propagation
+        self._propagation, self._ranks = propagation, ranks
         self._journal = None if offload is None else Journal(offload.folder)
         self._recovered = 0
         self._earlier: dict[str, float] = {}
@@ -58,7 +61,9 @@ class Keeping:
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Begin a run with these settings, or go on with one."""
         if self._journal is not None and self._offload is not None:
-            self._journal.begin({**settings, "weight files": self._offload.files})
+            if self._ranks.first:
+                self._journal.begin({**settings, "weight files": self._offload.files})
+            self._ranks.barrier()
 
     def enter(self, stage: Stage, number: int) -> Finished | None:
         """Bring the block of a stage into memory, and return what is known if it is finished."""
@@ -94,11 +99,14 @@ class Keeping:
         trim()
         if self._offload is None or self._journal is None:
             return
-        file = self._write(stage, number, self._journal) if finished is None else finished.weights
-        if stage.position is not None and file is not None:
-            self._offload.written(self._replay.order[stage.position], file)
+        if finished is None:
+            if self._ranks.first:
+                self._write(stage, number, self._journal)
+            self._ranks.barrier()
+        if stage.position is not None:
+            self._offload.written(self._replay.order[stage.position], self._journal.weights(number))
 
-    def _write(self, stage: Stage, number: int, journal: Journal) -> Path:
+    def _write(self, stage: Stage, number: int, journal: Journal) -> None:
         values = {name: parameter.data for name, parameter in self._parameters(stage).items()}
         names = self._names(stage)
         for layer in stage.layers:
@@ -113,7 +121,7 @@ class Keeping:
         recovery = self._report.recovery[self._recovered :]
         self._recovered = len(self._report.recovery)
         finished = Finished(stage.name, layers, masks, recovery, self._seconds())
-        return journal.write(number, finished, values)
+        journal.write(number, finished, values)
 
     def end(self) -> None:
         """Release the last block, and count the time of earlier processes and of running the model."""

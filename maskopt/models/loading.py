@@ -30,6 +30,7 @@ from maskopt.models.checkpoint import check_folder, check_quantization
 from maskopt.models.checks import check_model, move_model
 from maskopt.models.offload import Offload, Stored
 from maskopt.models.quiet import without_bars
+from maskopt.models.ranks import current
 
 __all__ = ["load_model", "model_class"]
 
@@ -101,7 +102,8 @@ def load_model(
     }
     if offload is not None:
         place = torch.device("cpu" if device is None else device)
-        options |= {"device_map": _device_map(name, kind, config, place), "offload_folder": offload / "weights"}
+        own = offload / f"weights-{current().number}"  # ranks may write the same files
+        options |= {"device_map": _device_map(name, kind, config, place), "offload_folder": own}
     model, info = _try(name, "its weights", kind.from_pretrained, name, **options)
     _check_complete(name, model, info)
     check_model(model) if offload is None else Offload(model, _stored(model), place, offload / "blocks")

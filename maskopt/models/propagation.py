@@ -105,14 +105,14 @@ class Propagation(ABC):
 
     def _run(self, replay: Replay, stage: Stage, indices: Iterable[int] | None = None, **options: Any) -> None:
         began = time.perf_counter()
-        for index in range(replay.batches) if indices is None else indices:
+        for index in replay.own if indices is None else indices:
             if self.before_batch is not None:
                 self.before_batch(stage)
             replay.run(stage.position, indices=[index], **options)
         self.seconds += time.perf_counter() - began
 
     def _collect(self, stage: Stage, layers: Sequence[Layer], *, store: bool) -> GramCollector:
-        with GramCollector(layers) as grams:
+        with GramCollector(layers, parts=self._replay.parts) as grams:
             self._run(self._replay, stage, store=store, before=grams.begin, until=layers)
         return grams
 
@@ -231,8 +231,8 @@ class Corrected(Pruned):
             self._inputs = DenseInputs(stage.layers, self._replay.keeping(self._order.size(stage.layers)))
             self._reuse = None if stage.position is None else self._replay.reuse(stage.position, self._turns)
         later = [layer for others in self._turns[turn + 1 :] for layer in others]
-        grams = GramCollector(layers, self._inputs)
-        for index in range(self._replay.batches):
+        grams = GramCollector(layers, self._inputs, self._replay.parts)
+        for index in self._replay.own:
             if turn == 0:  # the first turn's inputs need not wait
                 self._run_dense(stage, index)
             self._inputs.begin(index)
@@ -250,7 +250,7 @@ class Corrected(Pruned):
         super().chosen(layers)
 
     def leave(self, stage: Stage) -> None:
-        for index in range(self._replay.batches):
+        for index in self._replay.own:
             with nullcontext() if self._reuse is None else self._reuse.on(index):
                 self._run(self._replay, stage, store=True, indices=[index])
         if not stage.layers:

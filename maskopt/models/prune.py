@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from maskopt.allocation import Plan
 from maskopt.bounds import BoundKind
 from maskopt.checks import choice, real, shown
-from maskopt.errors import MaskoptError
-from maskopt.models.batches import data_settings, prepare_batches, with_held_out
+from maskopt.errors import MaskoptError, RankLostError
+from maskopt.models.batches import data_settings, in_parts, prepare_batches, share, with_held_out
 from maskopt.models.calls import CallOrder
 from maskopt.models.checks import check_model, move_model
 from maskopt.models.edits import Edits
@@ -28,6 +28,7 @@ from maskopt.models.layers import Layer
 from maskopt.models.offload import Offload, offload_of
 from maskopt.models.proofs import Prover
 from maskopt.models.propagation import Accompanied, Corrected, Dense, Propagation, Pruned, Stage, last_uses
+from maskopt.models.ranks import current
 from maskopt.models.recovery import Data, Recoverer, divided, predictions
 from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.report import PruneReport, circumstances
@@ -250,6 +251,9 @@ def prune_layers(
     solver = ContinuationFrankWolfe() if solver is None else solver
     _check_arguments(masks, solver, propagate, correction, on_error, progress, memory, recover, states)
     check_model(model)
+    ranks = current()
+    if ranks.count > 1 and (certify is not None or recover is not None or observe is not None):
+        raise MaskoptError("Several ranks prune layer by layer; certify and recover need one process.")
     if certify is not None:
         if isinstance(solver, Joint):
             raise MaskoptError("certify proves bounds on masks whose weights stay; choose a solver that updates none.")
@@ -272,11 +276,14 @@ def prune_layers(
     if data is not None:
         prepared = data.batches
         last = data if further is None else data.instead(prepare_batches(model, further, "further"))
+    prepared = in_parts(prepared)
     with evaluation_mode(model), eager_experts(model, selection.layers), Storage(memory, states) as storage:
         began = time.perf_counter()
         order = CallOrder(selection.blocks, selection.outside)
         with order:
-            replay = Replay(model, list(selection.blocks), prepared, storage)
+            replay = Replay(
+                model, list(selection.blocks), prepared, storage, share(prepared, ranks.number, ranks.count)
+            )
             selection = selection.without(order.elsewise)
             stages = _stages(replay, selection)
             _require_calls(replay, order, stages, [not batch.held_out for batch in prepared])
@@ -305,7 +312,7 @@ def prune_layers(
             **data_settings(prepared),
             **circumstances(model),
         }
-        keeping = Keeping(model, replay, offload, edits, report, propagation)
+        keeping = Keeping(model, replay, offload, edits, report, propagation, ranks)
         work = Work(
             sets,
             solver,
@@ -318,6 +325,7 @@ def prune_layers(
             edits,
             keeping,
             correction,
+            ranks,
             report,
             observe,
         )
@@ -514,7 +522,7 @@ def _restoring(edits: Edits, report: PruneReport, on_error: OnError, offload: Of
             error.add_note("No layer of the model was pruned.")
             raise
         error.add_note(f"These {len(names)} layers of the model are pruned, all others are dense: {', '.join(names)}.")
-        if not isinstance(error, MaskoptError):
+        if not isinstance(error, MaskoptError) or isinstance(error, RankLostError):
             raise
         done = PruneReport(
             layers=[record for record in report.layers if record.name in set(names)],

@@ -116,9 +116,12 @@ class Replay:
         Non-empty.
     storage : Storage, optional
         Where the states of all batches are kept; on the device by default.
+    own : range, optional
+        Indices of the batches that run in this process (`share`); all by default.
 
     Attributes
     ----------
+    own : range
     order : list of Block
         In the order of execution; blocks that the first batch does not reach are missing.
     course : Course
@@ -126,15 +129,21 @@ class Replay:
     shortcut : bool
         Whether blocks can be run one at a time.
     growth : float
-        Positions in all batches over those with which the sizes in `course` were measured.
+        Positions in this process's batches over those with which the sizes in `course` were measured.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch], storage: Storage | None = None
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        batches: Sequence[Batch],
+        storage: Storage | None = None,
+        own: range | None = None,
     ) -> None:
         self._model = model
         # Which blocks run, and when, two sequences tell as well as many.
         self._batches: Sequence[Batch] = [opening(batch) for batch in batches[:2]]
+        self.own = range(len(self._batches))
         self._size = sum(weight.numel() for weight in model.parameters())
         self.storage = Storage(0, "device") if storage is None else storage
         self._states = States()  # by stack and batch: what the latest block of the stack returned
@@ -142,8 +151,9 @@ class Replay:
         self.order, self._calls, finals = self._trace(blocks)
         self.shortcut = all(calls == 1 for calls in self._calls.values())
         self.shortcut = self.shortcut and self._reproduces(finals)
-        self.growth = sum(math.prod(batch.shape) for batch in batches) / math.prod(self._batches[0].shape)
-        self._batches = batches
+        traced = math.prod(self._batches[0].shape)
+        self._batches, self.own = batches, range(len(batches)) if own is None else own
+        self.growth = sum(math.prod(batches[index].shape) for index in self.own) / traced
         stacks = {block.stack: self.course.outputs[block.module] for block in self.order}
         device = next((final.device for final in finals.values()), torch.device("cpu"))
         self._needed = round(2 * sum(stacks.values()) * self.growth), device  # two streams
@@ -190,6 +200,11 @@ class Replay:
         """Number of batches."""
         return len(self._batches)
 
+    @property
+    def parts(self) -> range:
+        """The parts of this process's batches."""
+        return range(self._batches[self.own[0]].part, self._batches[self.own[-1]].part + 1) if self.own else range(0)
+
     def held_out(self, index: int) -> bool:
         """Return whether the batch of an index is held out."""
         return self._batches[index].held_out
@@ -214,13 +229,13 @@ class Replay:
         before : callable, optional
             Called with each batch before it runs.
         indices : iterable of int, optional
-            Which batches; all of them by default.
+            Which batches; all of this process's by default.
         until : sequence of Layer
             Layers whose inputs are all that is wanted: a batch ends before the last of them runs. Nothing is stored.
         """
         current = None if position is None else self.order[position]
         ends = self._ends(until) if self.shortcut and current is not None and not store else ()
-        for index in range(len(self._batches)) if indices is None else indices:
+        for index in self.own if indices is None else indices:
             batch = self._batches[index]
             if before is not None:
                 before(batch)

@@ -14,10 +14,12 @@ from maskopt.errors import MaskoptError
 from maskopt.models.edits import Edits
 from maskopt.models.gram import Gram, GramCollector
 from maskopt.models.heap import trim
+from maskopt.models.jobs import Job, Solved, jobs_of
 from maskopt.models.keeping import Keeping
 from maskopt.models.layers import Layer
 from maskopt.models.proofs import Prover
 from maskopt.models.propagation import Propagation, Stage
+from maskopt.models.ranks import Ranks
 from maskopt.models.report import LayerRecord, PruneReport
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
@@ -57,7 +59,7 @@ BlockFit = Callable[[Stage, Callable[[int], Tensor]], object]
 Observer = Callable[[Layer, LayerReconstruction, Result], object]
 """Called with a layer, its problem and its result."""
 
-_Solved = tuple[LayerRecord, Tensor, Tensor | None]
+_Chosen = tuple[LayerRecord, Tensor, Tensor | None]
 
 
 @dataclass
@@ -84,6 +86,8 @@ class Work:
         Brings blocks into memory and writes finished ones.
     correction : float
         As for `prune`.
+    ranks : Ranks
+        The processes that share the work.
     report : PruneReport
         Extended layer by layer.
     observe : callable or None
@@ -105,10 +109,11 @@ class Work:
     edits: Edits
     keeping: Keeping
     correction: float
+    ranks: Ranks
     report: PruneReport = field(default_factory=PruneReport)
     observe: Observer | None = None
     recover: BlockFit | None = None
-    solved: dict[Layer, _Solved] = field(default_factory=dict)
+    solved: dict[Layer, _Chosen] = field(default_factory=dict)
 
     def run(self) -> None:
         """Prune stage by stage."""
@@ -134,10 +139,7 @@ class Work:
     def _prune(self, stage: Stage) -> None:
         """Choose and apply the masks of a stage's layers, and fit its block where that is asked for."""
         for turn in self.propagation.turns(stage):
-            grams = self.propagation.collect(stage, turn)
-            for layers in self._together(turn, grams):
-                self._solve(layers, grams[layers[0]])
-            del grams  # before those of the next turn are allocated
+            self._choose(turn, self.propagation.collect(stage, turn))
             trim()
             for layer in turn:
                 record, mask, weight = self.solved.pop(layer)
@@ -158,28 +160,52 @@ class Work:
         """Tell that a block, or the model, is being fitted."""
         self._tell("recover", name, fraction)
 
-    def _together(self, layers: Sequence[Layer], grams: GramCollector) -> list[list[Layer]]:
-        """Group layers with the same input where stacking their rows changes the speed only."""
-        groups: dict[object, list[Layer]] = {}
+    def _choose(self, turn: Sequence[Layer], grams: GramCollector) -> None:
+        """Solve the layers of a turn, here and in the other processes, and store the records of all."""
+        grams.agree(self.ranks)
+        groups = [jobs_of(layers, apart) for layers, apart in self._together(turn, grams)]
+        places = iter(self.ranks.spread([job.cost for jobs in groups for job in jobs]))
+        placed = [[(job, next(places)) for job in jobs] for jobs in groups]
+        wanted: dict[Layer, set[int]] = {}
+        for jobs in placed:
+            for job, place in jobs:
+                wanted.setdefault(grams.leader(job.layers[0]), set()).add(place)
+        grams.gather(self.ranks, {leader: sorted(each) for leader, each in wanted.items()})
+        solved: dict[Job, Solved] = {}
+        for jobs in placed:
+            own = [job for job, place in jobs if place == self.ranks.number]
+            if own:
+                solved.update(self._solve(own, grams[own[0].layers[0]]))
+            if self.ranks.count == 1:
+                self._store([solved.pop(job) for job in own], own[0].layers)
+        if self.ranks.count == 1:
+            return
+        began = time.perf_counter()
+        for jobs in placed:
+            parts = []
+            for job, place in jobs:
+                mine = solved.pop(job, None)
+                parts.append(Solved(*self.ranks.spoken(() if mine is None else mine.content, place)))
+            self._store(parts, jobs[0][0].layers)
+        self.report.solve_seconds += time.perf_counter() - began
+
+    def _together(self, layers: Sequence[Layer], grams: GramCollector) -> list[tuple[list[Layer], bool]]:
+        """Group layers with the same input where stacking their rows changes the speed only, and say where it does."""
+        groups: dict[object, tuple[list[Layer], bool]] = {}
         for layer in layers:
-            masks = self.masks[layer]
+            masks, leader = self.masks[layer], grams.leader(layer)
             same_for_any_rows = masks.separable and masks.rows(slice(None), layer.shape) is masks
-            if self.observe is None and same_for_any_rows and self.solver.solves_rows_apart(masks):
-                key: object = (id(masks), id(grams[layer]), layer.weight.device, layer in self.starts)
-            else:
-                key = layer
-            groups.setdefault(key, []).append(layer)
+            apart = self.observe is None and same_for_any_rows and self.solver.solves_rows_apart(masks)
+            key: object = (id(masks), leader, layer.weight.device, layer in self.starts) if apart else layer
+            groups.setdefault(key, ([], apart and self.prover is None))[0].append(layer)
         return list(groups.values())
 
-    def _solve(self, layers: Sequence[Layer], gram: Gram) -> None:
-        """Choose the masks of layers with one Gram matrix and store their records."""
+    def _solve(self, jobs: Sequence[Job], gram: Gram) -> dict[Job, Solved]:
+        """Choose the masks of jobs of the same layers, which have one Gram matrix."""
+        layers = jobs[0].layers
         name = ", ".join(layer.name for layer in layers)
         self._tell("solve", name)
         began = time.perf_counter()
-
-        def tell(state: State) -> None:
-            self._tell("solve", name, state.fraction)
-
         # The Gram is a sum of x x^T whose diagonal was checked, and so was the weight: no need to factorise it.
         weight = torch.cat([layer.oriented(layer.weight.detach()) for layer in layers])
         matrix = gram.matrix.to(weight.device)
@@ -188,15 +214,28 @@ class Work:
         else:
             cross = gram.cross.to(weight.device)
             problem = LayerReconstruction.towards(weight, matrix, cross, gram.tokens, strength=self.correction)
-        masks = self.masks[layers[0]]
         starts = [self.starts[layer] for layer in layers if layer in self.starts]
         start = torch.cat(starts).to(weight.device) if starts else None
+        self.report.solve_seconds += time.perf_counter() - began
+        return {
+            job: self._solve_job(job, name, problem if job.whole else problem.rows(job.rows), start, gram)
+            for job in jobs
+        }
+
+    def _solve_job(self, job: Job, name: str, problem: LayerReconstruction, start: Tensor | None, gram: Gram) -> Solved:
+        """Choose the masks of a job, whose problem has its rows only."""
+        began = time.perf_counter()
+
+        def tell(state: State) -> None:
+            self._tell("solve", name, state.fraction)
+
+        masks = self.masks[job.layers[0]]
         try:
             result = solve(
                 problem,
                 masks,
                 self.solver,
-                start=start,
+                start=None if start is None else start[job.rows],
                 callback=None if self.progress is None else tell,
                 memory=self.memory,
             )
@@ -204,25 +243,33 @@ class Work:
             raise MaskoptError(f"The layer {name} cannot be solved: {error}") from error
         self.report.solve_seconds += time.perf_counter() - began
         if self.observe is not None:
-            self.observe(layers[0], problem, result)
-        bounds = None
+            self.observe(job.layers[0], problem, result)
+        unfinished = None
         if self.prover is not None:
             self._tell("certify", name)
             began = time.perf_counter()
             bounds = self.prover.prove(problem, masks, lambda fraction: self._tell("certify", name, fraction))
             self.report.certify_seconds += time.perf_counter() - began
             result = replace(result, lower_bound=bounds.bound, gap_kind=GapKind.PROVEN)
+            unfinished = ~bounds.finished
         apart = None if gram.held_out is None else _errors_apart(problem, result, gram.held_out)
-        first = 0
+        return Solved.of(result, apart, unfinished, gram.tokens, gram.pooled)
+
+    def _store(self, parts: Sequence[Solved], layers: Sequence[Layer]) -> None:
+        """Store what became of layers with one input."""
+        result = Result.joined([Result(**part.result) for part in parts])
+        apart = None if parts[0].apart is None else torch.cat([p.apart for p in parts if p.apart is not None], dim=1)
+        unfinished, first = parts[0].unfinished, 0
         for layer in layers:
             index = slice(first, first + layer.shape[0])
-            part = result if len(layers) == 1 else result.part(index)
-            unfinished = 0 if bounds is None else int((~bounds.finished[index]).sum())
+            own = result if len(layers) == 1 else result.part(index)
+            rows = 0 if unfinished is None else int(unfinished[index].sum())
             first = index.stop
-            mask = layer.oriented(part.mask).cpu().contiguous()
+            mask = layer.oriented(own.mask).cpu().contiguous()
             # In the layer's own type, to which it is rounded anyway: with dense propagation all weights are kept.
-            updated = None if part.weight is None else layer.oriented(part.weight).to(layer.weight.dtype)
-            record = _record(layer, gram, part, unfinished, None if apart is None else _ratio(*apart[:, index]))
+            updated = None if own.weight is None else layer.oriented(own.weight).to(layer.weight.dtype)
+            error = None if apart is None else _ratio(*apart[:, index])
+            record = _record(layer, parts[0].tokens, own, rows, error, parts[0].pooled)
             self.solved[layer] = record, mask, updated
 
     def _tell(
@@ -247,7 +294,7 @@ def _ratio(lost: Tensor, whole: Tensor) -> float:
 
 
 def _record(
-    layer: Layer, gram: Gram, result: Result, unfinished_rows: int, held_out_error: float | None
+    layer: Layer, tokens: int, result: Result, unfinished_rows: int, held_out_error: float | None, pooled: bool
 ) -> LayerRecord:
     rows, columns = layer.shape
     nonzeros = int(result.mask.sum())
@@ -262,11 +309,11 @@ def _record(
         gap_kind=result.gap_kind.name,
         sparsity=result.sparsity,
         nonzeros=nonzeros,
-        tokens=gram.tokens,
+        tokens=tokens,
         iterations=result.iterations,
         seconds=result.seconds,
         status=result.status.name,
         unfinished_rows=unfinished_rows,
         held_out_error=held_out_error,
-        pooled=gram.pooled,
+        pooled=pooled,
     )

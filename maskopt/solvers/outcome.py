@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["GapKind", "Outcome", "Result", "Status", "weakest"]
@@ -169,6 +171,34 @@ class Result:
             seconds=self.seconds * len(mask) / len(self.mask),
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[Result]) -> Result:
+        """Return the result for all rows of solves of consecutive rows, which were independent; histories are left out.
+
+        Parameters
+        ----------
+        parts : sequence of Result
+            In the order of the rows; seconds add up, and the status is the weakest.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        return replace(
+            parts[0],
+            mask=torch.cat([part.mask for part in parts]),
+            objective=torch.cat([part.objective for part in parts]),
+            scale=torch.cat([part.scale for part in parts]),
+            status=weakest([part.status for part in parts]),
+            gap_kind=max((part.gap_kind for part in parts), key=list(GapKind).index),
+            lower_bound=_cat([part.lower_bound for part in parts]),
+            iterations=max(part.iterations for part in parts),
+            seconds=sum(part.seconds for part in parts),
+            counters=dict(sum((Counter(part.counters) for part in parts), Counter[str]())),
+            history={},
+            sources=dict(sum((Counter(part.sources) for part in parts), Counter[str]())),
+            weight=_cat([part.weight for part in parts]),
+            kept_objective=_cat([part.kept_objective for part in parts]),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain numbers and strings for JSON."""
         return {
@@ -187,3 +217,8 @@ class Result:
             "sources": dict(self.sources),
             "solver": self.solver,
         }
+
+
+def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if len(known) == len(parts) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,11 +64,27 @@ def test_a_failure_of_compare_leaves_nothing(run, layer, tmp_path, untouched, mo
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (FULL, 1)])
-@pytest.mark.parametrize("place", ["maskopt.models.saving.save_masks", "maskopt.solvers.base.Monitor.chunk"])
+@pytest.mark.parametrize("place", ["maskopt.models.journal.save_masks", "maskopt.solvers.base.Monitor.chunk"])
 def test_a_failure_of_prune_leaves_nothing(fails, model, text, tmp_path, untouched, monkeypatch, place, error, code):
     monkeypatch.setattr(place, raising(error))
     arguments = ("--calibration", text, "-s", 0.5, "--solver", "wanda", "--samples", 2)
     fails("prune", model, tmp_path / "pruned", *arguments, "--json", tmp_path / "figures", code=code)
+    untouched()
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (FULL, 1)])
+def test_a_failure_of_saving_leaves_finished_blocks_and_says_so(
+    fails, run, model, text, tmp_path, untouched, monkeypatch, error, code
+):
+    arguments = ("prune", model, tmp_path / "pruned", "--calibration", text, "-s", 0.5, "--samples", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("maskopt.models.saving.save_masks", raising(error))
+        said = fails(*arguments, "--json", tmp_path / "figures", code=code)
+    assert "2 finished blocks kept in" in said
+    assert "--resume" in said
+    run(*arguments, "--resume")
+    assert (tmp_path / "pruned" / "masks.safetensors").is_file()
+    shutil.rmtree(tmp_path / "pruned")
     untouched()
 
 

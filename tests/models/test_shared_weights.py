@@ -197,7 +197,7 @@ def test_finding_the_turns_builds_no_gram(build, make_batches, monkeypatch):
     monkeypatch.setattr(
         GramCollector,
         "__init__",
-        lambda self, layers, dense=None: (built.append(len(layers)), plain(self, layers, dense))[1],
+        lambda self, layers, *rest, **options: (built.append(len(layers)), plain(self, layers, *rest, **options))[1],
     )
     prune(build("llama"), make_batches(), PerRow(0.5), Wanda(), propagate="corrected")
     assert built == [3, 1, 2, 1] * 3

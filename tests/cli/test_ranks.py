@@ -1,0 +1,77 @@
+"""`maskopt prune` under torchrun: one output, one sentence, and a run that goes on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(count, *arguments, dying=None):
+    """Run `maskopt` in processes that torch starts, one of which may be killed after its first block."""
+    program = ["-m", "maskopt"] if dying is None else [str(Path(__file__).with_name("dying_rank.py"))]
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DYING_RANK": str(dying)}
+    command = [sys.executable, *ranks, *program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.fixture
+def arguments(text):
+    """Options of a small run."""
+    return ["--calibration", text, "--samples", 6, "--batch-size", 2, "--seqlen", 32, "--pattern", "2:4"]
+
+
+def content(out):
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".safetensors"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_killed_rank_ends_the_run_which_another_number_of_ranks_resumes(run, read, model, arguments, tmp_path, dying):
+    out, expected = tmp_path / "out", tmp_path / "expected"
+    run("prune", model, expected, *arguments)
+    killed = start(2, "prune", model, out, *arguments, dying=dying)
+    assert killed.returncode != 0
+    assert not out.exists()
+    said = [line for line in killed.stderr.splitlines() if line.endswith("add --resume to the command to go on.")]
+    assert len(said) == 1
+    assert said[0].startswith(("Another rank has ended", "Terminated"))
+    assert killed.stdout == ""
+    if dying == 0:
+        run("prune", model, out, *arguments, "--resume")
+    else:
+        resumed = start(3, "prune", model, out, *arguments, "--resume", "--json", tmp_path / "json")
+        assert resumed.returncode == 0, resumed.stderr
+        assert resumed.stdout.count("saved in") == 1
+        assert len(read(tmp_path / "json")["layers"]) == 14
+    assert content(out) == content(expected)
+    assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "more", [["--recover", "block"], ["--certify", "shift", "--solver", "wanda"], ["--allocation", "owl"]]
+)
+def test_ranks_refuse_what_needs_one_process(run, fails, model, arguments, tmp_path, monkeypatch, more):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = fails("prune", model, tmp_path / "out", *arguments, *more)
+    assert said.startswith(
+        "Several ranks prune layer by layer; --certify, --recover and allocating sparsities need one"
+    )
+    monkeypatch.setenv("RANK", "1")
+    assert run("prune", model, tmp_path / "out", *arguments, *more, code=2).output == ""  # only the first rank says so
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_device_says_so(model, arguments, tmp_path):
+    count = max(2, torch.cuda.device_count() + 1)
+    failed = start(count, "prune", model, tmp_path / "out", *arguments, "--device", "cuda")
+    assert failed.returncode != 0
+    said = [line for line in failed.stderr.splitlines() if line.startswith("The device 'cuda:")]
+    assert len(said) == 1
+    assert not list(tmp_path.glob("out*"))

@@ -1,0 +1,51 @@
+"""What several processes prune in tests of ranks; run by torch.distributed.run, or in the test's own process."""
+
+import sys
+
+import torch
+
+from maskopt import NM, PerRow, Unstructured, Wanda
+from maskopt.models import jobs
+from maskopt.models.prune import prune
+from maskopt.models.ranks import joined
+from maskopt.weights import ConditionalADMM
+from tests.models.conftest import ARCHITECTURES, MIXTURES, VOCABULARY
+
+RUNS = {
+    "corrected": ("llama", PerRow(0.5), ConditionalADMM(), "corrected", 5),
+    "pruned": ("llama", NM(keep=2, group=4), ConditionalADMM(), "pruned", 2),
+    "dense, masks only": ("gpt2", Unstructured(0.5), Wanda(), "dense", 5),
+    "experts": ("mixtral", PerRow(0.5), ConditionalADMM(), "corrected", 5),
+    "experts with few tokens": ("qwen3_moe", NM(keep=2, group=4), ConditionalADMM(), "pruned", 1),
+}
+"""By name: model, masks, solver, propagation and number of batches."""
+
+
+def batches(count):
+    """Return padded batches, two sequences in each."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for index in range(count):
+        real = (torch.arange(12) < torch.tensor([[12 - index % 3], [8]])).long()
+        ids = torch.randint(1, VOCABULARY, (2, 12), generator=generator)
+        found.append({"input_ids": ids * real, "attention_mask": real})
+    return found
+
+
+def outcomes():
+    """Prune all models and return masks, weights and records by name."""
+    found = {}
+    jobs._LEAST = 1  # so that tiny layers are cut into several jobs
+    for name, (kind, masks, solver, propagate, count) in RUNS.items():
+        model = {**ARCHITECTURES, **MIXTURES}[kind].build()
+        data = batches(count + 2)
+        report = prune(model, data[:count], masks, solver, propagate=propagate, held_out=data[count:])
+        records = [vars(record) | {"seconds": 0} for record in report.layers]
+        found[name] = {"masks": dict(report.masks), "weights": model.state_dict(), "records": records}
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with joined() as ranks:
+        torch.save(outcomes(), f"{sys.argv[1]}-{ranks.number}")

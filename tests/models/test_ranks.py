@@ -1,0 +1,165 @@
+"""Several processes prune as one does, bit by bit."""
+
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from maskopt import PerRow, Wanda, solve, synthetic
+from maskopt.errors import MaskoptError
+from maskopt.models import jobs
+from maskopt.models.batches import Batch, in_parts, share
+from maskopt.models.jobs import jobs_of
+from maskopt.models.layers import LinearLayer
+from maskopt.models.ranks import Ranks, joined, local_device
+from maskopt.models.sums import PARTS, OrderedSum
+from maskopt.solvers import Result
+from maskopt.weights import LeastSquares
+from tests.models import ranks_script
+
+
+def tree_sum(leaves, start=0, size=PARTS):
+    """The sum by its definition: four children from left to right, without those that are missing."""
+    if size == 1:
+        return leaves[start] if start < len(leaves) else None
+    children = (tree_sum(leaves, start + child * size // 4, size // 4) for child in range(4))
+    total = None
+    for child in children:
+        total = child if total is None else total if child is None else total + child
+    return total
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.3, 0.9])
+def test_sums_do_not_depend_on_who_adds(missing):
+    draw = random.Random(0)
+    torch.manual_seed(0)
+    orders = 0
+    for count in (1, 2, 3, 5, 7, 11, 13, 15, PARTS):
+        leaves = [
+            None if draw.random() < missing else torch.randn(3, 3) * 10 ** draw.uniform(-9, 9) for _ in range(count)
+        ]
+        expected = tree_sum(leaves)
+        for ranks in (1, 2, 3, 7, 20):
+            total = OrderedSum()
+            for rank in range(ranks):
+                parts = range(count * rank // ranks, count * (rank + 1) // ranks)
+                own = OrderedSum(parts.start)
+                for number in parts:
+                    if leaves[number] is not None:
+                        own.part(number, 3, torch.device("cpu")).add_(leaves[number])
+                    waiting = sum(matrix is not None for *_, matrix in own.pieces)
+                    assert ranks > 1 or waiting <= 2
+                own.close(parts.stop)
+                for piece in own.pieces:
+                    total.add(*piece)
+            found = total.total()
+            assert (found is None) == (expected is None)
+            assert expected is None or torch.equal(found, expected)
+        present = [leaf for leaf in leaves if leaf is not None]
+        orders += expected is not None and not torch.equal(sum(present), expected)
+    assert missing == 0.9 or orders > 0  # the order of additions matters in these examples
+
+
+def test_ranks_have_consecutive_batches_of_their_own():
+    for count in (1, 2, 3, PARTS - 1, PARTS, PARTS + 1, 300):
+        batches = in_parts([Batch({}, (1, 1)) for _ in range(count)])
+        assert [batch.part for batch in batches] == sorted(batch.part for batch in batches)
+        assert {batch.part for batch in batches} == set(range(min(count, PARTS)))
+        for ranks in (1, 2, 3, 8, 100):
+            shares = [share(batches, rank, ranks) for rank in range(ranks)]
+            assert [index for own in shares for index in own] == list(range(count))
+            parts = [{batches[index].part for index in own} for own in shares]
+            assert sum(map(len, parts)) == min(count, PARTS)
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_jobs_are_spread_by_cost():
+    ranks = Ranks()
+    ranks.count = 3
+    assert ranks.spread([1.0, 9.0, 4.0, 4.0, 1.0]) == [1, 0, 1, 2, 2]
+    assert ranks.spread([]) == []
+
+
+def test_jobs_are_cut_where_rows_are_apart_and_enough_work():
+    layers = [LinearLayer(name, nn.Linear(2048, 3000, device="meta")) for name in "abc"]
+    several = jobs_of(layers, apart=True)
+    assert [(job.rows.start, job.rows.stop, job.whole) for job in several] == [
+        (9000 * edge // 8, 9000 * (edge + 1) // 8, False) for edge in range(8)
+    ]
+    (whole,) = jobs_of(layers, apart=False)
+    assert (whole.rows, whole.whole, whole.layers) == (slice(0, 9000), True, tuple(layers))
+    assert 8 * several[0].cost > whole.cost > several[0].cost  # each job factorises
+    for inputs, rows in ((64, 1000), (8192, 4096)):  # little work, and few rows for a factorisation
+        (whole,) = jobs_of([LinearLayer("d", nn.Linear(inputs, rows, device="meta"))], apart=True)
+        assert whole.whole
+
+
+def test_results_of_rows_are_joined():
+    problem, masks = synthetic(rows=10, d=16).problem(), PerRow(0.5)
+    whole = solve(problem, masks, LeastSquares(solver=Wanda()))
+    parts = [solve(problem.rows(index), masks, LeastSquares(solver=Wanda())) for index in (slice(0, 3), slice(3, 10))]
+    joined = Result.joined(parts)
+    assert torch.equal(joined.mask, whole.mask)
+    for name in ("weight", "objective", "scale", "kept_objective"):
+        torch.testing.assert_close(getattr(joined, name), getattr(whole, name))
+    assert (joined.status, joined.gap_kind, joined.lower_bound) == (whole.status, whole.gap_kind, None)
+    assert joined.seconds == sum(part.seconds for part in parts)
+    bounds = [dataclasses.replace(part, lower_bound=part.objective / 2) for part in parts]
+    assert torch.equal(Result.joined(bounds).lower_bound, joined.objective / 2)
+    assert Result.joined([bounds[0], parts[1]]).lower_bound is None
+    assert Result.joined(parts[:1]) is parts[0]
+
+
+def test_settings_of_ranks_are_checked(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (local_device("cpu"), local_device("cuda")) == ("cpu", "cuda:1")
+    with pytest.raises(MaskoptError, match=r"^The device cuda:0 is a single one, and each of .* use cuda\.$"):
+        local_device("cuda:0")
+    monkeypatch.setenv("MASKOPT_RANK_SECONDS", "soon")
+    with pytest.raises(MaskoptError, match=r"^MASKOPT_RANK_SECONDS must be a number of seconds"), joined():
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert local_device("cuda:0") == "cuda:0"
+    with joined() as ranks:
+        assert (ranks.number, ranks.count, ranks.first) == (0, 1, True)
+
+
+def launched(count, *arguments, **changes):
+    """Run a script, or a module after -m, in processes that torch starts."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), **changes}
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What one process chooses."""
+    before = jobs._LEAST
+    yield ranks_script.outcomes()
+    jobs._LEAST = before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_choose_what_one_process_chooses(count, expected, tmp_path):
+    run = launched(count, ranks_script.__file__, tmp_path / "found")
+    assert run.returncode == 0, run.stderr
+    for rank in range(count):
+        found = torch.load(tmp_path / f"found-{rank}", weights_only=False)
+        for name, one in expected.items():
+            for kind in ("masks", "weights"):
+                assert one[kind].keys() == found[name][kind].keys()
+                assert all(torch.equal(found[name][kind][key], one[kind][key]) for key in one[kind]), (name, kind)
+            assert found[name]["records"] == one["records"], name
+    assert any(record["pooled"] for record in expected["experts with few tokens"]["records"])
