@@ -161,6 +161,8 @@ def _give_up(stream: Any) -> None:
 
 
 def _is_disk_failure(cause: BaseException | None) -> bool:
+    if isinstance(cause, MaskoptError):
+        return _is_disk_failure(cause.__cause__)
     if isinstance(cause, OSError):
         return cause.errno in _FULL
     # safetensors keeps the system's error as text only.

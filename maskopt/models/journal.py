@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -137,23 +138,26 @@ class Journal:
             All parameters of the stage, by full name.
         """
         folder = self._folder(number)
+        aside = folder.with_name(f".{folder.name}.tmp")
+        record = {
+            "name": finished.name,
+            "layers": [asdict(layer) for layer in finished.layers],
+            "recovery": [asdict(entry) for entry in finished.recovery],
+            "seconds": finished.seconds,
+        }
         try:
-            shutil.rmtree(folder, ignore_errors=True)
-            with replaced(folder) as aside:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-                save_file(apart(tensors), aside / _WEIGHTS)
-                if finished.masks:
-                    save_masks(aside / _MASKS, finished.masks)
-                record = {
-                    "name": finished.name,
-                    "layers": [asdict(layer) for layer in finished.layers],
-                    "recovery": [asdict(entry) for entry in finished.recovery],
-                    "seconds": finished.seconds,
-                }
-                (aside / _RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise MaskoptError(f"The folder {self.folder} could not be written: {reason(error)}.") from error
+            for old in (folder, aside):
+                shutil.rmtree(old, ignore_errors=True)
+            aside.mkdir()
+            save_file(apart(tensors), aside / _WEIGHTS)
+            if finished.masks:
+                save_masks(aside / _MASKS, finished.masks)
+            (aside / _RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+            aside.rename(folder)
+        except (OSError, SafetensorError) as error:
+            raise MaskoptError(f"The folder {folder} could not be written: {reason(error)}.") from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
     def weights(self, number: int) -> Path:
         """Return the file of a finished stage's parameters.
