@@ -46,6 +46,7 @@ __all__ = [
     "stderr",
     "tables",
     "tell_memory",
+    "tell_pruning_memory",
 ]
 
 _FILE_WIDTH = 200  # columns at most where output is no terminal
@@ -178,6 +179,12 @@ def tell_memory(needed: int, bar: Bar) -> None:
     """Say, before the work, how much memory a recovery takes, if there is a bar."""
     if bar.visible:
         stderr().print(f"Recovery takes about {needed / 1e9:.2g} GB beside the model and its states.", highlight=False)
+
+
+def tell_pruning_memory(estimated: int, bar: Bar) -> None:
+    """Say, before the work, how much memory pruning takes at most, if there is a bar."""
+    if bar.visible:
+        stderr().print(f"Pruning takes about {estimated / 1e9:.2g} GB of memory at most.", highlight=False)
 
 
 def check_outputs(json: str | None, *targets: str | Path | None) -> None:

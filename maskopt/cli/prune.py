@@ -56,6 +56,7 @@ from maskopt.cli.output import (
     stderr,
     tables,
     tell_memory,
+    tell_pruning_memory,
 )
 from maskopt.cli.prune_progress import PruneProgress
 from maskopt.cli.prune_tables import layer_table, summary
@@ -264,6 +265,11 @@ def prune(
                     for name, part in texts.items()
                 }
 
+            estimated = None
+            if work.path is not None:
+                tokens = batches.tokens + (0 if others is None else others.tokens)
+                estimated = models.pruning_bytes(network, selection.layers, tokens, working)
+                tell_pruning_memory(estimated, bar)
             needed = None
             if recovery is not None:
                 needed = models.recovery_bytes(
@@ -293,7 +299,9 @@ def prune(
             if not ranks.first:
                 return
             pruned = perplexities("pruned")
+        peak = models.peak_bytes(place)
         extra: dict[str, Any] = {
+            "memory_bytes": {"estimated": estimated, "peak": peak},
             "calibration": batches.to_json(),
             "perplexity": {name: {"dense": dense[name].to_json(), "pruned": pruned[name].to_json()} for name in texts},
             "command": {**command, "recovery_bytes": needed},
@@ -316,7 +324,10 @@ def prune(
     if report.plan is not None:
         lines |= divergence_lines(report.plan)
     lines |= recovery_lines(report.recovery)
-    lines |= {"solver": solver_words(method), "time": _times(report, time.perf_counter() - began), "saved in": str(out)}
+    lines |= {"solver": solver_words(method), "time": _times(report, time.perf_counter() - began)}
+    if peak is not None:
+        lines["memory"] = f"{peak / 1e9:.3g} GB at most"
+    lines |= {"saved in": str(out)}
     console.print(facts(lines))
     if network.can_generate():
         show_evaluation(console, out, evaluate)

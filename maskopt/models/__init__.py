@@ -5,8 +5,9 @@ from maskopt.models.blocks import Block, find_blocks
 from maskopt.models.calibration import Calibration, calibration_batches
 from maskopt.models.context import context_length, default_seqlen
 from maskopt.models.cost import Cost, product_speed, pruning_cost
+from maskopt.models.heap import peak_bytes
 from maskopt.models.loading import load_model, model_class
-from maskopt.models.memory import recovery_bytes
+from maskopt.models.memory import pruning_bytes, recovery_bytes
 from maskopt.models.perplexity import Perplexity, perplexity
 from maskopt.models.prune import CORRECTION, Progress, PruningError, prune
 from maskopt.models.recover import recognised, recover
@@ -43,9 +44,11 @@ __all__ = [
     "load_masks",
     "load_model",
     "model_class",
+    "peak_bytes",
     "perplexity",
     "product_speed",
     "prune",
+    "pruning_bytes",
     "pruning_cost",
     "read_text",
     "recognised",

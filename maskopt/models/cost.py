@@ -20,6 +20,7 @@ from maskopt.models.checks import Offloaded
 from maskopt.models.context import context_length
 from maskopt.models.experts import StackedLayer
 from maskopt.models.layers import Layer
+from maskopt.models.memory import GRAM_ARRAYS, LAYER_ARRAYS
 from maskopt.models.offload import parameters_in
 from maskopt.models.selection import Selection, select_layers
 from maskopt.weights import ConditionalADMM
@@ -29,8 +30,6 @@ __all__ = ["Cost", "product_speed", "pruning_cost"]
 _HELD_OUT = 8  # calibration windows for each one that is held out
 _RUNS = 2  # of a block: in the dense and in the pruned model, whose parts run once
 _HALF = 0.625  # of a symmetric product that is computed, in four panels
-_COPIES = 8  # of a layer in float32: weight, target, their difference, the result, and residuals in float64
-_ARRAYS = 7  # of d x d in float32: three sums, and what targets or a solution need beside them
 _DOUBLE = 2.0  # cost of a float64 operation, in float32 ones, where they are vectorised
 
 
@@ -182,8 +181,10 @@ def pruning_cost(
         rest_bytes=size * (model.num_parameters() - sum(sizes)),
         states_bytes=2 * size * all_tokens * _width(model, hidden),
         inside_bytes=size * tokens * inside,
-        gram_bytes=max(stacked, 4 * _ARRAYS * widest**2),
-        layer_bytes=4 * _COPIES * max(group[0].shape[1] * sum(layer.shape[0] for layer in group) for group in groups),
+        gram_bytes=max(stacked, 4 * GRAM_ARRAYS * widest**2),
+        layer_bytes=4
+        * LAYER_ARRAYS
+        * max(group[0].shape[1] * sum(layer.shape[0] for layer in group) for group in groups),
     )
 
 

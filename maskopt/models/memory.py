@@ -10,14 +10,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from maskopt.models.batches import prepare_batches, vocabulary_size, with_held_out
+from maskopt.models.blocks import find_blocks
 from maskopt.models.checks import check_model
+from maskopt.models.experts import StackedLayer
+from maskopt.models.heap import resident_bytes
+from maskopt.models.layers import Layer
 from maskopt.models.recovery import Recoverer, divided
 from maskopt.models.replay import Replay, evaluation_mode, first_tensor
 from maskopt.models.selection import select_layers
 from maskopt.oracles import Unstructured
 from maskopt.recovery import MaskRule, Recovery
 
-__all__ = ["recovery_bytes"]
+__all__ = ["GRAM_ARRAYS", "LAYER_ARRAYS", "pruning_bytes", "recovery_bytes"]
+
+LAYER_ARRAYS = 8  # of a layer in float32: weight, target, their difference, the result, and residuals in float64
+GRAM_ARRAYS = 7  # of d x d in float32: three sums, and what targets or a solution need beside them
 
 _ADAM, _MASTER, _GRADIENT = 8, 4, 4  # bytes for each parameter
 _LOGITS = 16  # bytes for each logit of a micro-batch: float32 values, their logarithms, and gradients of both
@@ -128,3 +135,46 @@ def _saved_bytes(replay: Replay) -> int:
         for parameter, flag in zip(parameters, flags, strict=True):
             parameter.requires_grad_(flag)
     return sum(seen.values())
+
+
+def pruning_bytes(model: PreTrainedModel, layers: Sequence[Layer], tokens: int, memory: int) -> int:
+    """Return about how many bytes pruning an offloaded model takes at most.
+
+    Counted are the largest block, the Gram matrices of the widest layer, the largest group of layers with one input,
+    the solver's memory, and states that stay on the device.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    layers : sequence of Layer
+        To prune.
+    tokens : int
+        Of the calibration and held out.
+    memory : int
+        Of the solver, as for `prune`.
+
+    Returns
+    -------
+    int
+        On a CPU with what the process has now.
+    """
+    blocks = (sum(p.numel() * p.element_size() for p in block.module.parameters()) for block in find_blocks(model))
+    groups: dict[tuple[object, int], int] = {}
+    stacked: dict[object, int] = {}
+    for layer in layers:
+        rows, columns = layer.shape
+        if isinstance(layer, StackedLayer):
+            stacked[layer.stack] = stacked.get(layer.stack, 0) + 4 * columns**2
+        # Layers beside each other with inputs of one width mostly have the same.
+        key = (layer if isinstance(layer, StackedLayer) else layer.name.rpartition(".")[0], columns)
+        groups[key] = groups.get(key, 0) + rows * columns
+    grams = max(4 * GRAM_ARRAYS * max(layer.shape[1] for layer in layers) ** 2, max(stacked.values(), default=0))
+    states = 2 * tokens * _width(model) * model.dtype.itemsize
+    now = resident_bytes() if model.device.type == "cpu" else 0
+    solution = 4 * LAYER_ARRAYS * max(groups.values()) + memory
+    return now + max(blocks) + grams + solution + (states if states * 8 <= memory else 0)
+
+
+def _width(model: PreTrainedModel) -> int:
+    size = getattr(model.config.get_text_config(), "hidden_size", 0)
+    return size if isinstance(size, int) else 0

@@ -1,13 +1,15 @@
 """Models whose blocks lie on disk are pruned as those in memory, and interrupted runs go on."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from maskopt import NM, MaskoptError, PerRow, Wanda, prune
-from maskopt.models import load_masks, load_model, save_pruned
+from maskopt.models import load_masks, load_model, peak_bytes, pruning_bytes, save_pruned, select_layers
 from maskopt.models import shards as shard_files
+from maskopt.models.heap import resident_bytes
 from maskopt.models.masks import PackedMasks
 from maskopt.models.offload import offload_of
 from maskopt.recovery import Recovery
@@ -212,3 +214,16 @@ def test_packed_masks_are_masks(shape):
     assert len(masks) == 1
     assert masks.bits("b").nbytes == -(-mask.numel() // 8)
     assert repr(masks) == "PackedMasks of 1 layers"
+
+
+def test_memory_is_estimated_before_and_does_not_grow_with_depth(saved, tmp_path):
+    estimates = []
+    for depth in (2, 6):
+        model, _ = load_model(saved(num_hidden_layers=depth), offload=tmp_path / f"work{depth}")
+        before = resident_bytes()
+        estimates.append(pruning_bytes(model, select_layers(model).layers, 1000, 2**20) - before)
+        shutil.rmtree(tmp_path / "llama")
+    block = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
+    assert all(estimate > 2**20 + block for estimate in estimates)
+    assert abs(estimates[1] - estimates[0]) < 2**22  # what the process has now may change by a few pages
+    assert peak_bytes() >= resident_bytes() > 0
