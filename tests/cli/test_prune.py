@@ -209,8 +209,9 @@ def test_the_summary_ends_with_the_time_and_the_next_command(run, model, text, t
     out = tmp_path / "a folder"
     arguments = ("--calibration", text, "-s", 0.6, "--solver", "wanda", "--samples", 2)
     lines = [line.split(maxsplit=1) for line in run("prune", model, out, *arguments).stdout.strip().splitlines()]
-    said = {name: rest.strip() for name, rest in (line for line in lines[-8:] if len(line) == 2)}
+    said = {name: rest.strip() for name, rest in (line for line in lines[-9:] if len(line) == 2)}
     assert "s in all: " in said["time"]
+    assert said["memory"].endswith(" GB at most")
     assert said["masks"] == "per-row 60 %; keeps 7 of 16, 10 of 24 per row, rounded up"
     assert said["solver"] == "Wanda"
     assert lines[-1] == ["Next:", f"maskopt evaluate '{out}' --text TEXT"]

@@ -226,4 +226,4 @@ def test_memory_is_estimated_before_and_does_not_grow_with_depth(saved, tmp_path
     block = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
     assert all(estimate > 2**20 + block for estimate in estimates)
     assert abs(estimates[1] - estimates[0]) < 2**22  # what the process has now may change by a few pages
-    assert peak_bytes() >= resident_bytes() > 0
+    assert min(peak_bytes(), resident_bytes()) > 2**20
