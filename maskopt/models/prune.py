@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from transformers import PreTrainedModel
 
 from maskopt.allocation import Plan
 from maskopt.bounds import BoundKind
-from maskopt.checks import choice, real, shown
 from maskopt.errors import MaskoptError, RankLostError
 from maskopt.models.batches import data_settings, in_parts, prepare_batches, share, with_held_out
 from maskopt.models.calls import CallOrder
@@ -24,27 +22,34 @@ from maskopt.models.experts import StackedLayer, eager_experts
 from maskopt.models.heap import trim
 from maskopt.models.journal import data_hash, tensors_hash
 from maskopt.models.keeping import Keeping
-from maskopt.models.layers import Layer
 from maskopt.models.offload import Offload, offload_of
+from maskopt.models.preparation import (
+    OnError,
+    Propagate,
+    check_arguments,
+    check_fit,
+    propagation_of,
+    require_calls,
+    sets_of,
+    stages_of,
+    starting_masks,
+    unreached,
+)
 from maskopt.models.proofs import Prover
-from maskopt.models.propagation import Accompanied, Corrected, Dense, Propagation, Pruned, Stage, last_uses
 from maskopt.models.ranks import current
-from maskopt.models.recovery import Data, Recoverer, divided, predictions
+from maskopt.models.recovering import RecoveryOfRun
+from maskopt.models.recovery import divided
 from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.report import PruneReport, circumstances
-from maskopt.models.selection import LeftDense, Selection, select_layers
+from maskopt.models.selection import select_layers
 from maskopt.models.solving import Observer, Progress, Work
 from maskopt.models.states import Place, Storage
 from maskopt.oracles import MaskSet
 from maskopt.recovery import Recovery
 from maskopt.solvers import ContinuationFrankWolfe, Solver
-from maskopt.solvers.arguments import check_masks, check_memory, check_solver
 from maskopt.weights import Joint
 
 __all__ = ["CORRECTION", "Progress", "Propagate", "PruningError", "prune", "prune_layers"]
-
-Propagate = Literal["corrected", "pruned", "dense"]
-OnError = Literal["restore", "keep"]
 
 CORRECTION = 0.7
 """Strength of the correction of errors upstream.
@@ -249,7 +254,7 @@ def prune_layers(
     PruneReport
     """
     solver = ContinuationFrankWolfe() if solver is None else solver
-    _check_arguments(masks, solver, propagate, correction, on_error, progress, memory, recover, states)
+    check_arguments(masks, solver, propagate, correction, on_error, progress, memory, recover, states)
     check_model(model)
     ranks = current()
     if ranks.count > 1 and (certify is not None or recover is not None or observe is not None):
@@ -265,11 +270,11 @@ def prune_layers(
     if device is not None:
         move_model(model, device)
     selection = select_layers(model, include, exclude)
-    sets = _sets(selection.layers, masks)
+    sets = sets_of(selection.layers, masks)
     prover = None if certify is None else Prover(sets.values(), certify, certify_seconds, memory)
     # What a product of the model shows about stacked matrices comes first.
-    _check_fit({layer: each for layer, each in sets.items() if not isinstance(layer, StackedLayer)})
-    starts = _starting(sets, {} if start is None else start)
+    check_fit({layer: each for layer, each in sets.items() if not isinstance(layer, StackedLayer)})
+    starts = starting_masks(sets, {} if start is None else start)
     prepared = with_held_out(model, prepare_batches(model, batches), held_out)
     data = None if recover is None else divided(prepared)
     last = None
@@ -285,10 +290,10 @@ def prune_layers(
                 model, list(selection.blocks), prepared, storage, share(prepared, ranks.number, ranks.count)
             )
             selection = selection.without(order.elsewise)
-            stages = _stages(replay, selection)
-            _require_calls(replay, order, stages, [not batch.held_out for batch in prepared])
+            stages = stages_of(replay, selection)
+            require_calls(replay, order, stages, [not batch.held_out for batch in prepared])
         trim()
-        _check_fit({layer: sets[layer] for layer in selection.layers})
+        check_fit({layer: sets[layer] for layer in selection.layers})
         # Oriented only now: the batches may have shown that stacked matrices are transposed.
         starts = {layer: layer.oriented(mask) for layer, mask in starts.items()}
         if propagate is None:
@@ -296,7 +301,7 @@ def prune_layers(
             propagate = "corrected" if corrects else "pruned"
         edits = Edits(on_error == "restore" and offload is None)
         by_block = recover is not None and (recover.level == "block" or (replay.shortcut and propagate != "dense"))
-        propagation = _propagation(propagate, by_block, model, replay, edits, order, stages, memory)
+        propagation = propagation_of(propagate, by_block, model, replay, edits, order, stages, memory)
         report = PruneReport()
         report.settings = {
             "masks": repr(masks) if isinstance(masks, MaskSet) else f"{masks.pattern}, by the plan",
@@ -331,7 +336,7 @@ def prune_layers(
         )
         after = None
         if recover is not None and data is not None and last is not None:
-            after = _Recovery(model, replay, data, last, recover, work, edits, memory)
+            after = RecoveryOfRun(model, replay, data, last, recover, work, edits, memory)
             work.recover = after.block if by_block else None
         report.calibration_seconds = time.perf_counter() - began
         keeping.begin(
@@ -351,156 +356,9 @@ def prune_layers(
                 after.model()
             work.done()
         keeping.end()
-    report.left_dense = [*selection.left_dense, *_unreached(replay, selection)]
+    report.left_dense = [*selection.left_dense, *unreached(replay, selection)]
     report.plan = masks if isinstance(masks, Plan) else None
     return report
-
-
-def _check_arguments(
-    masks: object,
-    solver: object,
-    propagate: object,
-    correction: object,
-    on_error: object,
-    progress: object,
-    memory: object,
-    recover: object,
-    states: object,
-) -> None:
-    """Check the types of arguments."""
-    if not isinstance(masks, Plan):
-        check_masks(masks)
-    check_solver(solver)
-    for name, value, options, optional in (
-        ("propagate", propagate, get_args(Propagate), True),
-        ("on_error", on_error, get_args(OnError), False),
-        ("states", states, get_args(Place), True),
-    ):
-        if not choice(options, optional=optional).fits(value):
-            raise MaskoptError(f"{name} must be one of {', '.join(options)}; got {shown(value)}.")
-    if not real(0, 1).fits(correction):
-        raise MaskoptError(f"correction must be a number between 0 and 1; got {shown(correction)}.")
-    if recover is not None and not isinstance(recover, Recovery):
-        raise MaskoptError(f"recover must be an object such as Recovery('block'); got {shown(recover)}.")
-    if progress is not None and not callable(progress):
-        raise MaskoptError(f"progress must be a function of one argument; got {shown(progress)}.")
-    check_memory(memory)
-
-
-def _stages(replay: Replay, selection: Selection) -> list[Stage]:
-    """Return the stages up to the last one that has layers to prune."""
-    stages = [Stage(index, block.name, selection.blocks[block]) for index, block in enumerate(replay.order)]
-    stages.append(Stage(None, "layers outside the blocks", selection.outside))
-    while stages and not stages[-1].layers:
-        stages.pop()
-    if not stages:
-        raise MaskoptError("The calibration batches do not run any of the blocks that hold layers to prune.")
-    return stages
-
-
-def _require_calls(replay: Replay, order: CallOrder, stages: Sequence[Stage], used: Sequence[bool]) -> None:
-    """Run further batches that are used, which experts may need, until every layer was called; fail if one never is."""
-
-    def uncalled() -> list[str]:
-        return [layer.name for stage in stages for layer in stage.layers if layer not in order]
-
-    for index in range(replay.batches):
-        if not uncalled():
-            break
-        if used[index]:
-            replay.run_whole(index)
-    names = uncalled()
-    if names:
-        kinds = list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))
-        patterns = " and ".join(repr(kind) for kind in kinds[:8]) + (" ..." if len(kinds) > 8 else "")
-        raise MaskoptError(
-            f"The calibration batches never call {len(names)} of the layers to prune, such as {names[0]} (experts may "
-            f"need more data, and some modules are never called); exclude {patterns} to leave them dense."
-        )
-    order.check()
-
-
-class _Recovery:
-    """What follows the pruning of each block, and of all.
-
-    Parameters
-    ----------
-    model, replay, data
-        See `Recoverer`.
-    last : Data
-        To fit the model.
-    settings : Recovery
-    work : Work
-        The pruning; it has pruned nothing yet.
-    edits : Edits
-        Remembers parameters.
-    memory : int
-        Bytes for the dense model's predictions.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        replay: Replay,
-        data: Data,
-        last: Data,
-        settings: Recovery,
-        work: Work,
-        edits: Edits,
-        memory: int,
-    ) -> None:
-        self._replay, self._work, self._edits = replay, work, edits
-        tell = None if work.progress is None else work.recovering
-        self._recoverer = Recoverer(model, replay, data, settings, work.masks, work.report.masks, tell)
-        self._last = last
-        self._dense = predictions(model, last, memory) if settings.level == "model" else None
-        self._records = work.report.recovery
-
-    def block(self, stage: Stage, outputs: Callable[[int], Tensor]) -> None:
-        """Fit a block."""
-        assert stage.position is not None
-        self._edits.remember(self._recoverer.parameters(self._replay.order[stage.position]))
-        self._records.extend(self._recoverer.fit_block(stage.position, stage.layers, outputs))
-
-    def model(self) -> None:
-        """Fit the model, where that is asked for."""
-        if self._dense is not None:
-            began = time.perf_counter()
-            self._edits.remember(self._recoverer.all_parameters())
-            self._records.extend(self._recoverer.fit_model(self._dense, self._last))
-            self._work.report.recovery_seconds += time.perf_counter() - began
-
-
-def _propagation(
-    kind: Propagate,
-    by_block: bool,
-    model: PreTrainedModel,
-    replay: Replay,
-    edits: Edits,
-    order: CallOrder,
-    stages: Sequence[Stage],
-    memory: int,
-) -> Propagation:
-    """Return what runs the blocks; with `by_block` it knows the dense model's states, too."""
-    if kind == "dense":
-        if by_block:
-            raise MaskoptError("Blocks are fitted behind pruned ones; use propagate='corrected' or 'pruned'.")
-        if offload_of(model) is not None and not replay.shortcut:
-            raise MaskoptError(
-                f"The blocks of {type(model).__name__} cannot be run one at a time, so that they have to be in memory "
-                f"for propagate='dense'; load the model without offload, or use propagate='pruned'."
-            )
-        return Dense(replay, edits, last_uses(model, replay, stages), memory)
-    if kind == "pruned" and not by_block:
-        return Pruned(replay, edits, memory)
-    if not replay.shortcut:
-        raise MaskoptError(
-            f"The blocks of {type(model).__name__} cannot be run one at a time, so its dense states are "
-            f"lost once blocks are pruned; use {'recover at the level ' if by_block else 'propagate='}"
-            f"{'model' if by_block else 'pruned'!r}."
-        )
-    chosen = Corrected if kind == "corrected" else Accompanied
-    return chosen(replay, edits, order, last_uses(model, replay, stages), memory)
 
 
 @contextmanager
@@ -533,52 +391,3 @@ def _restoring(edits: Edits, report: PruneReport, on_error: OnError, offload: Of
             f"{sentence}; {len(names)} layers are pruned already and stay so, up to {names[-1]}, all others are dense.",
             done,
         ) from error
-
-
-def _sets(layers: Sequence[Layer], masks: MaskSet | Plan) -> dict[Layer, MaskSet]:
-    """Return the set of masks of each layer."""
-    if isinstance(masks, MaskSet):
-        return dict.fromkeys(layers, masks)
-    planned = masks.masks({layer.name: layer.shape for layer in layers})
-    return {layer: planned[layer.name] for layer in layers}
-
-
-def _check_fit(sets: Mapping[Layer, MaskSet]) -> None:
-    """Check that sets fit the layers."""
-    for layer, masks in sets.items():
-        try:
-            masks.check(layer.shape)
-        except MaskoptError as error:
-            raise MaskoptError(f"The masks do not fit the layer {layer.name}: {error}") from error
-
-
-def _starting(layers: Iterable[Layer], start: Mapping[str, Tensor]) -> dict[Layer, Tensor]:
-    """Return the starting masks by layer after a check, as the weights are stored."""
-    if not isinstance(start, Mapping) or not all(isinstance(mask, Tensor) for mask in start.values()):
-        raise MaskoptError(f"start must be a dict of boolean tensors by layer names; got {shown(start)}.")
-    named = {layer.name: layer for layer in layers}
-    for name, mask in start.items():
-        if name not in named:
-            raise MaskoptError(f"There is a starting mask for {name}, which is not a layer to prune.")
-        expected = tuple(named[name].weight.shape)
-        if mask.dtype != torch.bool or tuple(mask.shape) != expected:
-            raise MaskoptError(
-                f"The starting mask of {name} must be boolean of shape {expected}; it is {mask.dtype} of shape "
-                f"{tuple(mask.shape)}."
-            )
-    return {named[name]: mask for name, mask in start.items()}
-
-
-def _unreached(replay: Replay, selection: Selection) -> list[LeftDense]:
-    """Return the layers of blocks that the batches never reach, such as the vision part of a model fed with text."""
-    reached = set(replay.order)
-    return [
-        LeftDense(
-            layer.name if isinstance(layer, StackedLayer) else f"{layer.name}.weight",
-            tuple(layer.weight.shape),
-            f"{block.name} is not run by these batches",
-        )
-        for block, layers in selection.blocks.items()
-        if block not in reached
-        for layer in layers
-    ]
