@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from maskopt.cli.allocate import divergence_lines, mean_sparsity, show_allocation
 from maskopt.cli.figure import check_figure, draw_plan
@@ -193,11 +194,7 @@ def prune(
         _tell_complete(json, earlier, out)
         return
     check_outputs(json, out, plot)
-    from maskopt.checks import check_time_limit
-
-    check_time_limit(time_limit)
-    if time_limit is not None and certify is None:
-        raise MaskoptError("--time-limit applies to the proofs of --certify; give both, or leave it out.")
+    _check_time_limit(time_limit, certify)
     method = parse_weights(treatment, solver, option or ())
     recovery = parse_recovery(
         recover, recover_epochs, recover_tokens, recover_masks, recover_parameters, seed, recover_rank
@@ -205,11 +202,7 @@ def prune(
     given = _read_plan(allocation, pattern, sparsity, fixed)
     masks = given or (parse_masks(pattern, sparsity) if allocation == "uniform" and not fixed else None)
     mean = 0.0 if masks is not None else mean_sparsity(pattern, sparsity)
-    if plot is not None:
-        check_figure(plot)
-    require_file("calibration text", calibration)
-    if evaluate is not None:
-        require_file("evaluation text", evaluate)
+    _check_files(calibration, evaluate, plot)
     require_transformers()
     from maskopt import models
     from maskopt.models import ranks as several
@@ -299,9 +292,8 @@ def prune(
             if not ranks.first:
                 return
             pruned = perplexities("pruned")
-        peak = models.peak_bytes(place)
         extra: dict[str, Any] = {
-            "memory_bytes": {"estimated": estimated, "peak": peak},
+            "memory_bytes": {"estimated": estimated, "peak": models.peak_bytes(place)},
             "calibration": batches.to_json(),
             "perplexity": {name: {"dense": dense[name].to_json(), "pruned": pruned[name].to_json()} for name in texts},
             "command": {**command, "recovery_bytes": needed},
@@ -314,23 +306,47 @@ def prune(
                 draw_plan({layer.name: layer.sparsity for layer in report.layers}, plot, f"{model}: {pattern}")
             models.save_pruned(out, network, tokenizer, report, finite(extra))
     console = tables(json)
-    console.print(layer_table(figures["layers"], console.width))
     shapes = dict.fromkeys((layer.rows, layer.columns) for layer in report.layers)
     if report.plan is None:
         words = masks_words(pattern, sparsity, parse_masks(pattern, sparsity), shapes)
     else:
         words = f"{report.plan.pattern}, sparsity of each layer by the plan ({report.plan.rule})"
-    lines = summary(figures, words)
+    _show(console, report, figures, words, solver_words(method), time.perf_counter() - began)
+    if network.can_generate():
+        show_evaluation(console, out, evaluate)
+
+
+def _show(
+    console: Console, report: PruneReport, figures: dict[str, Any], masks: str, solver: str, seconds: float
+) -> None:
+    """Print the table of layers and what there is to say of all."""
+    console.print(layer_table(figures["layers"], console.width))
+    lines = summary(figures, masks)
     if report.plan is not None:
         lines |= divergence_lines(report.plan)
     lines |= recovery_lines(report.recovery)
-    lines |= {"solver": solver_words(method), "time": _times(report, time.perf_counter() - began)}
+    lines |= {"solver": solver, "time": _times(report, seconds)}
+    peak = figures["memory_bytes"]["peak"]
     if peak is not None:
         lines["memory"] = f"{peak / 1e9:.3g} GB at most"
-    lines |= {"saved in": str(out)}
+    lines["saved in"] = figures["command"]["out"]
     console.print(facts(lines))
-    if network.can_generate():
-        show_evaluation(console, out, evaluate)
+
+
+def _check_time_limit(time_limit: float | None, certify: Certify | None) -> None:
+    from maskopt.checks import check_time_limit
+
+    check_time_limit(time_limit)
+    if time_limit is not None and certify is None:
+        raise MaskoptError("--time-limit applies to the proofs of --certify; give both, or leave it out.")
+
+
+def _check_files(calibration: Path, evaluate: Path | None, plot: Path | None) -> None:
+    if plot is not None:
+        check_figure(plot)
+    require_file("calibration text", calibration)
+    if evaluate is not None:
+        require_file("evaluation text", evaluate)
 
 
 def _tell_complete(json: str | None, report: dict[str, Any], out: Path) -> None:
