@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -105,16 +106,24 @@ def with_held_out(model: PreTrainedModel, prepared: list[Batch], held_out: Itera
 def in_parts(batches: Sequence[Batch]) -> list[Batch]:
     """Return batches with their parts: as many batches in each, up to one, and at most `PARTS` parts.
 
+    Held-out batches have parts of their own, so that sums over the others do not depend on them.
+
     Parameters
     ----------
     batches : sequence of Batch
     """
-    number = min(PARTS, len(batches))
-    return [replace(batch, part=index * number // len(batches)) for index, batch in enumerate(batches)]
+    counts = Counter(batch.held_out for batch in batches)
+    seen: Counter[bool] = Counter()
+    found = []
+    for batch in batches:
+        number, count = min(PARTS, counts[batch.held_out]), counts[batch.held_out]
+        found.append(replace(batch, part=seen[batch.held_out] * number // count))
+        seen[batch.held_out] += 1
+    return found
 
 
-def share(batches: Sequence[Batch], rank: int, ranks: int) -> range:
-    """Return the indices of the batches that one of several processes runs: consecutive whole parts.
+def share(batches: Sequence[Batch], rank: int, ranks: int) -> list[int]:
+    """Return the indices of the batches that one of several processes runs: those of consecutive whole parts.
 
     Parameters
     ----------
@@ -122,10 +131,9 @@ def share(batches: Sequence[Batch], rank: int, ranks: int) -> range:
         With their parts.
     rank, ranks : int
     """
-    parts = batches[-1].part + 1
+    parts = max(batch.part for batch in batches) + 1
     first, last = (parts * edge // ranks for edge in (rank, rank + 1))
-    own = [index for index, batch in enumerate(batches) if first <= batch.part < last]
-    return range(own[0], own[-1] + 1) if own else range(0)
+    return [index for index, batch in enumerate(batches) if first <= batch.part < last]
 
 
 def _prepare(model: PreTrainedModel, where: str, item: Any) -> Batch:

@@ -138,12 +138,12 @@ class Replay:
         blocks: Sequence[Block],
         batches: Sequence[Batch],
         storage: Storage | None = None,
-        own: range | None = None,
+        own: Sequence[int] | None = None,
     ) -> None:
         self._model = model
         # Which blocks run, and when, two sequences tell as well as many.
         self._batches: Sequence[Batch] = [opening(batch) for batch in batches[:2]]
-        self.own = range(len(self._batches))
+        self.own: Sequence[int] = range(len(self._batches))
         self._size = sum(weight.numel() for weight in model.parameters())
         self.storage = Storage(0, "device") if storage is None else storage
         self._states = States()  # by stack and batch: what the latest block of the stack returned
@@ -203,7 +203,8 @@ class Replay:
     @property
     def parts(self) -> range:
         """The parts of this process's batches."""
-        return range(self._batches[self.own[0]].part, self._batches[self.own[-1]].part + 1) if self.own else range(0)
+        parts = [self._batches[index].part for index in self.own]
+        return range(min(parts), max(parts) + 1) if parts else range(0)
 
     def held_out(self, index: int) -> bool:
         """Return whether the batch of an index is held out."""

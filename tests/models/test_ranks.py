@@ -79,6 +79,16 @@ def test_ranks_have_consecutive_batches_of_their_own():
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+def test_held_out_batches_change_no_part_of_the_others():
+    used = [Batch({}, (1, 1)) for _ in range(PARTS + 5)]
+    held_out = [Batch({}, (1, 1), held_out=True) for _ in range(7)]
+    together = in_parts([*used, *held_out])
+    assert [batch.part for batch in together[: len(used)]] == [batch.part for batch in in_parts(used)]
+    assert [batch.part for batch in together[len(used) :]] == list(range(7))
+    shares = [share(together, rank, 3) for rank in range(3)]
+    assert sorted(index for own in shares for index in own) == list(range(len(together)))
+
+
 def test_jobs_are_spread_by_cost():
     ranks = Ranks()
     ranks.count = 3
