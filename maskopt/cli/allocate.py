@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from maskopt.allocation import Plan
     from maskopt.models import AllocationProgress
 
-__all__ = ["allocate", "divergence_lines", "mean_sparsity", "show_allocation"]
+__all__ = ["allocate", "divergence_lines", "mean_sparsity", "read_plan", "show_allocation"]
 
 
 def allocate(
@@ -194,3 +194,27 @@ def plan_table(plan: Plan, shapes: dict[str, tuple[int, int]], width: int) -> Ta
         "sparsity": [f"{plan.sparsities[name]:.4f}" for name in names],
     }
     return named_table("", "layer", names, columns, width)
+
+
+def read_plan(allocation: str, pattern: str, sparsity: float | None, fixed: dict[str, float]) -> Plan | None:
+    """Return the plan of a file; None where `allocation` is a rule.
+
+    Raises
+    ------
+    MaskoptError
+        If it is neither, or other options say what the plan says.
+    """
+    if allocation in RULE_NAMES:
+        return None
+    if not Path(allocation).is_file():
+        raise MaskoptError(
+            f"--allocation {allocation} is neither a file nor a rule; the rules are {', '.join(RULE_NAMES)}."
+        )
+    from maskopt.allocation import load_plan
+
+    plan = load_plan(allocation)
+    if sparsity is not None or fixed:
+        raise MaskoptError(f"The plan {allocation} says the sparsities; leave --sparsity and --sparsity-of out.")
+    if pattern not in ("per-row", plan.pattern):
+        raise MaskoptError(f"The plan {allocation} is for {plan.pattern}, not {pattern}; leave --pattern out.")
+    return plan

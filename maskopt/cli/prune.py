@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from maskopt.cli.allocate import divergence_lines, mean_sparsity, show_allocation
+from maskopt.cli.allocate import divergence_lines, mean_sparsity, read_plan, show_allocation
 from maskopt.cli.figure import check_figure, draw_plan
 from maskopt.cli.options import (
     RULE_NAMES,
@@ -79,7 +79,6 @@ from maskopt.cli.work_folder import WorkFolder
 from maskopt.errors import MaskoptError
 
 if TYPE_CHECKING:
-    from maskopt.allocation import Plan
     from maskopt.models import PruneReport
 
 __all__ = ["prune"]
@@ -199,7 +198,7 @@ def prune(
     recovery = parse_recovery(
         recover, recover_epochs, recover_tokens, recover_masks, recover_parameters, seed, recover_rank
     )
-    given = _read_plan(allocation, pattern, sparsity, fixed)
+    given = read_plan(allocation, pattern, sparsity, fixed)
     masks = given or (parse_masks(pattern, sparsity) if allocation == "uniform" and not fixed else None)
     mean = 0.0 if masks is not None else mean_sparsity(pattern, sparsity)
     _check_files(calibration, evaluate, plot)
@@ -369,30 +368,6 @@ def _check_ranks(ranks: int, apart: bool) -> None:
             "Several ranks prune layer by layer; --certify, --recover and allocating sparsities need one process, "
             "without torchrun."
         )
-
-
-def _read_plan(allocation: str, pattern: str, sparsity: float | None, fixed: dict[str, float]) -> Plan | None:
-    """Return the plan of a file; None where `allocation` is a rule.
-
-    Raises
-    ------
-    MaskoptError
-        If it is neither, or other options say what the plan says.
-    """
-    if allocation in RULE_NAMES:
-        return None
-    if not Path(allocation).is_file():
-        raise MaskoptError(
-            f"--allocation {allocation} is neither a file nor a rule; the rules are {', '.join(RULE_NAMES)}."
-        )
-    from maskopt.allocation import load_plan
-
-    plan = load_plan(allocation)
-    if sparsity is not None or fixed:
-        raise MaskoptError(f"The plan {allocation} says the sparsities; leave --sparsity and --sparsity-of out.")
-    if pattern not in ("per-row", plan.pattern):
-        raise MaskoptError(f"The plan {allocation} is for {plan.pattern}, not {pattern}; leave --pattern out.")
-    return plan
 
 
 def _times(report: PruneReport, seconds: float) -> str:
