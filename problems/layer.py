@@ -171,7 +171,7 @@ class LayerReconstruction(Quadratic):
         with factor_threads(len(scaled)):
             factor = ridged_factor(scaled)
         del scaled, diagonal
-        drift = cross.double()
+        drift = cross.to(torch.float64, copy=True)
         drift.sub_(gram).div_(size)
         step = torch.cholesky_solve((weight.double() @ drift).T, factor).T / size
         del drift, factor
@@ -403,7 +403,7 @@ class LayerReconstruction(Quadratic):
         step = min(_BLOCK, max(_NARROW, -(-rows.shape[1] // 4)))
         for start in range(0, rows.shape[1], step):
             block = slice(start, start + step)
-            gram = self.gram[block, start:].double()
+            gram = self.gram[block, start:].to(torch.float64, copy=True)  # changed in place below
             if self._gram_unit != 1.0:
                 gram = gram / self._gram_unit
             # G is symmetric: what is right of a diagonal block counts twice.

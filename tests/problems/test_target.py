@@ -166,3 +166,22 @@ def test_misfits_are_refused():
         LayerReconstruction(weight, gram, target=torch.full((2, 3), torch.nan))
     with pytest.raises(MaskoptError, match="aims at its own weights' output"):
         sdp_bound(LayerReconstruction(weight, gram, target=2 * weight), torch.tensor([1, 1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_handed_in_stays_as_it_is(dtype):
+    """Also in float64, where nothing has to be converted, and with more inputs than one block of a product."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 900, generator=generator, dtype=dtype)
+    y = x + 0.1 * torch.randn(600, 900, generator=generator, dtype=dtype)
+    weight = torch.randn(3, 600, generator=generator, dtype=dtype)
+    gram, cross = y @ y.T, x @ y.T
+    gram = (gram + gram.T) / 2
+    before = weight.clone(), gram.clone(), cross.clone()
+    problem = LayerReconstruction.towards(weight, gram, cross)
+    pruned = weight * (weight.abs() > 0.5)
+    errors = [problem.error(pruned) for _ in range(2)]
+    assert torch.equal(*errors)
+    assert all(torch.equal(now, then) for now, then in zip((weight, gram, cross), before, strict=True))
+    change = (problem.target - pruned).double()
+    torch.testing.assert_close(errors[0], torch.linalg.vecdot(change @ gram.double(), change))
