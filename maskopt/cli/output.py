@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from maskopt.solvers import Callback, State
 
 __all__ = [
+    "BESIDE_THE_MODEL",
     "Bar",
     "check_outputs",
     "environment",
@@ -46,9 +47,9 @@ __all__ = [
     "stderr",
     "tables",
     "tell_memory",
-    "tell_pruning_memory",
 ]
 
+BESIDE_THE_MODEL = "beside the model and its states"
 _FILE_WIDTH = 200  # columns at most where output is no terminal
 
 
@@ -175,16 +176,10 @@ class Bar:
         return tell if self.visible else None
 
 
-def tell_memory(needed: int, bar: Bar) -> None:
-    """Say, before the work, how much memory a recovery takes, if there is a bar."""
+def tell_memory(what: str, needed: int, where: str, bar: Bar) -> None:
+    """Say, before the work, how much memory something takes, if there is a bar."""
     if bar.visible:
-        stderr().print(f"Recovery takes about {needed / 1e9:.2g} GB beside the model and its states.", highlight=False)
-
-
-def tell_pruning_memory(estimated: int, bar: Bar) -> None:
-    """Say, before the work, how much memory pruning takes at most, if there is a bar."""
-    if bar.visible:
-        stderr().print(f"Pruning takes about {estimated / 1e9:.2g} GB of memory at most.", highlight=False)
+        stderr().print(f"{what} takes about {needed / 1e9:.2g} GB {where}.", highlight=False)
 
 
 def check_outputs(json: str | None, *targets: str | Path | None) -> None:

@@ -47,6 +47,7 @@ from maskopt.cli.options import (
     require_transformers,
 )
 from maskopt.cli.output import (
+    BESIDE_THE_MODEL,
     Bar,
     check_outputs,
     environment,
@@ -57,7 +58,6 @@ from maskopt.cli.output import (
     stderr,
     tables,
     tell_memory,
-    tell_pruning_memory,
 )
 from maskopt.cli.prune_progress import PruneProgress
 from maskopt.cli.prune_tables import layer_table, summary
@@ -176,7 +176,18 @@ def prune(
         "out": str(out),
         "pattern": pattern,
         "sparsity": sparsity,
+        "solver": solver,
         "weights": treatment,
+        "options": list(option or ()),
+        "calibration": str(calibration),
+        "samples": samples,
+        "seqlen": seqlen,
+        "seed": seed,
+        "held_out": held_out,
+        "propagate": None if propagate is None else propagate.value,
+        "correction": correction,
+        "include": list(include or ()),
+        "exclude": list(exclude or ()),
         "allocation": allocation,
         "sparsity_of": fixed,
         "batch_size": batch_size,
@@ -228,7 +239,7 @@ def prune(
                     pattern,
                     mean,
                     method,
-                    rule=allocation,  # type: ignore[arg-type]  # checked by _read_plan
+                    rule=allocation,  # type: ignore[arg-type]  # checked by read_plan
                     fixed=fixed,
                     propagate=None if propagate is None else propagate.value,
                     correction=correction,
@@ -261,13 +272,13 @@ def prune(
             if work.path is not None:
                 tokens = batches.tokens + (0 if others is None else others.tokens)
                 estimated = models.pruning_bytes(network, selection.layers, tokens, working)
-                tell_pruning_memory(estimated, bar)
+                tell_memory("Pruning", estimated, "of memory at most", bar)
             needed = None
             if recovery is not None:
                 needed = models.recovery_bytes(
                     network, batches, recovery, include=include or (), exclude=exclude or (), held_out=others
                 )
-                tell_memory(needed, bar)
+                tell_memory("Recovery", needed, BESIDE_THE_MODEL, bar)
             dense = perplexities("dense")
             report = models.prune(
                 network,

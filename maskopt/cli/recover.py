@@ -29,6 +29,7 @@ from maskopt.cli.options import (
     require_transformers,
 )
 from maskopt.cli.output import (
+    BESIDE_THE_MODEL,
     Bar,
     check_outputs,
     environment,
@@ -121,7 +122,7 @@ def recover(
         needed = models.recovery_bytes(
             network, batches, settings, include=include or (), exclude=exclude or (), held_out=others
         )
-        tell_memory(needed, bar)
+        tell_memory("Recovery", needed, BESIDE_THE_MODEL, bar)
         perplexities: dict[str, models.Perplexity] = {}
 
         def measure(when: str, model: Any) -> None:

@@ -49,6 +49,7 @@ def scale(
     check_device(device)
     require_transformers()
     from maskopt import models
+    from maskopt.models.states import SHARE
 
     kind, config = models.model_class(model)
     cost = models.pruning_cost(kind, config, samples, seqlen)
@@ -82,7 +83,7 @@ def scale(
             "weights": f"{_size(cost.model_bytes)}; in memory are one block ({_size(cost.block_bytes)}) and what lies "
             f"outside the blocks ({_size(cost.rest_bytes)})",
             "waiting": f"{_size(cost.states_bytes)} of states, up to {_size(cost.inside_bytes)} inside a block; where "
-            f"this exceeds {_size(working // 8)}, not on the device",
+            f"this exceeds {_size(working // SHARE)}, not on the device",
             "Gram matrices at a time": _size(cost.gram_bytes),
             "layers at a time": f"{_size(cost.layer_bytes)}, and {_size(working)} of the solver",
             "device memory": f"about {_size(cost.device_bytes(working))}, beside libraries and activations of a batch",

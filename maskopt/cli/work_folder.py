@@ -139,7 +139,9 @@ class WorkFolder:
             files.resumable = f"{self._finished()} kept in {self._folder}, add --resume to the command to go on"
 
     def _number(self) -> int:
-        return sum(1 for _ in self._folder.glob("blocks/[0-9]*/record.json"))
+        from maskopt.models.journal import Journal
+
+        return Journal.inside(self._folder).stages if self._folder.is_dir() else 0
 
     def _finished(self) -> str:
         number = self._number()

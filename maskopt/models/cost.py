@@ -9,20 +9,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from maskopt.errors import MaskoptError
 from maskopt.models.blocks import find_blocks
-from maskopt.models.checks import Offloaded
 from maskopt.models.context import context_length
 from maskopt.models.experts import StackedLayer
 from maskopt.models.layers import Layer
-from maskopt.models.memory import GRAM_ARRAYS, LAYER_ARRAYS
-from maskopt.models.offload import parameters_in
+from maskopt.models.memory import gram_bytes, layer_bytes, states_bytes
+from maskopt.models.offload import parameters_in, set_aside
 from maskopt.models.selection import Selection, select_layers
+from maskopt.models.states import stays
 from maskopt.weights import ConditionalADMM
 
 __all__ = ["Cost", "product_speed", "pruning_cost"]
@@ -88,7 +87,7 @@ class Cost:
         memory : int
             Of the solver, as for `prune`.
         """
-        kept = [size for size in (self.states_bytes, self.inside_bytes) if size * 8 <= memory]
+        kept = [size for size in (self.states_bytes, self.inside_bytes) if stays(size, memory)]
         return self.block_bytes + self.rest_bytes + self.gram_bytes + self.layer_bytes + memory + sum(kept)
 
     def to_json(self) -> dict[str, Any]:
@@ -135,9 +134,7 @@ def pruning_cost(
     blocks = find_blocks(model)
     for block in blocks:
         for _, module, key in parameters_in(block):
-            parameter = module._parameters[key]
-            assert parameter is not None
-            module._parameters[key] = Offloaded(parameter.data, False)
+            set_aside(module, key)
     selection = select_layers(model)
     length = min(2048, context_length(model) or 2048) if seqlen is None else seqlen
     tokens = samples * length
@@ -157,8 +154,6 @@ def pruning_cost(
         solving += (method.stages + 1) * d**3 + 2 * rows * d**2 * (products + evaluations)
     size = (getattr(config, "dtype", None) or model.dtype).itemsize
     sizes = [sum(p.numel() for p in block.module.parameters()) for block in blocks]
-    widest = max(layer.shape[1] for layer in selection.layers)
-    hidden = min(layer.shape[1] for layer in selection.layers if not isinstance(layer, StackedLayer))
     inside = max(
         sum(
             group[0].shape[1]
@@ -167,7 +162,6 @@ def pruning_cost(
         )
         for block in blocks
     )
-    stacked = max((sum(4 * layer.shape[1] ** 2 for layer in group) for group in _stacks(selection)), default=0)
     return Cost(
         parameters=model.num_parameters(),
         pruned=sum(math.prod(layer.shape) for layer in selection.layers),
@@ -179,12 +173,10 @@ def pruning_cost(
         model_bytes=size * model.num_parameters(),
         block_bytes=size * max(sizes),
         rest_bytes=size * (model.num_parameters() - sum(sizes)),
-        states_bytes=2 * size * all_tokens * _width(model, hidden),
+        states_bytes=states_bytes(model, size, all_tokens),
         inside_bytes=size * tokens * inside,
-        gram_bytes=max(stacked, 4 * GRAM_ARRAYS * widest**2),
-        layer_bytes=4
-        * LAYER_ARRAYS
-        * max(group[0].shape[1] * sum(layer.shape[0] for layer in group) for group in groups),
+        gram_bytes=gram_bytes(selection.layers),
+        layer_bytes=layer_bytes(groups),
     )
 
 
@@ -257,17 +249,3 @@ def _share(model: PreTrainedModel, layer: Layer) -> float:
 
 
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k")
-
-
-def _stacks(selection: Selection) -> list[list[Layer]]:
-    groups: dict[object, list[Layer]] = {}
-    for layer in selection.layers:
-        if isinstance(layer, StackedLayer):
-            groups.setdefault(layer.stack, []).append(layer)
-    return list(groups.values())
-
-
-def _width(model: nn.Module, narrowest: int) -> int:
-    config: Any = model.config
-    size = getattr(config.get_text_config(), "hidden_size", narrowest)
-    return size if isinstance(size, int) else narrowest

@@ -48,7 +48,7 @@ class DenseInputs(Inputs):
         if self._latest is None or self._latest[0] is not x or self._latest[1] != x._version:
             self._number += 1
             self._latest = x, x._version, self._number
-            self._states.put(self._number, x.clone())
+            self._states.put(self._number, x, copy=True)
         number = self._latest[2]
         self._seen.setdefault(layer, []).append(number)
         self._readers[number] = self._readers.get(number, 0) + 1
@@ -59,13 +59,6 @@ class DenseInputs(Inputs):
     def begin(self, index: int) -> None:
         """Set the number of the batch that runs, or is asked for, next."""
         self._seen = self._batches.setdefault(index, {})
-
-    def forget(self, index: int) -> None:
-        """Drop the inputs of a batch that are left."""
-        for numbers in self._batches.pop(index, {}).values():
-            for number in numbers:
-                self._leave(number)
-        self._seen = {}
 
     def pop(self, layer: Layer) -> Tensor | None:
         """Return a layer's earliest input that has not been returned yet, None if there is none."""

@@ -67,12 +67,11 @@ def jobs_of(layers: Sequence[Layer], apart: bool) -> list[Job]:
 
 @dataclass(frozen=True)
 class Solved:
-    """What became of a job, as it goes to other processes.
+    """What became of a job.
 
     Parameters
     ----------
-    result : dict
-        The fields of a `Result`.
+    result : Result
     apart : Tensor or None
         Errors on held-out inputs, and those of pruning everything, shape (2, rows).
     unfinished : Tensor or None
@@ -83,19 +82,20 @@ class Solved:
         As of `Gram`.
     """
 
-    result: dict[str, Any]
+    result: Result
     apart: Tensor | None
     unfinished: Tensor | None
     tokens: int
     pooled: bool
 
-    @classmethod
-    def of(cls, result: Result, apart: Tensor | None, unfinished: Tensor | None, tokens: int, pooled: bool) -> Solved:
-        """Return it for a result."""
-        values = {each.name: getattr(result, each.name) for each in fields(result)}
-        return cls(values, apart, unfinished, tokens, pooled)
-
     @property
     def content(self) -> tuple[Any, ...]:
-        """All of it, as tuples, dicts, tensors and plain values."""
-        return self.result, self.apart, self.unfinished, self.tokens, self.pooled
+        """All of it as tuples, dicts, tensors and plain values, which go to other processes."""
+        values = {each.name: getattr(self.result, each.name) for each in fields(Result)}
+        return values, self.apart, self.unfinished, self.tokens, self.pooled
+
+    @classmethod
+    def received(cls, content: tuple[Any, ...]) -> Solved:
+        """Return what another process sent as its `content`."""
+        values, *others = content
+        return cls(Result(**values), *others)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from maskopt.files import open_tensors, reason
 from maskopt.models.batches import Batch
 from maskopt.models.masks import load_masks, save_masks
 from maskopt.models.report import LayerRecord, RecoveryRecord
-from maskopt.models.store import replaced
+from maskopt.models.store import first_difference, replaced
 
-__all__ = ["Finished", "Journal", "apart", "data_hash", "read_tensors", "tensors_hash"]
+__all__ = ["Finished", "Journal", "data_hash", "tensors_hash"]
 
 _SETTINGS, _RECORD, _WEIGHTS, _MASKS = "settings.json", "record.json", "weights.safetensors", "masks.safetensors"
 
@@ -40,16 +40,13 @@ class Finished:
     recovery : list of RecoveryRecord
     seconds : dict of str to float
         Of the whole run up to the end of this stage, by kind of work.
-    weights : Path, optional
-        A safetensors file with all parameters of the stage, by full name.
     """
 
     name: str
     layers: list[LayerRecord]
     masks: Mapping[str, Tensor]
-    recovery: list[RecoveryRecord] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    weights: Path | None = None
+    recovery: list[RecoveryRecord]
+    seconds: dict[str, float]
 
 
 class Journal:
@@ -65,6 +62,17 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    @classmethod
+    def inside(cls, work: Path) -> Journal:
+        """Return the journal of an offloaded model.
+
+        Parameters
+        ----------
+        work : Path
+            What `load_model` was given as `offload`.
+        """
+        return cls(work / "blocks")
 
     @property
     def stages(self) -> int:
@@ -95,7 +103,7 @@ class Journal:
             with replaced(file) as aside:
                 aside.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         elif known != wanted:
-            name = next(name for name in (*wanted, *known) if known.get(name) != wanted.get(name))
+            name = first_difference(known, wanted)
             before, now = (_shortened(values.get(name)) for values in (known, wanted))
             raise MaskoptError(
                 f"The interrupted run in {self.folder} had another {name} ({before} instead of {now}); repeat its "
@@ -123,7 +131,7 @@ class Journal:
             layers = [LayerRecord(**entry) for entry in record["layers"]]
             recovery = [RecoveryRecord(**entry) for entry in record["recovery"]]
             masks = load_masks(folder / _MASKS) if layers else {}
-            return Finished(record["name"], layers, masks, recovery, record["seconds"], folder / _WEIGHTS)
+            return Finished(record["name"], layers, masks, recovery, record["seconds"])
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise MaskoptError(f"The interrupted run in {folder} cannot be read: {reason(error)}.") from error
 
@@ -149,7 +157,7 @@ class Journal:
             for old in (folder, aside):
                 shutil.rmtree(old, ignore_errors=True)
             aside.mkdir()
-            save_file(apart(tensors), aside / _WEIGHTS)
+            save_file(_apart(tensors), aside / _WEIGHTS)
             if finished.masks:
                 save_masks(aside / _MASKS, finished.masks)
             (aside / _RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -160,7 +168,7 @@ class Journal:
             shutil.rmtree(aside, ignore_errors=True)
 
     def weights(self, number: int) -> Path:
-        """Return the file of a finished stage's parameters.
+        """Return the file of a finished stage's parameters, by full name.
 
         Parameters
         ----------
@@ -168,28 +176,23 @@ class Journal:
         """
         return self._folder(number) / _WEIGHTS
 
+    def tensors(self, number: int) -> dict[str, Tensor]:
+        """Return a finished stage's parameters by full name.
+
+        Parameters
+        ----------
+        number : int
+        """
+        with open_tensors("weight file", self.weights(number)) as content:
+            names = content.keys()
+            return {name: content.get_tensor(name).clone() for name in names}
+
     def _folder(self, number: int) -> Path:
         return self.folder / f"{number:05}"
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file by name.
-
-    Parameters
-    ----------
-    file : Path
-    """
-    with open_tensors("weight file", file) as content:
-        return {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118 - it is no mapping
-
-
-def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors none of which has memory in common with another, as files need them.
-
-    Parameters
-    ----------
-    tensors : mapping of str to Tensor
-    """
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors none of which has memory in common with another, as files need them."""
     seen: set[int] = set()
     found = {}
     for name, tensor in tensors.items():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from maskopt.models.edits import Edits
-from maskopt.models.heap import trim
-from maskopt.models.journal import Finished, Journal, read_tensors
+from maskopt.models.journal import Finished, Journal
 from maskopt.models.offload import Offload
 from maskopt.models.propagation import Propagation, Stage
 from maskopt.models.ranks import Ranks
@@ -54,15 +53,15 @@ class Keeping:
         self._model = model
         self._replay, self._offload, self._edits, self._report = replay, offload, edits, report
         self._propagation, self._ranks = propagation, ranks
-        self._journal = None if offload is None else Journal(offload.folder)
+        self._journal = None if offload is None else Journal.inside(offload.folder)
         self._recovered = 0
         self._earlier: dict[str, float] = {}
 
-    def begin(self, settings: Mapping[str, Any]) -> None:
-        """Begin a run with these settings, or go on with one."""
+    def begin(self, settings: Callable[[], Mapping[str, Any]]) -> None:
+        """Begin a run, or go on with one; `settings`, which hash the data, are asked for where they are needed."""
         if self._journal is not None and self._offload is not None:
             if self._ranks.first:
-                self._journal.begin({**settings, "weight files": self._offload.files})
+                self._journal.begin({**settings(), "weight files": self._offload.files})
             self._ranks.barrier()
 
     def enter(self, stage: Stage, number: int) -> Finished | None:
@@ -72,31 +71,31 @@ class Keeping:
         self._offload.hold(None if stage.position is None else self._replay.order[stage.position])
         return self._journal.read(number)
 
-    def repeat(self, stage: Stage, finished: Finished) -> None:
-        """Queue the edits of a finished stage's layers, and add it to the report."""
-        values = self._values(finished)
-        names = self._names(stage)
+    def repeat(self, stage: Stage, number: int, finished: Finished) -> dict[str, Tensor]:
+        """Queue the edits of a finished stage's layers, add it to the report, and return its parameters' values."""
+        assert self._journal is not None, "only a journal knows finished stages"
+        values = self._journal.tensors(number)
+        names = _names(self._parameters(stage))
         for layer in stage.layers:
             value = layer.part(values[names[id(layer.parameter)]])
             self._edits.choose(layer, finished.masks[layer.name], value)
         self._report.layers += finished.layers
         self._report.recovery += finished.recovery
         self._recovered = len(self._report.recovery)
-        for name, mask in finished.masks.items():
-            self._report.masks[name] = mask
+        self._report.masks.update(finished.masks)
         self._earlier = finished.seconds
+        return values
 
-    def complete(self, stage: Stage, finished: Finished) -> None:
+    def complete(self, stage: Stage, values: Mapping[str, Tensor]) -> None:
         """Give all parameters of a finished stage their values, but those with edits that are still queued."""
         waiting = {id(layer.parameter) for layer in stage.layers if self._edits.queued(layer) is not None}
-        for name, value in self._values(finished).items():
-            parameter = self._parameters(stage)[name]
-            if id(parameter) not in waiting:
-                parameter.data.copy_(value)
+        parameters = self._parameters(stage)
+        for name, value in values.items():
+            if id(parameters[name]) not in waiting:
+                parameters[name].data.copy_(value)
 
     def leave(self, stage: Stage, number: int, finished: Finished | None) -> None:
         """Write a stage whose layers are pruned, where it is not written yet; its block is read from there."""
-        trim()
         if self._offload is None or self._journal is None:
             return
         if finished is None:
@@ -107,8 +106,8 @@ class Keeping:
             self._offload.written(self._replay.order[stage.position], self._journal.weights(number))
 
     def _write(self, stage: Stage, number: int, journal: Journal) -> None:
-        values = {name: parameter.data for name, parameter in self._parameters(stage).items()}
-        names = self._names(stage)
+        parameters = self._parameters(stage)
+        values, names = {name: parameter.data for name, parameter in parameters.items()}, _names(parameters)
         for layer in stage.layers:
             queued = self._edits.queued(layer)
             if queued is not None:
@@ -136,10 +135,6 @@ class Keeping:
         seconds["calibration_seconds"] += self._propagation.seconds
         return seconds
 
-    def _values(self, finished: Finished) -> dict[str, Tensor]:
-        assert finished.weights is not None, "a journal knows its files"
-        return read_tensors(finished.weights)
-
     def _parameters(self, stage: Stage) -> dict[str, nn.Parameter]:
         """Return all parameters of a stage by full name."""
         if stage.position is None:
@@ -149,5 +144,6 @@ class Keeping:
         block = self._replay.order[stage.position]
         return dict(block.module.named_parameters(prefix=block.name))
 
-    def _names(self, stage: Stage) -> dict[int, str]:
-        return {id(parameter): name for name, parameter in self._parameters(stage).items()}
+
+def _names(parameters: Mapping[str, nn.Parameter]) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in parameters.items()}

@@ -106,7 +106,7 @@ def load_model(
         options |= {"device_map": _device_map(name, kind, config, place), "offload_folder": own}
     model, info = _try(name, "its weights", kind.from_pretrained, name, **options)
     _check_complete(name, model, info)
-    check_model(model) if offload is None else Offload(model, _stored(model), place, offload / "blocks")
+    check_model(model) if offload is None else Offload(model, _stored(model), place, offload)
     return move_model(model, device) if device is not None and offload is None else model, tokenizer
 
 

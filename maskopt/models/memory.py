@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,13 +19,14 @@ from maskopt.models.layers import Layer
 from maskopt.models.recovery import Recoverer, divided
 from maskopt.models.replay import Replay, evaluation_mode, first_tensor
 from maskopt.models.selection import select_layers
+from maskopt.models.states import stays
 from maskopt.oracles import Unstructured
 from maskopt.recovery import MaskRule, Recovery
 
-__all__ = ["GRAM_ARRAYS", "LAYER_ARRAYS", "pruning_bytes", "recovery_bytes"]
+__all__ = ["gram_bytes", "layer_bytes", "pruning_bytes", "recovery_bytes", "states_bytes"]
 
-LAYER_ARRAYS = 8  # of a layer in float32: weight, target, their difference, the result, and residuals in float64
-GRAM_ARRAYS = 7  # of d x d in float32: three sums, and what targets or a solution need beside them
+_LAYER_ARRAYS = 8  # of a layer in float32: weight, target, their difference, the result, and residuals in float64
+_GRAM_ARRAYS = 7  # of d x d in float32: three sums, and what targets or a solution need beside them
 
 _ADAM, _MASTER, _GRADIENT = 8, 4, 4  # bytes for each parameter
 _LOGITS = 16  # bytes for each logit of a micro-batch: float32 values, their logarithms, and gradients of both
@@ -159,22 +161,54 @@ def pruning_bytes(model: PreTrainedModel, layers: Sequence[Layer], tokens: int, 
         On a CPU with what the process has now.
     """
     blocks = (sum(p.numel() * p.element_size() for p in block.module.parameters()) for block in find_blocks(model))
-    groups: dict[tuple[object, int], int] = {}
-    stacked: dict[object, int] = {}
+    groups: dict[object, list[Layer]] = {}
     for layer in layers:
-        rows, columns = layer.shape
-        if isinstance(layer, StackedLayer):
-            stacked[layer.stack] = stacked.get(layer.stack, 0) + 4 * columns**2
         # Layers beside each other with inputs of one width mostly have the same.
-        key = (layer if isinstance(layer, StackedLayer) else layer.name.rpartition(".")[0], columns)
-        groups[key] = groups.get(key, 0) + rows * columns
-    grams = max(4 * GRAM_ARRAYS * max(layer.shape[1] for layer in layers) ** 2, max(stacked.values(), default=0))
-    states = 2 * tokens * _width(model) * model.dtype.itemsize
+        stacked = isinstance(layer, StackedLayer)
+        groups.setdefault(layer if stacked else (layer.name.rpartition(".")[0], layer.shape[1]), []).append(layer)
+    states = states_bytes(model, model.dtype.itemsize, tokens)
     now = resident_bytes() if model.device.type == "cpu" else 0
-    solution = 4 * LAYER_ARRAYS * max(groups.values()) + memory
-    return now + max(blocks) + grams + solution + (states if states * 8 <= memory else 0)
+    solution = gram_bytes(layers) + layer_bytes(groups.values()) + memory
+    return now + max(blocks) + solution + (states if stays(states, memory) else 0)
 
 
-def _width(model: PreTrainedModel) -> int:
-    size = getattr(model.config.get_text_config(), "hidden_size", 0)
-    return size if isinstance(size, int) else 0
+def gram_bytes(layers: Iterable[Layer]) -> int:
+    """Return the bytes of the Gram matrices of one turn, at most, and of what a solution needs beside them.
+
+    Parameters
+    ----------
+    layers : iterable of Layer
+        To prune.
+    """
+    widest, stacks = 0, Counter[object]()
+    for layer in layers:
+        widest = max(widest, layer.shape[1])
+        if isinstance(layer, StackedLayer):
+            stacks[layer.stack] += 4 * layer.shape[1] ** 2
+    return max([4 * _GRAM_ARRAYS * widest**2, *stacks.values()])
+
+
+def layer_bytes(groups: Iterable[Sequence[Layer]]) -> int:
+    """Return the bytes of weights, targets and residuals of layers that are solved together, at most.
+
+    Parameters
+    ----------
+    groups : iterable of sequence of Layer
+        Layers with one input.
+    """
+    return 4 * _LAYER_ARRAYS * max(group[0].shape[1] * sum(layer.shape[0] for layer in group) for group in groups)
+
+
+def states_bytes(model: PreTrainedModel, itemsize: int, tokens: int) -> int:
+    """Return the bytes of the states of all windows, in the dense and in the pruned model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    itemsize : int
+        Bytes of a number.
+    tokens : int
+        Of all windows, held-out ones included.
+    """
+    width = getattr(model.config.get_text_config(), "hidden_size", 0)
+    return 2 * itemsize * tokens * (width if isinstance(width, int) else 0)

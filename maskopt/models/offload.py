@@ -15,7 +15,7 @@ from maskopt.files import open_tensors
 from maskopt.models.blocks import Block, find_blocks
 from maskopt.models.checks import Offloaded, check_finite
 
-__all__ = ["Offload", "Stored", "changes", "offload_of", "parameters_in"]
+__all__ = ["Offload", "Stored", "changes", "offload_of", "parameters_in", "set_aside"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Offload:
     device : torch.device
         Where blocks run.
     folder : Path
-        Where `prune` writes the blocks that are pruned.
+        In which `prune` writes the blocks that are pruned.
     """
 
     def __init__(self, model: nn.Module, stored: Mapping[str, Stored], device: torch.device, folder: Path) -> None:
@@ -68,7 +68,7 @@ class Offload:
                 parameter = _parameter(module, key)
                 if len(owners[id(parameter)]) == 1:
                     self._offloaded[block.name].append((name, module, key))
-                    module._parameters[key] = Offloaded(parameter.data, parameter.requires_grad)
+                    set_aside(module, key)
                 elif parameter.is_meta:
                     _replace(model, parameter, self._read({name: parameter})[name])
             block.module.forward = self._entering(block, block.module.forward)
@@ -78,12 +78,12 @@ class Offload:
     def files(self) -> dict[str, list[int]]:
         """The files of the checkpoint that hold the blocks' parameters: size in bytes and time of the last change.
 
-        Of files that were made for this process in `folder`'s parent, the size only.
+        Of files that were made for this process in `folder`, the size only.
         """
         found = {}
         for file in sorted({place.file for place in self._original.values()}):
             status = file.stat()
-            own = file.is_relative_to(self.folder.parent)
+            own = file.is_relative_to(self.folder)
             found[file.name] = [status.st_size] if own else [status.st_size, status.st_mtime_ns]
         return found
 
@@ -164,10 +164,7 @@ class Offload:
     def _release(self, block: Block) -> None:
         global _changes
         for _, module, key in self._offloaded[block.name]:
-            parameter = _parameter(module, key)
-            # Not by an operation on the parameter: what observes uses of stacked matrices would see one.
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-            module._parameters[key] = Offloaded(empty, parameter.requires_grad)
+            set_aside(module, key)
         _changes += 1
 
     def _read(self, wanted: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -229,6 +226,21 @@ def parameters_in(block: Block) -> Iterator[tuple[str, nn.Module, str]]:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 yield f"{prefix}.{key}", module, key
+
+
+def set_aside(module: nn.Module, key: str) -> None:
+    """Put an `Offloaded` parameter, which has no data, in the place of a parameter.
+
+    Parameters
+    ----------
+    module : nn.Module
+    key : str
+        The parameter's name in it.
+    """
+    parameter = _parameter(module, key)
+    # Not by an operation on the parameter: what observes uses of stacked matrices would see one.
+    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    module._parameters[key] = Offloaded(empty, parameter.requires_grad)
 
 
 def _owners(model: nn.Module) -> dict[int, set[str]]:

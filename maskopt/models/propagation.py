@@ -6,7 +6,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -236,7 +236,7 @@ class Corrected(Pruned):
             if turn == 0:  # the first turn's inputs need not wait
                 self._run_dense(stage, index)
             self._inputs.begin(index)
-            with grams, nullcontext() if self._reuse is None else self._reuse.on(index, layers, later):
+            with grams, self._reusing(index, layers, later):
                 self._run(self._replay, stage, before=grams.begin, indices=[index], until=layers)
         return grams
 
@@ -251,7 +251,7 @@ class Corrected(Pruned):
 
     def leave(self, stage: Stage) -> None:
         for index in self._replay.own:
-            with nullcontext() if self._reuse is None else self._reuse.on(index):
+            with self._reusing(index):
                 self._run(self._replay, stage, store=True, indices=[index])
         if not stage.layers:
             self._pass_dense(stage)
@@ -268,6 +268,11 @@ class Corrected(Pruned):
         assert position is not None, "only blocks have outputs"
         self._reuse = None  # what is fitted to the outputs changes layers that had their turn
         return lambda index: self._dense.state(position, index)
+
+    def _reusing(
+        self, index: int, turn: Sequence[Layer] = (), later: Sequence[Layer] = ()
+    ) -> AbstractContextManager[None]:
+        return nullcontext() if self._reuse is None else self._reuse.on(index, turn, later)
 
     def _run_dense(self, stage: Stage, index: int) -> None:
         """Run the dense block on a batch, and keep its output and the inputs of its layers."""

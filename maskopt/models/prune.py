@@ -340,7 +340,7 @@ def prune_layers(
             work.recover = after.block if by_block else None
         report.calibration_seconds = time.perf_counter() - began
         keeping.begin(
-            {
+            lambda: {
                 **report.settings,
                 "memory": memory,
                 "certify": certify,

@@ -25,8 +25,8 @@ from maskopt.files import first_line
 from maskopt.models.batches import Batch, opening
 from maskopt.models.blocks import Block
 from maskopt.models.layers import Layer, is_linear
-from maskopt.models.reuse import Course, Reuse, answering, copied
-from maskopt.models.states import States, Storage
+from maskopt.models.reuse import Course, Reuse, answering
+from maskopt.models.states import States, Storage, copied
 from maskopt.threads import sized_threads
 
 __all__ = ["Replay", "evaluation_mode", "first_tensor", "run_model"]
@@ -268,14 +268,16 @@ class Replay:
     def _passed(self, position: int | None, index: int) -> Iterator[None]:
         """Let the blocks before a position return their stored states of a batch."""
         with ExitStack() as undo:
+            latest: dict[str, Any] = {}
             others: dict[str, Any] = {}
             for block in reversed(self.order[:position] if self.shortcut else []):
-                if block.stack in others:
-                    answer = others[block.stack]  # reaches no block that is computed
+                # Copies, because a model may add to its hidden states in place.
+                if block.stack not in latest:
+                    answer = latest[block.stack] = self._states.get((block.stack, index), copy=True)
                 else:
-                    # Copies, because a model may add to its hidden states in place.
-                    answer = copied(self._states.get((block.stack, index)))
-                    others[block.stack] = copied(answer)
+                    if block.stack not in others:
+                        others[block.stack] = copied(latest[block.stack])
+                    answer = others[block.stack]  # reaches no block that is computed
                 undo.enter_context(answering(block.module, partial(_returned, answer)))
             yield
 

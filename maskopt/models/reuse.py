@@ -17,14 +17,14 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from maskopt.models.blocks import Block
 from maskopt.models.calls import identity
 from maskopt.models.layers import Layer, is_linear
 from maskopt.models.states import States, tensor_bytes
 
-__all__ = ["Course", "Reuse", "answering", "copied"]
+__all__ = ["Course", "Reuse", "answering"]
 
 
 @dataclass
@@ -143,8 +143,9 @@ class Reuse:
             later = [layer for other in turns[index + 1 :] for layer in other]
             ended = self._ended(turn, later)
             for module in self._outermost(self._block, self._first([*turn, *later])):
-                kept = {other: size for other, size in kept.items() if other not in set(module.modules())}
-                if not self._inside(module, ended):
+                parts = set(module.modules())
+                kept = {other: size for other, size in kept.items() if other not in parts}
+                if not _inside(module, ended):
                     kept[module] = self._course.outputs[module]
             kept |= {module: self._course.inputs[end] for module, end in ended.items()}
             most = max(most, sum(kept.values()))
@@ -171,7 +172,7 @@ class Reuse:
                     continue
                 for part in self._outermost(module, math.inf):
                     self._answer(undo, part, index, last)
-                if not last and not self._inside(module, ended):
+                if not last and not _inside(module, ended):
                     undo.callback(module.register_forward_hook(self._keep_output(index)).remove)
             for module, end in ended.items():
                 hook = self._keep_input(self._key(module, "input", index))
@@ -196,9 +197,6 @@ class Reuse:
         ends = ((m, self._course.ends.get(m)) for m in self._outermost(self._block, self._first(later)))
         return {m: end for m, end in ends if end is not None and end in chosen and end in self._modules}
 
-    def _inside(self, module: nn.Module, others: Iterable[nn.Module]) -> bool:
-        return any(module is part for other in others for part in other.modules())
-
     def _key(self, module: nn.Module, what: str, index: int) -> tuple[str, str, int]:
         return self._names[module], what, index
 
@@ -206,8 +204,8 @@ class Reuse:
         """Let a module return what is kept, or is computed from a kept input; False if there is neither."""
         key, before = self._key(module, "output", index), self._key(module, "input", index)
         if key in self.states:
-            take = self.states.pop if last else self.states.get
-            undo.enter_context(answering(module, lambda *args, **kwargs: copied(take(key))))
+            take = self.states.pop if last else partial(self.states.get, copy=True)
+            undo.enter_context(answering(module, lambda *args, **kwargs: take(key)))
             return True
         if before not in self.states:
             return False
@@ -216,7 +214,7 @@ class Reuse:
         def multiply(*args: Any, **kwargs: Any) -> Any:
             output = self._course.wrapped(module, end(self.states.pop(before)))
             if not last:
-                self.states.put(key, copied(output))
+                self.states.put(key, output, copy=True)
             return output
 
         undo.enter_context(answering(module, multiply))
@@ -227,30 +225,23 @@ class Reuse:
             for part in module.modules():
                 if part is not module:
                     self.states.drop(self._key(part, "output", index))
-            self.states.put(self._key(module, "output", index), copied(output))
+            self.states.put(self._key(module, "output", index), output, copy=True)
 
         return hook
 
     def _keep_input(self, key: tuple[str, str, int]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.states.put(key, copied(args[0] if args else next(iter(kwargs.values()))))
+            self.states.put(key, args[0] if args else next(iter(kwargs.values())), copy=True)
 
         return hook
 
 
-def copied(value: Any) -> Any:
-    """Return a copy of all tensors in a value, because models change their states in place.
-
-    Parameters
-    ----------
-    value : object
-        Tensors in tuples, lists and dicts.
-    """
-    return tree_map_only(Tensor, Tensor.clone, value)
-
-
 def _filled(structure: TreeSpec, place: int, leaves: int, tensor: Tensor) -> Any:
     return tree_unflatten([tensor if index == place else None for index in range(leaves)], structure)
+
+
+def _inside(module: nn.Module, others: Iterable[nn.Module]) -> bool:
+    return any(module is part for other in others for part in other.modules())
 
 
 def _has_layers(module: nn.Module) -> bool:

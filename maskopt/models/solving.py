@@ -126,14 +126,15 @@ class Work:
                 self._prune(stage)
             else:
                 self.propagation.repeat(stage)
-                self.keeping.repeat(stage, finished)
+                values = self.keeping.repeat(stage, number, finished)
                 for turn in self.propagation.turns(stage):
                     self.propagation.chosen(turn)
-                self.keeping.complete(stage, finished)
+                self.keeping.complete(stage, values)
             if stage is self.stages[-1]:
                 self.propagation.finish()
             else:
                 self.propagation.leave(stage)
+            trim()
             self.keeping.leave(stage, number, finished)
 
     def _prune(self, stage: Stage) -> None:
@@ -185,7 +186,7 @@ class Work:
             parts = []
             for job, place in jobs:
                 mine = solved.pop(job, None)
-                parts.append(Solved(*self.ranks.spoken(() if mine is None else mine.content, place)))
+                parts.append(Solved.received(self.ranks.spoken(() if mine is None else mine.content, place)))
             self._store(parts, jobs[0][0].layers)
         self.report.solve_seconds += time.perf_counter() - began
 
@@ -253,11 +254,11 @@ class Work:
             result = replace(result, lower_bound=bounds.bound, gap_kind=GapKind.PROVEN)
             unfinished = ~bounds.finished
         apart = None if gram.held_out is None else _errors_apart(problem, result, gram.held_out)
-        return Solved.of(result, apart, unfinished, gram.tokens, gram.pooled)
+        return Solved(result, apart, unfinished, gram.tokens, gram.pooled)
 
     def _store(self, parts: Sequence[Solved], layers: Sequence[Layer]) -> None:
         """Store what became of layers with one input."""
-        result = Result.joined([Result(**part.result) for part in parts])
+        result = Result.joined([part.result for part in parts])
         apart = None if parts[0].apart is None else torch.cat([p.apart for p in parts if p.apart is not None], dim=1)
         unfinished, first = parts[0].unfinished, 0
         for layer in layers:

@@ -14,11 +14,13 @@ from typing import Any, Literal, Self
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
-__all__ = ["Place", "States", "Storage", "tensor_bytes"]
+__all__ = ["SHARE", "Place", "States", "Storage", "copied", "stays", "tensor_bytes"]
 
-_PARTS = 8
+SHARE = 8
+"""Tensors that are kept for one purpose stay on the device up to this part of the working memory."""
+
 Place = Literal["device", "host", "disk"]
 
 
@@ -41,17 +43,19 @@ class States:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._kept
 
-    def put(self, key: Hashable, value: Any) -> None:
-        """Keep a tensor, or tuples, lists and dicts of tensors and other things, which nobody changes any more.
+    def put(self, key: Hashable, value: Any, *, copy: bool = False) -> None:
+        """Keep a tensor, or tuples, lists and dicts of tensors and other things.
 
         Parameters
         ----------
         key : hashable
             A value of the same key is replaced.
         value : object
+        copy : bool
+            Whether others may still change the value in place.
         """
         if self.place == "device":
-            self._kept[key] = value
+            self._kept[key] = copied(value) if copy else value
             return
         leaves, structure = tree_flatten(value)
         places = [leaf.device if isinstance(leaf, Tensor) else None for leaf in leaves]
@@ -66,16 +70,16 @@ class States:
         others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._kept[key] = others, structure, places, file
 
-    def get(self, key: Hashable) -> Any:
-        """Return what was kept, on the device where it was."""
+    def get(self, key: Hashable, *, copy: bool = False) -> Any:
+        """Return what was kept, on the device where it was; with `copy` it may be changed in place."""
         kept = self._kept[key]
         if self.place == "device":
-            return kept
+            return copied(kept) if copy else kept
         leaves, structure, places = kept[:3]
         if self.place == "disk":
             stored = load_file(kept[3])
             leaves = [stored.get(str(index), leaf) for index, leaf in enumerate(leaves)]
-        return _placed(leaves, structure, places)
+        return _placed(leaves, structure, places, copy=copy)
 
     def pop(self, key: Hashable) -> Any:
         """Return what was kept and keep it no longer."""
@@ -106,8 +110,8 @@ class Storage:
     Parameters
     ----------
     memory : int
-        Bytes of working memory: tensors that are kept for one purpose stay on the device up to an eighth of them. There
-        are three purposes (states, inputs and outputs inside a block), and solvers work beside them.
+        Bytes of working memory: tensors that are kept for one purpose stay on the device up to an eighth of them
+        (`stays`). There are three purposes (states, inputs and outputs inside a block), and solvers work beside them.
     place : {"device", "host", "disk"}, optional
         Where they are kept however large they are. By default they move to the main memory, or to files where that is
         the device, if they exceed that.
@@ -133,7 +137,7 @@ class Storage:
         """
         if self.place is not None:
             return States(self.place, self)
-        if size * _PARTS <= self.memory:
+        if stays(size, self.memory):
             return States()
         return States("disk" if device.type == "cpu" else "host", self)
 
@@ -154,6 +158,30 @@ class Storage:
             self._files = None
 
 
+def stays(size: int, memory: int) -> bool:
+    """Return whether tensors stay on the device by default.
+
+    Parameters
+    ----------
+    size : int
+        Bytes of all that are kept for one purpose.
+    memory : int
+        Bytes of working memory.
+    """
+    return size * SHARE <= memory
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of all tensors in a value, because models change their states in place.
+
+    Parameters
+    ----------
+    value : object
+        Tensors in tuples, lists and dicts.
+    """
+    return tree_map_only(Tensor, Tensor.clone, value)
+
+
 def tensor_bytes(value: Any) -> int:
     """Return the bytes of all tensors in tuples, lists and dicts.
 
@@ -164,6 +192,6 @@ def tensor_bytes(value: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor))
 
 
-def _placed(leaves: list[Any], structure: TreeSpec, places: list[torch.device | None]) -> Any:
+def _placed(leaves: list[Any], structure: TreeSpec, places: list[torch.device | None], *, copy: bool) -> Any:
     pairs = zip(leaves, places, strict=True)
-    return tree_unflatten([leaf if place is None else leaf.to(place) for leaf, place in pairs], structure)
+    return tree_unflatten([leaf if place is None else leaf.to(place, copy=copy) for leaf, place in pairs], structure)

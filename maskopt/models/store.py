@@ -12,7 +12,7 @@ from typing import Any
 from maskopt.errors import MaskoptError
 from maskopt.files import reason
 
-__all__ = ["Store", "replaced"]
+__all__ = ["Store", "first_difference", "replaced"]
 
 _SETTINGS = "settings.json"
 
@@ -28,6 +28,16 @@ def replaced(path: Path) -> Iterator[Path]:
         raise MaskoptError(f"The file {path} could not be written: {reason(error)}.") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def first_difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Return the first name under which two settings that are not equal have different values.
+
+    Parameters
+    ----------
+    known, wanted : mapping of str to object
+    """
+    return next(name for name in (*wanted, *known) if known.get(name) != wanted.get(name))
 
 
 class Store:
@@ -60,7 +70,7 @@ class Store:
                 raise MaskoptError(f"The folder {self.folder} is not empty and no cache of maskopt; choose another.")
             self.write(Path(_SETTINGS).stem, wanted)
         elif known != wanted:
-            other = next(name for name in (*wanted, *known) if known.get(name) != wanted.get(name))
+            other = first_difference(known, wanted)
             raise MaskoptError(
                 f"The cache {self.folder} belongs to another allocation: its {other} differ; choose another folder."
             )
