@@ -2,9 +2,9 @@
 
     python benchmarks/kills.py MODEL,CALIBRATION [--kills 50] [--seed 0]
 
-Every run begins with --resume and is killed (SIGKILL, SIGTERM or SIGINT) at a random time until one ends by itself; then
-another output is begun, until the number of kills is reached. Times are drawn within the duration of an undisturbed run.
-Writes benchmarks/results/kills.{md,json}.
+Every run begins with --resume and is killed (SIGKILL, SIGTERM or SIGINT) at a random time until one ends by itself;
+then another output is begun, until the number of kills is reached. Times are drawn within the duration of an
+undisturbed run. Writes benchmarks/results/kills.{md,json}.
 """
 
 import argparse
@@ -30,6 +30,7 @@ def digest(folder: Path) -> str:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL,CALIBRATION")
     parser.add_argument("--kills", type=int, default=50)
@@ -82,9 +83,9 @@ def main() -> None:
     report.write(
         "kills",
         "Killed and resumed",
-        f"{sum(counts.values())} kills ({words}), {within} of them with finished blocks on disk, on the way to {outputs} "
-        f"outputs of {Path(model).name}: {different} outputs differ from that of an undisturbed run, {left} files or "
-        f"folders were left over, {failed} resumed runs failed.",
+        f"{sum(counts.values())} kills ({words}), {within} of them with finished blocks on disk, on the way to "
+        f"{outputs} outputs of {Path(model).name}: {different} outputs differ from that of an undisturbed run, {left} "
+        f"files or folders were left over, {failed} resumed runs failed.",
         figures,
     )
 

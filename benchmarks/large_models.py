@@ -2,8 +2,8 @@
 
     python benchmarks/large_models.py [MODEL,CALIBRATION ...] [--before CHECKOUT] [--depths 4,24]
 
-Random Llama models of hidden size 1024 and of each depth are made and pruned as people do it, in processes of their own:
-seconds are those of the report, memory is what the system counts as resident at most. With --before, a checkout of an
+Random Llama models of hidden size 1024 and of each depth are made and pruned as people do it, in processes of their
+own: seconds are those of the report, memory is what the system counts as resident at most. With --before, a checkout of an
 earlier version prunes the first of these models and all others given at the same time on another core, so that both
 see the same machine. Models are folders; calibration texts are files, of which the demo model's is the default. Writes
 benchmarks/results/large-models.{md,json}.
@@ -93,6 +93,7 @@ def compared(before: Path | None, cases: Sequence[tuple[str, Path, Path, Sequenc
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL,CALIBRATION")
     parser.add_argument("--before", type=Path, help="checkout of an earlier version")
@@ -109,10 +110,10 @@ def main() -> None:
         first = next(iter(small))
         cases.append((f"random, {first} blocks", small[first], arguments.text, SMALL))
         rows = compared(arguments.before, cases, folder)
-        depth = {number: pruned(ROOT, model, arguments.text, folder, (*SMALL, *FEW)) for number, model in small.items()}
-    report.write(
-        "large-models", "Time and memory of pruning large models", text_of(rows, depth), {"cases": rows, "depth": depth}
-    )
+        few = (*SMALL, *FEW)
+        depth = {number: pruned(ROOT, model, arguments.text, folder, few) for number, model in small.items()}
+    figures = {"cases": rows, "depth": depth}
+    report.write("large-models", "Time and memory of pruning large models", text_of(rows, depth), figures)
 
 
 def text_of(rows: Sequence[dict[str, Any]], depth: dict[int, dict[str, float]]) -> str:
