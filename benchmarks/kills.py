@@ -1,10 +1,10 @@
 """Kill `maskopt prune` at random times, resume it, and compare the output with that of a run that was left alone.
 
-    python benchmarks/kills.py MODEL,CALIBRATION [--kills 50] [--seed 0]
+    python benchmarks/kills.py [MODEL,CALIBRATION] [--kills 50] [--seed 0]
 
 Every run begins with --resume and is killed (SIGKILL, SIGTERM or SIGINT) at a random time until one ends by itself;
-then another output is begun, until the number of kills is reached. Times are drawn within the duration of an
-undisturbed run. Writes benchmarks/results/kills.{md,json}.
+then another output is begun, until the number of kills is reached. Without a model it is the demo model. Times are
+drawn within the duration of an undisturbed run. Writes benchmarks/results/kills.{md,json}.
 """
 
 import argparse
@@ -20,6 +20,9 @@ from pathlib import Path
 
 import report
 
+from maskopt.demo.run import MODEL
+
+README = Path(__file__).parent.parent / "README.md"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
@@ -32,7 +35,7 @@ def digest(folder: Path) -> str:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL,CALIBRATION")
+    parser.add_argument("model", nargs="?", metavar="MODEL,CALIBRATION", default=f"{MODEL},{README}")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -3,9 +3,9 @@
     python benchmarks/large_models.py [MODEL,CALIBRATION ...] [--before CHECKOUT] [--depths 4,24]
 
 Random Llama models of hidden size 1024 and of each depth are made and pruned as people do it, in processes of their
-own: seconds are those of the report, memory is what the system counts as resident at most. With --before, a checkout of an
-earlier version prunes the first of these models and all others given at the same time on another core, so that both
-see the same machine. Models are folders; calibration texts are files, of which the demo model's is the default. Writes
+own: seconds are those of the report, memory is what the system counts as resident at most. With --before, a checkout of
+an earlier version prunes the first of these models, and all others given, at the same time on another core, so that
+both see the same machine. Models are folders, and calibration texts files. Writes
 benchmarks/results/large-models.{md,json}.
 """
 
@@ -95,7 +95,7 @@ def compared(before: Path | None, cases: Sequence[tuple[str, Path, Path, Sequenc
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL,CALIBRATION")
+    parser.add_argument("models", nargs="*", metavar="MODEL,CALIBRATION[,TEXT]")
     parser.add_argument("--before", type=Path, help="checkout of an earlier version")
     parser.add_argument("--depths", type=numbers, default=[4, 24])
     parser.add_argument("--text", type=Path, default=ROOT / "README.md", help="calibration text of the random models")
@@ -104,7 +104,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         small = {depth: random_llama(folder / str(depth), depth) for depth in arguments.depths}
-        given = [each.split(",") for each in arguments.models]
+        given = [each.split(",")[:2] for each in arguments.models]
         shape = ("--pattern", "2:4", "--samples", "64", "--seqlen", "512", "--include", arguments.blocks)
         cases = [(f"{Path(model).name}, {arguments.blocks}", Path(model), Path(text), shape) for model, text in given]
         first = next(iter(small))
