@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from maskopt.files import open_tensors
-from maskopt.models.layers import Layer
+from maskopt.models.layers import Layer, swapped
 from maskopt.models.store import replaced
 from maskopt.oracles import Counts
 from maskopt.problems import LayerReconstruction
@@ -106,17 +106,9 @@ class Database:
         """Return the counts of a layer that are stored, ascending."""
         return sorted(self._stored[layer])
 
-    @contextmanager
-    def composed(self, counts: Mapping[Layer, int]) -> Iterator[None]:
+    def composed(self, counts: Mapping[Layer, int]) -> AbstractContextManager[None]:
         """Give layers the weights of a count each inside the block."""
-        before: dict[Layer, Tensor] = {}
-        try:
-            for layer, count in counts.items():
-                before[layer] = layer.swap(self.weight(layer, count))
-            yield
-        finally:
-            for layer, weight in before.items():
-                layer.swap(weight)
+        return swapped((layer, self.weight(layer, count)) for layer, count in counts.items())
 
     def save(self, folder: Path) -> None:
         """Write the database to a file in a folder."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from maskopt.checks import FLOATS
 from maskopt.errors import MaskoptError
 from maskopt.models.checks import Offloaded
 
-__all__ = ["Layer", "LinearLayer", "is_linear", "linear_layers"]
+__all__ = ["Layer", "LinearLayer", "is_linear", "linear_layers", "swapped"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +146,25 @@ class LinearLayer(Layer):
         before = self.parameter.data
         self.parameter.data = weight
         return before
+
+
+@contextmanager
+def swapped(weights: Iterable[tuple[Layer, Tensor]]) -> Iterator[None]:
+    """Let layers compute with other weights inside the block.
+
+    Parameters
+    ----------
+    weights : iterable of (Layer, Tensor)
+        As the weights are stored.
+    """
+    before: dict[Layer, Tensor] = {}
+    try:
+        for layer, weight in weights:
+            before[layer] = layer.swap(weight)
+        yield
+    finally:
+        for layer, weight in before.items():
+            layer.swap(weight)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from maskopt.models.calls import CallOrder
 from maskopt.models.edits import Edits
 from maskopt.models.experts import in_groups
 from maskopt.models.gram import DenseInputs, GramCollector
-from maskopt.models.layers import Layer
+from maskopt.models.layers import Layer, swapped
 from maskopt.models.replay import Replay
 from maskopt.models.reuse import Reuse
 
@@ -286,17 +286,9 @@ class Corrected(Pruned):
         with self._as_it_was():
             self._run(self._dense, stage, store=True)
 
-    @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
+    def _as_it_was(self) -> AbstractContextManager[None]:
         """Give pruned layers their dense weights inside the block, for modules that use the same parameters."""
-        pruned: dict[Layer, Tensor] = {}
-        try:
-            for layer, weight in self._originals.items():
-                pruned[layer] = layer.swap(weight)
-            yield
-        finally:
-            for layer, weight in pruned.items():
-                layer.swap(weight)
+        return swapped(self._originals.items())
 
 
 class Accompanied(Corrected):
