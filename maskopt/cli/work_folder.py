@@ -96,8 +96,8 @@ class WorkFolder:
                 ranks.barrier()
                 yield
             return
-        ranks.barrier()
         try:
+            ranks.barrier()
             yield
         except BaseException:
             self._tell()

@@ -356,6 +356,7 @@ def prune_layers(
                 after.model()
             work.done()
         keeping.end()
+        ranks.end()
     report.left_dense = [*selection.left_dense, *unreached(replay, selection)]
     report.plan = masks if isinstance(masks, Plan) else None
     return report

@@ -68,6 +68,9 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until all ranks are here."""
 
+    def end(self) -> None:
+        """Wait until no rank needs another one any more: one that leaves earlier closes connections that are in use."""
+
     def gathered(self, value: T) -> list[T]:
         """Return what all ranks gave, in order; anything that can be pickled."""
         return [value]
@@ -122,9 +125,19 @@ class _Joined(Ranks):
 
     def __init__(self) -> None:
         self.number, self.count = dist.get_rank(), dist.get_world_size()
+        self._ends = 0
 
     def barrier(self) -> None:
         self.gathered(None)  # a barrier of its own would need to know the devices
+
+    def end(self) -> None:
+        # By the store: the last message of a collective may still be on its way when another rank has received its own.
+        self._ends += 1
+        key = f"maskopt: end {self._ends}"
+        with _answering():
+            if _store.add(f"{key}, ranks", 1) == self.count:
+                _store.set(key, "reached")
+            _store.wait([key], timedelta(seconds=_timeout()))
 
     def gathered(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.count
@@ -326,7 +339,7 @@ def _answering() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankLostError(
-            f"Another rank has ended, or has not answered for {_timeout():g} seconds ({SECONDS})."
+            f"Another rank has ended, or has not answered for {_timeout():g} seconds ({SECONDS}): {first_line(error)}."
         ) from error
 
 
