@@ -1,5 +1,6 @@
 """Outputs that are written completely or not at all and overwrite nothing; readable errors for damaged inputs."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ except ImportError:  # pragma: no cover - Windows has no such locks; no folder c
 
 __all__ = [
     "atomic_path",
+    "content_hash",
     "discard_unfinished",
     "first_line",
     "locked",
@@ -74,6 +76,22 @@ def first_line(error: BaseException) -> str:
     """
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__).rstrip(".")
+
+
+def content_hash(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's content, 64 hexadecimal digits.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_absent(path: str | os.PathLike[str]) -> Path:

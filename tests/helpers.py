@@ -79,6 +79,7 @@ __all__ = [
     "minimum_errors",
     "sets",
     "shapes",
+    "without_seconds",
 ]
 
 
@@ -217,3 +218,10 @@ def costs(shape: Shape, dtype: torch.dtype = torch.float64, infinite: bool = Tru
     values = st.lists(entry, min_size=shape[0] * shape[1], max_size=shape[0] * shape[1])
     same = entry.map(lambda value: [value] * (shape[0] * shape[1]))
     return st.one_of(values, values, values, same).map(lambda flat: torch.tensor(flat).to(dtype).view(shape))
+
+
+def without_seconds(figures: object) -> object:
+    """Return what a command's JSON holds apart from times."""
+    if isinstance(figures, dict):
+        return {key: without_seconds(item) for key, item in figures.items() if key != "seconds"}
+    return [without_seconds(item) for item in figures] if isinstance(figures, list) else figures

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from maskopt.cli.layer import load_layer
 from maskopt.cli.options import InstanceArgument, JsonOption, PatternOption, QuietOption, SparsityOption, parse_masks
-from maskopt.cli.output import Bar, check_outputs, environment, facts, json_output, tables
-from maskopt.cli.part import RowsOption, parse_rows, part_of
+from maskopt.cli.output import Bar, check_outputs, environment, json_output, tables
+from maskopt.cli.part import RowsOption, check_row_blocks, parse_rows, part_of, part_settings
+from maskopt.cli.pool import Backend, BackendOption, JobsOption, on_workers, open_workers
 from maskopt.cli.solvers import parse_solver
-from maskopt.cli.words import rows_words, set_words
+from maskopt.cli.verify_report import excess_of, percent, show_verdicts, verify_report
+from maskopt.cli.words import set_words
 from maskopt.errors import MaskoptError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from numpy.typing import NDArray
 
+    from maskopt.cli.pool import Workers
     from maskopt.oracles import MaskSet
     from maskopt.problems import LayerReconstruction
     from maskopt.solvers import Callback, Solver, State
@@ -58,13 +56,15 @@ def verify(
         typer.Option("--option", "-o", metavar="KEY=VALUE", help="Setting of the exact solver; may be repeated."),
     ] = None,
     time_limit: Annotated[float, typer.Option("--time-limit", help="Seconds of the exact solver for each row.")] = 60.0,
-    jobs: Annotated[
-        int, typer.Option("--jobs", min=1, help="Processes, each of which verifies one row at a time.")
-    ] = 1,
+    jobs: JobsOption = None,
+    backend: BackendOption = Backend.LOKY,
     json: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Compare a heuristic's mask with the proven optimum, row by row (or by blocks of rows that the set couples)."""
+    """Compare a heuristic's mask with the proven optimum, row by row (or by blocks of rows that the set couples).
+
+    With --rows, parts of a layer can be verified by several commands, whose JSON files maskopt merge puts together.
+    """
     from maskopt.checks import check_time_limit
     from maskopt.solvers import check_compatible
 
@@ -74,6 +74,9 @@ def verify(
     _, layer = load_layer(instance, "cpu")
     chosen = parse_rows(rows, layer.shape[0])
     problem = part_of(layer, chosen, columns)
+    settings = part_settings(instance, chosen, (layer.shape[0], problem.shape[1]), pattern, sparsity, masks)
+    if settings["row_block"] < layer.shape[0]:  # otherwise the part is a layer of its own, as the report says
+        check_row_blocks(masks, chosen, settings["row_block"])
     masks.check(problem.shape)
     exact = exact or _exact_for(problem, masks)
     reference = parse_solver(exact, option or ())
@@ -83,28 +86,19 @@ def verify(
         )
     for method in (heuristic, reference):
         check_compatible(problem, masks, method)
-    verdicts = _verdicts(problem, masks, heuristic, reference, chosen.start, time_limit, jobs, Bar(quiet, solver))
-    summary = _summary(verdicts)
-    figures = {
-        "rows": verdicts,
-        "summary": summary,
-        "settings": {
-            "instance": str(instance),
-            "rows": f"{chosen.start}:{chosen.stop}",
-            "columns": problem.shape[1],
-            "pattern": pattern,
-            "masks": repr(masks),
-            "solver": repr(heuristic),
-            "exact": repr(reference),
-            "time_limit": time_limit,
-            "jobs": jobs,
-        },
-        "versions": environment(),
+    with Bar(quiet, solver) as bar, open_workers(backend, jobs) as workers:
+        verdicts = _verdicts(problem, masks, heuristic, reference, chosen.start, time_limit, workers, bar)
+    settings |= {
+        "solver": repr(heuristic),
+        "exact": repr(reference),
+        "time_limit": time_limit,
+        "jobs": workers.count,
+        "backend": backend.value,
     }
-    with json_output(json, figures):
-        console = tables(json)
-        console.print(_table(verdicts, f"{instance.stem}, {set_words(pattern, sparsity)}: {solver} against {exact}"))
-        console.print(facts(_lines(summary)))
+    title = f"{instance.stem}, {set_words(pattern, sparsity)}: {solver} against {exact}"
+    report = verify_report(verdicts, title, settings, environment())
+    with json_output(json, report):
+        show_verdicts(tables(json), report)
 
 
 def _exact_for(problem: LayerReconstruction, masks: MaskSet) -> str:
@@ -121,49 +115,48 @@ def _verdicts(
     reference: Solver,
     first: int,
     time_limit: float,
-    jobs: int,
+    workers: Workers,
     bar: Bar,
 ) -> list[Figures]:
-    from joblib import Parallel, delayed
-
-    from maskopt.solvers import solve as solve_problem
-
+    """Return the comparisons of all row blocks, none of which depends on the others or on who makes it."""
     row_block = masks.row_block(problem.shape)
     blocks = [slice(start, start + row_block) for start in range(0, problem.shape[0], row_block)]
-    with bar:
-        mask = solve_problem(problem, masks, heuristic, callback=bar.step("heuristic")).mask
-        bar.tell(f"0 of {len(blocks)} verified", 0.0)
-        tasks = (
-            delayed(_verdict)(
-                part_of(problem, index),
-                masks if len(blocks) == 1 else masks.rows(index, problem.shape),
-                mask[index].clone(),
-                reference,
-                first + index.start,
-                time_limit,
-            )
-            for index in blocks
+    weight, gram = problem.weight.numpy(), problem.gram.numpy()
+    tasks = [
+        (
+            weight[index],
+            gram,
+            masks if len(blocks) == 1 else masks.rows(index, problem.shape),
+            heuristic,
+            reference,
+            first + index.start,
+            time_limit,
         )
-        verdicts: list[Figures] = []
+        for index in blocks
+    ]
 
-        def tell(state: State) -> None:
-            within = max(state.fraction, min(1.0, state.seconds / time_limit))
-            bar.tell(f"{len(verdicts)} of {len(blocks)} verified", (len(verdicts) + within) / len(blocks))
+    def tell(done: int, within: float = 0.0) -> None:
+        bar.tell(f"{done} of {len(blocks)} verified", (done + within) / len(blocks))
 
-        if min(jobs, len(blocks)) == 1:
-            found = (task[0](*task[1], callback=tell) for task in tasks)
-        else:
-            found = Parallel(n_jobs=min(jobs, len(blocks)), return_as="generator_unordered")(tasks)
-        for verdict in found:
-            verdicts.append(verdict)
-            bar.tell(f"{len(verdicts)} of {len(blocks)} verified", len(verdicts) / len(blocks))
-    return sorted(verdicts, key=lambda verdict: int(verdict["row"]))
+    tell(0)
+    if not workers.here(len(blocks)):
+        return on_workers(_verdict, tasks, workers, tell)
+    verdicts: list[Figures] = []
+
+    def tell_within(state: State) -> None:
+        tell(len(verdicts), max(state.fraction, min(1.0, state.seconds / time_limit)))
+
+    for task in tasks:
+        verdicts.append(_verdict(*task, callback=tell_within if bar.visible else None))
+        tell(len(verdicts))
+    return verdicts
 
 
 def _verdict(
-    problem: LayerReconstruction,
+    weight: NDArray[Any],
+    gram: NDArray[Any],
     masks: MaskSet,
-    mask: Tensor,
+    heuristic: Solver,
     reference: Solver,
     row: int,
     time_limit: float,
@@ -172,10 +165,14 @@ def _verdict(
     """Return the comparison for one row block, with errors relative to pruning all of it."""
     import torch
 
-    from maskopt.solvers import solve as solve_problem
+    from maskopt.problems import LayerReconstruction
+    from maskopt.solvers import solve
 
+    # Copies, because joblib may have mapped the arrays into memory that cannot be written to.
+    problem = LayerReconstruction(torch.tensor(weight), torch.tensor(gram), check=False)
+    mask = solve(problem, masks, heuristic).mask
     start = None if reference.start is None else mask
-    result = solve_problem(problem, masks, reference, start=start, callback=callback, time_limit=time_limit)
+    result = solve(problem, masks, reference, start=start, callback=callback, time_limit=time_limit)
     scale = float(problem.scale().sum())
     error = float(problem.objective(mask).sum())
     best = min(error, result.total)
@@ -189,7 +186,7 @@ def _verdict(
         "bound": None if bound is None else _relative(bound, scale),
         "gap": None if bound is None else max(0.0, 1.0 - bound / best) if best > 0.0 else 0.0,
         "verdict": _verdict_words(error, best if better else error, bound, result.status.name),
-        "excess": _excess(error, best) if better else 0.0,
+        "excess": excess_of(error, best) if better else 0.0,
         "status": result.status.name,
         "status_text": result.status.value,
         "iterations": result.iterations,
@@ -201,63 +198,13 @@ def _verdict(
 def _verdict_words(error: float, best: float, bound: float | None, status: str) -> str:
     if best < error:
         known = "" if status == "OPTIMAL" else "at least "
-        return f"not optimal by {known}{_percent(_excess(error, best))}"
+        return f"not optimal by {known}{percent(excess_of(error, best))}"
     if status == "OPTIMAL":
         return "proven optimal"
     if bound is None or not bound > 0.0:
         return "unknown"
-    return f"within {_percent(_excess(error, bound))}"
+    return f"within {percent(excess_of(error, bound))}"
 
 
 def _relative(value: float, scale: float) -> float:
     return value / scale if scale > 0.0 else 0.0
-
-
-def _excess(value: float, reference: float) -> float:
-    """Return by which fraction of the reference a value exceeds it."""
-    if value <= reference:
-        return 0.0
-    return value / reference - 1.0 if reference > 0.0 else math.inf
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.3g} %" if math.isfinite(fraction) else "all of it"
-
-
-def _summary(verdicts: Sequence[Figures]) -> Figures:
-    excesses = [verdict["excess"] for verdict in verdicts]
-    return {
-        "verified": len(verdicts),
-        "proven_optimal": sum(verdict["verdict"] == "proven optimal" for verdict in verdicts),
-        "not_optimal": sum(excess > 0.0 for excess in excesses),
-        "optima_known": sum(verdict["status"] == "OPTIMAL" for verdict in verdicts),
-        "mean_excess": sum(excesses) / len(excesses),
-        "largest_excess": max(excesses),
-        "seconds": sum(verdict["seconds"] for verdict in verdicts),
-    }
-
-
-def _table(verdicts: Sequence[Figures], title: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=Text(title), title_justify="left")
-    for name in ("row", "heuristic", "best known", "proven bound", "gap", "verdict", "seconds"):
-        table.add_column(name, justify="left" if name == "verdict" else "right")
-    for verdict in verdicts:
-        table.add_row(
-            rows_words(verdict["row"], verdict["rows"]),
-            f"{verdict['heuristic']:.6f}",
-            f"{verdict['best']:.6f}",
-            "" if verdict["bound"] is None else f"{verdict['bound']:.6f}",
-            "" if verdict["gap"] is None else _percent(verdict["gap"]),
-            verdict["verdict"],
-            f"{verdict['seconds']:.2f}",
-        )
-    return table
-
-
-def _lines(summary: Figures) -> dict[str, str]:
-    worst = f", the worst by {_percent(summary['largest_excess'])}" if summary["not_optimal"] else ""
-    return {
-        "proven optimal": f"{summary['proven_optimal']} of {summary['verified']}",
-        "not optimal": f"{summary['not_optimal']}{worst}",
-        "time": f"{summary['seconds']:.1f} s",
-    }

@@ -31,7 +31,9 @@ def test_figures_agree_with_the_library(
     index = slice(0, 12) if rows == ":" else slice(3, 7)
     problem = load_instance(layer).problem().rows(index)
     errors = solve(load_instance(layer).problem(), PerRow(0.5), Wanda()).objective[index].tolist()
-    bounds = solve(problem, PerRow(0.5), FrankWolfe("conjugate", polish=False)).lower_bound.tolist()  # type: ignore[union-attr]
+    whole = solve(load_instance(layer).problem(), PerRow(0.5), FrankWolfe("conjugate", polish=False)).lower_bound
+    assert whole is not None
+    bounds = whole[index].tolist()
     best = solve(problem.rows(slice(0, 1)), PerRow(0.5), Scip()).total
     figures = read(out)
     assert [row["row"] for row in figures["rows"]] == list(range(index.start, index.stop))
