@@ -18,6 +18,7 @@ from maskopt.cli.certify import certify
 from maskopt.cli.compare import compare
 from maskopt.cli.demo import demo
 from maskopt.cli.evaluate import evaluate
+from maskopt.cli.merge import merge
 from maskopt.cli.output import stderr
 from maskopt.cli.prune import prune
 from maskopt.cli.recover import recover
@@ -214,6 +215,7 @@ app.command(
 app.command(epilog=f"Example:  maskopt certify {_INSTANCE} --mask mask.safetensors --pattern per-row --sparsity 0.5")(
     certify
 )
+app.command(epilog="Example:  maskopt merge part-*.json --json layer.json")(merge)
 app.command(
     epilog="Example:  maskopt prune Qwen/Qwen3-0.6B pruned --calibration text.txt --pattern 2:4 --evaluate held-out.txt"
 )(prune)
