@@ -165,7 +165,7 @@ def _certificates(
         weight, gram, device = layer.weight.cpu().numpy(), layer.gram.cpu().numpy(), str(layer.device)
         kept = chosen.cpu().numpy()
         tasks = (
-            (weight[part], gram, kept[part], device, own, row_block, kind, memory, left(number))
+            (weight[part], gram, kept[part], device, own, row_block, kind, memory, left(number), workers.check)
             for number, (part, own) in enumerate(zip(parts, sets, strict=True))
         )
         found = on_workers(_prove_elsewhere, tasks, workers, lambda done: tell(done / len(pieces)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack, contextmanager
@@ -50,6 +51,37 @@ JobsOption = Annotated[
 ]
 
 
+class _Threads:
+    """Tasks in threads, which end with the command: Python cannot exit while one of them computes."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._idle = threading.Condition()
+        self._running = 0
+
+    def check(self, *_: object) -> None:
+        """Raise an exception, which nobody sees, in tasks that go on after the command has ended."""
+        if self._ended.is_set():
+            raise InterruptedError
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        with self._idle:
+            self._running += 1
+        try:
+            self.check()
+            return function(*arguments)
+        finally:
+            with self._idle:
+                self._running -= 1
+                self._idle.notify_all()
+
+    def end(self) -> None:
+        """End all tasks, and wait for it."""
+        self._ended.set()
+        with self._idle:
+            self._idle.wait_for(lambda: not self._running)
+
+
 @dataclass(frozen=True)
 class Workers:
     """What `open_workers` has opened.
@@ -60,10 +92,18 @@ class Workers:
         Tasks that run at the same time.
     elsewhere : bool
         Whether they run on a cluster, however many there are.
+    threads : _Threads, optional
+        Where they run in threads.
     """
 
     count: int
     elsewhere: bool
+    threads: _Threads | None = None
+
+    @property
+    def check(self) -> Callable[..., None] | None:
+        """What tasks call now and then, with any arguments, so that they can be ended; None where they need not."""
+        return None if self.threads is None else self.threads.check
 
     def here(self, tasks: int) -> bool:
         """Whether so many tasks are best done one after the other in this thread."""
@@ -95,6 +135,7 @@ def open_workers(backend: Backend, jobs: int | None) -> Iterator[Workers]:
 
     with ExitStack() as stack:
         cluster: Any = backend.value
+        threads = None
         if backend is Backend.DASK:
             cluster = stack.enter_context(_dask())
         elif backend is Backend.RAY:
@@ -102,9 +143,11 @@ def open_workers(backend: Backend, jobs: int | None) -> Iterator[Workers]:
         elif backend is Backend.THREADING:
             # Otherwise every thread would compute on all cores, and change the number of threads under the others.
             stack.enter_context(sized_threads(0))
+            threads = _Threads()
+            stack.callback(threads.end)
         stack.enter_context(joblib.parallel_config(backend=cluster))
         elsewhere = backend in (Backend.DASK, Backend.RAY)
-        yield Workers(jobs or (_workers_of_cluster() if elsewhere else 1), elsewhere)
+        yield Workers(jobs or (_workers_of_cluster() if elsewhere else 1), elsewhere, threads)
 
 
 def on_workers(
@@ -142,11 +185,13 @@ def on_workers(
     # Clusters ignore the number of jobs or know it best; what limits them is how many tasks are sent ahead.
     number = -1 if workers.elsewhere else workers.count
     run = Telling(n_jobs=number, pre_dispatch=workers.count, batch_size=1)
-    versions = _versions()
+    before = (_versions(), function) if workers.threads is None else (_versions(), workers.threads.run, function)
     try:
-        found: list[Any] = run(joblib.delayed(_checked)(versions, function, *task) for task in tasks)
+        found: list[Any] = run(joblib.delayed(_checked)(*before, *task) for task in tasks)
     except BrokenExecutor as error:
-        raise RankLostError(f"A worker has ended: {first_line(error)}; perhaps its memory did not suffice.") from error
+        raise RankLostError(
+            f"A worker or its cluster has ended, perhaps because memory did not suffice: {first_line(error)}."
+        ) from error
     return found
 
 
@@ -213,12 +258,19 @@ def _dask() -> Iterator[Any]:
             "The dask backend needs the address of a scheduler in the variable DASK_SCHEDULER_ADDRESS, such as "
             "tcp://node1:8786."
         )
+    # What it logs of lost connections, with tracebacks, is said in one sentence.
+    logger = logging.getLogger("distributed.client")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
-        client = Client(address, timeout=_CONNECT, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise MaskoptError(f"The dask scheduler at {address} cannot be reached: {first_line(error)}.") from error
-    with client:
-        yield Dask(client=client, wait_for_workers_timeout=_WAIT)
+        try:
+            client = Client(address, timeout=_CONNECT, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise MaskoptError(f"The dask scheduler at {address} cannot be reached: {first_line(error)}.") from error
+        with client:
+            yield Dask(client=client, wait_for_workers_timeout=_WAIT)
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
@@ -233,10 +285,11 @@ def _ray() -> Iterator[None]:
     if not connected:
         try:
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
+            said = first_line(error).partition(". ")[0]
             raise MaskoptError(
-                "The ray backend needs a running cluster: start one with ray start --head, or name one in the variable "
-                f"RAY_ADDRESS ({first_line(error)})."
+                "The ray backend needs a running cluster, such as ray start --head makes, or its address in the "
+                f"variable RAY_ADDRESS: {said}."
             ) from error
     try:
         yield

@@ -140,14 +140,14 @@ def _verdicts(
 
     tell(0)
     if not workers.here(len(blocks)):
-        return on_workers(_verdict, tasks, workers, tell)
+        return on_workers(_verdict, ((*task, workers.check) for task in tasks), workers, tell)
     verdicts: list[Figures] = []
 
     def tell_within(state: State) -> None:
         tell(len(verdicts), max(state.fraction, min(1.0, state.seconds / time_limit)))
 
     for task in tasks:
-        verdicts.append(_verdict(*task, callback=tell_within if bar.visible else None))
+        verdicts.append(_verdict(*task, tell_within if bar.visible else None))
         tell(len(verdicts))
     return verdicts
 

@@ -141,6 +141,26 @@ def test_tasks_begin_when_a_worker_is_free() -> None:
         assert on_workers(lambda release: release(), tasks(), workers, lambda done: None) == [None] * 6
 
 
+def test_threads_end_with_the_command() -> None:
+    """Python cannot exit while they compute."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def task(number: int, check: Callable[[], None]) -> None:
+        if number == 0:
+            begun.wait()
+            raise MaskoptError("This task fails.")
+        try:
+            while not ended.wait(0.001):
+                begun.set()
+                check()
+        finally:
+            ended.set()
+
+    with pytest.raises(MaskoptError, match="This task fails"), open_workers(Backend.THREADING, 2) as workers:
+        on_workers(task, [(number, workers.check) for number in range(2)], workers, lambda done: None)
+    assert ended.is_set()
+
+
 def test_errors_of_tasks_are_those_of_the_function(scheduler: str) -> None:
     with open_workers(Backend.DASK, None) as workers, pytest.raises(MaskoptError, match="no such row"):
         on_workers(_refuse, [(number,) for number in range(3)], workers, lambda done: None)
@@ -157,14 +177,17 @@ def test_a_task_that_ends_its_workers_ends_the_run() -> None:
         LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=":0") as made,
         dask.config.set({"scheduler-address": made.scheduler_address}),
         open_workers(Backend.DASK, None) as workers,
-        pytest.raises(RankLostError, match="A worker has ended"),
+        pytest.raises(RankLostError, match="A worker or its cluster has ended"),
     ):
         on_workers(os._exit, [(1,)], workers, lambda done: None)
 
 
 @pytest.mark.slow
 def test_a_process_that_ends_ends_the_run() -> None:
-    with open_workers(Backend.LOKY, 2) as workers, pytest.raises(RankLostError, match="A worker has ended") as raised:
+    with (
+        open_workers(Backend.LOKY, 2) as workers,
+        pytest.raises(RankLostError, match="A worker or its cluster has ended") as raised,
+    ):
         on_workers(os._exit, [(1,), (1,)], workers, lambda done: None)
     assert isinstance(raised.value.__cause__, BrokenExecutor)
 
