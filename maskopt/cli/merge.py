@@ -67,7 +67,7 @@ def merge(
 
     The parts must be of one layer, set of masks, settings and version, and hold every row once.
     """
-    check_outputs(json)
+    check_outputs(json)  # --quiet is taken as everywhere, though this is too fast for a bar
     found = sorted(map(_read, parts), key=lambda part: (part.rows.start, part.rows.stop))
     _check_alike(found)
     wanted = parse_rows(rows, found[0].report["settings"]["layer_rows"])

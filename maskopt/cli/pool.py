@@ -140,7 +140,7 @@ def open_workers(backend: Backend, jobs: int | None) -> Iterator[Workers]:
             cluster = stack.enter_context(_dask())
         elif backend is Backend.RAY:
             stack.enter_context(_ray())
-        elif backend is Backend.THREADING:
+        elif backend is Backend.THREADING and jobs not in (None, 1):
             # Otherwise every thread would compute on all cores, and change the number of threads under the others.
             stack.enter_context(sized_threads(0))
             threads = _Threads()

@@ -26,6 +26,9 @@ from tests.helpers import without_seconds
 Run = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
 
+# dask warns when a disk is slow.
+pytestmark = pytest.mark.filterwarnings("ignore:Creating scratch directories is taking")
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
