@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from maskopt.demo.run import MODEL
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--pattern", "per-row", "--sparsity", "0.5", "--samples", "16", "--seqlen", "256")
 FEW = ("--option", "iterations=8")  # the memory of a solver does not depend on its iterations
 
@@ -58,6 +58,7 @@ def pruned(checkout: Path, model: Path, text: Path, folder: Path, options: Seque
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*command, *options, "--quiet", "--json", str(out / "report.json")],
+        cwd=checkout,  # "-m" looks into the working folder first
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=ROOT / "README.md", help="calibration text of the random models")
     parser.add_argument("--blocks", default="model.layers.[0-5].*", help="layers of given models that are pruned")
     arguments = parser.parse_args()
+    before = None if arguments.before is None else arguments.before.resolve()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # In a process of its own: what this one has had at most would count as that of the processes that it starts.
@@ -111,12 +113,15 @@ def main() -> None:
             }
         given = [each.split(",")[:2] for each in arguments.models]
         shape = ("--pattern", "2:4", "--samples", "64", "--seqlen", "512", "--include", arguments.blocks)
-        cases = [(f"{Path(model).name}, {arguments.blocks}", Path(model), Path(text), shape) for model, text in given]
+        cases = [
+            (f"{Path(model).name}, {arguments.blocks}", Path(model).resolve(), Path(text).resolve(), shape)
+            for model, text in given
+        ]
         first = next(iter(small))
-        cases.append((f"random, {first} blocks", small[first], arguments.text, SMALL))
-        rows = compared(arguments.before, cases, folder)
+        cases.append((f"random, {first} blocks", small[first], arguments.text.resolve(), SMALL))
+        rows = compared(before, cases, folder)
         few = (*SMALL, *FEW)
-        depth = {number: pruned(ROOT, model, arguments.text, folder, few) for number, model in small.items()}
+        depth = {number: pruned(ROOT, model, arguments.text.resolve(), folder, few) for number, model in small.items()}
     figures = {"cases": rows, "depth": depth}
     report.write("large-models", "Time and memory of pruning large models", text_of(rows, depth), figures)
 
