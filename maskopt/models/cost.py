@@ -141,7 +141,7 @@ def pruning_cost(
     all_tokens = tokens + math.ceil(samples / _HELD_OUT) * length
     running, groups = _traced(kind, config, selection, length)
     method = ConditionalADMM()
-    products = method.iterations + method.stages + 2 + method.polish
+    products = method.iterations + method.stages + 1 + method.polish
     # Errors before and after, of pruning everything, and two on held-out windows.
     evaluations = 5 * _HALF * _DOUBLE
     grams = targets = solving = 0.0

@@ -50,8 +50,8 @@ def jobs_of(layers: Sequence[Layer], apart: bool) -> list[Job]:
     """Return the jobs of layers that are solved together.
 
     What a row becomes may depend, in its last bits, on how many others are multiplied with it. So rows are cut by the
-    layers' size alone, the same for one process as for several. Every job repeats the factorisations: with half as many
-    rows as inputs in a job, or more, that takes one process a few per cent more time than a single solve.
+    layers' size alone, the same for one process as for several. Each process that solves some of them repeats the
+    factorisations: with half as many rows as inputs in a job, or more, that takes a few per cent of the time.
 
     Parameters
     ----------

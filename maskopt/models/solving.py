@@ -23,7 +23,7 @@ from maskopt.models.ranks import Ranks
 from maskopt.models.report import LayerRecord, PruneReport
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
-from maskopt.solvers import GapKind, Result, Solver, State, solve
+from maskopt.solvers import GapKind, Result, Solver, State, solve_parts
 
 __all__ = ["BlockFit", "Observer", "Progress", "Work"]
 
@@ -216,27 +216,18 @@ class Work:
             cross = gram.cross.to(weight.device)
             problem = LayerReconstruction.towards(weight, matrix, cross, gram.tokens, strength=self.correction)
         starts = [self.starts[layer] for layer in layers if layer in self.starts]
-        start = torch.cat(starts).to(weight.device) if starts else None
-        self.report.solve_seconds += time.perf_counter() - began
-        return {
-            job: self._solve_job(job, name, problem if job.whole else problem.rows(job.rows), start, gram)
-            for job in jobs
-        }
-
-    def _solve_job(self, job: Job, name: str, problem: LayerReconstruction, start: Tensor | None, gram: Gram) -> Solved:
-        """Choose the masks of a job, whose problem has its rows only."""
-        began = time.perf_counter()
 
         def tell(state: State) -> None:
             self._tell("solve", name, state.fraction)
 
-        masks = self.masks[job.layers[0]]
+        masks = self.masks[layers[0]]
         try:
-            result = solve(
+            results = solve_parts(
                 problem,
                 masks,
                 self.solver,
-                start=None if start is None else start[job.rows],
+                [job.rows for job in jobs],
+                start=torch.cat(starts).to(weight.device) if starts else None,
                 callback=None if self.progress is None else tell,
                 memory=self.memory,
             )
@@ -244,7 +235,15 @@ class Work:
             raise MaskoptError(f"The layer {name} cannot be solved: {error}") from error
         self.report.solve_seconds += time.perf_counter() - began
         if self.observe is not None:
-            self.observe(job.layers[0], problem, result)
+            self.observe(layers[0], problem, results[0])  # layers are solved alone and whole
+        parts = [problem if job.whole else problem.rows(job.rows) for job in jobs]
+        return {
+            job: self._proved(part, masks, result, gram, name)
+            for job, part, result in zip(jobs, parts, results, strict=True)
+        }
+
+    def _proved(self, problem: LayerReconstruction, masks: MaskSet, result: Result, gram: Gram, name: str) -> Solved:
+        """Return what became of a job: its result, with bounds where they are asked for, and errors on other inputs."""
         unfinished = None
         if self.prover is not None:
             self._tell("certify", name)

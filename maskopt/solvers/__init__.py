@@ -19,7 +19,7 @@ from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rules import DirectionRule, IterationState, RowBlocks, SearchDirection, StepRule
 from maskopt.solvers.scip import Scip
 from maskopt.solvers.scores import RIA, Magnitude, Wanda
-from maskopt.solvers.solve import check_compatible, solve
+from maskopt.solvers.solve import check_compatible, solve, solve_parts
 from maskopt.solvers.sparsefw import SparseFW
 from maskopt.solvers.steps import (
     AdaptiveStep,
@@ -92,4 +92,5 @@ __all__ = [
     "make_solver",
     "random_per_block",
     "solve",
+    "solve_parts",
 ]

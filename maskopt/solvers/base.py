@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from maskopt.oracles import MaskSet
+from maskopt.solvers.chunks import Chunk
 from maskopt.solvers.history import Record
 from maskopt.solvers.monitor import Monitor
 from maskopt.solvers.outcome import Outcome, Status
@@ -77,6 +79,20 @@ class Solver(ABC):
         monitor : Monitor
             Its `stops` is to be called about once per iteration.
         """
+
+    def run_chunks(self, chunks: Sequence[Chunk], monitor: Monitor) -> list[Outcome]:
+        """Solve all chunks of rows, one after the other; methods that have work in common for them override it.
+
+        Parameters
+        ----------
+        chunks : sequence of Chunk
+        monitor : Monitor
+        """
+        outcomes = []
+        for chunk in chunks:
+            monitor.chunk(*chunk.span, chunk.recorder)
+            outcomes.append(monitor.finish(self.run(chunk.problem, chunk.masks, chunk.start, monitor)))
+        return outcomes
 
     def solves_rows_apart(self, masks: MaskSet) -> bool:
         """Whether any rows with the same Gram may be solved together or apart with the same result."""

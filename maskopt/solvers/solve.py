@@ -1,10 +1,10 @@
-"""The one function that runs a solver."""
+"""The functions that run a solver."""
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction, Problem
 from maskopt.solvers.arguments import check_arguments, ordinary_torch
 from maskopt.solvers.base import Solver
+from maskopt.solvers.chunks import Chunk, row_chunks
 from maskopt.solvers.continuation import ContinuationFrankWolfe
 from maskopt.solvers.history import Record, Recorder, merged
 from maskopt.solvers.monitor import Callback, Monitor
@@ -21,7 +22,7 @@ from maskopt.solvers.outcome import GapKind, Outcome, Result, Status, weakest
 from maskopt.solvers.rules import RowBlocks, row_block_of
 from maskopt.threads import sized_threads
 
-__all__ = ["check_compatible", "solve"]
+__all__ = ["check_compatible", "solve", "solve_parts"]
 
 
 def solve(
@@ -77,13 +78,62 @@ def solve(
     'LOCAL_OPTIMUM'
     """
     check_arguments(problem, masks, solver, start, callback, time_limit, memory, record)
+    parts = [slice(0, problem.shape[0])]
+    return solve_parts(
+        problem,
+        masks,
+        solver,
+        parts,
+        start=start,
+        callback=callback,
+        time_limit=time_limit,
+        memory=memory,
+        record=record,
+    )[0]
+
+
+def solve_parts(
+    problem: Problem,
+    masks: MaskSet,
+    solver: Solver | None,
+    parts: Sequence[slice],
+    *,
+    start: Tensor | Solver | None = None,
+    callback: Callback | None = None,
+    time_limit: float | None = None,
+    memory: int = 2**30,
+    record: Record | None = None,
+) -> list[Result]:
+    """Choose the masks of some rows as if each part were solved alone, with one factorisation for all of them.
+
+    The last bits of what a row becomes may depend on how many others are multiplied with it. Here they depend on the
+    row's own part only, so that several processes can share the parts in any way.
+
+    Parameters
+    ----------
+    problem : Problem
+    masks, solver, start, callback, time_limit, memory, record
+        As for `solve`; where there are several parts, `solver.solves_rows_apart(masks)`.
+    parts : sequence of slice
+        Rows, with start and stop.
+
+    Returns
+    -------
+    list of Result
+        Seconds are by number of rows, and counters, of all parts, those of the first one.
+
+    Raises
+    ------
+    MaskoptError
+        As of `solve`.
+    """
     solver = ContinuationFrankWolfe() if solver is None else solver
     check_compatible(problem, masks, solver)
     masks.check(problem.shape)  # raises here, before any work, where the set does not fit
     monitor = Monitor(type(solver).__name__, callback, time_limit, memory)
     rows, columns = problem.shape
     with ordinary_torch(problem.device), sized_threads(rows * columns * columns):
-        return _solve(problem, masks, solver, start, monitor, memory, solver.record if record is None else record)
+        return _solve(problem, masks, solver, start, monitor, solver.record if record is None else record, parts)
 
 
 def check_compatible(problem: Problem, masks: MaskSet, solver: Solver) -> None:
@@ -109,30 +159,59 @@ def _solve(
     solver: Solver,
     start: Tensor | Solver | None,
     monitor: Monitor,
-    memory: int,
     record: Record,
-) -> Result:
+    parts: Sequence[slice],
+) -> list[Result]:
     first = _start_mask(problem, masks, solver.start if start is None else start)
     if first is None and solver.needs_start:
         raise MaskoptError(f"{solver.name} needs a mask to start from; give solve(..., start=...) a mask or a solver.")
+    rows = problem.shape[0]
+    everything = slice(0, rows)
     seen = problem if solver.relaxes else problem.unshifted()
     row_block = row_block_of(problem, masks)
     apart = solver.solves_rows_apart(masks) or (solver.row_wise and solver.blockwise)
-    outcomes, recorders = [], list[Recorder]()
-    for index in _chunks(seen, solver.arrays, memory, row_block) if apart else [slice(0, problem.shape[0])]:
-        whole = index == slice(0, problem.shape[0])
-        part = seen if whole else seen.rows(index)
-        part_masks = masks if whole else masks.rows(index, problem.shape)
-        recorder = None if record == 0 else Recorder(part, part_masks, RowBlocks(row_block), record)
-        monitor.chunk(index.start / problem.shape[0], index.stop / problem.shape[0], recorder)
-        recorders += [] if recorder is None else [recorder]
-        outcomes.append(monitor.finish(solver.run(part, part_masks, None if first is None else first[index], monitor)))
+    chunks, counts, total, done = list[Chunk](), list[int](), sum(part.stop - part.start for part in parts), 0
+    for part in parts:
+        spans = list(row_chunks(seen, solver.arrays, monitor.memory, row_block, part)) if apart else [part]
+        counts.append(len(spans))
+        for index in spans:
+            own = seen if index == everything else seen.rows(index)
+            own_masks = masks if index == everything else masks.rows(index, problem.shape)
+            recorder = None if record == 0 else Recorder(own, own_masks, RowBlocks(row_block), record)
+            before, done = done, done + index.stop - index.start
+            start_mask = None if first is None else first[index]
+            chunks.append(Chunk(own, own_masks, start_mask, (before / total, done / total), recorder))
+    outcomes = solver.run_chunks(chunks, monitor)
+    results, chunk = list[Result](), 0
+    for part, count in zip(parts, counts, strict=True):
+        own, own_masks = (
+            (problem, masks) if part == everything else (problem.rows(part), masks.rows(part, problem.shape))
+        )
+        mine = slice(chunk, chunk + count)
+        recorders = [chunk.recorder for chunk in chunks[mine] if chunk.recorder is not None]
+        result = _evaluated(own, own_masks, solver, outcomes[mine], recorders, monitor.ended)
+        seconds = monitor.seconds * (part.stop - part.start) / total
+        results.append(replace(result, seconds=seconds, counters={} if results else dict(monitor.counters)))
+        chunk += count
+    return results
+
+
+def _evaluated(
+    problem: Problem,
+    masks: MaskSet,
+    solver: Solver,
+    outcomes: Sequence[Outcome],
+    recorders: Sequence[Recorder],
+    ended: Status | None,
+) -> Result:
+    """Return the result of the outcomes of a problem's chunks, without seconds and counters."""
     mask = torch.cat([outcome.mask for outcome in outcomes])
     if not masks.contains(mask):
         raise RuntimeError(f"{type(solver).__name__} returned a mask outside {masks}; this is a bug in the solver.")
     weight, before, objective = None, None, problem.objective(mask)
     if all(outcome.weight is not None for outcome in outcomes):
         before = objective
+        seen = problem if solver.relaxes else problem.unshifted()
         weight, objective = _accepted(seen, solver, mask, before, [outcome.weight for outcome in outcomes])
     bound = _bound(outcomes)
     optimal = bound is not None and bool((objective.view(len(bound), -1).sum(1) <= bound).all())
@@ -141,12 +220,11 @@ def _solve(
         mask=mask,
         objective=objective,
         scale=problem.scale(),
-        status=Status.OPTIMAL if optimal else monitor.ended or weakest([outcome.status for outcome in outcomes]),
+        status=Status.OPTIMAL if optimal else ended or weakest([outcome.status for outcome in outcomes]),
         gap_kind=unproven if bound is None else GapKind.PROVEN,
         lower_bound=bound,
         iterations=max(outcome.iterations for outcome in outcomes),
-        seconds=monitor.seconds,
-        counters=dict(monitor.counters),
+        seconds=0.0,
         solver=repr(solver),
         history=merged([recorder.history for recorder in recorders]),
         sources=dict(sum((Counter(recorder.sources) for recorder in recorders), Counter())),
@@ -187,12 +265,3 @@ def _start_mask(problem: Problem, masks: MaskSet, start: Tensor | Solver | None)
             f"of shape {tuple(start.shape)}{'' if start.shape != problem.shape else ' that is not in the set'}."
         )
     return start.to(problem.device)
-
-
-def _chunks(problem: Problem, arrays: float, memory: int, row_block: int) -> Iterator[slice]:
-    rows, columns = problem.shape[0] // row_block, problem.shape[1] * row_block
-    per_row = arrays * columns * torch.finfo(problem.dtype).bits / 8
-    # Equal chunks: a last chunk of a few rows would waste the matrix products' efficiency.
-    number = -(-rows // max(1, int(memory / per_row)))
-    edges = [rows * i // number * row_block for i in range(number + 1)]
-    return (slice(a, b) for a, b in itertools.pairwise(edges))

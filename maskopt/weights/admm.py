@@ -12,14 +12,14 @@ from maskopt.oracles import MaskSet
 from maskopt.oracles.select import smallest
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
-from maskopt.weights.base import Joint, System
+from maskopt.weights.base import Factor, Factored, System
 from maskopt.weights.least_squares import definite_inverse
 
 __all__ = ["ADMM"]
 
 
 @dataclass(frozen=True)
-class ADMM(Joint):
+class ADMM(Factored):
     """Alternating directions between least squares and the mask, one factorisation for all iterations.
 
     In inputs of unit variance, with u the scaled dual variable, an iteration is
@@ -63,12 +63,17 @@ class ADMM(Joint):
         super().__post_init__()
         check_settings(self, penalty=real(0, above=True), iterations=whole(1), selections=whole(1), gradual=truth())
 
-    def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
+    def factorise(self, problem: LayerReconstruction) -> Factor:
         system = System.of(problem, 0.0)
-        w = system.weight
         gram = system.gram  # not used elsewhere, so it may be overwritten
         gram.diagonal().add_(self.ridge + self.penalty)
-        solution = definite_inverse(gram).mul_(self.penalty)
+        return Factor(system, definite_inverse(gram).mul_(self.penalty))
+
+    def run_factored(
+        self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor, factor: Factor
+    ) -> Outcome:
+        system, solution = factor.system.of_rows(problem), factor.matrix
+        w = system.weight
         selections = min(self.selections, self.iterations)
         v, near, u, cost = w.clone(), torch.empty_like(w), torch.zeros_like(w), torch.empty_like(w)
         mask, done = torch.ones_like(w), 0

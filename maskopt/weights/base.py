@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from maskopt.checks import check_settings, real
 from maskopt.problems import LayerReconstruction
-from maskopt.solvers.base import Solver
+from maskopt.solvers.base import Monitor, Outcome, Solver
+from maskopt.solvers.chunks import Chunk
 from maskopt.solvers.requirements import Requirements
 
-__all__ = ["Joint", "System"]
+__all__ = ["Factor", "Factored", "Joint", "System"]
 
 _LEAST = 1e-3  # second moment of an input that a ridge assumes at least, of the mean input's
 
@@ -77,6 +80,10 @@ class System:
         gram.clamp_(-1.0, 1.0).diagonal().fill_(1.0)
         return cls(problem.scaled_target * size, gram, size)
 
+    def of_rows(self, problem: LayerReconstruction) -> System:
+        """Return the system of other rows of the same layer, which has the same Gram."""
+        return replace(self, weight=problem.scaled_target * self.size)
+
     def finish(self, problem: LayerReconstruction, scaled: Tensor) -> Tensor:
         """Return scaled weights, shape (rows, d), in the units and type of the layer's weight."""
         return (scaled / self.size * problem.weight_unit).to(problem.dtype)
@@ -99,3 +106,46 @@ class Joint(Solver):
 
     def __post_init__(self) -> None:
         check_settings(self, ridge=real(0))
+
+
+@dataclass(frozen=True)
+class Factored(Joint):
+    """Base of the methods that factorise the Gram once, for all rows."""
+
+    def run(self, problem: LayerReconstruction, masks: Any, start: Tensor | None, monitor: Monitor) -> Outcome:
+        return self.run_factored(problem, masks, start, monitor, self.factorise(problem))
+
+    def run_chunks(self, chunks: Sequence[Chunk], monitor: Monitor) -> list[Outcome]:
+        factor = self.factorise(chunks[0].problem)
+        outcomes = []
+        for chunk in chunks:
+            monitor.chunk(*chunk.span, chunk.recorder)
+            outcome = self.run_factored(chunk.problem, chunk.masks, chunk.start, monitor, factor)
+            outcomes.append(monitor.finish(outcome))
+        return outcomes
+
+    @abstractmethod
+    def factorise(self, problem: LayerReconstruction) -> Factor:
+        """Return what depends on the Gram only."""
+
+    @abstractmethod
+    def run_factored(
+        self, problem: LayerReconstruction, masks: Any, start: Tensor | None, monitor: Monitor, factor: Factor
+    ) -> Outcome:
+        """Solve one chunk of rows, as `Solver.run` does."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A Gram in scaled inputs, and what was factorised of it.
+
+    Parameters
+    ----------
+    system : System
+        Of some rows; `System.of_rows` returns that of others.
+    matrix : Tensor
+        An inverse, or a factor, shape (d, d).
+    """
+
+    system: System
+    matrix: Tensor

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -13,6 +15,7 @@ from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
+from maskopt.solvers.chunks import Chunk
 from maskopt.weights.base import Joint, System
 from maskopt.weights.least_squares import definite_inverse, polish
 
@@ -32,11 +35,11 @@ class ConditionalADMM(Joint):
 
     A stage has one factorisation, and an iteration one matrix product (ALPS: two, and an eigendecomposition). With
     x = v + dual / rho an iteration is one of Douglas-Rachford splitting: z is the point of the set nearest to x, and
-    x changes by `relaxation` times v - z. Rows are independent where the set allows it. Conjugate gradients on the
-    last mask follow.
+    x changes by `relaxation` times v - z. Rows are independent where the set allows it, and a stage's factorisation
+    serves all chunks of rows. Conjugate gradients on the last mask follow.
 
-    Beside matrices of the weight's shape, the memory is that of five float32 arrays of d x d: the problem's Gram, the
-    scaled one, and three during a factorisation.
+    Beside one matrix of the weight's shape, and those of a chunk of rows, the memory is that of five float32 arrays of
+    d x d: the problem's Gram, the scaled one, and three during a factorisation.
 
     Parameters
     ----------
@@ -96,44 +99,102 @@ class ConditionalADMM(Joint):
             raise MaskoptError(f"ConditionalADMM needs 0 < penalty[0] <= penalty[1]; got {self.penalty}.")
 
     def run(self, problem: LayerReconstruction, masks: MaskSet, start: Tensor | None, monitor: Monitor) -> Outcome:
-        system = System.of(problem, self.ridge, each=True)
+        return self.run_chunks([Chunk(problem, masks, start)], monitor)[0]
+
+    def run_chunks(self, chunks: Sequence[Chunk], monitor: Monitor) -> list[Outcome]:
+        system = System.of(chunks[0].problem, self.ridge, each=True)
         metric = _deviations(system.gram, self.noise)
-        w = system.weight * metric
-        target = w @ _in_metric(system.gram, metric)
-        x, near, reflected, cost = w.clone(), *(torch.empty_like(w) for _ in range(3))
-        mask = None if start is None else start.to(w.dtype)
-        rho, done = self.penalty[0], 0
+        parts = [_Rows(chunk, system.of_rows(chunk.problem).weight.mul_(metric)) for chunk in chunks]
         stages = min(self.stages, self.iterations)
-        for stage in range(stages):
-            # A factorisation costs more than many iterations.
+        ends = [self.iterations * stage // stages for stage in range(stages + 1)]
+        before = self.penalty[0]
+        # A factorisation costs as many products as d rows need: it serves all chunks before the next one is made.
+        for stage, (first, last) in enumerate(pairwise(ends)):
             if monitor.ended is not None:
                 break
-            before, rho = rho, self.penalty[0] * (self.penalty[1] / self.penalty[0]) ** (stage / max(1, stages - 1))
-            inverse = definite_inverse(_in_metric(system.gram, metric, rho))
-            constant = target @ inverse
-            inverse.mul_(rho)
-            end = self.iterations * (stage + 1) // stages
-            while done < end and not monitor.stops(problem, masks, done, self.iterations):
-                if mask is None or done > 0:
-                    mask = masks.lmo(torch.mul(x, x, out=cost).neg_())
-                torch.mul(x, mask, out=near)
-                x.sub_(near)  # dual / rho, of the penalty that it was made with
-                if before != rho:
-                    x.mul_(before / rho)
-                    before = rho
-                torch.sub(near, x, out=reflected)
-                torch.addmm(constant, reflected, inverse, out=cost)  # v
-                x.add_(near)
-                # x + relaxation * (v + dual / rho - x), and x - dual / rho is z.
-                x.add_(cost.sub_(near), alpha=self.relaxation)
-                done += 1
-                monitor.counters["products"] += 1
-        if mask is None or done > 0:
-            mask = masks.lmo(torch.mul(x, x, out=cost).neg_())
-        v = x.mul_(mask).div_(metric)
+            rho = self.penalty[0] * (self.penalty[1] / self.penalty[0]) ** (stage / max(1, stages - 1))
+            inverse = definite_inverse(_in_metric(system.gram, metric, rho)).mul_(rho)
+            for number, part in enumerate(parts):
+                self._tell(monitor, part, (first, last), number / len(parts))
+                weight = system.of_rows(part.chunk.problem).weight.mul_(metric)
+                self._iterate(part, weight, inverse, before / rho, last, monitor)
+            before = rho
+        outcomes = list[Outcome]()
+        while parts:
+            before = len(outcomes) / len(chunks)
+            part = parts.pop(0)  # its x is not needed beside its weights
+            self._tell(monitor, part, (self.iterations, self.iterations + self.polish), before)
+            outcomes.append(self._finish(part, system, metric, monitor))
+        return outcomes
+
+    def _tell(self, monitor: Monitor, part: _Rows, span: tuple[int, int], before: float) -> None:
+        """Say which fraction of the solve some iterations of a chunk are, after a fraction of all chunks had them."""
+        start, end = part.chunk.span
+        planned = self.iterations + self.polish
+        first = (span[0] + before * (span[1] - span[0])) / planned
+        # `stops` is told the iterations of this chunk, and planned ones of all stages.
+        begin = first - (end - start) * span[0] / planned
+        monitor.chunk(begin, begin + end - start, part.chunk.recorder)
+
+    def _iterate(
+        self, part: _Rows, weight: Tensor, inverse: Tensor, rescaled: float, last: int, monitor: Monitor
+    ) -> None:
+        """Run a stage's iterations, up to the last one, with `inverse` = rho (H + rho I)^-1, on some rows.
+
+        `rescaled` is the penalty before over the present one.
+        """
+        x = part.x
+        problem, masks = part.chunk.problem, part.chunk.masks
+        constant = torch.addmm(weight, weight, inverse, alpha=-1.0)  # (H + rho I)^-1 H w
+        near, reflected, cost = weight, torch.empty_like(x), torch.empty_like(x)
+        while part.done < last and not monitor.stops(problem, masks, part.done, self.iterations + self.polish):
+            mask = part.mask(cost)
+            torch.mul(x, mask, out=near)
+            x.sub_(near)  # dual / rho, of the penalty that it was made with
+            if rescaled != 1.0:
+                x.mul_(rescaled)
+                rescaled = 1.0
+            torch.sub(near, x, out=reflected)
+            torch.addmm(constant, reflected, inverse, out=cost)  # v
+            x.add_(near)
+            # x + relaxation * (v + dual / rho - x), and x - dual / rho is z.
+            x.add_(cost.sub_(near), alpha=self.relaxation)
+            part.done += 1
+            monitor.counters["products"] += 1
+
+    def _finish(self, part: _Rows, system: System, metric: Tensor, monitor: Monitor) -> Outcome:
+        """Return the mask of some rows, and its weights after a few conjugate gradients."""
+        problem, masks = part.chunk.problem, part.chunk.masks
+        mask = part.mask(torch.empty_like(part.x))
+        v = part.x.mul_(mask).div_(metric)
         if monitor.ended is None:
-            v = polish(problem, masks, system, mask, v, self.polish, monitor, done)
-        return Outcome(mask.bool(), Status.COMPLETED, done, weight=system.finish(problem, v))
+            v = polish(problem, masks, system.of_rows(problem), mask, v, self.polish, monitor, part.done)
+        return Outcome(mask.bool(), Status.COMPLETED, part.done, weight=system.finish(problem, v))
+
+
+@dataclass
+class _Rows:
+    """What is kept of some rows between the stages.
+
+    Parameters
+    ----------
+    chunk : Chunk
+    x : Tensor
+        v + dual / rho in the metric, shape (rows, d).
+    done : int
+        Iterations.
+    """
+
+    chunk: Chunk
+    x: Tensor
+    done: int = 0
+
+    def mask(self, cost: Tensor) -> Tensor:
+        """Return the mask of the point nearest to x, 0 or 1, or the one to start with; `cost` is overwritten."""
+        if self.done == 0 and self.chunk.start is not None:
+            return self.chunk.start.to(self.x.dtype)
+        mask: Tensor = self.chunk.masks.lmo(torch.mul(self.x, self.x, out=cost).neg_())
+        return mask
 
 
 def _in_metric(gram: Tensor, metric: Tensor, rho: float = 0.0) -> Tensor:

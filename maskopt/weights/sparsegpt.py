@@ -16,14 +16,14 @@ from maskopt.problems import LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
 from maskopt.solvers.requirements import Requirements
 from maskopt.threads import factor_threads
-from maskopt.weights.base import Joint, System
+from maskopt.weights.base import Factor, Factored, System
 from maskopt.weights.least_squares import definite_factor
 
 __all__ = ["SparseGPT"]
 
 
 @dataclass(frozen=True)
-class SparseGPT(Joint):
+class SparseGPT(Factored):
     """One pass over the inputs: prune where it costs least, update the weights of all later inputs.
 
     With U^T U = H^-1, U upper triangular, removing w_j costs w_j^2 / U_jj^2 when weights of inputs before j stay as
@@ -69,16 +69,40 @@ class SparseGPT(Joint):
         super().__post_init__()
         check_settings(self, block=whole(1))
 
-    def run(
-        self, problem: LayerReconstruction, masks: PartitionMatroid, start: Tensor | None, monitor: Monitor
+    def factorise(self, problem: LayerReconstruction) -> Factor:
+        system = System.of(problem, self.ridge)
+        columns = problem.shape[1]
+        # With H flipped in both axes, its lower factor flipped back is the R of H = R R^T, upper triangular; U = R^-1.
+        with factor_threads(columns):
+            factor = definite_factor(system.gram.flip((0, 1))).flip((0, 1))
+            upper = torch.linalg.solve_triangular(factor, torch.eye(columns).to(factor), upper=True)
+        size = upper.diagonal().clone()
+        upper.div_(size.unsqueeze(1)).diagonal().copy_(size)  # where it would be one
+        return Factor(system, upper)
+
+    def run_factored(
+        self,
+        problem: LayerReconstruction,
+        masks: PartitionMatroid,
+        start: Tensor | None,
+        monitor: Monitor,
+        factor: Factor,
     ) -> Outcome:
         columns = problem.shape[1]
-        mask, weight = self.one_pass(problem, masks, lambda column: monitor.stops(problem, masks, column, columns))
+
+        def stops(column: int) -> bool:
+            return monitor.stops(problem, masks, column, columns)
+
+        mask, weight = self.one_pass(problem, masks, stops, factor)
         monitor.counters["products"] += 1
         return Outcome(mask, Status.COMPLETED, columns, weight=weight)
 
     def one_pass(
-        self, problem: LayerReconstruction, masks: PartitionMatroid, stops: Callable[[int], bool]
+        self,
+        problem: LayerReconstruction,
+        masks: PartitionMatroid,
+        stops: Callable[[int], bool],
+        factor: Factor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return mask and weights.
 
@@ -89,20 +113,17 @@ class SparseGPT(Joint):
         stops : callable
             Called before every input with its number; once it returns True, masks are still chosen but no weights
             are updated.
+        factor : Factor, optional
+            What `factorise` returned, if it is there already.
 
         Returns
         -------
         mask, weight : Tensor
             Boolean, and in the problem's type; shape (rows, d).
         """
-        system = System.of(problem, self.ridge)
-        columns = problem.shape[1]
-        # With H flipped in both axes, its lower factor flipped back is the R of H = R R^T, upper triangular; U = R^-1.
-        with factor_threads(columns):
-            factor = definite_factor(system.gram.flip((0, 1))).flip((0, 1))
-            upper = torch.linalg.solve_triangular(factor, torch.eye(columns).to(factor), upper=True)
-        size = upper.diagonal().clone()
-        upper.div_(size.unsqueeze(1))
+        known = self.factorise(problem) if factor is None else factor
+        system, columns = known.system.of_rows(problem), problem.shape[1]
+        upper, size = known.matrix, known.matrix.diagonal()
         # Inputs first: the pass works on one after the other.
         v = system.weight.T.contiguous()
         keep, lost = torch.ones_like(v), torch.empty_like(v)

@@ -27,6 +27,7 @@ from maskopt.solvers import (
     Wanda,
     make_solver,
     solve,
+    solve_parts,
 )
 from maskopt.solvers import (
     SOLVERS as NAMES,
@@ -290,6 +291,23 @@ def test_solving_in_chunks_gives_the_same_for_scores_that_couple_rows() -> None:
     problem, masks, solver = layer(40, 24), PerRow(0.5), SparseFW(iterations=40, alpha=0.8, start=RIA())
     whole, parts = solve(problem, masks, solver), solve(problem, masks, solver, memory=1)
     assert torch.equal(whole.mask, parts.mask)
+
+
+@pytest.mark.parametrize("name", [name for name in SOLVERS if SOLVERS[name].solves_rows_apart(PerRow(0.5))])
+def test_parts_are_what_they_are_alone(name: str) -> None:
+    problem, solver = layer(40, 24), SOLVERS[name]
+    spans = [slice(7, 23), slice(30, 40), slice(0, 7)]
+    for memory in (24 * 4 * 60, 2**30):
+        parts = solve_parts(problem, PerRow(0.5), solver, spans, memory=memory)
+        for span, part in zip(spans, parts, strict=True):
+            alone = solve(problem.rows(span), PerRow(0.5), solver, memory=memory)
+            assert torch.equal(part.mask, alone.mask)
+            assert torch.equal(part.objective, alone.objective)
+            assert part.weight is None or torch.equal(part.weight, alone.weight)
+            assert (part.status, part.iterations) == (alone.status, alone.iterations)
+        joined = Result.joined(parts)
+        assert torch.equal(joined.mask[16:26], parts[1].mask)
+        assert joined.counters == parts[0].counters
 
 
 def test_many_rows_take_little_memory_each() -> None:

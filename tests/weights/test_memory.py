@@ -7,9 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from maskopt import PerRow, solve
+from maskopt import PerRow, solve, synthetic
 from maskopt.problems import LayerReconstruction, convexity, layer
-from maskopt.weights import ConditionalADMM
+from maskopt.weights import ADMM, ConditionalADMM, SparseGPT
 
 _D = 160
 
@@ -63,3 +63,20 @@ def test_the_default_joint_method_takes_five_arrays(data):
     with Spy(gram) as spy:
         solve(problem, PerRow(0.5), ConditionalADMM())
     assert 3.0 <= spy.most <= 5.0
+
+
+@pytest.mark.parametrize("method", [ConditionalADMM(), SparseGPT(), ADMM()])
+def test_a_factorisation_serves_all_chunks_of_rows(method, monkeypatch):
+    factorised = []
+    for name in ("cholesky_ex", "cholesky"):
+        inner = getattr(torch.linalg, name)
+        monkeypatch.setattr(
+            torch.linalg, name, lambda *args, inner=inner, **kwargs: factorised.append(1) or inner(*args, **kwargs)
+        )
+    problem = synthetic("correlated", rows=24, d=16).problem()
+    numbers = []
+    for memory in (2**30, 1):
+        factorised.clear()
+        solve(problem, PerRow(0.5), method, memory=memory)
+        numbers.append(len(factorised))
+    assert 0 < numbers[0] == numbers[1] <= 5
