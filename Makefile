@@ -89,5 +89,5 @@ $(VENV)/run.stamp: $(VENV)/made.stamp pyproject.toml constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@echo "Installing the development tools into $(VENV)."
-	$(PIP) --editable '.[hf,mip,report,dev]'
+	$(PIP) --editable '.[hf,mip,report,peft,dev]'
 	@touch $@

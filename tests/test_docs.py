@@ -31,11 +31,14 @@ def test_every_how_to_is_here() -> None:
         "add-an-objective",
         "beyond-the-layer",
         "choose-a-solver",
+        "fine-tune",
+        "plug-in",
         "sparsity-per-layer",
         "verify-on-a-cluster",
     }
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_runs(page: Path) -> None:
     names: dict[str, object] = {"__name__": "page"}

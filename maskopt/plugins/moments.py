@@ -1,0 +1,200 @@
+"""Second moments of a module's inputs, and the solution of its layer: what all adapters have in common."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskopt.errors import MaskoptError
+from maskopt.oracles import AtMost, MaskSet, PartitionMatroid
+from maskopt.problems import LayerReconstruction
+from maskopt.solvers import Result, Solver, solve
+
+__all__ = ["InputMoments", "observing", "weight_of"]
+
+
+class InputMoments:
+    """Second moments of the inputs of a linear module, G = sum of x x^T, from which its weights are pruned.
+
+    Parameters
+    ----------
+    module : nn.Module
+        nn.Linear, or the Conv1D of transformers, which stores its weight as (in, out).
+
+    Attributes
+    ----------
+    gram : Tensor
+        Shape (d, d), float32, where d is the number of inputs; on the weight's device.
+    tokens : int
+        Inputs seen.
+
+    Raises
+    ------
+    MaskoptError
+        If the module is of another kind.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> moments = InputMoments(nn.Linear(3, 5))
+    >>> moments.add(torch.ones(2, 4, 3))
+    >>> moments.tokens, moments.gram[0].tolist()
+    (8, [8.0, 8.0, 8.0])
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._transposed = _stores_inputs_first(module)
+        weight = weight_of(module)
+        size = weight.shape[0 if self._transposed else 1]
+        self.gram = torch.zeros(size, size, device=weight.device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs, shape (..., d).
+
+        Raises
+        ------
+        MaskoptError
+            If they have another number of features.
+        """
+        if x.shape[-1] != len(self.gram):
+            raise MaskoptError(f"The inputs have {x.shape[-1]} features, but the module has {len(self.gram)} inputs.")
+        flat = x.detach().reshape(-1, x.shape[-1]).to(self.gram)
+        self.gram.addmm_(flat.T, flat)
+        self.tokens += len(flat)
+
+    def solve(
+        self, weight: Tensor, masks: MaskSet, solver: Solver | None = None, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Result]:
+        """Choose a mask, and weights where the solver updates them.
+
+        Parameters
+        ----------
+        weight : Tensor
+            As the module stores it.
+        masks : MaskSet
+            For the weight as (out, in): `PerRow(0.5)`, `NM(keep=2, group=4)` ...
+        solver : Solver, optional
+            `ContinuationFrankWolfe()` by default.
+        kept : Tensor, optional
+            Boolean: entries that are not pruned yet; only these may be kept, where the set can be restricted.
+
+        Returns
+        -------
+        mask : Tensor
+            Boolean, True = kept, as the module stores its weight.
+        updated : Tensor or None
+            Weights that go with it, likewise, zero where pruned.
+        result : Result
+
+        Raises
+        ------
+        MaskoptError
+            If no input was seen, something is not finite, or the set does not fit.
+        """
+        if self.tokens == 0:
+            raise MaskoptError("The module saw no input; run calibration data through the model first.")
+        gram = self.gram.clone()
+        if not bool(torch.isfinite(gram.diagonal()).all()):
+            raise MaskoptError("The module's inputs are not finite, or too large for float32; check the model's type.")
+        problem = LayerReconstruction(self._oriented(weight.detach()).float(), gram, self.tokens, check=False)
+        if kept is not None and not bool(kept.all()) and isinstance(masks, PartitionMatroid):
+            # A row that has lost more than its share already keeps fewer.
+            masks = (masks if masks.at_most else AtMost(masks)).restrict(pruned=~self._oriented(kept))
+        result = solve(problem, masks, solver)
+        mask = self._oriented(result.mask)
+        updated = None if result.weight is None else self._oriented(result.weight).to(weight.dtype)
+        return mask, updated, result
+
+    def _oriented(self, tensor: Tensor) -> Tensor:
+        return tensor.T if self._transposed else tensor
+
+
+@contextmanager
+def observing(
+    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ("lm_head",)
+) -> Iterator[dict[str, InputMoments]]:
+    """Add up the second moments of the inputs of a model's linear modules, while it runs.
+
+    Parameters
+    ----------
+    model : nn.Module
+    include, exclude : sequence of str
+        Patterns of module names, with * for any part.
+
+    Yields
+    ------
+    dict of str to InputMoments
+        By module name; complete once the calibration data have run.
+
+    Raises
+    ------
+    MaskoptError
+        If no linear module has such a name.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    >>> with torch.no_grad(), observing(model) as moments:
+    ...     _ = model(torch.ones(4, 3))
+    >>> {name: each.tokens for name, each in moments.items()}
+    {'0': 4, '2': 4}
+    """
+    moments: dict[str, InputMoments] = {}
+    hooks = []
+    try:
+        for name, module in model.named_modules():
+            wanted = any(fnmatchcase(name, each) for each in include)
+            if wanted and not any(fnmatchcase(name, each) for each in exclude) and _is_linear(module):
+                moments[name] = InputMoments(module)
+                hooks.append(module.register_forward_pre_hook(_adder(moments[name]), with_kwargs=True))
+        if not moments:
+            raise MaskoptError(
+                f"No linear module of the model has a name like {', '.join(include)}; names are those of "
+                f"model.named_modules()."
+            )
+        yield moments
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _adder(moments: InputMoments) -> Any:
+    def add(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        moments.add(arguments[0] if arguments else keywords["input"])
+
+    return add
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Return a module's weight."""
+    weight = module.weight
+    assert isinstance(weight, Tensor), "linear modules have one"
+    return weight
+
+
+def _conv1d() -> type[nn.Module] | None:
+    """Return the Conv1D of transformers, without importing it: without it no module can be of that type."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    conv1d = _conv1d()
+    return isinstance(module, nn.Linear) or (conv1d is not None and isinstance(module, conv1d))
+
+
+def _stores_inputs_first(module: nn.Module) -> bool:
+    if not _is_linear(module):
+        raise MaskoptError(
+            f"A {type(module).__name__} cannot be pruned by its inputs; nn.Linear and Conv1D of transformers can."
+        )
+    return not isinstance(module, nn.Linear)
