@@ -17,6 +17,7 @@ from maskopt.cli.allocate import allocate
 from maskopt.cli.certify import certify
 from maskopt.cli.compare import compare
 from maskopt.cli.demo import demo
+from maskopt.cli.doctor import doctor
 from maskopt.cli.evaluate import evaluate
 from maskopt.cli.merge import merge
 from maskopt.cli.output import stderr
@@ -172,7 +173,6 @@ def _is_disk_failure(cause: BaseException | None) -> bool:
 
 app = typer.Typer(
     cls=_Guarded,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -229,3 +229,4 @@ app.command(
 app.command(epilog="Example:  maskopt evaluate pruned --text held-out.txt")(evaluate)
 app.command(epilog="Example:  maskopt scale meta-llama/Llama-3.1-70B --samples 128 --speed 60e12")(scale)
 app.command(epilog="Example:  maskopt demo --json demo.json")(demo)
+app.command(epilog="Example:  maskopt doctor --json -")(doctor)

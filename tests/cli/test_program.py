@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +13,7 @@ from maskopt.cli.options import parse_memory
 from maskopt.cli.solvers import parse_solver
 from maskopt.solvers import RIA, OneSwap, SparseFW, Wanda
 
-COMMANDS = ("solve", "compare", "trace", "verify", "certify", "merge", "prune", "evaluate", "demo")
+COMMANDS = ("solve", "compare", "trace", "verify", "certify", "merge", "prune", "evaluate", "demo", "doctor")
 
 
 def test_version_is_printed(run):
@@ -66,3 +69,41 @@ def test_memory_sizes_are_parsed(text, size):
 )
 def test_solver_specs_are_parsed(spec, settings, solver):
     assert parse_solver(spec, settings) == solver
+
+
+def test_doctor_says_what_is_installed_and_what_is_missing(run, read, tmp_path, monkeypatch):
+    target = tmp_path / "json"
+    said = run("doctor", "--json", target).stdout
+    found = read(target)
+    packages = {each["package"]: each for each in found["packages"]}
+    assert found["works"]
+    assert packages["torch"]["fits"]
+    assert packages["torch"]["extra"] == ""
+    assert packages["transformers"]["extra"] == "hf"
+    assert packages["transformers"]["wanted"].count(",") == 1
+    assert found["devices"][0]["name"] == "cpu"
+    assert f"maskopt  {maskopt.__version__}" in " ".join(said.split("\n")).replace("  python", "")
+    known = importlib.metadata.version
+
+    def version(name):
+        if name == "peft":
+            raise importlib.metadata.PackageNotFoundError
+        return "0.1" if name in ("joblib", "transformers") else known(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    said = run("doctor", code=1).stdout
+    assert "pip install 'maskopt[peft]'" in said
+    assert "pip install 'joblib>=1.4'" in said
+    run("doctor", "--json", tmp_path / "other", code=1)
+    packages = {each["package"]: each for each in read(tmp_path / "other")["packages"]}
+    assert not read(tmp_path / "other")["works"]
+    assert not packages["joblib"]["fits"]
+    assert not packages["transformers"]["fits"]
+    assert packages["peft"]["installed"] is None
+
+
+def test_shells_complete_commands():
+    environment = {**os.environ, "_MASKOPT_COMPLETE": "complete_bash", "COMP_WORDS": "maskopt pr", "COMP_CWORD": "1"}
+    program = Path(sys.executable).with_name("maskopt")
+    run = subprocess.run([program], capture_output=True, text=True, env=environment, check=True)
+    assert run.stdout.split() == ["prune"]
