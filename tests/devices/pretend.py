@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.grad_mode import set_multithreading_enabled
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 __all__ = ["DEVICE", "PretendTensor", "Waits", "pretend_device", "register_for_gradients"]
@@ -263,18 +263,28 @@ class _Operations(TorchDispatchMode):
         return _applied(operation, args, kwargs or {})
 
 
-class _Literals(TorchFunctionMode):
-    """Makes tensors from Python numbers on the CPU first: torch hides from dispatch modes what it does there."""
+class _Functions(TorchFunctionMode):
+    """Sees functions that torch hides from dispatch modes, or computes in another way where there is such a mode.
 
-    _MAKERS: frozenset[Callable[..., Any]] = frozenset((torch.tensor, torch.as_tensor, torch.asarray))
+    Tensors of Python numbers are made on the CPU first. Eigenvalues are computed without eigenvectors, as they are
+    without a mode: their last digits differ.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if function in self._MAKERS and kwargs.get("device") is not None:
+        if function is Tensor.new_tensor and isinstance(args[0], PretendTensor):
+            kwargs = {"dtype": args[0].dtype, "device": DEVICE} | kwargs
+            function, args = torch.tensor, args[1:]
+        if function is torch.linalg.eigvalsh and not args[0].requires_grad:
+            with _disable_current_modes():
+                values = function(*_changed(tuple(args), _own), **kwargs)
+            if not isinstance(args[0], PretendTensor):
+                return values
+            _wait("reads", "linalg_eigvalsh")
+            return PretendTensor(values)
+        if function in (torch.tensor, torch.as_tensor, torch.asarray) and kwargs.get("device") is not None:
             device = torch.device(kwargs.pop("device"))
             if device.type == DEVICE.type:
-                if isinstance(args[0], PretendTensor):
-                    return function(*args, **kwargs)
                 return function(*args, **kwargs, device="cpu").to(device)
             kwargs["device"] = device
         return function(*args, **kwargs)
@@ -321,7 +331,7 @@ def pretend_device() -> Iterator[Waits]:
     _active.append(waits)
     try:
         # On this thread: others compute gradients only of devices that torch knew when it computed the first one.
-        with set_multithreading_enabled(False), _Literals(), _Operations():
+        with set_multithreading_enabled(False), _Functions(), _Operations():
             yield waits
     finally:
         _active.pop()
