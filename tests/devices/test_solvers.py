@@ -20,18 +20,16 @@ SHAPE = (4, 8)
 TINY = (2, 6)  # for exact solvers
 LAYER = synthetic("correlated", *SHAPE, seed=1).problem()
 
-# Fast, and alike on all sets of a class.
-SOME_SETS = ["per-row", "n:m", "unstructured", "row counts", "restricted at most blocks", "units", "product", "budget"]
-SOME_SETS += ["restricted transposable"]
+SOME_SETS = ["per-row", "unstructured", "row counts", "restricted at most blocks", "units", "restricted transposable"]
 
 
 def _quick(name: str) -> Solver:
-    settings = {"lsq": {"solver": Wanda()}, "alps": {"iterations": 20}, "fista": {"rounds": 4, "iterations": 5}}
+    settings = {"lsq": {"solver": Wanda()}, "best": {"iterations": 12}, "fista": {"rounds": 4, "iterations": 5}}
     return make_weights(name, **settings.get(name, {}))  # type: ignore[arg-type]
 
 
 def _short(solver: Solver) -> Solver:
-    return replace(solver, iterations=10) if isinstance(solver, ContinuationFrankWolfe | FrankWolfe) else solver
+    return replace(solver, iterations=8) if isinstance(solver, ContinuationFrankWolfe | FrankWolfe) else solver
 
 
 METHODS: dict[str, Solver] = {
@@ -41,7 +39,7 @@ METHODS: dict[str, Solver] = {
 }
 RULES: dict[str, Solver] = {
     **{f"frank-wolfe {name}": _short(solver) for name, solver in FRANK_WOLFE.items()},
-    **{f"step {name}": FrankWolfe(step=name, iterations=10) for name in ("short", "secant", "adaptive", "monotone")},
+    **{f"step {name}": FrankWolfe(step=name, iterations=8) for name in ("short", "secant", "adaptive", "monotone")},
 }
 
 
@@ -88,7 +86,7 @@ def test_directions_and_steps_agree_with_the_cpu(name: str, kind: str) -> None:
     compare(LAYER, ALL_SETS[kind](SHAPE, 0.5), RULES[name])
 
 
-@pytest.mark.parametrize(("name", "kind"), _pairs(EXACT, ["per-row", "units", "restricted at most blocks"], LAYER))
+@pytest.mark.parametrize(("name", "kind"), _pairs(EXACT, ["per-row", "restricted at most blocks"], LAYER))
 def test_exact_solvers_agree_with_the_cpu(name: str, kind: str) -> None:
     compare(synthetic("correlated", *TINY, seed=2).problem(), ALL_SETS[kind](TINY, 0.5), EXACT[name])
 

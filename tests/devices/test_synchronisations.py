@@ -15,7 +15,7 @@ from tests.devices.pretend import DEVICE, Waits, pretend_device
 from tests.helpers import ALL_SETS, SET_ENTRIES
 
 SHAPE = (4, 24)
-FEW, MANY = 20, 60
+FEW, MANY = 10, 40
 
 # The oracles of these sets need nothing of the host; others solve programs there, or settle ties without rounding.
 SETS = [name for name, entry in SET_ENTRIES.items() if entry.matroid]
@@ -28,7 +28,7 @@ METHODS: dict[str, Callable[[int], Solver]] = {
     "alps": lambda n: ALPS(iterations=n, penalty=0.01, growth=(1.002, 1.001, 1.0005)),
 }
 OTHERS: dict[str, Callable[[int], Solver]] = {
-    "admm": lambda n: ADMM(iterations=n),
+    "admm": lambda n: ADMM(iterations=n, selections=5),
     "sparsefw": lambda n: SparseFW(iterations=n),
     "conjugate gradients": lambda n: LeastSquares(solver=Wanda(), method="cg", steps=n),
 }
