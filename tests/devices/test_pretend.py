@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import sys
 from collections.abc import Callable, Iterator
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.devices import pretend
 from tests.devices.pretend import DEVICE, PretendTensor, Waits, pretend_device
 
 Operation = Callable[[Tensor, Tensor], object]
@@ -148,3 +150,7 @@ def test_nothing_is_left_behind() -> None:
     (weight * weight).sum().backward()  # type: ignore[no-untyped-call]
     assert weight.grad is not None
     assert weight.grad.device.type == "cpu"
+
+
+def test_the_example_is_right() -> None:
+    assert doctest.testmod(pretend).failed == 0
