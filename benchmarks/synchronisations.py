@@ -87,7 +87,7 @@ def main() -> None:
             each = (after.total - before.total) / (many - few) if many > few else None
             shown = "" if each is None else f"{each:.2f}"
             lines.append([f"{name}, {masks}", f"{few}", f"{many}", shown, f"{after.total / many:.2f}"])
-            places = dict((after.reads + after.uploads).most_common())
+            places = dict((after.reads + after.uploads).most_common(5))
             figures.append({"method": name, "masks": repr(masks), "iterations": [few, many], "each": each})
             figures[-1] |= {"waits": [before.total, after.total], "places": places}
             print(*lines[-1], sep="  ", flush=True)
