@@ -57,6 +57,7 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOL
 	$(BIN)/python benchmarks/layers.py $(LAYERS) --name joint --solvers continuation $(JOINT)
 	$(BIN)/python benchmarks/directions.py $(LAYERS)
 	$(BIN)/python benchmarks/iteration.py
+	$(BIN)/python benchmarks/synchronisations.py
 	$(if $(LAYERS),$(BIN)/python benchmarks/bounds.py $(LAYERS) --rows 8 --inputs 96 0 --cuts 100)
 	$(if $(LAYERS),$(BIN)/python benchmarks/exact.py $(LAYERS))
 	$(BIN)/python benchmarks/false_claims.py --instances 50000 --jobs 2

@@ -10,7 +10,7 @@ from torch import Tensor
 from maskopt.checks import shown
 from maskopt.errors import MaskoptError
 
-__all__ = ["fixed_rows", "joined", "refuse_contradiction", "respects"]
+__all__ = ["fixed_rows", "joined", "of_rows", "refuse_contradiction", "respects"]
 
 
 def joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -43,6 +43,26 @@ def joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     if one.shape != other.shape:
         raise MaskoptError(f"Fixed entries have the shapes {tuple(one.shape)} and {tuple(other.shape)}.")
     return one | other.to(one.device)
+
+
+def of_rows(entries: Tensor | None, index: slice | Tensor) -> Tensor | None:
+    """Return the fixed entries of some rows.
+
+    Parameters
+    ----------
+    entries : Tensor, optional
+        Boolean, shape (rows, d).
+    index : slice or Tensor
+        A vector of row numbers may lie on another device, that of the problem.
+
+    Returns
+    -------
+    Tensor or None
+        Boolean, shape (rows chosen, d).
+    """
+    if entries is None:
+        return None
+    return entries[index.to(entries.device) if isinstance(index, Tensor) else index]
 
 
 def refuse_contradiction(kept: Tensor | None, pruned: Tensor | None) -> None:

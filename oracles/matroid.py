@@ -77,13 +77,17 @@ class PartitionMatroid(MaskSet):
     def __init__(
         self, keep: float | int | Tensor, tile: Tile, name: str = "PartitionMatroid", *, at_most: bool = False
     ) -> None:
+        self._limits = 0, 0  # of counts that differ
         if isinstance(keep, bool) or not isinstance(keep, (int, float, Tensor)):
             raise MaskoptError(f"keep must be a fraction (float) or a count (int); got {shown(keep)}.")
         if isinstance(keep, Tensor):
             if keep.ndim != 1 or keep.dtype not in _COUNTS or keep.device.type == "meta":
                 raise MaskoptError(f"keep must be a vector of counts; got a {keep.dtype} tensor of shape {keep.shape}.")
-            if keep.numel() and int(keep.min()) < 0:
-                raise MaskoptError(f"keep must not be negative; group {int(keep.argmin())} has {int(keep.min())}.")
+            # Counts are needed as numbers too, and a GPU would have to be waited for.
+            keep = keep.cpu()
+            self._limits = (int(keep.min()), int(keep.max())) if keep.numel() else (0, 0)
+            if self._limits[0] < 0:
+                raise MaskoptError(f"keep must not be negative; group {int(keep.argmin())} has {self._limits[0]}.")
         elif isinstance(keep, float) and not 0.0 <= keep <= 1.0:
             raise MaskoptError(f"keep as a fraction must lie in [0, 1]; got {keep}.")
         elif keep < 0:
@@ -93,6 +97,7 @@ class PartitionMatroid(MaskSet):
         self.tile = tile
         self.name = name
         self.at_most = at_most
+        self._elsewhere: dict[torch.device, Tensor] = {}  # counts on other devices, filled on demand
 
     def __repr__(self) -> str:
         keep = f"{self.keep.numel()} counts" if isinstance(self.keep, Tensor) else self.keep
@@ -141,9 +146,14 @@ class PartitionMatroid(MaskSet):
         if isinstance(self.keep, Tensor):
             if len(self.keep) != number:
                 raise MaskoptError(f"{self} has counts for {len(self.keep)} groups; this weight has {number}.")
-            if int(self.keep.max()) > size:
-                raise MaskoptError(f"{self} wants {int(self.keep.max())} entries of a group that has {size}.")
-            counts = self.keep.to(device=device, dtype=torch.int64)
+            if self._limits[1] > size:
+                raise MaskoptError(f"{self} wants {self._limits[1]} entries of a group that has {size}.")
+            if device.type == "cpu":
+                counts = self.keep.to(torch.int64)
+            elif device in self._elsewhere:
+                counts = self._elsewhere[device]
+            else:
+                counts = self._elsewhere[device] = self.keep.to(device=device, dtype=torch.int64)
             return counts, counts
         # The tolerance undoes 1 - 0.7 = 0.30000000000000004 and changes no fraction that is exact.
         keep = math.ceil(self.keep * size * (1 - 1e-12)) if isinstance(self.keep, float) else self.keep
@@ -214,7 +224,7 @@ class PartitionMatroid(MaskSet):
     def _select(self, groups: Tensor, shape: Shape, full: Tensor | None = None) -> Tensor:
         """Return the cheapest entries of every group; those marked in `full` (groups, 1) are filled in any case."""
         keep, _ = self._counts(shape, groups.device)
-        chosen = smallest(groups, keep)
+        chosen = smallest(groups, keep, self._limits)
         if self.at_most:
             worth = torch.lt(groups, 0.0, out=torch.empty_like(groups))
             chosen.mul_(worth if full is None else torch.maximum(worth, full))

@@ -13,7 +13,7 @@ from torch import Tensor
 from maskopt.checks import shown
 from maskopt.errors import MaskoptError
 from maskopt.oracles.base import Index, Shape
-from maskopt.oracles.fixed import fixed_rows, joined, refuse_contradiction, respects
+from maskopt.oracles.fixed import fixed_rows, joined, of_rows, refuse_contradiction, respects
 from maskopt.oracles.matroid import PartitionMatroid
 
 __all__ = ["Protected", "Restricted"]
@@ -140,7 +140,7 @@ class Restricted(PartitionMatroid):
 
     def rows(self, index: Index, shape: Shape) -> Restricted:
         plain = self._like(self.keep, self.tile).rows(index, shape)
-        parts = (None if entries is None else entries[index] for entries in (self.protected, self.forbidden))
+        parts = (of_rows(entries, index) for entries in (self.protected, self.forbidden))
         return Restricted(plain, *parts)
 
 

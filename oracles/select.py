@@ -9,7 +9,7 @@ __all__ = ["smallest"]
 _RANKED = 16  # rows up to this size are ranked by comparing all pairs
 
 
-def smallest(cost: Tensor, keep: int | Tensor) -> Tensor:
+def smallest(cost: Tensor, keep: int | Tensor, limits: tuple[int, int] | None = None) -> Tensor:
     """Mark the `keep` smallest entries of each row.
 
     Parameters
@@ -18,6 +18,8 @@ def smallest(cost: Tensor, keep: int | Tensor) -> Tensor:
         Shape (groups, size), no NaN.
     keep : int or Tensor
         How many, for all rows or for each, shape (groups,).
+    limits : (int, int), optional
+        The least and the largest number of a tensor `keep`, where they are known: a GPU would have to be waited for.
 
     Returns
     -------
@@ -34,7 +36,9 @@ def smallest(cost: Tensor, keep: int | Tensor) -> Tensor:
     """
     size = cost.shape[1]
     if isinstance(keep, Tensor):
-        low, high = (int(keep.min()), int(keep.max())) if len(keep) else (0, 0)
+        if limits is None:
+            limits = (int(keep.min()), int(keep.max())) if len(keep) else (0, 0)
+        low, high = limits
         if low != high:
             return _smallest_varying(cost, keep, low, high)
         keep = low
@@ -69,11 +73,13 @@ def _up_to(cost: Tensor, threshold: Tensor, keep: int | Tensor) -> Tensor:
     # Integers as floats: exact below 2^24 in float32, and not even below 2^9 in half precision.
     wide = torch.float64 if cost.shape[1] >= 2**24 else torch.promote_types(cost.dtype, torch.float32)
     surplus = chosen.sum(1, keepdim=True, dtype=wide) - keep
-    if bool(surplus.any()):
-        tied = cost == threshold
-        wanted = tied.sum(1, keepdim=True) - surplus.long()
-        chosen[tied & (tied.cumsum(1) > wanted)] = 0.0
-    return chosen
+    # Ties are rare. Looking for them takes longer than asking a CPU whether there are any, but less than waiting for a
+    # GPU's answer.
+    if cost.device.type == "cpu" and not bool(surplus.any()):
+        return chosen
+    tied = cost == threshold
+    wanted = tied.sum(1, keepdim=True) - surplus.long()
+    return chosen.masked_fill_(tied & (tied.cumsum(1) > wanted), 0.0)
 
 
 def _smallest_by_rank(cost: Tensor, keep: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from maskopt.checks import shown, whole
 from maskopt.errors import MaskoptError
 from maskopt.oracles.base import Index, MaskSet, Shape, box_step, face_tolerance
-from maskopt.oracles.fixed import fixed_rows, joined, refuse_contradiction, respects
+from maskopt.oracles.fixed import fixed_rows, joined, of_rows, refuse_contradiction, respects
 from maskopt.oracles.regular import cheapest_regular, count_regular, every_regular, regular_table
 
 __all__ = ["TransposableNM"]
@@ -101,7 +101,7 @@ class TransposableNM(MaskSet):
     def rows(self, index: Index, shape: Shape) -> TransposableNM:
         if self.protected is None and self.forbidden is None:
             return self
-        return self._with(*(None if fixed is None else fixed[index] for fixed in (self.protected, self.forbidden)))
+        return self._with(*(of_rows(fixed, index) for fixed in (self.protected, self.forbidden)))
 
     def _with(self, protected: Tensor | None, forbidden: Tensor | None) -> TransposableNM:
         masks = copy.copy(self)

@@ -15,7 +15,7 @@ from maskopt.checks import shown, sides
 from maskopt.errors import MaskoptError
 from maskopt.exact import summable
 from maskopt.oracles.base import Index, MaskSet, Shape, fitted
-from maskopt.oracles.fixed import joined, refuse_contradiction
+from maskopt.oracles.fixed import joined, of_rows, refuse_contradiction
 from maskopt.oracles.matroid import PartitionMatroid
 
 __all__ = ["Columns", "Rows", "Units"]
@@ -121,7 +121,7 @@ class Units(MaskSet):
         base = self.base.rows(blocks, self._reduced(shape))
         if base is self.base:
             return self
-        fixed = (None if entries is None else entries[index] for entries in (self.protected, self.forbidden))
+        fixed = (of_rows(entries, index) for entries in (self.protected, self.forbidden))
         return self._with(base, *fixed)
 
     def _with(self, base: PartitionMatroid, protected: Tensor | None, forbidden: Tensor | None) -> Units:

@@ -27,6 +27,7 @@ from maskopt.models.blocks import Block
 from maskopt.models.layers import Layer, is_linear
 from maskopt.models.reuse import Course, Reuse, answering
 from maskopt.models.states import States, Storage, copied
+from maskopt.solvers.arguments import without_autocast
 from maskopt.threads import sized_threads
 
 __all__ = ["Replay", "evaluation_mode", "first_tensor", "run_model"]
@@ -47,8 +48,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     devices = {"cpu", *(parameter.device.type for parameter in model.parameters())} - {"meta"}
     try:
         with ExitStack() as undo:
-            for device in devices:
-                undo.enter_context(torch.autocast(device, enabled=False))
+            undo.enter_context(without_autocast(devices))
             # A caller's inference mode would forbid changing the weights in place.
             undo.enter_context(torch.inference_mode(False))
             undo.enter_context(torch.no_grad())

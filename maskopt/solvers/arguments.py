@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -14,7 +14,7 @@ from maskopt.oracles import MaskSet
 from maskopt.problems import Instance, Problem
 from maskopt.solvers.base import Solver
 
-__all__ = ["check_arguments", "check_masks", "check_memory", "check_solver", "ordinary_torch"]
+__all__ = ["check_arguments", "check_masks", "check_memory", "check_solver", "ordinary_torch", "without_autocast"]
 
 
 _LONG = 2**63 - 1
@@ -87,12 +87,26 @@ def ordinary_torch(device: torch.device) -> Iterator[None]:
     with ExitStack() as settings:
         settings.enter_context(torch.inference_mode(False))
         settings.enter_context(torch.no_grad())
-        for kind in {device.type, "cpu"}:
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                settings.enter_context(torch.autocast(kind, enabled=False))
+        settings.enter_context(without_autocast((device.type, "cpu")))
         if default_device.type != "cpu":
             settings.enter_context(torch.device("cpu"))
         if default_type != torch.float32:
             torch.set_default_dtype(torch.float32)
             settings.callback(torch.set_default_dtype, default_type)
+        yield
+
+
+@contextmanager
+def without_autocast(kinds: Iterable[str]) -> Iterator[None]:
+    """Compute without the caller's autocast inside the block.
+
+    Parameters
+    ----------
+    kinds : iterable of str
+        Types of devices; those that have no autocast, which torch refuses to switch off, may be among them.
+    """
+    with ExitStack() as settings:
+        for kind in set(kinds):
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                settings.enter_context(torch.autocast(kind, enabled=False))
         yield

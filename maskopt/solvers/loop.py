@@ -113,6 +113,8 @@ class _Run:
         self.tolerance, self.ones = tolerance, torch.ones(len(x), dtype=x.dtype, device=x.device)
         self.running: Tensor | None = None
         """Rows whose gap has not fallen to the tolerance yet; None before any gap is known."""
+        self.left = len(x)
+        """How many they are: the one number of an iteration that the host asks the device for."""
         state = self._state(0)
         self.direction, self.step = direction.begin(state), step.begin(state)
 
@@ -148,14 +150,15 @@ class _Run:
         # A row block that is done stays as it is, so that it stays done whatever is known of its gap later.
         above = gap > tolerance
         self.running = above if self.running is None else self.running & above
-        return not bool(self.running.any())
+        self.left = int(self.running.sum())
+        return self.left == 0
 
     def _of_running(self, step_size: Tensor) -> Tensor:
         return step_size if self.running is None else step_size * self.running
 
     def _shrink(self) -> None:
         """Go on without the row blocks that are done, once they are half of the batch."""
-        if self.running is None or self.tolerance is None or 2 * int(self.running.sum()) > len(self.running):
+        if self.running is None or self.tolerance is None or 2 * self.left > len(self.running):
             return
         blocks = self.row_blocks.first(self.running).nonzero().squeeze(1)
         rows = self.row_blocks.rows_of(blocks)

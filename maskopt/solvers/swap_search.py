@@ -43,9 +43,11 @@ class SwapSearch:
         self.columns = problem.shape[1]
         self.segments = self.columns // self.width
         self.own = problem.diagonal()
-        self.protected, self.forbidden = masks.protected, masks.forbidden
         self.eps = 8 * torch.finfo(problem.dtype).eps
         device = problem.device
+        self.protected, self.forbidden = (
+            None if entries is None else entries.to(device) for entries in (masks.protected, masks.forbidden)
+        )
         if 1 < self.width <= _DENSE:
             index = torch.arange(self.columns, device=device).view(self.segments, self.width)
             self.blocks = self.gram[index.unsqueeze(2), index.unsqueeze(1)]

@@ -106,4 +106,7 @@ def _loosened(masks: MaskSet, cost: Tensor, fraction: float) -> Tensor:
     pruned = ((first.shape[1] - first.sum(1, dtype=torch.float64)) * fraction).long()
     cost = cost.masked_fill_(chosen.bool(), -torch.inf).view_as(first)
     loose = smallest(cost, first.shape[1] - pruned).view_as(chosen)
-    return loose if masks.forbidden is None else loose.masked_fill_(masks.forbidden.to(loose.device), 0.0)
+    if masks.forbidden is None:
+        return loose
+    # In the shape of the set: a product's is one row that holds all weights.
+    return loose.masked_fill_(masks.forbidden.to(loose.device).view_as(loose), 0.0)

@@ -18,6 +18,9 @@ from maskopt.weights.least_squares import polish
 
 __all__ = ["ALPS"]
 
+_BARS = 0.2, 0.01  # entries that differ, of those kept: a change of the mask makes two
+_READ = 10  # iterations at least from one reading of a GPU's numbers to the next
+
 
 @dataclass(frozen=True)
 class ALPS(Joint):
@@ -92,30 +95,84 @@ class ALPS(Joint):
         values.clamp_(min=0.0)
         target = w @ system.gram
         mask = masks.lmo(w.square().neg_()) if start is None else start.to(w.dtype)
-        seen, d = mask, w * mask
+        d = w * mask
         dual, b, near, cost = (torch.zeros_like(w) for _ in range(4))
-        penalty, done = self.penalty, 0
+        checks, done = _Checks(self, mask), 0
         status = Status.ITERATION_LIMIT
         # The planned number is an upper limit that is rarely reached.
         while done < self.iterations and not monitor.stops(problem, masks, done, self.iterations):
-            torch.sub(target, dual, out=near).add_(d, alpha=penalty)
-            torch.mm(near, vectors, out=b).div_(values + penalty)
+            torch.sub(target, dual, out=near).addcmul_(d, checks.penalty)
+            torch.mm(near, vectors, out=b).div_(values + checks.penalty)
             torch.mm(b, vectors.T, out=near)
             b, near = near, b
-            torch.add(b, dual, alpha=1.0 / penalty, out=near)
+            torch.addcmul(b, dual, checks.inverse, out=near)
             mask = masks.lmo(torch.mul(near, near, out=cost).neg_())
             torch.mul(near, mask, out=d)
             # dual / penalty + b - d is `near` - d.
-            torch.sub(near, d, out=dual).mul_(penalty)
+            torch.sub(near, d, out=dual).mul_(checks.penalty)
             done += 1
             monitor.counters["products"] += 2
-            if done % self.every == 0:
-                changed, kept = int((mask != seen).sum()) / 2, float(mask.sum(dtype=torch.float64))
-                if changed == 0:
-                    status = Status.COMPLETED
-                    break
-                seen = mask
-                penalty *= self.growth[0 if changed >= 0.1 * kept else 1 if changed >= 0.005 * kept else 2]
+            if done % self.every == 0 and checks.settled(mask, d):
+                break
+        if checks.read():
+            status, (mask, d, done) = Status.COMPLETED, checks.answer
         if monitor.ended is None:
             d = polish(problem, masks, system, mask, d, self.polish, monitor, done)
         return Outcome(mask.bool(), status, done, weight=system.finish(problem, d))
+
+
+class _Checks:
+    """The checks of the mask, which raise the penalty and end the method, without the host waiting for what they find.
+
+    All that they decide stays on the device. The host reads it once in ten iterations at most, and on a CPU, where that
+    takes no time, at every check. Iterations after the one that the method ends with change nothing in the answer.
+
+    Attributes
+    ----------
+    penalty, inverse : Tensor
+        The present penalty and 1 / penalty, scalars in the type of the weights.
+    """
+
+    def __init__(self, settings: ALPS, mask: Tensor) -> None:
+        self._every, self._seen, self._answer = settings.every, mask, (mask, mask)
+        self._stride = 1 if mask.device.type == "cpu" else -(-_READ // settings.every)  # checks from reading to reading
+        self._penalty, self._growth, self._bars, self._changing = (
+            torch.tensor(numbers, dtype=torch.float64, device=mask.device)
+            for numbers in (settings.penalty, settings.growth, _BARS, 0.0)
+        )
+        self._made = self._known = 0  # checks, and those whose outcome the host knows
+        self._last: int | None = None  # the number of the check that found no change
+        self._round()
+
+    def _round(self) -> None:
+        self.penalty, self.inverse = (one.to(self._seen.dtype) for one in (self._penalty, self._penalty.reciprocal()))
+
+    def settled(self, mask: Tensor, d: Tensor) -> bool:
+        """Compare the mask with that of the last check; return whether the host knows that it has settled."""
+        changed, kept = (mask != self._seen).sum(dtype=torch.float64), mask.sum(dtype=torch.float64)
+        self._penalty *= self._growth.take((changed < kept * self._bars).sum())
+        self._seen = mask
+        self._round()
+        if self._stride == 1:
+            self._changing += changed > 0
+        else:
+            # If an earlier check was the last one, its answer stays. The next iterations overwrite d.
+            ended = self._changing < self._made
+            pairs = zip(self._answer, (mask, d), strict=True)
+            mask, d = (torch.where(ended, old, new) for old, new in pairs)
+            self._changing += (changed > 0) & ~ended
+        self._answer, self._made = (mask, d), self._made + 1
+        return self._made - self._known >= self._stride and self.read()
+
+    def read(self) -> bool:
+        """Whether a check found no change; `answer` is what there was then."""
+        if self._last is None and self._known < self._made:
+            changing, self._known = int(self._changing), self._made
+            self._last = changing + 1 if changing < self._made else None
+        return self._last is not None
+
+    @property
+    def answer(self) -> tuple[Tensor, Tensor, int]:
+        """Mask, sparse weights and number of iterations at the check that found no change."""
+        assert self._last is not None
+        return *self._answer, self._last * self._every

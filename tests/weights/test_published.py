@@ -434,3 +434,11 @@ def test_errors_are_those_of_the_originals(
     tensors = load_file(SHARED / "layers" / f"{layer}.safetensors")
     result = solve(LayerReconstruction(tensors["weight"], tensors["gram"]), masks, method)
     assert result.relative_error == pytest.approx(figure, rel=0.01)
+
+
+def test_admm_prunes_what_a_product_of_sets_forbids() -> None:
+    masks = ALL_SETS["restricted product"]((4, 8), 0.5)
+    assert masks.forbidden is not None
+    result = solve(synthetic("correlated", 4, 8).problem(), masks, ADMM())
+    assert feasible(masks, result.mask)
+    assert not bool((result.mask.view_as(masks.forbidden) & masks.forbidden).any())
