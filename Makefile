@@ -9,7 +9,7 @@ export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/cache/matplotlib
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick check format bench clean
+.PHONY: help demo test hosts quick check format bench clean
 
 help:  ## Say what there is
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -19,6 +19,14 @@ demo: $(VENV)/run.stamp  ## Prune the shipped model by every method and print th
 
 test: $(VENV)/dev.stamp  ## Run all tests
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) tests
+
+hosts: $(VENV)/made.stamp  ## Test the adapters to llm-compressor and ModelOpt, each in an environment of its own
+	@for host in llmcompressor modelopt; do \
+		test -x $(VENV)/hosts/$$host/bin/python || $(PYTHON) -m venv $(VENV)/hosts/$$host || exit 1; \
+		$(VENV)/hosts/$$host/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" --editable ".[$$host]" \
+			pytest hypothesis || exit 1; \
+		$(VENV)/hosts/$$host/bin/python -m pytest -o filterwarnings=ignore tests/hosts || exit 1; \
+	done
 
 quick: $(VENV)/dev.stamp  ## Run one case of every test in less than a minute
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) --quick tests

@@ -24,6 +24,8 @@ _PURPOSES = {
     "mip": "exact answers by SCIP",
     "report": "plots",
     "peft": "fine-tuning by LoRA that keeps zeros",
+    "llmcompressor": "our modifier in llm-compressor",
+    "modelopt": "our mode in ModelOpt",
     "dev": "the tests",
 }
 _EXTRA = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
