@@ -23,6 +23,7 @@ from maskopt.cli.merge import merge
 from maskopt.cli.output import stderr
 from maskopt.cli.prune import prune
 from maskopt.cli.recover import recover
+from maskopt.cli.report import report
 from maskopt.cli.scale import scale
 from maskopt.cli.solve import solve
 from maskopt.cli.trace import trace
@@ -229,4 +230,5 @@ app.command(
 app.command(epilog="Example:  maskopt evaluate pruned --text held-out.txt")(evaluate)
 app.command(epilog="Example:  maskopt scale meta-llama/Llama-3.1-70B --samples 128 --speed 60e12")(scale)
 app.command(epilog="Example:  maskopt demo --json demo.json")(demo)
+app.command(epilog="Example:  maskopt report pruned --html pruned.html")(report)
 app.command(epilog="Example:  maskopt doctor --json -")(doctor)

@@ -3,13 +3,14 @@
 import importlib.util
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any, Literal
 
 from maskopt.errors import MaskoptError
 from maskopt.files import atomic_path
 
-__all__ = ["check_figure", "draw_plan", "draw_traces"]
+__all__ = ["by_kind", "can_draw", "check_figure", "draw_lines", "draw_plan", "draw_traces"]
 
 _KINDS = (".png", ".svg", ".pdf")
 _LINES: dict[str, tuple[Literal["-", "--", ":"], str]] = {
@@ -32,6 +33,11 @@ _COLOURS = (
 )
 
 
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def check_figure(path: Path) -> None:
     """Check, before any work, that a figure can be drawn.
 
@@ -47,7 +53,7 @@ def check_figure(path: Path) -> None:
     """
     if path.suffix not in _KINDS:
         raise MaskoptError(f"A figure is a {', '.join(_KINDS[:-1])} or {_KINDS[-1]} file; got {path}.")
-    if importlib.util.find_spec("matplotlib") is None:
+    if not can_draw():
         raise MaskoptError('Figures need matplotlib, which is missing: pip install "maskopt[report]".')
 
 
@@ -110,27 +116,82 @@ def draw_plan(sparsities: dict[str, float], path: Path, title: str) -> None:
         New file; its suffix is the format.
     title : str
     """
+    with atomic_path(path) as aside:
+        draw_lines(by_kind(sparsities), aside, "sparsity", kind=path.suffix[1:], title=title)
+
+
+def by_kind(values: Mapping[str, float]) -> dict[str, list[tuple[int, float]]]:
+    """Return values of layers by kind of layer, each as (block, value), by block.
+
+    Parameters
+    ----------
+    values : mapping of str to float
+        By full layer name; the first number in a name is the block's.
+    """
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for name, value in values.items():
+        found = re.search(r"\.(\d+)\.(.*)", name)
+        depth, what = (int(found[1]), found[2]) if found else (0, name)
+        lines.setdefault(re.sub(r"\d+", "*", what), []).append((depth, value))
+    return {what: sorted(points) for what, points in lines.items()}
+
+
+def draw_lines(
+    lines: Mapping[str, Sequence[tuple[int, float]]],
+    target: Path | IO[str],
+    label: str,
+    *,
+    kind: str = "svg",
+    title: str | None = None,
+    logarithmic: bool = False,
+) -> None:
+    """Draw values of layers by depth, a line for each kind of layer.
+
+    Parameters
+    ----------
+    lines : mapping
+        Of `by_kind`.
+    target : Path or text file
+    label : str
+        Of the values.
+    kind : str
+        Format.
+    title : str, optional
+        Without one, the figure is for a page, light or dark: what is not a line is grey, and there is no background.
+    logarithmic : bool
+        Whether the values' axis is; zeros are then left out. Otherwise it goes from 0 to 1.
+    """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for name, sparsity in sparsities.items():
-        found = re.search(r"\.(\d+)\.(.*)", name)
-        depth, what = (int(found[1]), found[2]) if found else (0, name)
-        lines.setdefault(re.sub(r"\d+", "*", what), []).append((depth, sparsity))
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    panel = figure.subplots()
-    for number, points in enumerate(lines.values()):
-        points.sort()
-        style = ("-", "--", ":")[number // len(_COLOURS) % 3]
-        colour = _COLOURS[number % len(_COLOURS)]
-        panel.plot(*zip(*points, strict=True), style, color=colour, marker="o", markersize=3.5, linewidth=1.4)
-    panel.set_xlabel("block")
-    panel.set_ylabel("sparsity")
-    panel.set_ylim(0, 1)
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panel.grid(alpha=0.3, linewidth=0.5)
-    figure.legend(panel.get_lines(), list(lines), fontsize=8, loc="outside right upper")
-    figure.suptitle(title, fontsize=10)
-    with atomic_path(path) as aside:
-        figure.savefig(aside, format=path.suffix[1:], dpi=150)
+    grey: dict[Any, str] = dict.fromkeys(
+        ["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], "#808080"
+    )
+    with rc_context({} if title is not None else {**grey, "svg.fonttype": "none", "svg.hashsalt": "maskopt"}):
+        figure = Figure(figsize=(9, 4.6), layout="constrained")
+        panel = figure.subplots()
+        for number, points in enumerate(lines.values()):
+            shown = [point for point in points if not logarithmic or point[1] > 0] or [(0, math.nan)]
+            style = ("-", "--", ":")[number // len(_COLOURS) % 3]
+            colour = _COLOURS[number % len(_COLOURS)]
+            if title is None and colour == "#000000":
+                colour = "#808080"  # black cannot be seen on a dark page
+            panel.plot(*zip(*shown, strict=True), style, color=colour, marker="o", markersize=3.5, linewidth=1.4)
+        panel.set_xlabel("block")
+        panel.set_ylabel(label)
+        if logarithmic:
+            panel.set_yscale("log")
+        else:
+            panel.set_ylim(0, 1)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(alpha=0.3, linewidth=0.5)
+        legend = figure.legend(panel.get_lines(), list(lines), fontsize=8, loc="outside right upper")
+        if title is None:
+            figure.patch.set_alpha(0.0)
+            panel.patch.set_alpha(0.0)
+            legend.get_frame().set_alpha(0.0)
+        else:
+            figure.suptitle(title, fontsize=10)
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(target, format=kind, dpi=150, metadata=metadata)

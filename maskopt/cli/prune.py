@@ -59,6 +59,7 @@ from maskopt.cli.output import (
     tables,
     tell_memory,
 )
+from maskopt.cli.page import page_beside
 from maskopt.cli.prune_progress import PruneProgress
 from maskopt.cli.prune_tables import layer_table, summary
 from maskopt.cli.recover import recovery_lines
@@ -314,7 +315,8 @@ def prune(
         with json_output(json, figures):
             if plot is not None:
                 draw_plan({layer.name: layer.sparsity for layer in report.layers}, plot, f"{model}: {pattern}")
-            models.save_pruned(out, network, tokenizer, report, finite(extra))
+            page = page_beside(finite(figures), str(out))
+            models.save_pruned(out, network, tokenizer, report, finite(extra), page)
     console = tables(json)
     shapes = dict.fromkeys((layer.rows, layer.columns) for layer in report.layers)
     if report.plan is None:

@@ -29,6 +29,7 @@ def save_pruned(
     tokenizer: PreTrainedTokenizerBase,
     report: PruneReport | RecoveryReport,
     extra: Mapping[str, Any] | None = None,
+    page: str | None = None,
 ) -> None:
     """Write a folder that `from_pretrained` loads, with ``masks.safetensors`` and ``report.json``.
 
@@ -47,6 +48,8 @@ def save_pruned(
         What `prune` or `recover` returned.
     extra : mapping, optional
         More entries for ``report.json``, such as perplexities.
+    page : str, optional
+        Content of ``report.html``, the report for people.
 
     Raises
     ------
@@ -66,6 +69,8 @@ def save_pruned(
             save_masks(aside / "masks.safetensors", report.masks)
             text = json.dumps({**report.to_json(), **(extra or {})}, indent=2)
             (aside / "report.json").write_text(text + "\n", encoding="utf-8")
+            if page is not None:
+                (aside / "report.html").write_text(page, encoding="utf-8")
         except (SafetensorError, ValueError) as error:
             # ValueError: transformers refuses generation settings that contradict each other.
             raise MaskoptError(f"The output {path} could not be written: {reason(error)}.") from error
