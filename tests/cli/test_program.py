@@ -75,12 +75,10 @@ def test_doctor_says_what_is_installed_and_what_is_missing(run, read, tmp_path, 
     target = tmp_path / "json"
     said = run("doctor", "--json", target).stdout
     found = read(target)
-    packages = {each["package"]: each for each in found["packages"]}
+    packages = {(each["extra"], each["package"]): each for each in found["packages"]}
     assert found["works"]
-    assert packages["torch"]["fits"]
-    assert packages["torch"]["extra"] == ""
-    assert packages["transformers"]["extra"] == "hf"
-    assert packages["transformers"]["wanted"].count(",") == 1
+    assert packages["", "torch"]["fits"]
+    assert packages["hf", "transformers"]["wanted"].count(",") == 1
     assert found["devices"][0]["name"] == "cpu"
     assert f"maskopt  {maskopt.__version__}" in " ".join(said.split("\n")).replace("  python", "")
     known = importlib.metadata.version
@@ -95,11 +93,11 @@ def test_doctor_says_what_is_installed_and_what_is_missing(run, read, tmp_path, 
     assert "pip install 'maskopt[peft]'" in said
     assert "pip install 'joblib>=1.4'" in said
     run("doctor", "--json", tmp_path / "other", code=1)
-    packages = {each["package"]: each for each in read(tmp_path / "other")["packages"]}
+    packages = {(each["extra"], each["package"]): each for each in read(tmp_path / "other")["packages"]}
     assert not read(tmp_path / "other")["works"]
-    assert not packages["joblib"]["fits"]
-    assert not packages["transformers"]["fits"]
-    assert packages["peft"]["installed"] is None
+    assert not packages["", "joblib"]["fits"]
+    assert not packages["hf", "transformers"]["fits"]
+    assert packages["peft", "peft"]["installed"] is None
 
 
 def test_shells_complete_commands():
