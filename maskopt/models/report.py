@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from statistics import fmean, median
 from typing import Any
 
@@ -292,6 +293,7 @@ def circumstances(model: PreTrainedModel) -> dict[str, str]:
         "model": type(model).__name__,
         "dtype": str(model.dtype),
         "device": str(model.device),
+        "maskopt": version("maskopt"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
