@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from maskopt.errors import MaskoptError
+from maskopt.packed.folder import is_packed, packed_files
 from maskopt.packed.layout import json_object, weight_files
 
 __all__ = ["check_folder", "check_quantization"]
@@ -56,7 +57,7 @@ def check_folder(folder: Path, types: Container[str]) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if (folder / name).is_file():
             json_object(folder / name)
-    for file in weight_files(folder):
+    for file in packed_files(folder) if is_packed(folder) else weight_files(folder):
         _check_weights(file)
 
 

@@ -32,7 +32,7 @@ from maskopt.packed.packed_tensors import (
     part_name,
 )
 
-__all__ = ["Kind", "PackReport", "is_packed", "pack", "packed_errors", "unpack", "write_packed"]
+__all__ = ["Kind", "PackReport", "is_packed", "pack", "packed_files", "unpack", "write_packed"]
 
 Progress = Callable[[str, float], None]
 """Is told the tensor that comes next, and which part of all bytes is done."""
@@ -113,8 +113,24 @@ def is_packed(folder: str | os.PathLike[str]) -> bool:
     return isinstance(kind, str) and kind == MODEL_TYPE
 
 
+def packed_files(folder: Path) -> list[Path]:
+    """Return the files that hold the tensors of a packed folder.
+
+    Parameters
+    ----------
+    folder : Path
+
+    Raises
+    ------
+    MaskoptError
+        If the folder is damaged, or of a later format.
+    """
+    with _packed_errors():
+        return [folder / name for name in sorted({entry["file"] for entry in Packed(folder).tensors.values()})]
+
+
 @contextmanager
-def packed_errors() -> Iterator[None]:
+def _packed_errors() -> Iterator[None]:
     """Turn errors of the reader, which knows nothing of maskopt, into MaskoptError."""
     try:
         yield
@@ -263,10 +279,10 @@ def unpack(
     if not isinstance(config, dict):
         raise MaskoptError(f"The config.json of the packed folder {folder} is damaged: it has no dense_config.")
     report = PackReport()
-    with atomic_path(target) as aside, packed_errors():
+    with atomic_path(target) as aside, _packed_errors():
         aside.mkdir()
         packed = Packed(folder)
-        stored = {str(entry["file"]) for entry in packed.tensors.values()}
+        stored = [file.name for file in packed_files(folder)]
         for entry in packed.tensors.values():
             parts = entry["parts"]
             size = sum(_padded(part["bytes"]) for part in parts.values()) if parts else entry["bytes"]

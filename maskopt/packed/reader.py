@@ -37,6 +37,7 @@ class Lazy:
         self._kind, self.zeros, self.shape = entry["dtype"], entry["zeros"], torch.Size(entry["shape"])
         self.dtype, self.ndim = DTYPES.get(entry["dtype"]), len(self.shape)
         self.samples: torch.Tensor | None = None
+        self.error: PackedError | None = None
 
     def get_shape(self) -> list[int]:
         """Return the shape, as slices do."""
@@ -55,7 +56,11 @@ class Lazy:
         return math.prod(self.shape)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        tensor = self._packed.read(self._name)
+        try:
+            tensor = self._packed.read(self._name)
+        except PackedError as error:
+            self.error = error  # some versions of transformers only log it
+            raise
         self.samples = _sample(tensor)
         return tensor if index is Ellipsis else tensor[index]
 
@@ -112,7 +117,12 @@ def load(kind: Any, name: str | os.PathLike[str], config: Any, **options: Any) -
     told = options.pop("output_loading_info", False)
     wanted = {key: value for key, value in options.items() if key not in (*_HUB, *_UNUSED)}
     tensors = {key: Lazy(packed, key) for key in packed.tensors}
-    model, info = kind.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True, **wanted)
+    try:
+        model, info = kind.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True, **wanted)
+    finally:
+        for tensor in tensors.values():
+            if tensor.error is not None:
+                raise tensor.error
     _check_loaded(folder, model, info, tensors)
     model.config.name_or_path = model.name_or_path = str(name)
     if model.can_generate() and (folder / "generation_config.json").is_file() and "generation_config" not in wanted:
