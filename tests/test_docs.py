@@ -31,6 +31,7 @@ def test_every_how_to_is_here() -> None:
         "add-an-objective",
         "beyond-the-layer",
         "choose-a-solver",
+        "packed-folders",
         "sparsity-per-layer",
         "verify-on-a-cluster",
     }

@@ -32,9 +32,8 @@ from maskopt.models.checks import check_model, move_model
 from maskopt.models.offload import Offload, Stored
 from maskopt.models.quiet import without_bars
 from maskopt.models.ranks import current
-from maskopt.packed.folder import unpack
 from maskopt.packed.packed_tensors import PackedError
-from maskopt.packed.reader import PackedConfig, locate
+from maskopt.packed.reader import PackedConfig
 from maskopt.packed.reader import load as load_packed
 
 __all__ = ["load_model", "model_class"]
@@ -62,8 +61,8 @@ def load_model(
     offload : Path, optional
         Leave the weights of the blocks on disk, and have them in memory only while a block runs, see `Offload`. In this
         folder `prune` writes finished blocks, with which a later `prune` of the same model on the same data goes on;
-        weights are stored there, too, that the model has in another form than the checkpoint, such as stacked experts,
-        and the dense copy of a packed folder.
+        weights are stored there, too, that the model has in another form than the checkpoint, such as stacked experts
+        and all those of packed folders.
 
     Returns
     -------
@@ -91,8 +90,6 @@ def load_model(
         _check_hub_name(str(name))
     config = _try(name, "its configuration", AutoConfig.from_pretrained, name, trust_remote_code=False)
     packed = isinstance(config, PackedConfig)
-    if packed and offload is not None:
-        return load_model(_unpacked(name, offload), device=device, offload=offload)
     if packed:
         config = config.dense
     check_quantization(name, getattr(config, "quantization_config", None))
@@ -120,16 +117,6 @@ def load_model(
     _check_complete(name, model, info)
     check_model(model) if offload is None else Offload(model, _stored(model), place, offload)
     return move_model(model, device) if device is not None and offload is None else model, tokenizer
-
-
-def _unpacked(name: str | os.PathLike[str], offload: Path) -> Path:
-    """Return a dense copy of a packed folder, where blocks are read from: a block of it is no part of a file."""
-    dense = offload / "weights-dense"  # what a later command removes, as it does with all such names
-    ranks = current()
-    if ranks.first and not dense.exists():
-        unpack(_try(name, "its files", locate, name), dense)
-    ranks.barrier()
-    return dense
 
 
 def _device_map(name: object, kind: type[PreTrainedModel], config: Any, device: torch.device) -> dict[str, str]:

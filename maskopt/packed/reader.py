@@ -106,12 +106,6 @@ def load(kind: Any, name: str | os.PathLike[str], config: Any, **options: Any) -
         If the folder is damaged, or the model does not hold its weights afterwards.
     """
     _check_version()
-    places = options.get("device_map")
-    if places == "disk" or (isinstance(places, dict) and "disk" in places.values()):
-        raise PackedError(
-            f"The packed folder {name} cannot be left on disk, because its tensors are packed there; unpack it first "
-            f"(maskopt unpack)."
-        )
     folder = locate(name, **options)
     packed = Packed(folder)
     told = options.pop("output_loading_info", False)
@@ -160,14 +154,18 @@ def _check_loaded(folder: Path, model: Any, info: Any, tensors: dict[str, Lazy])
             # Of tied weights one is read; the other one must be the same parameter.
             wrong = wrong or ("" if _is_tied(model, name) else name)
         elif name in state and state[name].shape == tensor.shape:
-            found = _sample(state[name])
-            if not torch.equal(found, tensor.samples.to(found.dtype)):
-                wrong = wrong or name
+            if not state[name].is_meta:  # else it waits in another memory or in a file until its module runs
+                found = _sample(state[name])
+                wrong = wrong or ("" if torch.equal(found, tensor.samples.to(found.dtype)) else name)
         else:
             hidden += tensor.zeros
     # Tensors that transformers renames or stacks, such as experts, are compared by what packing is about: their zeros.
-    others = (value for name, value in state.items() if name not in tensors)
-    if hidden and sum(value.numel() - int(torch.count_nonzero(value)) for value in others) < hidden:
+    others = [value for name, value in state.items() if name not in tensors]
+    if (
+        hidden
+        and not any(value.is_meta for value in others)
+        and sum(value.numel() - int(torch.count_nonzero(value)) for value in others) < hidden
+    ):
         wrong = wrong or "a tensor that has another name in the model"
     if wrong or not used:
         raise PackedError(

@@ -10,7 +10,19 @@ from maskopt.cli.options import parse_memory
 from maskopt.cli.solvers import parse_solver
 from maskopt.solvers import RIA, OneSwap, SparseFW, Wanda
 
-COMMANDS = ("solve", "compare", "trace", "verify", "certify", "merge", "prune", "evaluate", "demo")
+COMMANDS = (
+    "solve",
+    "compare",
+    "trace",
+    "verify",
+    "certify",
+    "merge",
+    "prune",
+    "evaluate",
+    "demo",
+    "pack",
+    "unpack",
+)
 
 
 def test_version_is_printed(run):

@@ -104,8 +104,18 @@ def test_options_of_from_pretrained_reach_the_model(tmp_path):
     assert found.generation_config.max_new_tokens == 7
     assert not info["missing_keys"]
     assert found.name_or_path == found.config.name_or_path == str(packed)
-    with pytest.raises(PackedError, match=r"cannot be left on disk, .*; unpack it first \(maskopt unpack\)\.$"):
-        AutoModelForCausalLM.from_pretrained(packed, device_map={"": "disk"}, offload_folder=tmp_path / "disk")
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_blocks_may_wait_in_files(tmp_path, name):
+    dense, packed = both(tmp_path, pruned(name))
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    places["model.rotary_emb"] = "cpu"
+    ids = torch.arange(12)[None]
+    expected = AutoModelForCausalLM.from_pretrained(dense)(ids).logits
+    found = AutoModelForCausalLM.from_pretrained(packed, device_map=places, offload_folder=tmp_path / "disk")
+    assert found.model.layers[0].self_attn.q_proj.weight.is_meta
+    assert torch.equal(found(ids).logits, expected)
 
 
 def test_a_new_head_is_made_as_for_the_dense_folder(tmp_path):
