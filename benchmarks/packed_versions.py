@@ -61,7 +61,7 @@ def trial(version: str, folders: Path, work: Path) -> dict[str, Any]:
             continue
         answer = json.loads(done.stdout[done.stdout.index('{"transformers"') :])
         found["transformers"] = answer["transformers"]
-        found[mode] = answer["outcomes"]
+        found[mode] = {name: text.replace(str(folders), "FOLDER") for name, text in answer["outcomes"].items()}
     shutil.rmtree(place)
     shutil.rmtree(work / "modules", ignore_errors=True)
     return found

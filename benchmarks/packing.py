@@ -1,9 +1,9 @@
 """Sizes of packed folders, and what packing and loading them takes.
 
-    python benchmarks/packing.py [--models MODEL,CALIBRATION ...] [--sparsities 0.5,0.7]
+    python benchmarks/packing.py [MODEL,CALIBRATION ...] [--sparsities 0.5,0.7]
 
 Prunes each model with Wanda, per row, packs its folder without and with compression, and loads the dense and the packed
-folders; every step in a process of its own, the best of three for times. Without models it is the demo model. Writes
+folders; every step in a process of its own, the best of three for times. The demo model is always among them. Writes
 benchmarks/results/packing.{md,json}.
 """
 
@@ -83,12 +83,12 @@ def measured(model: str, calibration: str, sparsity: str, work: Path) -> dict[st
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", metavar="MODEL,CALIBRATION", default=[f"{MODEL},{README}"])
+    parser.add_argument("models", nargs="*", metavar="MODEL,CALIBRATION")
     parser.add_argument("--sparsities", default="0.5,0.7")
     arguments = parser.parse_args()
     results = []
-    for item in arguments.models:
-        model, calibration = item.split(",")
+    for item in (f"{MODEL},{README}", *arguments.models):
+        model, calibration, *_ = item.split(",")  # other benchmarks take a text to evaluate on as well
         for sparsity in arguments.sparsities.split(","):
             with tempfile.TemporaryDirectory() as work:
                 results.append(measured(model, calibration, sparsity, Path(work)))

@@ -186,12 +186,19 @@ class PackedConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers has 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
         """Make a configuration of the content of a packed ``config.json``; options change the model's own one."""
-        own = dict(config_dict.get("dense_config") or {})
+        own = config_dict.get("dense_config")
+        own = dict(own) if isinstance(own, dict) else {}
         kind = own.pop("model_type", None)
         if not isinstance(kind, str):
             raise PackedError("The config.json of the packed folder is damaged: it has no dense_config.")
         unused = options.pop("return_unused_kwargs", False)
-        known = type(transformers.AutoConfig.for_model(kind))
+        try:
+            known = transformers.CONFIG_MAPPING[kind]
+        except KeyError as error:
+            raise PackedError(
+                f"The packed folder holds a model of the type {kind!r}, which transformers {transformers.__version__} "
+                f"does not have."
+            ) from error
         dense, rest = known.from_dict(own, return_unused_kwargs=True, **options)
         config = cls()
         # Tokenizers are chosen by the type, so it is that of the model.

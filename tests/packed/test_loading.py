@@ -118,6 +118,17 @@ def test_blocks_may_wait_in_files(tmp_path, name):
     assert torch.equal(found(ids).logits, expected)
 
 
+def test_without_a_type_in_the_configuration_it_is_that_of_the_weights(tmp_path):
+    dense, _ = both(tmp_path, pruned("llama"))
+    content = json.loads((dense / "config.json").read_text())
+    del content["dtype"]
+    (dense / "config.json").write_text(json.dumps(content))
+    pack(dense, tmp_path / "packed")
+    one, two = (AutoModelForCausalLM.from_pretrained(folder) for folder in (dense, tmp_path / "packed"))
+    assert two.dtype == torch.bfloat16
+    assert same(one, two)
+
+
 def test_a_new_head_is_made_as_for_the_dense_folder(tmp_path):
     dense, packed = both(tmp_path, pruned("llama"))
     with torch.random.fork_rng():
@@ -151,6 +162,30 @@ def test_the_tokenizer_is_loaded_as_from_the_dense_folder(tmp_path):
         one, two = AutoTokenizer.from_pretrained(dense), AutoTokenizer.from_pretrained(packed)
         assert type(one) is type(two)
         assert one("a fox or a dog")["input_ids"] == two("a fox or a dog")["input_ids"] == [1, 2, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("dense", "words"),
+    [
+        ({"model_type": "nothing"}, "of the type 'nothing', which transformers"),
+        ({}, "has no dense_config"),
+        (3, "has no"),
+    ],
+)
+def test_a_configuration_that_says_nothing_of_the_model_is_refused(tmp_path, dense, words):
+    _, packed = both(tmp_path, pruned("gpt2"))
+    content = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps({**content, "dense_config": dense}))
+    with pytest.raises(PackedError, match=rf"^The [^\n]*packed folder [^\n]*{words}[^\n]*\.$"):
+        AutoModelForCausalLM.from_pretrained(packed)
+
+
+def test_the_code_in_the_folder_is_not_needed_beside_maskopt(tmp_path, monkeypatch):
+    model = pruned("gpt2")
+    _, packed = both(tmp_path, model)
+    (packed / "maskopt_reader.py").write_text("raise RuntimeError('not to be run')")
+    assert same(AutoModelForCausalLM.from_pretrained(packed), model)
+    assert same(AutoModelForCausalLM.from_pretrained(packed, trust_remote_code=True), model)
 
 
 @pytest.mark.parametrize("version", ["4.57.1", "6.0.0"])
