@@ -145,33 +145,45 @@ def _check_loaded(folder: Path, model: Any, info: Any, tensors: dict[str, Lazy])
     wrong = "" if type(model).__name__ not in named else next(iter(sorted(info["missing_keys"])), "")
     ignored = set(info["unexpected_keys"]) | {key for key, *_ in info["mismatched_keys"]}
     state = model.state_dict()
+    prefix = f"{model.base_model_prefix}."
     used, hidden = 0, 0
     for name, tensor in tensors.items():
         if name in ignored or tensor.numel() == 0:
             continue
         used += 1
+        # A model without its head, or with another one, has the same names without or with a prefix.
+        place = next((key for key in (name, name.removeprefix(prefix), prefix + name) if key in state), None)
         if tensor.samples is None:
             # Of tied weights one is read; the other one must be the same parameter.
             wrong = wrong or ("" if _is_tied(model, name) else name)
-        elif name in state and state[name].shape == tensor.shape:
-            if not state[name].is_meta:  # else it waits in another memory or in a file until its module runs
-                found = _sample(state[name])
-                wrong = wrong or ("" if torch.equal(found, tensor.samples.to(found.dtype)) else name)
-        else:
+        elif place is None:
             hidden += tensor.zeros
+        else:
+            value = state.pop(place)
+            if _is_here(value) and value.shape == tensor.shape:
+                wrong = wrong or ("" if _same(_sample(value), tensor.samples) else name)
     # Tensors that transformers renames or stacks, such as experts, are compared by what packing is about: their zeros.
-    others = [value for name, value in state.items() if name not in tensors]
-    if (
-        hidden
-        and not any(value.is_meta for value in others)
-        and sum(value.numel() - int(torch.count_nonzero(value)) for value in others) < hidden
-    ):
+    if hidden and all(map(_is_here, state.values())) and sum(map(_zeros, state.values())) < hidden:
         wrong = wrong or "a tensor that has another name in the model"
     if wrong or not used:
         raise PackedError(
             f"transformers {transformers.__version__} does not load the packed folder {folder} correctly: "
             f"{wrong or 'every tensor'} does not have the weights that are stored; unpack it with maskopt unpack."
         )
+
+
+def _is_here(value: torch.Tensor) -> bool:
+    """Whether a tensor is in memory as a whole, and not in parts of several processes or in a file until it is used."""
+    return type(value) is torch.Tensor and not value.is_meta
+
+
+def _same(found: torch.Tensor, stored: torch.Tensor) -> bool:
+    stored = stored.to(found.dtype)
+    return bool(((found == stored) | ((found != found) & (stored != stored))).all())  # NaN is not NaN
+
+
+def _zeros(value: torch.Tensor) -> int:
+    return value.numel() - int(torch.count_nonzero(value))
 
 
 def _is_tied(model: Any, name: str) -> bool:
@@ -224,10 +236,14 @@ class _Loader:
         options.pop("trust_remote_code", None)
         if not hasattr(config, "dense"):
             raise PackedError(f"The packed folder {name} is loaded by transformers.{cls.auto_class} only.")
-        auto = getattr(transformers, cls.auto_class)
         with torch.device("meta"):
-            kind = type(auto.from_config(config.dense))
+            kind = type(cls._from_config(config))
         return load(kind, name, config.dense, **options)
+
+    @classmethod
+    def _from_config(cls, config: Any, **options: Any) -> Any:
+        """Make a model with weights that have not been loaded, as `from_config` of an auto class does."""
+        return getattr(transformers, cls.auto_class).from_config(config.dense, **options)
 
 
 LOADERS = {name: type(f"Packed{name}", (_Loader,), {"auto_class": name}) for name in AUTO_CLASSES}

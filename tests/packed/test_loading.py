@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -118,6 +119,14 @@ def test_blocks_may_wait_in_files(tmp_path, name):
     assert torch.equal(found(ids).logits, expected)
 
 
+def test_numbers_that_are_not_finite_are_weights_like_any_other(tmp_path):
+    model = pruned("llama")
+    for parameter in model.parameters():
+        parameter.data.view(-1)[:3] = torch.tensor([math.nan, math.inf, -math.inf])
+    dense, packed = both(tmp_path, model)
+    assert same(AutoModelForCausalLM.from_pretrained(packed), AutoModelForCausalLM.from_pretrained(dense))
+
+
 def test_without_a_type_in_the_configuration_it_is_that_of_the_weights(tmp_path):
     dense, _ = both(tmp_path, pruned("llama"))
     content = json.loads((dense / "config.json").read_text())
@@ -145,6 +154,8 @@ def test_the_configuration_is_that_of_the_model(tmp_path):
     config = AutoConfig.from_pretrained(packed)
     assert isinstance(config, PackedConfig)
     assert config.model_type == "gpt2"  # by which tokenizers are chosen
+    with torch.device("meta"):
+        assert type(AutoModelForCausalLM.from_config(config)) is transformers.GPT2LMHeadModel
     assert settings(config.dense) == settings(AutoConfig.from_pretrained(dense))
     assert json.loads((packed / "config.json").read_text())["auto_map"] == AUTO_MAP
     for path in AUTO_MAP.values():
@@ -237,6 +248,21 @@ def test_random_weights_are_refused_whatever_transformers_does(tmp_path, monkeyp
     monkeypatch.setattr(kind, "from_pretrained", classmethod(from_pretrained))
     with pytest.raises(PackedError, match=r"^transformers \S+ does not load the packed folder \S+ correctly: .*\.$"):
         AutoModelForCausalLM.from_pretrained(packed)
+
+
+def test_random_weights_are_refused_without_the_head_too(tmp_path, monkeypatch):
+    _, packed = both(tmp_path, pruned("llama"))
+    original = transformers.LlamaModel.from_pretrained
+
+    def from_pretrained(name, **options):
+        model, info = original(name, **options)
+        torch.nn.init.normal_(model.norm.weight)  # which has no zeros, and another name in the folder
+        return model, info
+
+    assert AutoModel.from_pretrained(packed).norm.weight.ndim == 1
+    monkeypatch.setattr(transformers.LlamaModel, "from_pretrained", from_pretrained)
+    with pytest.raises(PackedError, match=r"correctly: model\.norm\.weight does not have the weights that are stored"):
+        AutoModel.from_pretrained(packed)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
