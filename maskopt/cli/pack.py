@@ -22,7 +22,8 @@ CompressOption = Annotated[
     bool,
     typer.Option(
         "--compress",
-        help="Compress what becomes smaller by it with Zstandard (pip install 'maskopt[zstd]'); loading takes longer.",
+        help="Compress what becomes smaller by it with Zstandard (the package zstandard, or Python 3.14). Loading "
+        "takes longer.",
     ),
 ]
 
