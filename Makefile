@@ -81,6 +81,7 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOL
 	$(if $(SMOLLM),$(BIN)/python benchmarks/allocation.py $(SMOLLM) $(SMOLLM_ALLOCATION))
 	$(BIN)/python benchmarks/large_models.py $(SMOLLM)
 	$(BIN)/python benchmarks/kills.py
+	$(BIN)/python benchmarks/packing.py $(MODELS) $(SMOLLM)
 
 clean:  ## Remove the environment and all caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -98,5 +99,5 @@ $(VENV)/run.stamp: $(VENV)/made.stamp pyproject.toml constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@echo "Installing the development tools into $(VENV)."
-	$(PIP) --editable '.[hf,mip,report,peft,dev]'
+	$(PIP) --editable '.[hf,mip,report,peft,zstd,dev]'
 	@touch $@

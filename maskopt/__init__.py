@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from maskopt.errors import MaskoptError
+from maskopt.packed import registration
 
 if TYPE_CHECKING:
     from maskopt.allocation import Plan
@@ -122,3 +123,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_FOLDERS})
+
+
+registration.register()

@@ -32,6 +32,7 @@ def test_every_how_to_is_here() -> None:
         "beyond-the-layer",
         "choose-a-solver",
         "fine-tune",
+        "packed-folders",
         "plug-in",
         "sparsity-per-layer",
         "verify-on-a-cluster",

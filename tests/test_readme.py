@@ -411,3 +411,22 @@ def test_iterations_of_directions_are_those_of_the_results() -> None:
             assert entries["median iterations"] == f"{median(iterations):.0f}", name
             assert entries["most"] == str(max(iterations)), name
             assert entries["vertices kept"] == (f"{median(vertices):.0f}" if vertices else "none"), name
+
+
+def test_packed_sizes_are_those_measured() -> None:
+    found = re.search(
+        r"([0-9.]+) of the bytes of\nSmolLM2-135M's pruned layers at 50 % \(([0-9.]+) of all its weights\), ([0-9.]+) "
+        r"\(([0-9.]+)\) with `--compress`",
+        README,
+    )
+    assert found is not None
+    (one,) = (
+        result
+        for result in _figures("packing")["results"]
+        if "smollm2" in result["model"] and result["sparsity"] == 0.5
+    )
+    measured = []
+    for form in ("plain", "compressed"):
+        layers = one[form]["kinds"]["mask and values"]
+        measured += [layers["packed"] / layers["dense"], one[form]["ratio"]]
+    assert [float(text) for text in found.groups()] == [round(value, 2) for value in measured]

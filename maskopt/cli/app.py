@@ -21,6 +21,7 @@ from maskopt.cli.doctor import doctor
 from maskopt.cli.evaluate import evaluate
 from maskopt.cli.merge import merge
 from maskopt.cli.output import stderr
+from maskopt.cli.pack import pack, unpack
 from maskopt.cli.prune import prune
 from maskopt.cli.recover import recover
 from maskopt.cli.report import report
@@ -228,6 +229,8 @@ app.command(
     epilog="Example:  maskopt recover pruned recovered --against Qwen/Qwen3-0.6B --calibration text.txt --recover model"
 )(recover)
 app.command(epilog="Example:  maskopt evaluate pruned --text held-out.txt")(evaluate)
+app.command(epilog="Example:  maskopt pack pruned packed --compress --json sizes.json")(pack)
+app.command(epilog="Example:  maskopt unpack packed pruned --json -")(unpack)
 app.command(epilog="Example:  maskopt scale meta-llama/Llama-3.1-70B --samples 128 --speed 60e12")(scale)
 app.command(epilog="Example:  maskopt demo --json demo.json")(demo)
 app.command(epilog="Example:  maskopt report pruned --html pruned.html")(report)

@@ -26,6 +26,7 @@ _PURPOSES = {
     "peft": "fine-tuning by LoRA that keeps zeros",
     "llmcompressor": "our modifier in llm-compressor",
     "modelopt": "our mode in ModelOpt",
+    "zstd": "compressed packed folders",
     "dev": "the tests",
 }
 _EXTRA = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")

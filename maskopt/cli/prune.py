@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,6 +60,7 @@ from maskopt.cli.output import (
     tables,
     tell_memory,
 )
+from maskopt.cli.pack import CompressOption, check_packing, pack_lines
 from maskopt.cli.page import page_beside
 from maskopt.cli.prune_progress import PruneProgress
 from maskopt.cli.prune_tables import layer_table, summary
@@ -165,6 +167,10 @@ def prune(
     device: DeviceOption = "cpu",
     memory: MemoryOption = "1G",
     states: StatesOption = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Store zeros in one bit each, as maskopt pack does; see its help.")
+    ] = False,
+    compress: CompressOption = False,
     resume: ResumeOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -196,6 +202,8 @@ def prune(
         "recover": recover,
         "device": device,
         "memory": working,
+        "packed": packed,
+        "compress": compress,
     }
     # What looks at the whole model at once needs it in memory.
     uniform = not fixed and (allocation == "uniform" or allocation not in RULE_NAMES)
@@ -206,6 +214,7 @@ def prune(
         return
     check_outputs(json, out, plot)
     _check_time_limit(time_limit, certify)
+    check_packing(packed, compress)
     method = parse_weights(treatment, solver, option or ())
     recovery = parse_recovery(
         recover, recover_epochs, recover_tokens, recover_masks, recover_parameters, seed, recover_rank
@@ -316,28 +325,29 @@ def prune(
             if plot is not None:
                 draw_plan({layer.name: layer.sparsity for layer in report.layers}, plot, f"{model}: {pattern}")
             page = page_beside(finite(figures), str(out))
-            models.save_pruned(out, network, tokenizer, report, finite(extra), page)
+            sizes = models.save_pruned(
+                out, network, tokenizer, report, finite(extra), page, packed=packed, compress=compress
+            )
     console = tables(json)
     shapes = dict.fromkeys((layer.rows, layer.columns) for layer in report.layers)
     if report.plan is None:
         words = masks_words(pattern, sparsity, parse_masks(pattern, sparsity), shapes)
     else:
         words = f"{report.plan.pattern}, sparsity of each layer by the plan ({report.plan.rule})"
-    _show(console, report, figures, words, solver_words(method), time.perf_counter() - began)
+    more = {"solver": solver_words(method), "time": _times(report, time.perf_counter() - began)}
+    more |= {} if sizes is None else pack_lines(sizes)
+    _show(console, report, figures, words, more)
     if network.can_generate():
         show_evaluation(console, out, evaluate)
 
 
-def _show(
-    console: Console, report: PruneReport, figures: dict[str, Any], masks: str, solver: str, seconds: float
-) -> None:
+def _show(console: Console, report: PruneReport, figures: dict[str, Any], masks: str, more: Mapping[str, str]) -> None:
     """Print the table of layers and what there is to say of all."""
     console.print(layer_table(figures["layers"], console.width))
     lines = summary(figures, masks)
     if report.plan is not None:
         lines |= divergence_lines(report.plan)
-    lines |= recovery_lines(report.recovery)
-    lines |= {"solver": solver, "time": _times(report, seconds)}
+    lines |= {**recovery_lines(report.recovery), **more}
     peak = figures["memory_bytes"]["peak"]
     if peak is not None:
         lines["memory"] = f"{peak / 1e9:.3g} GB at most"

@@ -15,6 +15,7 @@ from maskopt.models.report import Generalisation, LayerRecord, PruneReport, Reco
 from maskopt.models.saving import check_output, load_masks, save_masks, save_pruned
 from maskopt.models.selection import LeftDense, Selection, select_layers
 from maskopt.models.text import Text, TokenStream, read_text, tokenize
+from maskopt.packed.folder import PackReport, is_packed, pack, unpack
 
 __all__ = [
     "CORRECTION",
@@ -26,6 +27,7 @@ __all__ = [
     "Generalisation",
     "LayerRecord",
     "LeftDense",
+    "PackReport",
     "Perplexity",
     "Progress",
     "PruneReport",
@@ -41,9 +43,11 @@ __all__ = [
     "context_length",
     "default_seqlen",
     "find_blocks",
+    "is_packed",
     "load_masks",
     "load_model",
     "model_class",
+    "pack",
     "peak_bytes",
     "perplexity",
     "product_speed",
@@ -58,4 +62,5 @@ __all__ = [
     "save_pruned",
     "select_layers",
     "tokenize",
+    "unpack",
 ]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from maskopt.errors import MaskoptError
-from maskopt.files import reason
+from maskopt.packed.folder import is_packed, packed_files
+from maskopt.packed.layout import json_object, weight_files
 
 __all__ = ["check_folder", "check_quantization"]
 
@@ -24,8 +24,6 @@ _TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
-_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_OLD = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _PLAIN = ("F64", "F32", "F16", "BF16")
 
 
@@ -45,7 +43,7 @@ def check_folder(folder: Path, types: Container[str]) -> None:
     """
     if not (folder / "config.json").is_file():
         raise MaskoptError(f"The folder {folder} holds no config.json, so it is not a Hugging Face model.")
-    config = _object(folder / "config.json")
+    config = json_object(folder / "config.json")
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
         raise MaskoptError(f'The config.json of {folder} does not say which kind of model it is ("model_type").')
@@ -58,8 +56,8 @@ def check_folder(folder: Path, types: Container[str]) -> None:
         raise MaskoptError(f"The folder {folder} holds no tokenizer (such as tokenizer.json).")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if (folder / name).is_file():
-            _object(folder / name)
-    for file in _weight_files(folder):
+            json_object(folder / name)
+    for file in packed_files(folder) if is_packed(folder) else weight_files(folder):
         _check_weights(file)
 
 
@@ -85,40 +83,6 @@ def check_quantization(name: object, settings: Any) -> None:
             f"The weights of {name} are quantised ({method or 'no method is named'}), and only plain floating-point "
             f"weights can be pruned; dequantise and save them first."
         )
-
-
-def _object(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MaskoptError(f"The file {file} cannot be read: {reason(error)}.") from error
-    except (ValueError, RecursionError) as error:
-        raise MaskoptError(f"The file {file} is damaged: it is no JSON.") from error
-    if not isinstance(content, dict):
-        raise MaskoptError(f"The file {file} is damaged: it holds no JSON object.")
-    return content
-
-
-def _weight_files(folder: Path) -> Iterator[Path]:
-    """Yield the safetensors files of a model, those that an index names among them."""
-    if (folder / _WHOLE).is_file():
-        yield folder / _WHOLE
-        return
-    index = folder / _INDEX
-    if not index.is_file():
-        if not any((folder / name).is_file() for name in _OLD):
-            raise MaskoptError(f"The folder {folder} holds no weights (such as model.safetensors).")
-        return
-    shards = _object(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise MaskoptError(f"The file {index} is damaged: its weight_map does not name a file for each tensor.")
-    for name in sorted(set(shards.values())):
-        if Path(name).name != name:
-            raise MaskoptError(f"The file {index} names {name!r}, which does not lie beside it.")
-        if not (folder / name).is_file():
-            raise MaskoptError(f"The folder {folder} lacks {name}, which {_INDEX} names.")
-        yield folder / name
 
 
 def _check_weights(file: Path) -> None:

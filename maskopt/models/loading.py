@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from maskopt.models.checks import check_model, move_model
 from maskopt.models.offload import Offload, Stored
 from maskopt.models.quiet import without_bars
 from maskopt.models.ranks import current
+from maskopt.packed.packed_tensors import PackedError
+from maskopt.packed.reader import PackedConfig
+from maskopt.packed.reader import load as load_packed
 
 __all__ = ["load_model", "model_class"]
 
@@ -57,7 +61,8 @@ def load_model(
     offload : Path, optional
         Leave the weights of the blocks on disk, and have them in memory only while a block runs, see `Offload`. In this
         folder `prune` writes finished blocks, with which a later `prune` of the same model on the same data goes on;
-        weights are stored there, too, that the model has in another form than the checkpoint, such as stacked experts.
+        weights are stored there, too, that the model has in another form than the checkpoint, such as stacked experts
+        and all those of packed folders.
 
     Returns
     -------
@@ -84,6 +89,9 @@ def load_model(
     else:
         _check_hub_name(str(name))
     config = _try(name, "its configuration", AutoConfig.from_pretrained, name, trust_remote_code=False)
+    packed = isinstance(config, PackedConfig)
+    if packed:
+        config = config.dense
     check_quantization(name, getattr(config, "quantization_config", None))
     if config.is_encoder_decoder:
         raise MaskoptError(
@@ -104,7 +112,8 @@ def load_model(
         place = torch.device("cpu" if device is None else device)
         own = offload / f"weights-{current().number}"  # ranks may write the same files
         options |= {"device_map": _device_map(name, kind, config, place), "offload_folder": own}
-    model, info = _try(name, "its weights", kind.from_pretrained, name, **options)
+    load = partial(load_packed, kind, config=config) if packed else kind.from_pretrained
+    model, info = _try(name, "its weights", load, name, **options)
     _check_complete(name, model, info)
     check_model(model) if offload is None else Offload(model, _stored(model), place, offload)
     return move_model(model, device) if device is not None and offload is None else model, tokenizer
@@ -167,6 +176,8 @@ def model_class(name: str | os.PathLike[str]) -> tuple[type[PreTrainedModel], Pr
     if not _lies_there(Path(name)):
         _check_hub_name(str(name))
     config = _try(name, "its configuration", AutoConfig.from_pretrained, name, trust_remote_code=False)
+    if isinstance(config, PackedConfig):
+        config = config.dense
     return _class_of(name, config), config
 
 
@@ -243,6 +254,8 @@ def _try(name: object, what: str, load: Any, *args: Any, **options: Any) -> Any:
     except Exception as error:
         if is_memory_failure(error):
             raise
+        if isinstance(error, PackedError):  # a sentence already
+            raise MaskoptError(str(error)) from error
         raise MaskoptError(f"The model {name} cannot be loaded, {what} failed: {_reason(name, error)}.") from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):

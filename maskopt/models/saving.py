@@ -17,6 +17,7 @@ from maskopt.models.offload import offload_of
 from maskopt.models.quiet import without_bars
 from maskopt.models.report import PruneReport, RecoveryReport
 from maskopt.models.shards import save_blockwise
+from maskopt.packed.folder import PackReport, write_packed
 
 __all__ = ["check_output", "load_masks", "save_masks", "save_pruned"]
 
@@ -30,7 +31,10 @@ def save_pruned(
     report: PruneReport | RecoveryReport,
     extra: Mapping[str, Any] | None = None,
     page: str | None = None,
-) -> None:
+    *,
+    packed: bool = False,
+    compress: bool = False,
+) -> PackReport | None:
     """Write a folder that `from_pretrained` loads, with ``masks.safetensors`` and ``report.json``.
 
     The folder is written under a temporary name and renamed at the end, so that a full disk or an interrupt leaves no
@@ -50,6 +54,15 @@ def save_pruned(
         More entries for ``report.json``, such as perplexities.
     page : str, optional
         Content of ``report.html``, the report for people.
+    packed : bool
+        Write a packed folder (`maskopt.packed`); the dense one is written first and removed.
+    compress : bool
+        Compress what becomes smaller by it; for packed folders.
+
+    Returns
+    -------
+    PackReport or None
+        What packing did, if `packed`.
 
     Raises
     ------
@@ -57,20 +70,25 @@ def save_pruned(
         If `path` exists or cannot be written.
     """
     with atomic_path(path) as aside:
+        folder = aside.parent.with_name("dense") if packed else aside  # both are removed with what contains them
         try:
-            aside.mkdir()
+            folder.mkdir()
             offload = offload_of(model)
             if offload is None:
                 with without_bars():
-                    model.save_pretrained(aside)
+                    model.save_pretrained(folder)
             else:
-                save_blockwise(aside, model, offload)
-            tokenizer.save_pretrained(aside)
-            save_masks(aside / "masks.safetensors", report.masks)
+                save_blockwise(folder, model, offload)
+            tokenizer.save_pretrained(folder)
+            save_masks(folder / "masks.safetensors", report.masks)
             text = json.dumps({**report.to_json(), **(extra or {})}, indent=2)
-            (aside / "report.json").write_text(text + "\n", encoding="utf-8")
+            (folder / "report.json").write_text(text + "\n", encoding="utf-8")
             if page is not None:
-                (aside / "report.html").write_text(page, encoding="utf-8")
+                (folder / "report.html").write_text(page, encoding="utf-8")
         except (SafetensorError, ValueError) as error:
             # ValueError: transformers refuses generation settings that contradict each other.
             raise MaskoptError(f"The output {path} could not be written: {reason(error)}.") from error
+        if not packed:
+            return None
+        aside.mkdir()
+        return write_packed(folder, aside, compress)

@@ -16,11 +16,11 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from maskopt.models.offload import Offload
 from maskopt.models.quiet import without_bars
+from maskopt.packed.layout import INDEX, WHOLE, read_header
 
 __all__ = ["save_blockwise"]
 
 _LARGEST = 5 * 10**9  # bytes of a file, as transformers writes them
-_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def save_blockwise(folder: Path, model: PreTrainedModel, offload: Offload) -> None:
@@ -39,7 +39,7 @@ def save_blockwise(folder: Path, model: PreTrainedModel, offload: Offload) -> No
     with without_bars():
         model.save_pretrained(folder, state_dict=rest)
     parts = [folder / "part-0.safetensors"]
-    (folder / _WHOLE).rename(parts[0])
+    (folder / WHOLE).rename(parts[0])
     for number, block in enumerate(offload.blocks, 1):
         # In the form of the checkpoint, which for experts is another one than the model's.
         tensors = revert_weight_conversion(model, offload.tensors(block))
@@ -65,7 +65,7 @@ def _join(folder: Path, parts: Sequence[Path], parameters: int) -> None:
     groups: list[list[Path]] = [[]]
     size = 0
     for part in parts:
-        length = part.stat().st_size - _header(part)[1]
+        length = part.stat().st_size - read_header(part)[2]
         # Types of up to eight bytes must begin at a multiple of their size, and files have no gaps.
         if groups[-1] and (size + length > _LARGEST or size % 8):
             groups.append([])
@@ -73,7 +73,7 @@ def _join(folder: Path, parts: Sequence[Path], parameters: int) -> None:
         groups[-1].append(part)
         size += length
     many = len(groups) > 1
-    names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)] if many else [_WHOLE]
+    names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)] if many else [WHOLE]
     places: dict[str, str] = {}
     size = 0
     for name, group in zip(names, groups, strict=True):
@@ -82,7 +82,7 @@ def _join(folder: Path, parts: Sequence[Path], parameters: int) -> None:
         size += sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
     if many:
         index = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": places}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _concatenate(parts: Sequence[Path], target: Path) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _concatenate(parts: Sequence[Path], target: Path) -> dict[str, Any]:
     begins = []
     offset = 0
     for part in parts:
-        entries, begin = _header(part)
+        entries, _, begin = read_header(part)
         begins.append(begin)
         for name, entry in entries.items():
             header[name] = {**entry, "data_offsets": [offset + place for place in entry["data_offsets"]]}
@@ -106,16 +106,3 @@ def _concatenate(parts: Sequence[Path], target: Path) -> dict[str, Any]:
                 shutil.copyfileobj(source, file, 2**24)
             part.unlink()
     return header
-
-
-def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """Return the header of a safetensors file without metadata, and where the data begin.
-
-    A file is the length of its header (8 bytes, little-endian), the header as JSON, padded with spaces to a multiple
-    of eight, and the data, at offsets that the header says.
-    """
-    with file.open("rb") as content:
-        (length,) = struct.unpack("<Q", content.read(8))
-        entries: dict[str, Any] = json.loads(content.read(length))
-    entries.pop("__metadata__", None)
-    return entries, 8 + length

@@ -13,7 +13,21 @@ from maskopt.cli.options import parse_memory
 from maskopt.cli.solvers import parse_solver
 from maskopt.solvers import RIA, OneSwap, SparseFW, Wanda
 
-COMMANDS = ("solve", "compare", "trace", "verify", "certify", "merge", "prune", "evaluate", "demo", "report", "doctor")
+COMMANDS = (
+    "solve",
+    "compare",
+    "trace",
+    "verify",
+    "certify",
+    "merge",
+    "prune",
+    "evaluate",
+    "demo",
+    "pack",
+    "unpack",
+    "report",
+    "doctor",
+)
 
 
 def test_version_is_printed(run):
