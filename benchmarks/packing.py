@@ -1,9 +1,9 @@
 """Sizes of packed folders, and what packing and loading them takes.
 
-    python benchmarks/packing.py [MODEL,CALIBRATION ...] [--sparsities 0.5,0.7]
+    python benchmarks/packing.py [MODEL,CALIBRATION ...] [--sparsities 0.5,0.7] [--repeats 3]
 
 Prunes each model with Wanda, per row, packs its folder without and with compression, and loads the dense and the packed
-folders; every step in a process of its own, the best of three for times. The demo model is always among them. Writes
+folders; every step in a process of its own, the best of several for times. The demo model is always among them. Writes
 benchmarks/results/packing.{md,json}.
 """
 
@@ -20,7 +20,6 @@ import report
 from maskopt.demo.run import MODEL
 
 README = Path(__file__).parent.parent / "README.md"
-REPEATS = 3
 
 # Peak memory is counted beyond what imports, and the first model of the same class, have taken.
 PACK = """
@@ -58,25 +57,29 @@ def fresh(code: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def fastest(code: str, folder: Path, *arguments: str) -> dict[str, Any]:
+def fastest(repeats: int, code: str, folder: Path, *arguments: str) -> dict[str, Any]:
     """Return the run of the least time of several; what each writes goes to a folder of its own."""
     runs = []
-    for number in range(REPEATS):
+    for number in range(repeats):
         places = [name.format(number) for name in arguments]
         runs.append(fresh(code, str(folder), *places))
     return min(runs, key=lambda run: run["seconds"])
 
 
-def measured(model: str, calibration: str, sparsity: str, work: Path) -> dict[str, Any]:
+def measured(model: str, calibration: str, sparsity: str, work: Path, repeats: int) -> dict[str, Any]:
     """Prune a model, pack it in both forms, and return the figures."""
     dense = work / "dense"
     options = ["--sparsity", sparsity, "--solver", "wanda", "--samples", "8", "--seqlen", "128", "--quiet"]
     command = [sys.executable, "-m", "maskopt", "prune", model, str(dense), "--calibration", calibration, *options]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    found: dict[str, Any] = {"model": Path(model).name, "sparsity": float(sparsity), "load": fastest(LOAD, dense)}
+    found: dict[str, Any] = {
+        "model": Path(model).name,
+        "sparsity": float(sparsity),
+        "load": fastest(repeats, LOAD, dense),
+    }
     for form in ("plain", "compressed"):
-        packing = fastest(PACK, dense, str(work / f"{form}-{{}}"), form)
-        found[form] = {**packing, "load": fastest(LOAD, work / f"{form}-0")}
+        packing = fastest(repeats, PACK, dense, str(work / f"{form}-{{}}"), form)
+        found[form] = {**packing, "load": fastest(repeats, LOAD, work / f"{form}-0")}
     return found
 
 
@@ -85,13 +88,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL,CALIBRATION")
     parser.add_argument("--sparsities", default="0.5,0.7")
+    parser.add_argument("--repeats", type=int, default=3, help="processes for each time")
     arguments = parser.parse_args()
     results = []
     for item in (f"{MODEL},{README}", *arguments.models):
         model, calibration, *_ = item.split(",")  # other benchmarks take a text to evaluate on as well
         for sparsity in arguments.sparsities.split(","):
             with tempfile.TemporaryDirectory() as work:
-                results.append(measured(model, calibration, sparsity, Path(work)))
+                results.append(measured(model, calibration, sparsity, Path(work), arguments.repeats))
     head = ["model, type, sparsity", "dense MB", "pruned layers", "all weights", "compressed: pruned", "all"]
     head += ["pack s", "compress s", "load s", "packed", "compressed", "load MB", "packed", "compressed"]
     rows = []
@@ -118,7 +122,7 @@ def main() -> None:
     text = (
         "Bytes of weights in packed folders, in parts of the dense ones: of the pruned layers, and of all weights "
         "(embeddings and norms stay as they are, or are compressed). Seconds of packing, and seconds and peak memory "
-        "of loading the dense, the packed and the compressed folder, files cached; best of three processes.\n\n"
+        f"of loading the dense, the packed and the compressed folder, files cached; the best of {arguments.repeats}.\n\n"
     )
     report.write("packing", "Packed folders", text + report.table(head, rows), {"results": results})
 
