@@ -122,7 +122,7 @@ def main() -> None:
     text = (
         "Bytes of weights in packed folders, in parts of the dense ones: of the pruned layers, and of all weights "
         "(embeddings and norms stay as they are, or are compressed). Seconds of packing, and seconds and peak memory "
-        f"of loading the dense, the packed and the compressed folder, files cached; the best of {arguments.repeats}.\n\n"
+        f"of loading the dense, the packed and the compressed folder, files cached; best of {arguments.repeats}.\n\n"
     )
     report.write("packing", "Packed folders", text + report.table(head, rows), {"results": results})
 
