@@ -64,7 +64,7 @@ class MaskoptSearcher(BaseSparseSearcher):  # type: ignore[misc]  # ModelOpt has
         hooks = []
         for _, module in self._named_sparsifiable_modules():
             moments = self._moments[module] = InputMoments(module)
-            hooks.append(module.register_forward_pre_hook(lambda _, inputs, moments=moments: moments.add(inputs[0])))
+            hooks.append(moments.watch(module))
         try:
             with torch.no_grad():
                 self.forward_loop(self.model)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from maskopt.errors import MaskoptError
 from maskopt.oracles import AtMost, MaskSet, PartitionMatroid
@@ -69,6 +70,14 @@ class InputMoments:
         flat = x.detach().reshape(-1, x.shape[-1]).to(self.gram)
         self.gram.addmm_(flat.T, flat)
         self.tokens += len(flat)
+
+    def watch(self, module: nn.Module) -> RemovableHandle:
+        """Add the inputs of every call of the module, until the handle that is returned is removed."""
+
+        def add(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            self.add(arguments[0] if arguments else keywords["input"])
+
+        return module.register_forward_pre_hook(add, with_kwargs=True)
 
     def solve(
         self, weight: Tensor, masks: MaskSet, solver: Solver | None = None, kept: Tensor | None = None
@@ -156,7 +165,7 @@ def observing(
             wanted = any(fnmatchcase(name, each) for each in include)
             if wanted and not any(fnmatchcase(name, each) for each in exclude) and _is_linear(module):
                 moments[name] = InputMoments(module)
-                hooks.append(module.register_forward_pre_hook(_adder(moments[name]), with_kwargs=True))
+                hooks.append(moments[name].watch(module))
         if not moments:
             raise MaskoptError(
                 f"No linear module of the model has a name like {', '.join(include)}; names are those of "
@@ -166,13 +175,6 @@ def observing(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _adder(moments: InputMoments) -> Any:
-    def add(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        moments.add(arguments[0] if arguments else keywords["input"])
-
-    return add
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -69,9 +69,7 @@ class LayerSparsifier(BaseSparsifier):
         super().prepare(model, config)  # type: ignore[no-untyped-call]  # torch has no types here
         for group in self.groups:
             moments = self._moments[group["tensor_fqn"]] = InputMoments(group["module"])
-            self._hooks.append(
-                group["module"].register_forward_pre_hook(lambda _, inputs, moments=moments: moments.add(inputs[0]))
-            )
+            self._hooks.append(moments.watch(group["module"]))
 
     def update_mask(self, module: nn.Module, tensor_name: str, tensor_fqn: str = "", **kwargs: Any) -> None:
         """Choose a layer's mask; `step` calls it for all layers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from maskopt.oracles import MaskSet
@@ -13,7 +13,7 @@ from maskopt.solvers.monitor import Monitor
 from maskopt.solvers.outcome import Outcome, Status
 from maskopt.solvers.requirements import Requirements
 
-__all__ = ["Monitor", "Outcome", "Solver", "Status"]
+__all__ = ["Monitor", "Outcome", "Solver", "Status", "run_each"]
 
 
 class Solver(ABC):
@@ -88,12 +88,19 @@ class Solver(ABC):
         chunks : sequence of Chunk
         monitor : Monitor
         """
-        outcomes = []
-        for chunk in chunks:
-            monitor.chunk(*chunk.span, chunk.recorder)
-            outcomes.append(monitor.finish(self.run(chunk.problem, chunk.masks, chunk.start, monitor)))
-        return outcomes
+        return run_each(chunks, monitor, self.run)
 
     def solves_rows_apart(self, masks: MaskSet) -> bool:
         """Whether any rows with the same Gram may be solved together or apart with the same result."""
         return self.row_wise and masks.separable and (self.start is None or self.start.row_wise)
+
+
+def run_each(
+    chunks: Sequence[Chunk], monitor: Monitor, run: Callable[[Any, Any, Any, Monitor], Outcome]
+) -> list[Outcome]:
+    """Solve chunks of rows one after the other by a function that takes what `Solver.run` takes."""
+    outcomes = []
+    for chunk in chunks:
+        monitor.chunk(*chunk.span, chunk.recorder)
+        outcomes.append(monitor.finish(run(chunk.problem, chunk.masks, chunk.start, monitor)))
+    return outcomes

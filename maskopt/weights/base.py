@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from maskopt.checks import check_settings, real
 from maskopt.problems import LayerReconstruction
-from maskopt.solvers.base import Monitor, Outcome, Solver
+from maskopt.solvers.base import Monitor, Outcome, Solver, run_each
 from maskopt.solvers.chunks import Chunk
 from maskopt.solvers.requirements import Requirements
 
@@ -117,12 +118,7 @@ class Factored(Joint):
 
     def run_chunks(self, chunks: Sequence[Chunk], monitor: Monitor) -> list[Outcome]:
         factor = self.factorise(chunks[0].problem)
-        outcomes = []
-        for chunk in chunks:
-            monitor.chunk(*chunk.span, chunk.recorder)
-            outcome = self.run_factored(chunk.problem, chunk.masks, chunk.start, monitor, factor)
-            outcomes.append(monitor.finish(outcome))
-        return outcomes
+        return run_each(chunks, monitor, partial(self.run_factored, factor=factor))
 
     @abstractmethod
     def factorise(self, problem: LayerReconstruction) -> Factor:
