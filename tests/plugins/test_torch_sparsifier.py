@@ -84,3 +84,12 @@ def test_a_step_without_data_says_so():
     sparsifier.prepare(model, None)
     with pytest.raises(MaskoptError, match="saw no input"):
         sparsifier.step()
+
+
+def test_inputs_by_keyword_are_seen():
+    model, sparsifier = network(), LayerSparsifier(maskopt.PerRow(0.5))
+    sparsifier.prepare(model, [{"tensor_fqn": "0.weight"}])
+    with torch.no_grad():
+        model[0](input=X)
+    sparsifier.step()
+    assert (model[0].weight != 0).sum(1).unique().tolist() == [8]
