@@ -1,6 +1,7 @@
 """Objectives: functions of a mask, with one narrow interface to solvers."""
 
 from maskopt.problems.base import Direction, Point, Problem, Quadratic
+from maskopt.problems.column_subset import ColumnSubset
 from maskopt.problems.form import QuadraticForm
 from maskopt.problems.function import Function
 from maskopt.problems.generators import FAMILIES, synthetic
@@ -17,6 +18,7 @@ if __name__ != "maskopt.problems":
 __all__ = [
     "FAMILIES",
     "BlockReconstruction",
+    "ColumnSubset",
     "Direction",
     "Function",
     "Instance",
