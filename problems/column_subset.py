@@ -150,9 +150,7 @@ class ColumnSubset(Problem):
         ColumnSubset
         """
         gram = layer.gram.double()
-        return cls(
-            layer.target, gram + ridge * torch.diag(gram.diagonal().clamp_min(0.0)), units, diagonal=diagonal
-        )
+        return cls(layer.target, gram + ridge * torch.diag(gram.diagonal().clamp_min(0.0)), units, diagonal=diagonal)
 
     # What every problem has
 

@@ -46,6 +46,8 @@ class LayerReconstruction(Quadratic):
     target : Tensor, optional
         T, weights whose output is to be reconstructed, shape (rows, d); W by default. The objective is
         ||T X - (M * W) X||_F^2: see `towards`.
+    mean : Tensor, optional
+        Means of the inputs over the tokens, shape (d,); for methods that change biases.
     check : bool
         Whether to check the data, which costs one Cholesky factorisation of G.
 
@@ -78,6 +80,7 @@ class LayerReconstruction(Quadratic):
         tokens: int | None = None,
         *,
         target: Tensor | None = None,
+        mean: Tensor | None = None,
         check: bool = True,
     ) -> None:
         weight, gram = matrix("weight", weight), matrix("Gram", gram)
@@ -102,9 +105,19 @@ class LayerReconstruction(Quadratic):
         dtype = torch.promote_types(torch.promote_types(weight.dtype, gram.dtype), torch.float32)
         self.weight = weight.detach().to(dtype)
         self.gram = gram.detach().to(dtype)
-        self.tokens = tokens
+        self.tokens, self.mean = tokens, None if mean is None else mean.detach()
+        if mean is not None and (mean.shape != gram.shape[:1] or mean.device != gram.device):
+            raise MaskoptError(
+                f"The mean must have shape ({gram.shape[0]},) and lie on {gram.device}; got {tuple(mean.shape)} on "
+                f"{mean.device}."
+            )
         if check:
-            for name, data in (("weight", self.weight), ("target", target), ("Gram", self.gram)):
+            for name, data in (
+                ("weight", self.weight),
+                ("target", target),
+                ("Gram", self.gram),
+                ("mean", None if mean is None else mean.unsqueeze(0)),
+            ):
                 if data is not None:
                     check_finite(name, data)
             check_symmetric(self.gram)
@@ -133,6 +146,7 @@ class LayerReconstruction(Quadratic):
         *,
         ridge: float = 0.01,
         strength: float = 1.0,
+        mean: Tensor | None = None,
     ) -> "LayerReconstruction":
         """Return the problem of a layer whose inputs Y come from pruned layers, where the dense model's were X.
 
@@ -153,6 +167,8 @@ class LayerReconstruction(Quadratic):
         strength : float
             T = W + strength * W (C - G) G^-1. Layer by layer 1 leaves the smallest error, also on other tokens; a model
             whose layers all correct in full predicts worse than one whose layers correct in part, see `prune`.
+        mean : Tensor, optional
+            Means of Y, shape (d,).
 
         Notes
         -----
@@ -178,7 +194,7 @@ class LayerReconstruction(Quadratic):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         target = (weight.double() + strength * step).to(dtype)
         check_finite("target", target)
-        return cls(weight, gram, tokens, target=target, check=False)
+        return cls(weight, gram, tokens, target=target, mean=mean, check=False)
 
     @property
     def scaled_weight(self) -> Tensor:
@@ -264,7 +280,7 @@ class LayerReconstruction(Quadratic):
 
     def rows(self, index: slice | Tensor) -> "LayerReconstruction":
         part = object.__new__(LayerReconstruction)
-        part.weight, part.gram, part.tokens = self.weight[index], self.gram, self.tokens
+        part.weight, part.gram, part.tokens, part.mean = self.weight[index], self.gram, self.tokens, self.mean
         part._weight_unit, part._gram_unit, part.unit = self._weight_unit, self._gram_unit, self.unit
         part._w, part._g, part._cache = self._w[index], self._g, self._cache
         part._scale = None if self._scale is None else self._scale[index]

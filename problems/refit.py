@@ -127,14 +127,14 @@ class Refit:
         cross = blocks.gram[old.unsqueeze(1), new]
         reach = self.inverse @ cross
         own = blocks.gram.view(blocks.number, width, blocks.number, width)[units, :, units]
-        by_unit = cross.view(-1, len(units), width).transpose(0, 1), reach.view(-1, len(units), width).transpose(0, 1)
-        schur = own - ((by_unit[0] * by_unit[1]).sum(1, keepdim=True) if width == 1 else by_unit[0].mT @ by_unit[1])
+        coupled, answer = (part.view(len(old), len(units), width).transpose(0, 1) for part in (cross, reach))
+        schur = own - ((coupled * answer).sum(1, keepdim=True) if width == 1 else coupled.mT @ answer)
         # Positive definite but for rounding; what is left of an input that the kept ones explain is noise.
         floor = len(blocks.gram) * 2.0**-50 * own.diagonal(dim1=1, dim2=2)
         diagonal = schur.diagonal(dim1=1, dim2=2)
         diagonal.copy_(torch.maximum(diagonal, floor))
-        rest = (blocks.product[:, new] - self.weight @ cross).view(-1, len(units), width)
-        return Additions(units, reach.view(-1, len(units), width), schur, rest, traces(schur, _forms(rest)))
+        rest = (blocks.product[:, new] - self.weight @ cross).view(len(blocks.target), len(units), width)
+        return Additions(units, reach.view(len(old), len(units), width), schur, rest, traces(schur, _forms(rest)))
 
     def swap_changes(self, additions: Additions) -> Tensor:
         """Return how swaps change the error, shape (k, c): a kept unit against one of the additions."""
@@ -146,7 +146,11 @@ class Refit:
             some = slice(start, start + chunk)
             reach, schur, rest = additions.reach[:, some], additions.schur[some], additions.rest[:, some]
             count = len(schur)
-            cross = (self.weight.T @ rest.reshape(len(rest), -1)).view(number, width, count, width).transpose(1, 2)
+            cross = (
+                (self.weight.T @ rest.reshape(len(rest), count * width))
+                .view(number, width, count, width)
+                .transpose(1, 2)
+            )
             reach = reach.reshape(number, width, count, width).transpose(1, 2)  # (k, c, w, w)
             part = _divided(reach, schur)  # t s^-1
             inverse = own.unsqueeze(1) + _times(part, reach.mT)
