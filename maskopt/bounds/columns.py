@@ -60,7 +60,7 @@ def column_bound(
 ) -> ColumnBound:
     """Return a proven lower bound on the error of every choice of `keep` units.
 
-    Every kind is stronger and costlier than the one before, and includes it:
+    Every kind is stronger, up to the accuracy, and costlier than the one before:
 
     - plain: the perspective relaxation with the problem's diagonal D.
     - diagonal: the same with the best diagonal (`saddle.Saddle`), which is a semidefinite relaxation.
@@ -143,7 +143,7 @@ def _perspective(
         if not saddle.step():
             break
         done = iteration + 1
-        finished = saddle.weight * number < accuracy * saddle.value
+        finished = max(saddle.weight * number, saddle.gap) < accuracy * saddle.value
         if finished:
             break
     if best:

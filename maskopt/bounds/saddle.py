@@ -42,39 +42,44 @@ class Saddle:
         D of the scaled and padded columns.
     value : float
         f(x; D).
+    gap : float
+        By how much the linear model of f(.; D) at x falls below the value: the Frank-Wolfe gap.
     weight : float
         mu.
     """
 
     def __init__(self, subset: ColumnSubset, keep: int, best: bool) -> None:
         blocks = subset.blocks
-        self.best, self.width = best, blocks.width
+        self.best, self.width, self.keep = best, blocks.width, keep
         self.gram, self.split = blocks.gram, blocks.scaled_diagonal(subset.diagonal)
         if best:
             self.split = 0.5 * self.split
         self.x = torch.full((blocks.number,), keep / blocks.number, dtype=torch.float64, device=subset.device)
         self.target = blocks.product
         self.constant = (blocks.target * blocks.product).sum()
-        self.value = float(self._relaxed()[2])
-        # As if the error were one; the weight of the barriers is then free of units.
+        self._evaluate()
         self.weight = 0.1 * self.value / blocks.number
 
-    def _relaxed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the inverse of A, V and f."""
-        x = self.x.repeat_interleave(self.width)
+    def _evaluate(self) -> None:
+        """Compute value, gap, and what the derivatives are made of."""
+        wide = self.x.repeat_interleave(self.width)
         matrix = self.gram.clone()
-        matrix.diagonal().add_(self.split * (1.0 / x - 1.0))
+        matrix.diagonal().add_(self.split * (1.0 / wide - 1.0))
         factor = ridged_factor(matrix)
-        weight = torch.cholesky_solve(self.target.T, factor).T
-        return torch.cholesky_inverse(factor), weight, self.constant - (weight * self.target).sum()
+        fitted = torch.cholesky_solve(self.target.T, factor).T
+        self.value = float(self.constant - (fitted * self.target).sum())
+        self._slope = fitted.square().sum(0)
+        self._curvature = torch.cholesky_inverse(factor).mul_(fitted.T @ fitted).mul_(-2.0)  # of f in e
+        # The gradient in x, with the sign changed.
+        steepness = (self._slope * self.split / wide.square()).view(-1, self.width).sum(1)
+        removed = torch.sort(steepness).values[: len(self.x) - self.keep].sum()
+        self.gap = float((steepness * (1.0 - self.x)).sum() - removed)
 
     def step(self) -> bool:
         """Take a Newton step; return whether there was one, which rounding may prevent."""
         width, x, split, weight = self.width, self.x, self.split, self.weight
         wide = x.repeat_interleave(width)
-        inverse, fitted, _ = self._relaxed()
-        curvature = inverse.mul_(fitted.T @ fitted).mul_(-2.0)  # of f in e
-        slope = fitted.square().sum(0)
+        slope, curvature = self._slope, self._curvature
         ratio, rate = 1.0 / wide - 1.0, -wide.square().reciprocal()
         scaled = split * rate
         first = (slope * scaled).view(-1, width).sum(1) - weight / x + weight / (1.0 - x)
@@ -109,7 +114,7 @@ class Saddle:
         if length == 0.0:
             return False
         self.x, self.split = x + length * move, split + length * change
-        self.value = float(self._relaxed()[2])
+        self._evaluate()
         if length > 0.5:
             self.weight *= _SHRINK
         return True
