@@ -16,7 +16,7 @@ from maskopt.problems import ColumnSubset, LayerReconstruction
 from maskopt.solvers.base import Monitor, Outcome, Status
 from maskopt.solvers.requirements import Requirements
 from maskopt.threads import factor_threads
-from maskopt.weights.base import Joint, System
+from maskopt.weights.base import Joint
 
 __all__ = ["Selection", "Structured", "bias_change"]
 
@@ -30,7 +30,7 @@ class Selection:
     layer : LayerReconstruction
     masks : Units
     subset : ColumnSubset
-        The layer with a ridge, in scaled inputs.
+        The layer with a ridge.
     keep : int
         Number of units to keep, neither none nor all.
     must, may : Tensor
@@ -76,8 +76,8 @@ class Structured(Joint):
     Parameters
     ----------
     ridge : float
-        See `System.of`; a fraction of each input's own second moment. Proofs of a method are about the error with the
-        ridge, ||(T - V) X||^2 plus ridge * sum_j ||X_j||^2 |T_j - V_j|^2.
+        Fraction of each input's second moment that is added to it: a choice does not depend on the scales of inputs.
+        Proofs of a method are about the error with it, ||(T - V) X||^2 + ridge * sum_j ||X_j||^2 |T_j - V_j|^2.
     refit : bool
         Whether the kept columns get the weights of least error, or stay as they are.
 
@@ -112,15 +112,13 @@ class Structured(Joint):
             nothing = torch.zeros_like(problem.weight)
             return Outcome(nothing.bool(), Status.OPTIMAL, 0, weight=nothing)
         with factor_threads(problem.shape[1]):
-            wide = problem.double()
-            system = System.of(wide, self.ridge, each=True)
             numbers = torch.arange(problem.shape[1], device=problem.device) // width
-            subset = ColumnSubset(system.weight, system.gram, numbers)
+            subset = ColumnSubset.of(problem, numbers, ridge=self.ridge)
             kept, status = self.choose(Selection(problem, masks, subset, keep, must, may, monitor))
             mask = kept.repeat_interleave(width).expand(problem.shape).contiguous()
             if not self.refit:
                 return Outcome(mask, status, 1)
-            weight = system.finish(wide, subset.refit(kept)).to(problem.dtype)
+            weight = subset.refit(kept).to(problem.dtype)
         return Outcome(mask, status, 1, weight=weight.masked_fill(~mask, 0.0))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,9 @@ class ExactSwaps(Structured):
         Choices up to which all are evaluated.
     rounds : int
         Of swaps, at most.
+    exchange : int
+        Where no swap is left, the cheapest 2, 4, 8 ... units up to this number are exchanged for those that then gain
+        most, and swaps go on from there; what that leads to is taken if its error is smaller.
 
     References
     ----------
@@ -58,29 +62,45 @@ class ExactSwaps(Structured):
 
     enumerate: int = 5000
     rounds: int = 100
+    exchange: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, enumerate=whole(0), rounds=whole(0))
+        check_settings(self, enumerate=whole(0), rounds=whole(0), exchange=whole(0))
 
     def choose(self, selection: Selection) -> tuple[Tensor, Status]:
         if self._few(selection):
             return _best_of_all(selection)
-        blocks = selection.subset.blocks
-        state = Refit(blocks, selection.may.nonzero().flatten())
+        state = Refit(selection.subset.blocks, selection.may.nonzero().flatten())
         number = len(state.kept) - selection.keep
         planned = number + self.rounds
         remove_cheapest(state, number, selection.must, lambda done: selection.stops(done, planned))
         selection.monitor.counters["removals"] += number
         state.refresh()
-        status = Status.ITERATION_LIMIT
-        for round_ in range(self.rounds):
-            if selection.stops(number + round_, planned):
+        swapped, rounds = self._swap(selection, state, number, planned)
+        size, limit = 2, min(self.exchange, selection.keep - int(selection.must.sum()), number)
+        while swapped and size <= limit:
+            trial = Refit(state.blocks, state.kept)
+            _exchange(selection, trial, size)
+            optimal, more = self._swap(selection, trial, number + rounds, planned)
+            rounds += more
+            if optimal and bool(trial.loss() < state.loss() * (1.0 - _GAIN)):
+                state = trial
+            else:
+                size *= 2
+            if selection.monitor.ended is not None:
                 break
-            if not _Swaps(selection, state).improve():
-                status = Status.LOCAL_OPTIMUM
-                break
+        status = Status.LOCAL_OPTIMUM if swapped else Status.ITERATION_LIMIT
         return torch.zeros_like(selection.must).index_fill_(0, state.kept, True), status
+
+    def _swap(self, selection: Selection, state: Refit, done: int, planned: int) -> tuple[bool, int]:
+        """Swap until no swap lowers the error, in place; return whether that was reached, and after how many rounds."""
+        for round_ in range(self.rounds):
+            if selection.stops(done + round_, planned):
+                return False, round_
+            if not _Swaps(selection, state).improve():
+                return True, round_ + 1
+        return False, self.rounds
 
     def _few(self, selection: Selection) -> bool:
         blocks = selection.subset.blocks
@@ -104,6 +124,22 @@ def _best_of_all(selection: Selection) -> tuple[Tensor, Status]:
             best, least = state.kept, loss
     selection.monitor.counters["choices"] += count
     return torch.zeros_like(selection.must).index_fill_(0, best, True), Status.OPTIMAL
+
+
+def _exchange(selection: Selection, state: Refit, size: int) -> None:
+    """Remove the cheapest units one by one, then add as many that gain most, in place."""
+    remove_cheapest(state, size, selection.must)
+    others = selection.may.clone().index_fill_(0, state.kept, False).nonzero().flatten()
+    gains = torch.cat([state.additions(part).gains for part in _parts(state, others)])
+    added = others[torch.argsort(gains, descending=True, stable=True)[:size]]
+    state.kept = torch.cat((state.kept, added))
+    state.refresh()
+
+
+def _parts(state: Refit, units: Tensor) -> Sequence[Tensor]:
+    """Return units in parts for which the arrays of pairs with the kept ones are not too large."""
+    columns = len(state.inverse) * state.blocks.width
+    return torch.split(units, max(1, _ENTRIES // max(1, columns)))
 
 
 class _Swaps:
@@ -141,8 +177,7 @@ class _Swaps:
     def _candidates(self) -> list[Tensor]:
         """Return units whose best swap lowers the error, the best first, each of shape (1,)."""
         others = self.selection.may.clone().index_fill_(0, self.state.kept, False).nonzero().flatten()
-        columns = len(self.state.inverse) * self.state.blocks.width
-        parts = torch.split(others, max(1, _ENTRIES // max(1, columns)))
+        parts = _parts(self.state, others)
         found = [self._allowed(self.state.swap_changes(self.state.additions(part))).amin(0) for part in parts]
         self.selection.monitor.counters["pairs"] += len(others) * len(self.state.kept)
         changes = torch.cat(found) if found else self.state.weight.new_empty(0)
