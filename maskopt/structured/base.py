@@ -50,18 +50,20 @@ class Selection:
         """Report an iteration; True if the method has to return what it has."""
         return self.monitor.stops(self.layer, self.masks, iteration, iterations)
 
-    def largest(self, scores: Tensor) -> Tensor:
+    def largest(self, scores: Tensor, keep: int | None = None) -> Tensor:
         """Return the units of the largest scores that may be kept, with those that must be, boolean, shape (units,).
 
         Parameters
         ----------
         scores : Tensor
             Shape (units,); of equal ones the first is kept.
+        keep : int, optional
+            How many, if not the number to keep in the end.
         """
         # Ranks keep scores of any size apart from what is fixed.
         order = torch.argsort(scores, descending=True, stable=True)
         level = torch.where(self.must, 0, torch.where(self.may, 1, 2))[order]
-        chosen = order[torch.argsort(level, stable=True)[: self.keep]]
+        chosen = order[torch.argsort(level, stable=True)[: self.keep if keep is None else keep]]
         return torch.zeros_like(self.must).index_fill_(0, chosen, True)
 
     def per_unit(self, columns: Tensor) -> Tensor:

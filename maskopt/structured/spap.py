@@ -14,18 +14,22 @@ from maskopt.structured.base import Selection, Structured
 
 __all__ = ["SPAP"]
 
+_GROWING = 0.7  # of the turns, in which the number of removed units grows
+
 
 @dataclass(frozen=True)
 class SPAP(Structured):
-    """Penalised alternating minimisation over weights V and a relaxed indicator s of the units to remove.
+    """Penalised alternating minimisation over weights V and an indicator s of the units to remove.
 
     The problem min tr((T - V) K (T - V)^T) with V diag(s) = 0 and 1^T s the number removed is penalised:
-    + rho sum_j s_j g_j |V_j|^2, g_j = K_jj. For fixed V the indicator of the units with the smallest g_j |V_j|^2 is the
-    best s; for fixed s the best V is T K (K + rho diag(s g))^-1. rho grows from turn to turn.
+    + rho sum_j s_j g_j |V_j|^2. For fixed V the objective is linear in s, and the best one marks the units with the
+    smallest sum of g_j |V_j|^2; for fixed s the best V is T K (K + rho diag(s g))^-1. rho grows from turn to turn.
 
-    The paper's schedule is not public. Chosen here: s starts with equal entries and moves a part of the way to the
-    best indicator in every turn, because the minimum over V is concave in s and whole moves end in the first choice;
-    rho grows geometrically. The final choice is the indicator of the last turn.
+    The paper's schedule is not public. Chosen here, by the errors on nine layers of three small models, at two
+    counts each: with all units at once, alternation ends in its first choice, so the number
+    of units that s marks grows from turn to turn too, and is final for the last three tenths of them; g_j is the
+    variance of input j that the others leave unexplained under the present penalty, so that in the first turn g_j
+    |V_j|^2 is what removing j alone costs; rho grows geometrically.
 
     Parameters
     ----------
@@ -34,37 +38,45 @@ class SPAP(Structured):
     turns : int
     first, last : float
         rho in the first and in the last turn.
-    step : float
-        Part of the way that s moves in a turn.
 
     References
     ----------
     H. Hu et al., "SPAP: Structured Pruning via Alternating Optimization and Penalty Methods", arXiv 2505.03373.
+
+    Examples
+    --------
+    >>> import maskopt
+    >>> layer = maskopt.synthetic("correlated", rows=8, d=32).problem()
+    >>> maskopt.solve(layer, maskopt.Columns(16), SPAP()).status.name
+    'COMPLETED'
     """
 
     turns: int = 30
-    first: float = 0.01
-    last: float = 10.0
-    step: float = 0.3
+    first: float = 1.0
+    last: float = 100.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive = real(0, above=True)
-        check_settings(self, turns=whole(1), first=positive, last=positive, step=real(0, 1, above=True))
+        check_settings(self, turns=whole(1), first=positive, last=positive)
 
     def choose(self, selection: Selection) -> tuple[Tensor, Status]:
         blocks, number = selection.subset.blocks, len(selection.must)
-        sizes = blocks.gram.diagonal()
-        removed = torch.full((number,), 1.0 - selection.keep / number, dtype=torch.float64, device=sizes.device)
-        kept = selection.largest(-removed)
+        penalty = torch.zeros_like(blocks.sizes)  # rho s_j g_j
         for turn in range(self.turns):
-            if turn and selection.stops(turn, self.turns):
-                break
-            penalty = self.first * (self.last / self.first) ** (turn / max(1, self.turns - 1))
+            stopped = turn > 0 and selection.stops(turn, self.turns)
             matrix = blocks.gram.clone()
-            matrix.diagonal().add_(penalty * removed.repeat_interleave(blocks.width) * sizes)
-            weight = torch.cholesky_solve(blocks.product.T, ridged_factor(matrix)).T
-            kept = selection.largest((weight.square().sum(0) * sizes).view(number, -1).sum(1))
-            removed = torch.lerp(removed, (~kept).double(), self.step)
+            matrix.diagonal().add_(penalty)
+            factor = ridged_factor(matrix)
+            weight = torch.cholesky_solve(blocks.product.T, factor)
+            # What is left of an input given the others, without the input's own penalty.
+            own = torch.cholesky_inverse(factor).diagonal().reciprocal().sub_(penalty).clamp_min_(2.0**-40)
+            grown = 1.0 if stopped else min(1.0, (turn + 1) / max(1.0, _GROWING * self.turns))
+            scores = (own * weight.square().sum(1)).view(number, -1).sum(1)
+            kept = selection.largest(scores, number - round(grown * (number - selection.keep)))
             selection.monitor.counters["factorisations"] += 1
+            if stopped:
+                break
+            rho = self.first * (self.last / self.first) ** (turn / max(1, self.turns - 1))
+            penalty = rho * own * (~kept).repeat_interleave(blocks.width)
         return kept, Status.COMPLETED

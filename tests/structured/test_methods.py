@@ -170,7 +170,7 @@ def test_settings_and_names_are_checked() -> None:
         ("best", {"enumerate": -1}),
         ("best", {"ridge": -1.0}),
         ("osscar", {"batch": 0}),
-        ("spap", {"step": 0.0}),
+        ("spap", {"first": 0.0}),
         ("random", {"seed": 0.5}),
         ("flap", {"refit": 1}),
     ):
