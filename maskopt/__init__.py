@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         synthetic,
     )
     from maskopt.recovery import Recovery
+    from maskopt.shrinking import ShrinkReport, shrink
     from maskopt.solvers import (
         RIA,
         ContinuationFrankWolfe,
@@ -88,6 +89,7 @@ __all__ = [
     "Result",
     "Rows",
     "Saliency",
+    "ShrinkReport",
     "SparseFW",
     "SparseGPT",
     "TransposableNM",
@@ -99,13 +101,25 @@ __all__ = [
     "prune",
     "recover",
     "save_instance",
+    "shrink",
     "solve",
     "synthetic",
 ]
 
 
 # From light to heavy; from `bounds` on, each loads the ones before it.
-_FOLDERS = ("oracles", "problems", "bounds", "solvers", "weights", "allocation", "recovery", "models")
+_FOLDERS = (
+    "oracles",
+    "problems",
+    "bounds",
+    "solvers",
+    "weights",
+    "allocation",
+    "recovery",
+    "structured",
+    "models",
+    "shrinking",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from maskopt.checks import real, shown
@@ -14,7 +15,7 @@ from maskopt.oracles.units import Columns, Rows
 
 __all__ = ["Counts", "parse_masks"]
 
-_FAMILIES = {"per-row": PerRow, "unstructured": Unstructured, "columns": Columns, "rows": Rows}
+_FAMILIES: dict[str, Callable[[float | int], MaskSet]] = {"per-row": PerRow, "unstructured": Unstructured, "columns": Columns, "rows": Rows}
 
 
 def parse_masks(pattern: str, sparsity: float | None = None) -> MaskSet:
@@ -23,8 +24,8 @@ def parse_masks(pattern: str, sparsity: float | None = None) -> MaskSet:
     Parameters
     ----------
     pattern : str
-        "per-row", "unstructured", "columns", "rows", "blocks-HxW" (tiles of H rows and W columns), "n:m" with n kept
-        of every m ("2:4"), or "transposable-n:m". "at-most-" before a set of single entries lets its groups keep
+        "per-row", "unstructured", "columns", "columns-W" (W consecutive ones together), "rows", "blocks-HxW" (tiles of
+        H rows and W columns), "n:m" with n kept of every m ("2:4"), or "transposable-n:m". "at-most-" before a set of single entries lets its groups keep
         fewer.
     sparsity : float, optional
         Fraction of the weights pruned, in [0, 1]; of each tile for "blocks-HxW". With "n:m" it may be left out, and
@@ -67,14 +68,17 @@ def parse_masks(pattern: str, sparsity: float | None = None) -> MaskSet:
             )
         return TransposableNM(keep=keep, group=group) if ratio[1] else NM(keep=keep, group=group)
     tile = re.fullmatch(r"blocks-([0-9]{1,15})x([0-9]{1,15})", pattern)
-    if not tile and pattern not in _FAMILIES:
+    width = _width(pattern)
+    if not tile and width is None and pattern not in _FAMILIES:
         raise MaskoptError(
-            f"There is no pattern {shown(pattern)}; choose per-row, unstructured, columns, rows, blocks-HxW such as "
-            "blocks-4x4, n:m such as 2:4, or transposable-n:m such as transposable-2:4."
+            f"There is no pattern {shown(pattern)}; choose per-row, unstructured, columns, columns-W such as "
+            "columns-64, rows, blocks-HxW such as blocks-4x4, n:m such as 2:4, or transposable-n:m such as transposable-2:4."
         )
     if sparsity is None:
         raise MaskoptError(f"The pattern {pattern} needs a sparsity between 0 and 1.")
     fraction = float(1 - sparsity)
+    if width is not None:
+        return Columns(fraction, width)
     return Blocks(fraction, (int(tile[1]), int(tile[2]))) if tile else _FAMILIES[pattern](fraction)
 
 
@@ -88,6 +92,9 @@ class Counts:
         As for `parse_masks`; of "n:m", n is the count.
     shape : (int, int)
         Rows and inputs of the layer.
+    cost : int, optional
+        What each unit of the count costs in a budget; its weights in the layer (`step`) by default. Units of whole
+        columns may bring parameters of other layers with them.
 
     Raises
     ------
@@ -105,6 +112,7 @@ class Counts:
 
     pattern: str
     shape: Shape
+    cost: int = 0
 
     def __post_init__(self) -> None:
         # The pattern "n:m" says its own sparsity, the others need one.
@@ -112,6 +120,7 @@ class Counts:
         if min(self.shape) < 1:
             raise MaskoptError(f"A layer of shape {tuple(self.shape)} has no weights to keep.")
         self.masks(self.most).check(self.shape)
+        object.__setattr__(self, "cost", self.cost or self.step)
 
     @property
     def most(self) -> int:
@@ -123,6 +132,9 @@ class Counts:
         if plain.startswith("blocks-"):
             height, width = plain.removeprefix("blocks-").split("x")
             return int(height) * int(width)
+        grouped = _width(plain)
+        if grouped is not None:
+            return columns // grouped
         return {"per-row": columns, "columns": columns, "rows": rows, "unstructured": rows * columns}[plain]
 
     @property
@@ -148,6 +160,8 @@ class Counts:
         elif plain.startswith("blocks-"):
             height, width = plain.removeprefix("blocks-").split("x")
             made = Blocks(count, (int(height), int(width)))
+        elif (grouped := _width(plain)) is not None:
+            made = Columns(count, grouped)
         else:
             made = _FAMILIES[plain](count)
         return AtMost(made) if self.pattern != plain and isinstance(made, PartitionMatroid) else made
@@ -158,3 +172,9 @@ class Counts:
         while plain.startswith("at-most-"):
             plain = plain.removeprefix("at-most-")
         return plain
+
+
+def _width(pattern: str) -> int | None:
+    """Return W of the pattern "columns-W"; None for others."""
+    found = re.fullmatch(r"columns-([1-9][0-9]{0,14})", pattern)
+    return int(found[1]) if found else None

@@ -228,13 +228,15 @@ class Units(MaskSet):
         )
 
 
-def Columns(keep: float | int) -> Units:  # noqa: N802 - named like the sets they stand for
-    """Return the set of masks that keep a number of whole columns (input features).
+def Columns(keep: float | int, width: int = 1) -> Units:  # noqa: N802 - named like the sets they stand for
+    """Return the set of masks that keep a number of whole columns (input features), or of groups of them.
 
     Parameters
     ----------
     keep : float or int
         A fraction in [0, 1] (rounded up) or a count.
+    width : int
+        Consecutive columns that are kept or pruned together, such as those of an attention head.
 
     Returns
     -------
@@ -246,7 +248,7 @@ def Columns(keep: float | int) -> Units:  # noqa: N802 - named like the sets the
     >>> Columns(1).lmo_mask(torch.tensor([[0.0, -3.0], [-2.0, 0.0]])).tolist()
     [[False, True], [False, True]]
     """
-    return Units(PartitionMatroid(keep, (None, None), "Columns"), (None, 1))
+    return Units(PartitionMatroid(keep, (None, None), "Columns"), (None, width))
 
 
 def Rows(keep: float | int) -> Units:  # noqa: N802

@@ -27,7 +27,7 @@ def budget_of(counts: Mapping[str, Counts], sparsity: float) -> int:
     sparsity : float
         Fraction of all weights to prune, in [0, 1].
     """
-    total = sum(each.step * each.most for each in counts.values())
+    total = sum(each.cost * each.most for each in counts.values())
     return total - math.floor(sparsity * total * (1 + 1e-12))
 
 
@@ -53,14 +53,14 @@ def apportioned(counts: Mapping[str, Counts], sparsities: Mapping[str, float], b
             raise MaskoptError(f"The sparsity of {name} must be a number; got {sparsities[name]}.")
     wishes = {name: min(1.0, max(0.0, 1 - sparsities[name])) * each.most for name, each in counts.items()}
     found = {name: math.floor(wish * (1 + 1e-12)) for name, wish in wishes.items()}
-    left = budget - sum(counts[name].step * count for name, count in found.items())
+    left = budget - sum(counts[name].cost * count for name, count in found.items())
     if left < 0:
         raise MaskoptError(f"The sparsities keep {-left} weights more than the budget of {budget} allows.")
-    order = sorted(found, key=lambda name: (found[name] - wishes[name]) * counts[name].step)
+    order = sorted(found, key=lambda name: (found[name] - wishes[name]) * counts[name].cost)
     for name in order:
-        if counts[name].step <= left and found[name] < counts[name].most and found[name] < wishes[name]:
+        if counts[name].cost <= left and found[name] < counts[name].most and found[name] < wishes[name]:
             found[name] += 1
-            left -= counts[name].step
+            left -= counts[name].cost
     return filled(counts, found, left)
 
 
@@ -76,14 +76,14 @@ def filled(counts: Mapping[str, Counts], chosen: Mapping[str, int], left: int) -
     """
     found = dict(chosen)
     while True:
-        fits = [name for name, each in counts.items() if each.step <= left and found[name] < each.most]
+        fits = [name for name, each in counts.items() if each.cost <= left and found[name] < each.most]
         if not fits:
             return found
-        for name in sorted(fits, key=lambda name: -counts[name].step):
+        for name in sorted(fits, key=lambda name: -counts[name].cost):
             each = counts[name]
-            more = min(each.most - found[name], left // each.step, max(1, each.most // _MOST_LEVELS))
+            more = min(each.most - found[name], left // each.cost, max(1, each.most // _MOST_LEVELS))
             found[name] += more
-            left -= more * each.step
+            left -= more * each.cost
 
 
 def interpolated(counts: Sequence[int], losses: Sequence[float], at: np.ndarray, *, positive: bool) -> np.ndarray:
@@ -119,4 +119,4 @@ def levels_of(low: int, high: int) -> np.ndarray:
 
 def separable_levels(name: str, counts: Counts, at: np.ndarray, losses: np.ndarray) -> Levels:
     """Return a layer's levels for `allocate_levels`; costs are weights kept."""
-    return Levels(name, tuple(int(count) * counts.step for count in at), tuple(float(loss) for loss in losses))
+    return Levels(name, tuple(int(count) * counts.cost for count in at), tuple(float(loss) for loss in losses))

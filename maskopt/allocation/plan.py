@@ -26,8 +26,9 @@ class Plan:
 
     Parameters
     ----------
-    pattern : str
-        As for `maskopt.oracles.parse_masks`; of "n:m", n follows from a layer's sparsity.
+    pattern : str or mapping of str to str
+        As for `maskopt.oracles.parse_masks`; of "n:m", n follows from a layer's sparsity. One for all layers, or one
+        for each by full name.
     sparsities : mapping of str to float
         Fraction of the weights to prune, in [0, 1], by full layer name.
     rule : str
@@ -49,13 +50,14 @@ class Plan:
     0.625
     """
 
-    pattern: str
+    pattern: str | Mapping[str, str]
     sparsities: Mapping[str, float]
     rule: str = "by hand"
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, str):
+        patterns = self.pattern.values() if isinstance(self.pattern, Mapping) else (self.pattern,)
+        if not all(isinstance(pattern, str) for pattern in patterns):
             raise MaskoptError(f"A plan's pattern is a word such as per-row or 2:4; got {shown(self.pattern)}.")
         if not isinstance(self.sparsities, Mapping) or not self.sparsities:
             raise MaskoptError(f"A plan needs a sparsity for each layer, by name; got {shown(self.sparsities)}.")
@@ -81,7 +83,7 @@ class Plan:
         unknown = [name for name in self.sparsities if name not in shapes]
         if unknown:
             raise MaskoptError(f"The plan names {len(unknown)} layers that are not to be pruned, such as {unknown[0]}.")
-        return {name: fitting(self.pattern, name, shape) for name, shape in shapes.items()}
+        return {name: fitting(pattern_of(self.pattern, name), name, shape) for name, shape in shapes.items()}
 
     def masks(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, MaskSet]:
         """Return the set of masks of each layer; layers with equal counts share one object.
@@ -120,7 +122,7 @@ class Plan:
         return {
             "maskopt_plan": _VERSION,
             "rule": self.rule,
-            "pattern": self.pattern,
+            "pattern": self.pattern if isinstance(self.pattern, str) else dict(self.pattern),
             "sparsities": dict(self.sparsities),
             "details": dict(self.details),
         }
@@ -176,10 +178,25 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         raise MaskoptError(f"The plan {os.fspath(path)} is wrong: {error}") from error
 
 
-def fitting(pattern: str, name: str, shape: tuple[int, int]) -> Counts:
+def pattern_of(pattern: str | Mapping[str, str], name: str) -> str:
+    """Return the pattern of a layer.
+
+    Raises
+    ------
+    MaskoptError
+        If there is none.
+    """
+    if isinstance(pattern, str):
+        return pattern
+    if name not in pattern:
+        raise MaskoptError(f"There is no pattern for the layer {name}.")
+    return pattern[name]
+
+
+def fitting(pattern: str, name: str, shape: tuple[int, int], cost: int = 0) -> Counts:
     """Return the counts of a pattern in a layer, or say that they do not fit it."""
     try:
-        return Counts(pattern, shape)
+        return Counts(pattern, shape, cost)
     except MaskoptError as error:
         raise MaskoptError(f"The masks do not fit the layer {name}: {error}") from error
 

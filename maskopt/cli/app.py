@@ -26,6 +26,7 @@ from maskopt.cli.prune import prune
 from maskopt.cli.recover import recover
 from maskopt.cli.report import report
 from maskopt.cli.scale import scale
+from maskopt.cli.shrink import shrink
 from maskopt.cli.solve import solve
 from maskopt.cli.trace import trace
 from maskopt.cli.verify import verify
@@ -228,6 +229,10 @@ app.command(
 app.command(
     epilog="Example:  maskopt recover pruned recovered --against Qwen/Qwen3-0.6B --calibration text.txt --recover model"
 )(recover)
+app.command(
+    epilog="Example:  maskopt shrink Qwen/Qwen3-0.6B smaller --calibration text.txt --neurons 0.3 --heads 0.25 "
+    "--evaluate held-out.txt"
+)(shrink)
 app.command(epilog="Example:  maskopt evaluate pruned --text held-out.txt")(evaluate)
 app.command(epilog="Example:  maskopt pack pruned packed --compress --json sizes.json")(pack)
 app.command(epilog="Example:  maskopt unpack packed pruned --json -")(unpack)

@@ -28,7 +28,7 @@ from maskopt.models.trials import AllocationProgress, Candidate, Trials, nearest
 from maskopt.solvers import ContinuationFrankWolfe, Solver
 from maskopt.solvers.arguments import check_memory, check_solver
 
-__all__ = ["RULES", "AllocationProgress", "Rule", "allocate"]
+__all__ = ["RULES", "AllocationProgress", "Rule", "allocate", "best_of"]
 
 Rule = Literal["uniform", "auto", "owl", "dlp", "alpha", "lsa", "atp", "evo", "kl", "fisher"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -166,7 +166,7 @@ def _planned(work: Trials, rule: Rule, seed: int) -> Plan:
     if rule == "evo":
         return work.plan(rule, evolved_counts(work, seed))
     if rule == "auto":
-        return _auto(work, seed)
+        return best_of(work, seed)
     work.expect(2)
     database = work.database(_levels(work))
     losses = _expanded(work, database, seed) if rule == "fisher" else _measured(work, database, work.sizes["losses"])
@@ -174,19 +174,32 @@ def _planned(work: Trials, rule: Rule, seed: int) -> Plan:
     return work.plan(rule, work.candidates[rule].counts)
 
 
-def _auto(work: Trials, seed: int) -> Plan:
-    """Try uniform sparsity and what the separable problem gives, with measured losses where they are few; choose."""
+def best_of(work: Trials, seed: int, *, fractions: Sequence[float] = (1.0,)) -> Plan:
+    """Try uniform sparsity and what the separable problem gives, with measured losses where they are few; choose.
+
+    Parameters
+    ----------
+    work : Trials
+        After `Trials.predict`.
+    seed : int
+    fractions : sequence of float
+        How far candidates go from uniform sparsity to the solution of the separable problem with measured losses: what
+        several changes lose together is more than their sum, or less.
+    """
     levels = _levels(work)
     # Each loss takes half of a forward in the mean, from the layer's block on; the model's head makes up for the rest.
     solved = sum(map(len, levels.values()))
     windows = min(_WINDOWS, work.sizes["losses"], int(_SHARE * _PASSES * work.sizes["all"] / solved))
     composable = not work.solver.corrects
     affordable = windows >= 2 and not composable
-    work.expect(4 + 4 * composable)  # trials among them
+    work.expect(3 + len(fractions) + 4 * composable)  # trials among them
     work.candidates["uniform"] = Candidate(work.uniform)
     database = work.database(levels)
     if affordable:
-        work.candidates["kl"] = _separable(work, _measured(work, database, windows))
+        solution = _separable(work, _measured(work, database, windows))
+        for fraction in fractions:
+            name = "kl" if fraction == 1.0 else f"{fraction:g} of kl"
+            work.candidates[name] = solution if fraction == 1.0 else _between(work, solution, fraction)
     else:
         work.candidates["fisher"] = _separable(work, _expanded(work, database, seed))
     if composable:
@@ -207,7 +220,7 @@ def _levels(work: Trials) -> dict[str, list[int]]:
         if counts.most <= _FEW:
             wanted: Iterable[int] = range(1, counts.most)
         else:
-            wanted = (counts.of(min(_SPARSEST, max(_DENSEST, work.sparsity + offset))) for offset in offsets)
+            wanted = (counts.of(min(_SPARSEST, max(_DENSEST, work.centres[name] + offset))) for offset in offsets)
         levels[name] = sorted({*wanted, work.uniform[name]} - {0, counts.most})
     return levels
 
@@ -249,6 +262,14 @@ def _separable(work: Trials, losses: Curves) -> Candidate:
     choice = allocate_levels(layers, budget)
     found = {name: int(grid[i]) for name, grid, i in zip(work.counts, grids, choice.levels, strict=True)}
     return Candidate(work.within(found), separable=(choice.loss, choice.lower_bound))
+
+
+def _between(work: Trials, solution: Candidate, fraction: float) -> Candidate:
+    """Return counts on the line from uniform sparsity to a candidate, or beyond it."""
+    wished = {name: uniform + fraction * (solution.counts[name] - uniform) for name, uniform in work.uniform.items()}
+    return Candidate(
+        work.within({name: min(work.counts[name].most, max(1, round(wish))) for name, wish in wished.items()})
+    )
 
 
 def _improve_in_context(work: Trials, database: Database, seed: int) -> None:

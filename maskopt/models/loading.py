@@ -35,6 +35,7 @@ from maskopt.models.ranks import current
 from maskopt.packed.packed_tensors import PackedError
 from maskopt.packed.reader import PackedConfig
 from maskopt.packed.reader import load as load_packed
+from maskopt.packed.shrunk import ShrunkConfig, shrunk_class
 
 __all__ = ["load_model", "model_class"]
 
@@ -89,8 +90,8 @@ def load_model(
     else:
         _check_hub_name(str(name))
     config = _try(name, "its configuration", AutoConfig.from_pretrained, name, trust_remote_code=False)
-    packed = isinstance(config, PackedConfig)
-    if packed:
+    packed, shrunk = type(config) is PackedConfig, isinstance(config, ShrunkConfig)
+    if packed or shrunk:
         config = config.dense
     check_quantization(name, getattr(config, "quantization_config", None))
     if config.is_encoder_decoder:
@@ -98,7 +99,7 @@ def load_model(
             f"The model {name} is an encoder-decoder, which text alone cannot calibrate; load it with "
             f"transformers and hand maskopt.prune batches with decoder_input_ids."
         )
-    kind = _class_of(name, config)
+    kind = shrunk_class(_class_of(name, config)) if shrunk else _class_of(name, config)
     tokenizer = _try(name, "its tokenizer", AutoTokenizer.from_pretrained, name, trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise MaskoptError(f"The tokenizer of {name} is none of transformers' tokenizers.")
@@ -176,7 +177,7 @@ def model_class(name: str | os.PathLike[str]) -> tuple[type[PreTrainedModel], Pr
     if not _lies_there(Path(name)):
         _check_hub_name(str(name))
     config = _try(name, "its configuration", AutoConfig.from_pretrained, name, trust_remote_code=False)
-    if isinstance(config, PackedConfig):
+    if isinstance(config, PackedConfig):  # or that of a shrunk folder
         config = config.dense
     return _class_of(name, config), config
 

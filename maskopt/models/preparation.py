@@ -31,6 +31,7 @@ __all__ = [
     "Propagate",
     "check_arguments",
     "check_fit",
+    "masks_setting",
     "propagation_of",
     "require_calls",
     "sets_of",
@@ -55,7 +56,10 @@ def check_arguments(
     states: object,
 ) -> None:
     """Check the types and ranges of the arguments of `prune`, which have the same names."""
-    if not isinstance(masks, Plan):
+    if isinstance(masks, Mapping):
+        for each in masks.values():
+            check_masks(each)
+    elif not isinstance(masks, Plan):
         check_masks(masks)
     check_solver(solver)
     for name, value, options, optional in (
@@ -107,12 +111,23 @@ def require_calls(replay: Replay, order: CallOrder, stages: Sequence[Stage], use
     order.check()
 
 
-def sets_of(layers: Sequence[Layer], masks: MaskSet | Plan) -> dict[Layer, MaskSet]:
+def sets_of(layers: Sequence[Layer], masks: MaskSet | Plan | Mapping[str, MaskSet]) -> dict[Layer, MaskSet]:
     """Return the set of masks of each layer."""
     if isinstance(masks, MaskSet):
         return dict.fromkeys(layers, masks)
+    if isinstance(masks, Mapping):
+        return {layer: masks[layer.name] for layer in layers}
     planned = masks.masks({layer.name: layer.shape for layer in layers})
     return {layer: planned[layer.name] for layer in layers}
+
+
+def masks_setting(masks: MaskSet | Plan | Mapping[str, MaskSet]) -> object:
+    """Return what reports, and the settings that a resumed run must share, say of the sets."""
+    if isinstance(masks, MaskSet):
+        return repr(masks)
+    if isinstance(masks, Plan):
+        return f"{masks.pattern}, by the plan"
+    return {name: repr(each) for name, each in masks.items()}
 
 
 def check_fit(sets: Mapping[Layer, MaskSet]) -> None:

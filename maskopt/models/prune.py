@@ -28,6 +28,7 @@ from maskopt.models.preparation import (
     Propagate,
     check_arguments,
     check_fit,
+    masks_setting,
     propagation_of,
     require_calls,
     sets_of,
@@ -218,7 +219,7 @@ def prune(
 def prune_layers(
     model: PreTrainedModel,
     batches: Iterable[Any],
-    masks: MaskSet | Plan,
+    masks: MaskSet | Plan | Mapping[str, MaskSet],
     solver: Solver | None = None,
     *,
     propagate: Propagate | None = None,
@@ -245,7 +246,7 @@ def prune_layers(
     model, batches, masks, solver, propagate, correction, include, exclude, start, certify, certify_seconds
         As for `prune`.
     device, memory, states, progress, on_error, recover, held_out, further
-        As for `prune`.
+        As for `prune`; `masks` may also be a set for each layer to prune, by name.
     observe : callable, optional
         Called with every layer, its problem and its result; layers are then solved one by one.
 
@@ -304,7 +305,7 @@ def prune_layers(
         propagation = propagation_of(propagate, by_block, model, replay, edits, order, stages, memory)
         report = PruneReport()
         report.settings = {
-            "masks": repr(masks) if isinstance(masks, MaskSet) else f"{masks.pattern}, by the plan",
+            "masks": masks_setting(masks),
             "solver": repr(solver),
             "propagate": propagate,
             **({"correction": correction} if propagate == "corrected" else {}),

@@ -102,7 +102,7 @@ def evolved_counts(work: Trials, seed: int) -> dict[str, int]:
     tell = work.part("evolution")
     evolved = evolve(
         [len(levels) for levels in grid],
-        [work.counts[name].step * work.counts[name].most for name in names],
+        [work.counts[name].cost * work.counts[name].most for name in names],
         [levels.index(nearest(levels, work.uniform[name])) for name, levels in zip(names, grid, strict=True)],
         evaluate,
         generations=_GENERATIONS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -19,7 +20,7 @@ from maskopt.models.report import PruneReport, RecoveryReport
 from maskopt.models.shards import save_blockwise
 from maskopt.packed.folder import PackReport, write_packed
 
-__all__ = ["check_output", "load_masks", "save_masks", "save_pruned"]
+__all__ = ["check_output", "load_masks", "save_masks", "save_pruned", "write_model", "write_report"]
 
 check_output = require_absent
 
@@ -71,24 +72,50 @@ def save_pruned(
     """
     with atomic_path(path) as aside:
         folder = aside.parent.with_name("dense") if packed else aside  # both are removed with what contains them
-        try:
-            folder.mkdir()
-            offload = offload_of(model)
-            if offload is None:
-                with without_bars():
-                    model.save_pretrained(folder)
-            else:
-                save_blockwise(folder, model, offload)
-            tokenizer.save_pretrained(folder)
-            save_masks(folder / "masks.safetensors", report.masks)
-            text = json.dumps({**report.to_json(), **(extra or {})}, indent=2)
-            (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-            if page is not None:
-                (folder / "report.html").write_text(page, encoding="utf-8")
-        except (SafetensorError, ValueError) as error:
-            # ValueError: transformers refuses generation settings that contradict each other.
-            raise MaskoptError(f"The output {path} could not be written: {reason(error)}.") from error
+        write_model(folder, model, tokenizer, path)
+        save_masks(folder / "masks.safetensors", report.masks)
+        write_report(folder, {**report.to_json(), **(extra or {})}, page)
         if not packed:
             return None
         aside.mkdir()
         return write_packed(folder, aside, compress)
+
+
+def write_model(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike[str]
+) -> None:
+    """Make a folder with a model and its tokenizer.
+
+    Parameters
+    ----------
+    folder : Path
+        Does not exist.
+    model : PreTrainedModel
+    tokenizer : PreTrainedTokenizerBase
+    path : path-like
+        What messages call it.
+
+    Raises
+    ------
+    MaskoptError
+        If the model cannot be saved.
+    """
+    try:
+        folder.mkdir()
+        offload = offload_of(model)
+        if offload is None:
+            with without_bars():
+                model.save_pretrained(folder)
+        else:
+            save_blockwise(folder, model, offload)
+        tokenizer.save_pretrained(folder)
+    except (SafetensorError, ValueError) as error:
+        # ValueError: transformers refuses generation settings that contradict each other.
+        raise MaskoptError(f"The output {path} could not be written: {reason(error)}.") from error
+
+
+def write_report(folder: Path, content: Mapping[str, Any], page: str | None = None) -> None:
+    """Write ``report.json`` into a folder, and ``report.html`` where there is a page."""
+    (folder / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if page is not None:
+        (folder / "report.html").write_text(page, encoding="utf-8")

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from maskopt.allocation import Plan
 from maskopt.allocation.budget import budget_of, filled
-from maskopt.allocation.plan import fitting
+from maskopt.allocation.plan import fitting, pattern_of
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch, gathered, sequences
 from maskopt.models.curves import Curves
@@ -99,8 +99,8 @@ class Trials:
         Its layers.
     batches : sequence of Batch
         Calibration data.
-    pattern : str
-        Of the masks.
+    pattern : str or mapping of str to str
+        Of the masks; one for all layers, or one for each by name.
     sparsity : float
         Mean of the free layers.
     solver : Solver
@@ -109,6 +109,10 @@ class Trials:
     options : mapping
         `propagate`, `correction`, `include`, `exclude` and `memory` of `prune`.
     progress : callable or None
+    uniform : mapping of str to int, optional
+        Counts that others are compared with, in place of those at the mean sparsity; they set the budget.
+    costs : mapping of str to int, optional
+        What a unit of each layer's count costs in the budget, by default its weights.
 
     Attributes
     ----------
@@ -117,9 +121,11 @@ class Trials:
     counts : dict of str to Counts
         Of the free ones.
     budget : int
-        Weights that the free layers may keep.
+        What the free layers may cost: the weights that they may keep, unless other costs are given.
     uniform : dict of str to int
         Counts at the mean sparsity.
+    centres : dict of str to float
+        The sparsities that they stand for, around which others are tried.
     candidates : dict of str to Candidate
         What has been tried.
     store : Store or None
@@ -131,22 +137,33 @@ class Trials:
         model: PreTrainedModel,
         selection: Selection,
         batches: Sequence[Batch],
-        pattern: str,
+        pattern: str | Mapping[str, str],
         sparsity: float,
         solver: Solver,
         fixed: Mapping[str, float],
         options: Mapping[str, Any],
         progress: Callable[[AllocationProgress], object] | None,
+        uniform: Mapping[str, int] | None = None,
+        costs: Mapping[str, int] | None = None,
     ) -> None:
         self.model, self.selection, self.solver = model, selection, solver
         self.pattern, self.sparsity, self.fixed = pattern, sparsity, dict(fixed)
         self.layers = {layer.name: layer for layer in selection.layers}
-        self._every = {name: fitting(pattern, name, layer.shape) for name, layer in self.layers.items()}
+        self._every = {
+            name: fitting(pattern_of(pattern, name), name, layer.shape, (costs or {}).get(name, 0))
+            for name, layer in self.layers.items()
+        }
         # A layer that can only keep all or nothing, such as one with a single input, keeps all.
         self.fixed |= {name: 0.0 for name, each in self._every.items() if each.most < 2 and name not in fixed}
         self.counts = {name: each for name, each in self._every.items() if name not in self.fixed}
-        self.budget = budget_of(self.counts, sparsity)
-        self.uniform = {name: each.of(sparsity) for name, each in self.counts.items()}
+        if uniform is None:
+            self.budget = budget_of(self.counts, sparsity)
+            self.uniform = {name: each.of(sparsity) for name, each in self.counts.items()}
+            self.centres = dict.fromkeys(self.counts, sparsity)
+        else:
+            self.uniform = {name: uniform[name] for name in self.counts}
+            self.budget = self.kept(self.uniform)
+            self.centres = {name: each.sparsity(self.uniform[name]) for name, each in self.counts.items()}
         self.candidates: dict[str, Candidate] = {}
         self.batches, self.memory = list(batches), int(options["memory"])
         self._options, self._progress = dict(options), progress
@@ -276,7 +293,7 @@ class Trials:
             "weights": weights.hexdigest(),
             "data": data.hexdigest(),
             "batch size": self.batch_size,
-            "pattern": self.pattern,
+            "pattern": self.pattern if isinstance(self.pattern, str) else dict(self.pattern),
             "sparsity": self.sparsity,
             "solver": repr(self.solver),
             "fixed": self.fixed,
@@ -322,11 +339,11 @@ class Trials:
     @property
     def prunes(self) -> bool:
         """Whether there is a weight to prune in a free layer."""
-        return self.budget < sum(counts.step * counts.most for counts in self.counts.values())
+        return self.budget < sum(counts.cost * counts.most for counts in self.counts.values())
 
     def kept(self, counts: Mapping[str, int]) -> int:
-        """Return how many weights counts of the free layers keep."""
-        return sum(self.counts[name].step * count for name, count in counts.items())
+        """Return what counts of the free layers cost: the weights that they keep, unless other costs are given."""
+        return sum(self.counts[name].cost * count for name, count in counts.items())
 
     def within(self, counts: Mapping[str, int]) -> dict[str, int]:
         """Return counts, changed as little as meets the budget."""

@@ -220,7 +220,7 @@ class PackedConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers has 
         return (config, rest) if unused else config
 
 
-class _Loader:
+class Loader:
     """What an auto class loads packed folders with; it makes models of transformers' own classes."""
 
     auto_class = ""
@@ -235,9 +235,13 @@ class _Loader:
         """Load a packed folder as the class that the auto class would choose for the dense one."""
         options.pop("trust_remote_code", None)
         if not hasattr(config, "dense"):
-            raise PackedError(f"The packed folder {name} is loaded by transformers.{cls.auto_class} only.")
+            raise PackedError(f"The folder {name} is loaded by transformers.{cls.auto_class} only.")
         with torch.device("meta"):
             kind = type(cls._from_config(config))
+        return cls._load(kind, name, config, options)
+
+    @classmethod
+    def _load(cls, kind: Any, name: Any, config: Any, options: dict[str, Any]) -> Any:
         return load(kind, name, config.dense, **options)
 
     @classmethod
@@ -246,7 +250,7 @@ class _Loader:
         return getattr(transformers, cls.auto_class).from_config(config.dense, **options)
 
 
-LOADERS = {name: type(f"Packed{name}", (_Loader,), {"auto_class": name}) for name in AUTO_CLASSES}
+LOADERS = {name: type(f"Packed{name}", (Loader,), {"auto_class": name}) for name in AUTO_CLASSES}
 globals().update({loader.__name__: loader for loader in LOADERS.values()})  # where transformers looks for them
 
 

@@ -21,7 +21,9 @@ _STEPS = {
     "transformers.models.auto.configuration_auto": "register_config",
     "transformers.models.auto.modeling_auto": "register_models",
 }
-"""What `maskopt.packed.reader` does once a module of transformers has been imported."""
+"""What `_READERS` do once a module of transformers has been imported."""
+
+_READERS = ("maskopt.packed.reader", "maskopt.packed.shrunk")
 
 
 class _AfterImport(MetaPathFinder):
@@ -51,7 +53,8 @@ class _AfterImport(MetaPathFinder):
 
 def _take(step: str) -> None:
     try:
-        getattr(importlib.import_module("maskopt.packed.reader"), step)()
+        for reader in _READERS:
+            getattr(importlib.import_module(reader), step)()
     except Exception as error:  # nothing of ours may stop an import of transformers
         warnings.warn(
             f"maskopt's packed folders cannot be loaded by this version of transformers: {error!r}.", stacklevel=2

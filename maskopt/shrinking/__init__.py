@@ -1,0 +1,27 @@
+"""Models that become smaller: neurons and attention heads are removed, and the folder loads as before."""
+
+from maskopt.shrinking.cut import Cut, cut_model
+from maskopt.shrinking.report import ShrinkReport, Width
+from maskopt.shrinking.saving import save_shrunk
+from maskopt.shrinking.shrink import Refit, Widths, shrink
+from maskopt.shrinking.speed import Speed, cache_bytes, measure_speed
+from maskopt.shrinking.units import Refused, Role, Site, Structure, find_units
+
+__all__ = [
+    "Cut",
+    "Refit",
+    "Refused",
+    "Role",
+    "ShrinkReport",
+    "Site",
+    "Speed",
+    "Structure",
+    "Width",
+    "Widths",
+    "cache_bytes",
+    "cut_model",
+    "find_units",
+    "measure_speed",
+    "save_shrunk",
+    "shrink",
+]

@@ -1,0 +1,205 @@
+"""What a model's configuration has to say so that its class makes narrower blocks.
+
+No architecture is known by name: values of the configuration that could mean the number of units are changed one
+after the other, and the class tells, on the meta device, which parameters become narrower. What fits is then run: the
+narrower block must compute what the block computes without the units.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from maskopt.models.blocks import Block, find_blocks
+from maskopt.models.quiet import without_bars
+from maskopt.shrinking.dependence import Probe, skeleton_copy
+
+if TYPE_CHECKING:
+    from maskopt.shrinking.units import Role
+
+__all__ = ["Fields", "Skeletons", "block_of", "fields_for", "with_buffers", "works_narrower"]
+
+_TOLERANCE = 1e-3  # relative, of float32 sums in another order, with random weights
+_SUBSETS = 4  # fields that count heads, of which all subsets are tried
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Entries of a (text) configuration.
+
+    Attributes
+    ----------
+    scaled : mapping of str to int
+        Those in proportion to the number of units: the value for each unit.
+    fixed : mapping of str to int
+        Those that have to be written out.
+    """
+
+    scaled: Mapping[str, int] = field(default_factory=dict)
+    fixed: Mapping[str, int] = field(default_factory=dict)
+
+    def entries(self, units: int) -> dict[str, int]:
+        """Return the entries for a number of units."""
+        return {**{name: each * units for name, each in self.scaled.items()}, **self.fixed}
+
+
+class Skeletons:
+    """Models without data, of the class of a model and changed configurations.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config = model.config
+        self._kind = type(model)
+
+    @property
+    def text(self) -> Any:
+        """The configuration of the part that reads text."""
+        return self.config.get_text_config()
+
+    def make(self, entries: Mapping[str, Any]) -> nn.Module | None:
+        """Return a model without data of the configuration with other entries; None where the class refuses."""
+        config = copy.deepcopy(self.config)
+        text = config.get_text_config()
+        try:
+            for name, value in entries.items():
+                setattr(text, name, value)
+            with torch.device("meta"), without_bars():
+                made: nn.Module = self._kind(config).eval()
+                return made
+        except Exception:  # whatever a class thinks of values it was never meant for
+            return None
+
+    @property
+    def unsaid(self) -> str:
+        """How a reason begins why units of a kind cannot be removed."""
+        return f"the configuration of {self._kind.__name__} cannot say that a block has"
+
+
+def fields_for(skeletons: Skeletons, probe: Probe, block: Block, role: Role) -> Fields | None:
+    """Return what the configuration has to say about the units of a role; None where there is nothing.
+
+    Parameters
+    ----------
+    skeletons : Skeletons
+    probe : Probe
+        Of the block.
+    block : Block
+        One that has the role.
+    role : Role
+        Its fields are not known yet.
+    """
+    if role.number < 2:
+        return None
+    trial = _Trial(probe, role)
+    for fields in _guesses(skeletons, role):
+        model = skeletons.make(fields.entries(role.number - 1))
+        twin = None if model is None else block_of(model, block.name)
+        if twin is not None and trial.fits(twin) and with_buffers(twin, block.module) and trial.succeeds(twin):
+            return fields
+    return None
+
+
+def works_narrower(probe: Probe, block: Block, role: Role) -> bool:
+    """Whether the modules of a block, as they are, compute with narrower weights what they do without the units.
+
+    Parameters
+    ----------
+    probe, block, role
+        As for `fields_for`.
+    """
+    return role.number > 1 and _Trial(probe, role).succeeds(skeleton_copy(block.module))
+
+
+class _Trial:
+    """A block that loses one unit.
+
+    Parameters
+    ----------
+    probe : Probe
+    role : Role
+    """
+
+    def __init__(self, probe: Probe, role: Role) -> None:
+        kept = torch.ones(max(1, role.experts), role.number, dtype=torch.bool)
+        kept[:, role.number // 2] = False  # one that is neither the first nor the last
+        kept = kept if role.experts else kept[0]
+        whole = probe.parameters
+        narrow = role.cut(whole, kept)
+        self._probe = probe
+        self._narrow = {**whole, **narrow}
+        without = whole[role.consumer] * role.columns(kept).to(torch.float32)
+        self._expected = probe.output(parameters={**whole, role.consumer: without})
+
+    def fits(self, twin: nn.Module) -> bool:
+        """Whether another block has parameters of the narrower shapes."""
+        shapes = {name: each.shape for name, each in twin.named_parameters()}
+        return shapes == {name: each.shape for name, each in self._narrow.items()}
+
+    def succeeds(self, twin: nn.Module) -> bool:
+        """Whether another block computes with the narrower weights what the block does without the unit."""
+        try:
+            found = self._probe.output(twin, self._narrow)
+        except (RuntimeError, ValueError, IndexError, TypeError):  # shapes that fit nothing
+            return False
+        if found.shape != self._expected.shape:
+            return False
+        return bool((found - self._expected).norm() <= _TOLERANCE * self._expected.norm())
+
+
+def block_of(model: nn.Module, name: str) -> nn.Module | None:
+    """Return the block of a model that has a name."""
+    return next((each.module for each in find_blocks(model) if each.name == name), None)
+
+
+def with_buffers(twin: nn.Module, block: nn.Module) -> bool:
+    """Give a block without data the buffers of another one; False where a buffer has another shape.
+
+    Parameters
+    ----------
+    twin : nn.Module
+        Changed.
+    block : nn.Module
+    """
+    buffers = dict(block.named_buffers())
+    for name, buffer in list(twin.named_buffers()):
+        own = buffers.get(name)
+        if own is None or own.shape != buffer.shape:
+            return False
+        owner, _, key = name.rpartition(".")
+        twin.get_submodule(owner)._buffers[key] = own
+    return True
+
+
+def _guesses(skeletons: Skeletons, role: Role) -> Iterator[Fields]:
+    """Yield what may count the units of a role."""
+    text = skeletons.text
+    values = {name: value for name, value in text.to_dict().items() if not isinstance(value, bool)}
+    if role.kind == "neurons":
+        equal = [name for name, value in values.items() if isinstance(value, int) and value == role.number]
+        # Entries that are not set stand for a multiple of the hidden size.
+        unset = [name for name, value in values.items() if value is None]
+        for name in (*equal, *unset):
+            yield Fields({name: 1})
+        return
+    counts = {
+        name: value
+        for name, value in values.items()
+        if "head" in name and "dim" not in name and isinstance(value, int) and value and value % role.number == 0
+    }
+    size = len(role.units) // max(counts.values(), default=role.number)
+    for length in range(min(len(counts), _SUBSETS), 0, -1):
+        for names in itertools.combinations(counts, length):
+            scaled = {name: counts[name] // role.number for name in names}
+            yield Fields(scaled)
+            yield Fields(scaled, {"head_dim": size})

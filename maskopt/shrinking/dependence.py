@@ -1,0 +1,240 @@
+"""Which slices of a block's parameters serve single units of a layer's input: neurons, or attention heads.
+
+A unit is a group of inputs of one layer, its *consumer*. Removing it removes columns of the consumer's weight and
+whatever computes those inputs alone. What that is shows in gradients, whatever the architecture is called: with the
+columns of some units set to zero, a slice of another parameter that serves a single unit has a gradient if and only if
+that unit is among the others. Units are told apart by the binary digits of their numbers, so that a few gradients of
+one block, with random weights, find all owners.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_map
+
+__all__ = ["BlockCall", "Owned", "Probe", "skeleton_copy"]
+
+_DRAWS = 3  # of weights and inputs: neurons of a ReLU that never fire have no gradient in one of them
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of a block.
+
+    Parameters
+    ----------
+    args : tuple
+    kwargs : dict
+    """
+
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+
+
+@dataclass(frozen=True, eq=False)
+class Owned:
+    """The slices of one parameter, along one axis, that serve a unit each.
+
+    Attributes
+    ----------
+    name : str
+        Of the parameter, within the block.
+    axis : int
+    owner : Tensor
+        The unit of every slice, int64, shape (slices,); -1 for those that serve several, such as the keys that all
+        heads have in common. Every unit has as many slices.
+    """
+
+    name: str
+    axis: int
+    owner: Tensor
+
+
+class Probe:
+    """A copy of a block with random weights, and a call of it, to see what depends on what.
+
+    Parameters
+    ----------
+    block : nn.Module
+        In evaluation mode; it is not changed. Parameters may be on the meta device.
+    call : BlockCall
+        Its first tensor argument is replaced by random numbers.
+    seed : int
+    """
+
+    def __init__(self, block: nn.Module, call: BlockCall, seed: int = 0) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._block = skeleton_copy(block)
+        self._shapes = {name: parameter.shape for name, parameter in self._block.named_parameters()}
+        self._call = call
+        self._parameters: dict[str, Tensor] = {}
+        self._args: Any = ()
+        self._kwargs: Any = {}
+        self._weighting: Tensor | None = None
+        self.draw()
+
+    def draw(self) -> None:
+        """Draw other weights and inputs."""
+        self._weighting = None
+        self._parameters = {name: self._drawn_weight(name, shape) for name, shape in self._shapes.items()}
+        replaced = False
+
+        def prepare(value: object) -> object:
+            nonlocal replaced
+            if not isinstance(value, Tensor):
+                return value
+            if not value.is_floating_point():
+                return value.cpu()
+            if not replaced:
+                replaced = True
+                return self._normal(value.shape)
+            return value.detach().float().cpu()
+
+        self._args, self._kwargs = tree_map(prepare, (self._call.args, self._call.kwargs))
+
+    def _drawn_weight(self, name: str, shape: torch.Size) -> Tensor:
+        if len(shape) > 1:
+            return self._normal(shape) / shape[-1] ** 0.5
+        return self._normal(shape) * 0.3 + (0.0 if name.endswith("bias") else 1.0)
+
+    def _normal(self, shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=self._generator)
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of all parameters, by name within the block."""
+        return self._shapes
+
+    def output(self, block: nn.Module | None = None, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the first tensor of the output, with gradients.
+
+        Parameters
+        ----------
+        block : nn.Module, optional
+            Another block than this one, which takes the same arguments.
+        parameters : mapping of str to Tensor, optional
+            Its weights; by default the random ones of this block.
+        """
+        used = dict(self._parameters if parameters is None else parameters)
+        found = functional_call(self._block if block is None else block, used, self._args, self._kwargs)
+        first: Tensor = next(each for each in tree_flatten(found)[0] if isinstance(each, Tensor))
+        return first
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The random weights, by name within the block."""
+        return dict(self._parameters)
+
+    def owned(self, consumer: str, column_axis: int, units: Tensor) -> list[Owned]:
+        """Return the slices of parameters that serve single units of a consumer's input.
+
+        Parameters
+        ----------
+        consumer : str
+            Name of the consumer's weight within the block.
+        column_axis : int
+            The axis of the weight that its inputs are on.
+        units : Tensor
+            The unit of every input, int64, shape (inputs,).
+
+        Returns
+        -------
+        list of Owned
+            Of parameters that have no other use than this consumer; nothing where no matrix is among them.
+        """
+        number = int(units.max()) + 1
+        digits = max(1, (number - 1).bit_length())
+        private: list[str] | None = None
+        served: dict[tuple[str, int, int, int], Tensor] = {}  # by parameter, axis, digit and its value
+        for draw in range(_DRAWS):
+            if draw:
+                self.draw()
+            if private is None:
+                private = self._private(consumer, column_axis, len(units))
+            if not any(len(self._shapes[name]) > 1 for name in private):
+                return []
+            for digit in range(digits):
+                for value in (0, 1):
+                    columns = ((units >> digit) & 1 == value).float()
+                    gradients = self._gradients(consumer, column_axis, columns)
+                    for name, axis in self._axes(private):
+                        key = (name, axis, digit, value)
+                        hit = _along(gradients[name], axis)
+                        served[key] = served[key] | hit if key in served else hit
+        found = []
+        for name in private or ():
+            for axis in range(len(self._shapes[name])):
+                owner = torch.zeros(self._shapes[name][axis], dtype=torch.int64)
+                single = torch.ones(len(owner), dtype=torch.bool)
+                for digit in range(digits):
+                    zero, one = served[name, axis, digit, 0], served[name, axis, digit, 1]
+                    single &= zero ^ one
+                    owner += one.long() << digit
+                owner[~single] = -1
+                counts = torch.bincount(owner[single], minlength=number)
+                if len(counts) == number and int(counts.min()) == int(counts.max()) > 0:
+                    found.append(Owned(name, axis, owner))
+                    break
+        return found if any(len(self._shapes[each.name]) > 1 for each in found) else []
+
+    def _private(self, consumer: str, column_axis: int, inputs: int) -> list[str]:
+        """Return the parameters that have no other use than a consumer's input."""
+        whole = self._gradients(consumer, column_axis, torch.ones(inputs))
+        nothing = self._gradients(consumer, column_axis, torch.zeros(inputs))
+        return [
+            name
+            for name, gradient in whole.items()
+            if name != consumer and bool(gradient.any()) and not bool(nothing[name].any())
+        ]
+
+    def _axes(self, names: list[str]) -> Iterator[tuple[str, int]]:
+        return ((name, axis) for name in names for axis in range(len(self._shapes[name])))
+
+    def _gradients(self, consumer: str, column_axis: int, columns: Tensor) -> dict[str, Tensor]:
+        """Return the gradients of a random function of the block's output, with columns of the consumer scaled."""
+        shape = [1] * self._parameters[consumer].ndim
+        shape[column_axis] = -1
+        leaves = {name: value.clone().requires_grad_() for name, value in self._parameters.items()}
+        used = {**leaves, consumer: leaves[consumer] * columns.view(shape)}
+        with torch.enable_grad():
+            output = self.output(parameters=used)
+            if self._weighting is None:
+                self._weighting = self._normal(output.shape)
+            value = (output * self._weighting).sum()
+            gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(leaves[name]) if gradient is None else gradient
+            for name, gradient in zip(leaves, gradients, strict=True)
+        }
+
+
+def _along(gradient: Tensor, axis: int) -> Tensor:
+    """Whether each slice along an axis has a gradient."""
+    others = [each for each in range(gradient.ndim) if each != axis]
+    return (gradient != 0).any(dim=others) if others else gradient != 0
+
+
+def skeleton_copy(block: nn.Module) -> nn.Module:
+    """Return a copy of a block on the CPU, with its buffers in float32, and without data of its parameters.
+
+    Parameters
+    ----------
+    block : nn.Module
+    """
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(torch.empty(parameter.shape, device="meta"), requires_grad=False)
+        for parameter in block.parameters()
+    }
+    twin = copy.deepcopy(block, memo)
+    for module in twin.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.cpu().float() if buffer.is_floating_point() else buffer.cpu()
+    return twin.eval()

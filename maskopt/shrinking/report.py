@@ -1,0 +1,107 @@
+"""What shrinking a model did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from maskopt.allocation import Plan
+from maskopt.models.report import PruneReport
+from maskopt.shrinking.cut import Cut
+from maskopt.shrinking.speed import Speed
+from maskopt.shrinking.units import Kind, Refused
+
+__all__ = ["ShrinkReport", "Width"]
+
+
+@dataclass(frozen=True)
+class Width:
+    """What became of the units of a layer.
+
+    Attributes
+    ----------
+    name : str
+        Of the layer that reads the units' outputs, such as ``model.layers.0.mlp.down_proj``.
+    kind : {"neurons", "heads"}
+    before, after : int
+        Units; heads that have keys and values in common count as one. Of each expert, where there are several.
+    parameters : int
+        Removed with the units.
+    error : float
+        Of the layer's output on its inputs, relative to that of removing everything, as in `LayerRecord`; the mean
+        over experts. Before blocks are fitted.
+    """
+
+    name: str
+    kind: Kind
+    before: int
+    after: int
+    parameters: int
+    error: float
+
+
+@dataclass
+class ShrinkReport:
+    """The result of `maskopt.shrink`.
+
+    Attributes
+    ----------
+    widths : list of Width
+        Of every layer that lost units.
+    refused : list of Refused
+        What could not lose units, and why.
+    parameters : (int, int)
+        Of the whole model before and after; shared ones count once.
+    cache_bytes : (float, float) or None
+        Keys and values of a token before and after, in bytes; None where the model keeps none.
+    cut : Cut
+        What the configuration says now.
+    pruning : PruneReport
+        Errors of all layers that were solved, times, and settings.
+    kept : dict of str to Tensor
+        The units that stay, boolean, by name of the layer; shape (units,) or (experts, units).
+    plan : Plan or None
+        Where blocks have different widths: the fraction of its units that each layer lost.
+    speeds : dict of str to dict of str to Speed
+        By batch and then "before" and "after", where it was measured.
+    seconds : float
+    """
+
+    widths: list[Width]
+    refused: list[Refused]
+    parameters: tuple[int, int]
+    cache_bytes: tuple[float, float] | None
+    cut: Cut
+    pruning: PruneReport
+    kept: Mapping[str, Tensor] = field(repr=False)
+    plan: Plan | None = None
+    speeds: dict[str, dict[str, Speed]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def loads_with(self) -> str:
+        """What can load a folder in which the model is saved."""
+        return "transformers" if self.cut.uniform else "transformers, after import maskopt or with trust_remote_code"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the units as a dictionary that `json.dump` takes."""
+        before, after = self.parameters
+        return {
+            "parameters": {"before": before, "after": after},
+            "cache_bytes_per_token": None
+            if self.cache_bytes is None
+            else dict(zip(("before", "after"), self.cache_bytes, strict=True)),
+            "loads_with": self.loads_with,
+            "widths": [asdict(each) for each in self.widths],
+            "refused": [asdict(each) for each in self.refused],
+            "configuration": self.cut.entries,
+            "speed": {
+                batch: {when: asdict(speed) for when, speed in found.items()} for batch, found in self.speeds.items()
+            },
+            "pruning": self.pruning.to_json(),
+            **({} if self.plan is None else {"plan": self.plan.to_json()}),
+            "seconds": self.seconds,
+        }

@@ -1,0 +1,329 @@
+"""Shrinking a model: choose neurons and attention heads, refit the weights, and cut."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from maskopt.checks import SEEDS, choice, real, shown, whole
+from maskopt.errors import MaskoptError
+from maskopt.models.batches import Batch, prepare_batches
+from maskopt.models.blocks import find_blocks
+from maskopt.models.checks import check_model, move_model
+from maskopt.models.offload import offload_of
+from maskopt.models.prune import CORRECTION, Progress, prune_layers
+from maskopt.models.replay import evaluation_mode
+from maskopt.models.report import PruneReport
+from maskopt.models.selection import select_layers
+from maskopt.models.states import Place
+from maskopt.models.trials import AllocationProgress
+from maskopt.oracles import Columns, MaskSet
+from maskopt.recovery import FixedMasks, Recovery
+from maskopt.shrinking.cut import cut_model
+from maskopt.shrinking.report import ShrinkReport, Width
+from maskopt.shrinking.speed import cache_bytes
+from maskopt.shrinking.units import Kind, Refused, Site, Structure, find_units
+from maskopt.shrinking.widths import free_widths
+from maskopt.solvers import Solver
+from maskopt.structured import ExactSwaps, Structured, make_structured
+
+__all__ = ["Refit", "Widths", "shrink"]
+
+Widths = Literal["uniform", "free"]
+Refit = Literal["units", "layers", "block", "model"]
+_ALIGNED = 16  # bytes: grouped products of experts read rows that begin at multiples of it
+_MOST = 0.95  # fraction of the neurons that can be asked for
+
+
+def shrink(
+    model: PreTrainedModel,
+    batches: Iterable[Any],
+    *,
+    neurons: float = 0.0,
+    heads: float = 0.0,
+    params: float | None = None,
+    method: str | Solver = "best",
+    widths: Widths = "uniform",
+    round_to: int = 1,
+    refit: Refit | None = None,
+    epochs: float | None = None,
+    correction: float = CORRECTION,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    memory: int = 2**30,
+    states: Place | None = None,
+    progress: Callable[[Progress | AllocationProgress], object] | None = None,
+    held_out: Iterable[Any] | None = None,
+) -> ShrinkReport:
+    """Remove neurons and attention heads from a model's blocks, in place, so that its matrices become smaller.
+
+    Which parameters compute a unit is found by gradients of a copy of the block with random weights, whatever the
+    architecture is called, and so is what the configuration has to say. Units are chosen one layer after the other: of
+    the layer that reads their outputs, those are kept with which refitted weights give the least error of its output
+    (column subset selection). Heads that have keys and values in common stand or fall together.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        **It is modified**: its blocks and its configuration. After an error before the cut it is as it was.
+    batches : iterable of dict or Tensor
+        Calibration data as for `prune`.
+    neurons, heads : float
+        Fraction to remove of the neurons of each feed-forward part (of each expert), and of the attention heads of each
+        block, in [0, 1); at least one unit stays.
+    params : float, optional
+        Fraction of the blocks' parameters to remove, in place of both: about as large a fraction of the heads as of the
+        neurons.
+    method : str or Solver
+        A name in `maskopt.structured.STRUCTURED`: "best", "osscar", "fasp", "spap", "newton", "flap", "magnitude" or
+        "random"; or a solver for sets of whole columns.
+    widths : {"uniform", "free"}
+        "uniform": every block loses as many, and the folder loads with transformers alone. "free": blocks lose
+        different numbers, at equal parameters in all, where the model's predictions on calibration sequences set aside
+        are clearly closer to the dense model's. Needs three sequences at least.
+    round_to : int
+        The number of neurons that stay is a multiple of it, which may suit the hardware; of experts always such that
+        rows begin at multiples of 16 bytes.
+    refit : {"units", "layers", "block", "model"}, optional
+        What is fitted anew. "units": the layers that read the remaining units. "layers": all linear layers of the
+        blocks, by least squares, each on its inputs in the shrunk model. "block": these, and then all parameters of
+        each block by gradient steps, towards the dense block's output. "model": these, and then the whole model towards
+        the dense model's predictions. Fits are kept where they help on held-out sequences. By default "block" with
+        "best", and "units", as published, with other methods.
+    epochs : float, optional
+        Passes over the data for each block, and for the model, see `maskopt.recovery.Recovery`.
+    correction : float
+        As for `prune`, where layers are refitted.
+    seed : int
+        Of the method "random", of fits and of free widths.
+    device, memory, states
+        As for `prune`.
+    progress : callable, optional
+        Called with an `AllocationProgress` while widths are chosen, and then with a `Progress`.
+    held_out : iterable of dict or Tensor, optional
+        As for `prune`.
+
+    Returns
+    -------
+    ShrinkReport
+
+    Raises
+    ------
+    MaskoptError
+        If an argument is wrong, there is nothing to remove, or no block's neurons or heads can be removed.
+
+    References
+    ----------
+    Column subset selection with refit: FASP (arXiv 2501.09412), OSSCAR (2403.12983), SPAP (2505.03373).
+
+    Examples
+    --------
+    >>> import maskopt
+    >>> from maskopt.models import calibration_batches, load_model
+    >>> model, tokenizer = load_model("Qwen/Qwen3-0.6B")  # doctest: +SKIP
+    >>> batches = calibration_batches(tokenizer, "The calibration text ...", samples=128)  # doctest: +SKIP
+    >>> report = maskopt.shrink(model, batches, neurons=0.3, heads=0.25)  # doctest: +SKIP
+    >>> model.save_pretrained("smaller")  # doctest: +SKIP
+    """
+    began = time.perf_counter()
+    solver, refit = _checked(neurons, heads, params, method, widths, round_to, refit, seed, progress)
+    check_model(model)
+    if offload_of(model) is not None:
+        raise MaskoptError("Shrinking needs the whole model in memory; load it without offload.")
+    if device is not None:
+        move_model(model, device)
+    prepared = prepare_batches(model, batches)
+    with evaluation_mode(model):
+        structure = _usable(find_units(model, prepared[0].inputs), widths)
+        wanted: dict[Kind, float] = {"neurons": neurons, "heads": heads}
+        counts = (
+            _counts(structure, wanted, round_to) if params is None else _of_budget(model, structure, params, round_to)
+        )
+        plan = None
+        if widths == "free":
+            plan = free_widths(model, prepared, counts, solver, memory=memory, seed=seed, progress=progress)
+            for site in counts:
+                counts[site] = _rounded(site, 1 - plan.sparsities[site.layers[0].name], round_to)
+    before = model.num_parameters(), cache_bytes(model)
+    report = _pruned(
+        model,
+        prepared,
+        counts,
+        solver,
+        refit,
+        epochs,
+        seed,
+        correction=correction,
+        memory=memory,
+        states=states,
+        progress=progress,
+        held_out=held_out,
+    )
+    kept = {site: _kept(site, report.masks) for site in counts}
+    removed = {site: _width(site, count, report) for site, count in counts.items()}
+    cut = cut_model(model, kept)
+    caches = before[1], cache_bytes(model)
+    report.settings |= {"widths": widths, "refit": refit, "round_to": round_to}
+    return ShrinkReport(
+        [width for width in removed.values() if width.after < width.before],
+        structure.refused,
+        (before[0], model.num_parameters()),
+        None if caches[0] is None or caches[1] is None else (caches[0], caches[1]),
+        cut,
+        replace(report, masks={}, plan=None),
+        {site.name: units for site, units in kept.items()},
+        plan,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _checked(
+    neurons: object,
+    heads: object,
+    params: object,
+    method: str | Solver,
+    widths: object,
+    round_to: object,
+    refit: Refit | None,
+    seed: object,
+    progress: object,
+) -> tuple[Solver, Refit]:
+    """Return the solver and what is fitted, after a check of the arguments of `shrink`."""
+    for name, value in (("neurons", neurons), ("heads", heads), ("params", params)):
+        if not real(0, 1, below=True, optional=name == "params").fits(value):
+            raise MaskoptError(f"{name} must be a fraction from 0 to below 1; got {shown(value)}.")
+    if params is not None and (neurons or heads):
+        raise MaskoptError("params says how much to remove of neurons and heads together; leave those out.")
+    if not (params or neurons or heads):
+        raise MaskoptError("There is nothing to remove: give a fraction of the neurons, the heads or the params.")
+    for name, value, options in (("widths", widths, get_args(Widths)), ("refit", refit, get_args(Refit))):
+        if not choice(options, optional=name == "refit").fits(value):
+            raise MaskoptError(f"{name} must be one of {', '.join(options)}; got {shown(value)}.")
+    if not whole(1).fits(round_to):
+        raise MaskoptError(f"round_to must be a whole number of at least 1; got {shown(round_to)}.")
+    if not whole(*SEEDS).fits(seed):
+        raise MaskoptError(f"The seed must be an integer of at most 64 bits; got {shown(seed)}.")
+    if progress is not None and not callable(progress):
+        raise MaskoptError(f"progress must be a function of one argument; got {shown(progress)}.")
+    if isinstance(method, str):
+        solver: Solver = make_structured(method, **({"seed": seed} if method == "random" else {}))
+    elif isinstance(method, Structured):
+        solver = method
+    else:
+        raise MaskoptError(
+            f"method must be a name or a solver for whole units, such as ExactSwaps(); got {shown(method)}."
+        )
+    return solver, refit or ("block" if isinstance(solver, ExactSwaps) else "units")
+
+
+def _usable(structure: Structure, widths: Widths) -> Structure:
+    """Return what can be removed: heads only where the configuration can say it, unless widths are free."""
+    sites, refused = [], list(structure.refused)
+    for site in structure.sites:
+        if widths == "free" or site.role.kind == "neurons" or site.role.fields is not None:
+            sites.append(site)
+        else:
+            reason = f"{structure.unsaid} fewer heads; with free widths the folder has a reader that can"
+            refused.append(Refused(site.name, site.role.kind, reason))
+    return replace(structure, sites=sites, refused=refused)
+
+
+def _counts(structure: Structure, wanted: Mapping[Kind, float], round_to: int) -> dict[Site, int]:
+    """Return how many units stay where less than all do."""
+    for kind, fraction in wanted.items():
+        if fraction and not structure.of(kind):
+            reason = next((each.reason for each in structure.refused if each.kind == kind), "there are none")
+            raise MaskoptError(f"The model can lose no {kind}: {reason}.")
+    counts = {site: _rounded(site, 1 - wanted[site.role.kind], round_to) for site in structure.sites}
+    found = {site: count for site, count in counts.items() if wanted[site.role.kind] > 0 and count < site.role.number}
+    if not found:
+        raise MaskoptError("The fractions are too small to remove a single unit.")
+    return found
+
+
+def _of_budget(model: PreTrainedModel, structure: Structure, params: float, round_to: int) -> dict[Site, int]:
+    """Return how many units stay so that a fraction of the blocks' parameters goes."""
+    seen = {id(each): each.numel() for block in find_blocks(model) for each in block.module.parameters()}
+    budget = params * sum(seen.values())
+    sizes = {site: site.size for site in structure.sites}
+    heads = {site: _rounded(site, 1 - params, round_to) for site in structure.of("heads")}
+    lost = sum((site.role.number - count) * sizes[site] for site, count in heads.items())
+    whole_size = sum(site.role.number * sizes[site] for site in structure.of("neurons"))
+    fraction = 0.0 if whole_size == 0 else (budget - lost) / whole_size
+    if whole_size == 0 or fraction > _MOST:
+        raise MaskoptError(
+            f"The blocks cannot lose {params:.0%} of their parameters: neurons and heads that can be removed hold "
+            f"{(whole_size + sum(s.role.number * sizes[s] for s in heads)) / sum(seen.values()):.0%} of them."
+        )
+    return _counts_of(heads, structure, max(0.0, fraction), round_to)
+
+
+def _counts_of(heads: dict[Site, int], structure: Structure, fraction: float, round_to: int) -> dict[Site, int]:
+    counts = {**heads, **{site: _rounded(site, 1 - fraction, round_to) for site in structure.of("neurons")}}
+    return {site: counts[site] for site in structure.sites if site in counts and counts[site] < site.role.number}
+
+
+def _rounded(site: Site, fraction: float, round_to: int) -> int:
+    """Return how many units of a site stay of a fraction, rounded to a multiple."""
+    role = site.role
+    step = round_to if role.kind == "neurons" else 1
+    if role.experts:
+        step = math.lcm(step, max(1, _ALIGNED // site.layers[0].weight.element_size()))
+    return min(role.number, step * max(1, round(fraction * role.number / step)))
+
+
+def _pruned(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    counts: Mapping[Site, int],
+    solver: Solver,
+    refit: Refit,
+    epochs: float | None,
+    seed: int,
+    **options: Any,
+) -> PruneReport:
+    """Choose the units and fit the weights; units that go have zeros in the layer that reads them."""
+    masks: dict[str, MaskSet] = {}
+    for site, count in counts.items():
+        units = Columns(count, site.role.width)
+        masks.update((layer.name, units) for layer in site.layers)
+    if refit != "units":
+        everything = Columns(1.0)
+        for layer in select_layers(model).layers:
+            masks.setdefault(layer.name, everything)
+    recover = None
+    if refit in ("block", "model"):
+        recover = Recovery(refit, epochs=epochs, rule=FixedMasks(), seed=seed)
+    return prune_layers(
+        model,
+        [batch.inputs for batch in batches],
+        masks,
+        solver,
+        propagate="pruned" if refit == "units" else None,
+        include=list(masks),
+        recover=recover,
+        **options,
+    )
+
+
+def _kept(site: Site, masks: Mapping[str, Tensor]) -> Tensor:
+    """Return the units that stay, from the masks of a site's layers."""
+    rows = [
+        layer.oriented(masks[layer.name]).any(0).view(site.role.number, site.role.width).any(1) for layer in site.layers
+    ]
+    return torch.stack(rows) if site.role.experts else rows[0]
+
+
+def _width(site: Site, count: int, report: PruneReport) -> Width:
+    names = {layer.name for layer in site.layers}
+    errors = [record.relative_error for record in report.layers if record.name in names]
+    gone = (site.role.number - count) * max(1, site.role.experts)
+    each = site.size // max(1, site.role.experts)
+    return Width(site.name, site.role.kind, site.role.number, count, gone * each, sum(errors) / len(errors))
