@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ from maskopt.shrinking.dependence import Probe, skeleton_copy
 if TYPE_CHECKING:
     from maskopt.shrinking.units import Role
 
-__all__ = ["Fields", "Skeletons", "block_of", "fields_for", "with_buffers", "works_narrower"]
+__all__ = ["Fields", "Skeletons", "block_of", "fields_for", "fields_together", "with_buffers", "works_narrower"]
 
 _TOLERANCE = 1e-3  # relative, of float32 sums in another order, with random weights
 _SUBSETS = 4  # fields that count heads, of which all subsets are tried
@@ -36,18 +37,22 @@ class Fields:
 
     Attributes
     ----------
-    scaled : mapping of str to int
+    scaled : mapping of str to Fraction
         Those in proportion to the number of units: the value for each unit.
     fixed : mapping of str to int
         Those that have to be written out.
     """
 
-    scaled: Mapping[str, int] = field(default_factory=dict)
+    scaled: Mapping[str, Fraction] = field(default_factory=dict)
     fixed: Mapping[str, int] = field(default_factory=dict)
 
     def entries(self, units: int) -> dict[str, int]:
         """Return the entries for a number of units."""
-        return {**{name: each * units for name, each in self.scaled.items()}, **self.fixed}
+        return {**{name: int(each * units) for name, each in self.scaled.items()}, **self.fixed}
+
+    def units(self, name: str, value: int) -> int:
+        """Return the number of units that an entry stands for."""
+        return int(value / self.scaled[name])
 
 
 class Skeletons:
@@ -101,13 +106,54 @@ def fields_for(skeletons: Skeletons, probe: Probe, block: Block, role: Role) -> 
     """
     if role.number < 2:
         return None
-    trial = _Trial(probe, role)
+    trial = _Trial(probe, {role: 1})
     for fields in _guesses(skeletons, role):
         model = skeletons.make(fields.entries(role.number - 1))
         twin = None if model is None else block_of(model, block.name)
         if twin is not None and trial.fits(twin) and with_buffers(twin, block.module) and trial.succeeds(twin):
             return fields
     return None
+
+
+def fields_together(skeletons: Skeletons, probe: Probe, block: Block, roles: Sequence[Role]) -> list[Fields | None]:
+    """Return what the configuration has to say about roles that one of its entries widens together.
+
+    Such are the experts of a block and those that see all tokens, which may be twice as wide.
+
+    Parameters
+    ----------
+    skeletons, probe, block
+        As for `fields_for`.
+    roles : sequence of Role
+        For which no entry could be found that speaks of them alone.
+
+    Returns
+    -------
+    list of (Fields or None)
+        For each of the roles.
+    """
+    found: list[Fields | None] = [None] * len(roles)
+    values = {name: value for name, value in skeletons.text.to_dict().items() if type(value) is int and value > 1}
+    for name, value in values.items():
+        open_ones = [number for number, fields in enumerate(found) if fields is None]
+        model = skeletons.make({name: value - 1})
+        twin = None if model is None else block_of(model, block.name)
+        if len(open_ones) < 2 or twin is None:
+            continue
+        shapes = {key: each.shape for key, each in twin.named_parameters()}
+        lost = {
+            number: roles[number].number - shapes[roles[number].consumer][roles[number].column_axis]
+            for number in open_ones
+            if roles[number].consumer in shapes
+        }
+        lost = {number: count for number, count in lost.items() if 0 < count < roles[number].number}
+        if len(lost) < 2 or not with_buffers(twin, block.module):
+            continue
+        trial = _Trial(probe, {roles[number]: count for number, count in lost.items()})
+        if trial.fits(twin) and trial.succeeds(twin):
+            for number, count in lost.items():
+                found[number] = Fields({name: Fraction(1, count)})
+    return found
 
 
 def works_narrower(probe: Probe, block: Block, role: Role) -> bool:
@@ -118,28 +164,31 @@ def works_narrower(probe: Probe, block: Block, role: Role) -> bool:
     probe, block, role
         As for `fields_for`.
     """
-    return role.number > 1 and _Trial(probe, role).succeeds(skeleton_copy(block.module))
+    return role.number > 1 and _Trial(probe, {role: 1}).succeeds(skeleton_copy(block.module))
 
 
 class _Trial:
-    """A block that loses one unit.
+    """A block that loses a few units.
 
     Parameters
     ----------
     probe : Probe
-    role : Role
+    lost : mapping of Role to int
+        How many units of each role.
     """
 
-    def __init__(self, probe: Probe, role: Role) -> None:
-        kept = torch.ones(max(1, role.experts), role.number, dtype=torch.bool)
-        kept[:, role.number // 2] = False  # one that is neither the first nor the last
-        kept = kept if role.experts else kept[0]
+    def __init__(self, probe: Probe, lost: Mapping[Role, int]) -> None:
         whole = probe.parameters
-        narrow = role.cut(whole, kept)
+        self._narrow, without = dict(whole), dict(whole)
+        for role, count in lost.items():
+            kept = torch.ones(max(1, role.experts), role.number, dtype=torch.bool)
+            first = (role.number - count) // 2  # neither the first nor the last
+            kept[:, first : first + count] = False
+            kept = kept if role.experts else kept[0]
+            self._narrow |= role.cut(self._narrow, kept)
+            without[role.consumer] = whole[role.consumer] * role.columns(kept).to(torch.float32)
         self._probe = probe
-        self._narrow = {**whole, **narrow}
-        without = whole[role.consumer] * role.columns(kept).to(torch.float32)
-        self._expected = probe.output(parameters={**whole, role.consumer: without})
+        self._expected = probe.output(parameters=without)
 
     def fits(self, twin: nn.Module) -> bool:
         """Whether another block has parameters of the narrower shapes."""
@@ -190,7 +239,7 @@ def _guesses(skeletons: Skeletons, role: Role) -> Iterator[Fields]:
         # Entries that are not set stand for a multiple of the hidden size.
         unset = [name for name, value in values.items() if value is None]
         for name in (*equal, *unset):
-            yield Fields({name: 1})
+            yield Fields({name: Fraction(1)})
         return
     counts = {
         name: value
@@ -200,6 +249,6 @@ def _guesses(skeletons: Skeletons, role: Role) -> Iterator[Fields]:
     size = len(role.units) // max(counts.values(), default=role.number)
     for length in range(min(len(counts), _SUBSETS), 0, -1):
         for names in itertools.combinations(counts, length):
-            scaled = {name: counts[name] // role.number for name in names}
+            scaled = {name: Fraction(counts[name] // role.number) for name in names}
             yield Fields(scaled)
             yield Fields(scaled, {"head_dim": size})

@@ -10,7 +10,8 @@ one block, with random weights, find all owners.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 __all__ = ["BlockCall", "Owned", "Probe", "skeleton_copy"]
 
+_ROUNDING = 1e-5  # relative, of float32 sums
 _DRAWS = 3  # of weights and inputs: neurons of a ReLU that never fire have no gradient in one of them
 
 
@@ -101,8 +103,9 @@ class Probe:
 
     def _drawn_weight(self, name: str, shape: torch.Size) -> Tensor:
         if len(shape) > 1:
-            return self._normal(shape) / shape[-1] ** 0.5
-        return self._normal(shape) * 0.3 + (0.0 if name.endswith("bias") else 1.0)
+            return self._normal(shape) / math.sqrt(shape[-1])
+        centre = 0.0 if name.endswith("bias") else 1.0
+        return self._normal(shape) * 0.3 + centre
 
     def _normal(self, shape: torch.Size) -> Tensor:
         return torch.randn(shape, generator=self._generator)
@@ -183,6 +186,20 @@ class Probe:
                     found.append(Owned(name, axis, owner))
                     break
         return found if any(len(self._shapes[each.name]) > 1 for each in found) else []
+
+    def is_linear(self, consumer: str, owned: Sequence[Owned]) -> bool:
+        """Whether nothing but a product lies between the slices of units and their consumer.
+
+        The block then computes the same with the signs of both changed.
+
+        Parameters
+        ----------
+        consumer : str
+        owned : sequence of Owned
+        """
+        changed = {name: -self._parameters[name] for name in (consumer, *(each.name for each in owned))}
+        before, after = self.output(), self.output(parameters={**self._parameters, **changed})
+        return bool((after - before).norm() <= _ROUNDING * before.norm())
 
     def _private(self, consumer: str, column_axis: int, inputs: int) -> list[str]:
         """Return the parameters that have no other use than a consumer's input."""

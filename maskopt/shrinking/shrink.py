@@ -242,6 +242,7 @@ def _counts(structure: Structure, wanted: Mapping[Kind, float], round_to: int) -
             reason = next((each.reason for each in structure.refused if each.kind == kind), "there are none")
             raise MaskoptError(f"The model can lose no {kind}: {reason}.")
     counts = {site: _rounded(site, 1 - wanted[site.role.kind], round_to) for site in structure.sites}
+    counts = _agreeing(counts)
     found = {site: count for site, count in counts.items() if wanted[site.role.kind] > 0 and count < site.role.number}
     if not found:
         raise MaskoptError("The fractions are too small to remove a single unit.")
@@ -267,7 +268,22 @@ def _of_budget(model: PreTrainedModel, structure: Structure, params: float, roun
 
 def _counts_of(heads: dict[Site, int], structure: Structure, fraction: float, round_to: int) -> dict[Site, int]:
     counts = {**heads, **{site: _rounded(site, 1 - fraction, round_to) for site in structure.of("neurons")}}
+    counts = _agreeing(counts)
     return {site: counts[site] for site in structure.sites if site in counts and counts[site] < site.role.number}
+
+
+def _agreeing(counts: Mapping[Site, int]) -> dict[Site, int]:
+    """Return counts in which sites of a block that one entry of the configuration widens say the same of it."""
+    least: dict[tuple[str, str], int] = {}
+    found = dict(counts)
+    # Experts, whose counts have to be aligned, decide.
+    for site in sorted(counts, key=lambda site: not site.role.experts):
+        for name in () if site.role.fields is None else site.role.fields.scaled:
+            fields = site.role.fields
+            assert fields is not None
+            value = least.setdefault((site.block.name, name), fields.entries(counts[site])[name])
+            found[site] = fields.units(name, value)
+    return found
 
 
 def _rounded(site: Site, fraction: float, round_to: int) -> int:

@@ -14,7 +14,7 @@ from maskopt.errors import MaskoptError
 from maskopt.models.blocks import Block, find_blocks
 from maskopt.models.experts import StackedLayer, eager_experts, stacks
 from maskopt.models.layers import Layer, linear_layers
-from maskopt.shrinking.configuration import Fields, Skeletons, fields_for, works_narrower
+from maskopt.shrinking.configuration import Fields, Skeletons, fields_for, fields_together, works_narrower
 from maskopt.shrinking.dependence import BlockCall, Owned, Probe
 
 __all__ = ["Kind", "Refused", "Role", "Site", "Structure", "find_units"]
@@ -214,7 +214,9 @@ def find_units(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Structure:
                 if isinstance(found, Role):
                     structure.sites.append(Site(block, found, _consumers(block, found)))
                 else:
-                    structure.refused.append(Refused(f"{block.name}.{found.name}", found.kind, found.reason))
+                    structure.refused.append(
+                        Refused(f"{block.name}.{found.name}".rstrip("."), found.kind, found.reason)
+                    )
     return structure
 
 
@@ -222,19 +224,27 @@ def _roles(model: PreTrainedModel, block: Block, call: BlockCall, skeletons: Ske
     """Yield what a block can lose."""
     try:
         probe = Probe(block.module, call)
-    except Exception as error:  # whatever a module does when it is copied
-        raise MaskoptError(f"The block {block.name} cannot be examined: {error!r}.") from error
-    for consumer, axis, inputs, experts in _candidates(block):
-        role = _role(model, probe, consumer, axis, inputs, experts)
-        if role is None:
-            continue
-        fields = fields_for(skeletons, probe, block, role)
+        roles = [
+            role
+            for consumer, axis, inputs, experts in _candidates(block)
+            if (role := _role(model, probe, consumer, axis, inputs, experts)) is not None
+        ]
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        # Whatever a module does with weights that are not its own: nothing is known of it then.
+        yield Refused("", "neurons", f"the block cannot be run by itself ({type(error).__name__})")
+        return
+    known = [fields_for(skeletons, probe, block, role) for role in roles]
+    unknown = [number for number, fields in enumerate(known) if fields is None]
+    together = fields_together(skeletons, probe, block, [roles[number] for number in unknown])
+    for number, fields in zip(unknown, together, strict=True):
+        known[number] = fields
+    for role, fields in zip(roles, known, strict=True):
         if fields is not None:
             yield replace(role, fields=fields)
         elif works_narrower(probe, block, role):
             yield role
         else:
-            yield Refused(consumer.removesuffix(".weight"), role.kind, f"{skeletons.unsaid} fewer {role.kind}")
+            yield Refused(role.consumer.removesuffix(".weight"), role.kind, f"{skeletons.unsaid} fewer {role.kind}")
 
 
 def _role(model: PreTrainedModel, probe: Probe, consumer: str, axis: int, inputs: int, experts: int) -> Role | None:
@@ -242,12 +252,19 @@ def _role(model: PreTrainedModel, probe: Probe, consumer: str, axis: int, inputs
     best: Role | None = None
     for kind, units in _partitions(model, inputs):
         owned = tuple(probe.owned(consumer, axis, units))
-        if not owned:
+        if not owned or not all(_of_each(probe.shapes[each.name], each.axis, experts) for each in owned):
             continue
         role = Role(consumer, kind, axis, units, owned, int(units.max()) + 1, experts)
         if best is None or role.number * role.parameters(probe.shapes) > best.number * best.parameters(probe.shapes):
             best = role
+    if best is not None and best.kind == "neurons" and probe.is_linear(best.consumer, best.owned):
+        return None  # a matrix in two factors of low rank
     return best
+
+
+def _of_each(shape: torch.Size, axis: int, experts: int) -> bool:
+    """Whether every expert has slices of its own along an axis of a parameter; True where there are no experts."""
+    return not experts or (shape[0] == experts and axis > 0)
 
 
 def _candidates(block: Block) -> Iterator[tuple[str, int, int, int]]:

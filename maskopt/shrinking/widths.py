@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,16 @@ def free_widths(
         If there are fewer than three sequences, or the model predicts no tokens.
     """
     layers = {layer.name: site for site in counts for layer in site.layers}
+    # Experts of a block have one width, and so has what an entry of the configuration widens together with others.
+    shared = Counter(
+        (site.block.name, name) for site in counts for name in (site.role.fields.scaled if site.role.fields else ())
+    )
+    fixed = {
+        site.name
+        for site in counts
+        if site.role.experts
+        or any(shared[site.block.name, name] > 1 for name in (site.role.fields.scaled if site.role.fields else ()))
+    }
     options: dict[str, Any] = {
         "propagate": "pruned",
         "correction": 0.0,
@@ -72,7 +83,7 @@ def free_widths(
         {name: f"columns-{site.role.width}" for name, site in layers.items()},
         0.5,
         solver,
-        {name: 1 - counts[site] / site.role.number for name, site in layers.items() if site.role.experts},
+        {name: 1 - counts[site] / site.role.number for name, site in layers.items() if site.name in fixed},
         options,
         progress,
         {name: counts[site] for name, site in layers.items()},
