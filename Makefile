@@ -20,12 +20,12 @@ demo: $(VENV)/run.stamp  ## Prune the shipped model by every method and print th
 test: $(VENV)/dev.stamp  ## Run all tests
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) tests
 
-hosts: $(VENV)/made.stamp  ## Test the adapters to llm-compressor and ModelOpt, each in an environment of its own
-	@for host in llmcompressor modelopt; do \
+hosts: $(VENV)/made.stamp  ## Test what needs llm-compressor, ModelOpt or lm-eval, each in an environment of its own
+	@for host in llmcompressor modelopt eval; do \
 		test -x $(VENV)/hosts/$$host/bin/python || $(PYTHON) -m venv $(VENV)/hosts/$$host || exit 1; \
 		$(VENV)/hosts/$$host/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" --editable ".[$$host]" \
 			pytest hypothesis || exit 1; \
-		$(VENV)/hosts/$$host/bin/python -m pytest -o filterwarnings=ignore tests/hosts || exit 1; \
+		$(VENV)/hosts/$$host/bin/python -m pytest -o filterwarnings=ignore tests/hosts tests/cli/test_evaluate.py || exit 1; \
 	done
 
 quick: $(VENV)/dev.stamp  ## Run one case of every test in less than a minute

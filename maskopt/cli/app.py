@@ -228,7 +228,9 @@ app.command(
 app.command(
     epilog="Example:  maskopt recover pruned recovered --against Qwen/Qwen3-0.6B --calibration text.txt --recover model"
 )(recover)
-app.command(epilog="Example:  maskopt evaluate pruned --text held-out.txt")(evaluate)
+app.command(
+    epilog="Example:  maskopt evaluate pruned --against Qwen/Qwen3-0.6B --text held-out.txt --tasks arc_easy,piqa"
+)(evaluate)
 app.command(epilog="Example:  maskopt pack pruned packed --compress --json sizes.json")(pack)
 app.command(epilog="Example:  maskopt unpack packed pruned --json -")(unpack)
 app.command(epilog="Example:  maskopt scale meta-llama/Llama-3.1-70B --samples 128 --speed 60e12")(scale)

@@ -21,6 +21,7 @@ __all__ = ["doctor"]
 _PURPOSES = {
     "": "everything",
     "hf": "pruning and evaluating language models",
+    "eval": "tasks of lm-eval",
     "mip": "exact answers by SCIP",
     "report": "plots",
     "peft": "fine-tuning by LoRA that keeps zeros",

@@ -14,6 +14,7 @@ from maskopt.models.recover import recognised, recover
 from maskopt.models.report import Generalisation, LayerRecord, PruneReport, RecoveryRecord, RecoveryReport
 from maskopt.models.saving import check_output, load_masks, save_masks, save_pruned
 from maskopt.models.selection import LeftDense, Selection, select_layers
+from maskopt.models.tasks import Tasks, TaskScore, require_lm_eval
 from maskopt.models.text import Text, TokenStream, read_text, tokenize
 from maskopt.packed.folder import PackReport, is_packed, pack, unpack
 
@@ -35,6 +36,8 @@ __all__ = [
     "RecoveryRecord",
     "RecoveryReport",
     "Selection",
+    "TaskScore",
+    "Tasks",
     "Text",
     "TokenStream",
     "allocate",
@@ -58,6 +61,7 @@ __all__ = [
     "recognised",
     "recover",
     "recovery_bytes",
+    "require_lm_eval",
     "save_masks",
     "save_pruned",
     "select_layers",
