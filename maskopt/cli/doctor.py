@@ -28,7 +28,7 @@ _PURPOSES = {
     "llmcompressor": "our modifier in llm-compressor",
     "modelopt": "our mode in ModelOpt",
     "zstd": "compressed packed folders",
-    "dev": "the tests",
+    "dev": "the tests and the documentation",
 }
 _EXTRA = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
 
