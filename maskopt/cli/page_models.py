@@ -160,7 +160,7 @@ def _recovery(records: Sequence[Mapping[str, Any]]) -> list[Section]:
     blocks = [record for record in records if record["level"] == "block"]
     lines = {when: list(enumerate(record[when] or 0.0 for record in blocks)) for when in ("before", "after")}
     draw = partial(draw_lines, lines, label="held-out relative error", logarithmic=True)
-    about = "Error of each block's output on windows that were not fitted, over that of its size."
+    about = "Squared error of each block's output, over the output's own size, on windows that were not fitted."
     drawn = plot("recovery", "Recovery by depth", about, draw) if blocks else []
     return [*drawn, Section("Recovery", head=_RECOVERY_HEAD, rows=rows, counted="fits")]
 
