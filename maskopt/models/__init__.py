@@ -16,6 +16,7 @@ from maskopt.models.saving import check_output, load_masks, save_masks, save_pru
 from maskopt.models.selection import LeftDense, Selection, select_layers
 from maskopt.models.tasks import Tasks, TaskScore, require_lm_eval
 from maskopt.models.text import Text, TokenStream, read_text, tokenize
+from maskopt.packed.classes import load_packed
 from maskopt.packed.folder import PackReport, is_packed, pack, unpack
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "is_packed",
     "load_masks",
     "load_model",
+    "load_packed",
     "model_class",
     "pack",
     "peak_bytes",
