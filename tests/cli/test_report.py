@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -156,6 +158,29 @@ def test_recovery_writes_a_page_and_packs(run, model, out, text, tmp_path, read)
     again = checked(tmp_path / "fit.html")
     assert f"{packed['ratio']:.4g}" in again.text
     assert str(tmp_path / "fit") in again.text
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+def test_a_browser_shows_the_page(run, layer, tmp_path):
+    """In a light and in a dark browser the page has its ground, and on it letters and lines of the figures' colours."""
+    from matplotlib.image import imread
+
+    run("trace", layer, "-s", 0.5, "--solvers", "dicg,one-swap", "--json", tmp_path / "trace.json")
+    run("report", tmp_path / "trace.json")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}")
+    for more, ground in ((), (255, 255, 255)), (("--force-dark-mode",), (0x16, 0x18, 0x1C)):
+        shot = tmp_path / "shot.png"
+        place = (f"--screenshot={shot}", "--window-size=1000,900", (tmp_path / "trace.html").as_uri())
+        subprocess.run([BROWSER, *options, *more, *place], check=True, capture_output=True, timeout=120)
+        pixels = (255 * imread(shot)[..., :3]).round().astype(int).reshape(-1, 3)
+        assert tuple(pixels[0]) == ground
+        for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):  # of the two solvers
+            assert (pixels == colour).all(1).sum() > 100
+        shot.unlink()
 
 
 def test_measured_models_have_a_page(run, fails, model, out, text, tmp_path, read):
