@@ -235,5 +235,5 @@ app.command(epilog="Example:  maskopt pack pruned packed --compress --json sizes
 app.command(epilog="Example:  maskopt unpack packed pruned --json -")(unpack)
 app.command(epilog="Example:  maskopt scale meta-llama/Llama-3.1-70B --samples 128 --speed 60e12")(scale)
 app.command(epilog="Example:  maskopt demo --json demo.json")(demo)
-app.command(epilog="Examples:  maskopt report pruned --html pruned.html   maskopt report compare.json")(report)
+app.command(epilog="Example:  maskopt report compare.json --html compare.html")(report)
 app.command(epilog="Example:  maskopt doctor --json -")(doctor)
