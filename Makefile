@@ -9,10 +9,10 @@ export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/cache/matplotlib
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
-.PHONY: help demo test hosts quick check format bench clean
+.PHONY: help demo test hosts quick check docs release-check format bench clean
 
 help:  ## Say what there is
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile
 
 demo: $(VENV)/run.stamp  ## Prune the shipped model by every method and print the comparison (two minutes)
 	@$(BIN)/maskopt demo
@@ -20,22 +20,34 @@ demo: $(VENV)/run.stamp  ## Prune the shipped model by every method and print th
 test: $(VENV)/dev.stamp  ## Run all tests
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) tests
 
-hosts: $(VENV)/made.stamp  ## Test the adapters to llm-compressor and ModelOpt, each in an environment of its own
-	@for host in llmcompressor modelopt; do \
+hosts: $(VENV)/made.stamp  ## Test what needs llm-compressor, ModelOpt or lm-eval, each in an environment of its own
+	@for host in llmcompressor modelopt eval; do \
 		test -x $(VENV)/hosts/$$host/bin/python || $(PYTHON) -m venv $(VENV)/hosts/$$host || exit 1; \
 		$(VENV)/hosts/$$host/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" --editable ".[$$host]" \
 			pytest hypothesis || exit 1; \
-		$(VENV)/hosts/$$host/bin/python -m pytest -o filterwarnings=ignore tests/hosts || exit 1; \
+		$(VENV)/hosts/$$host/bin/python -m pytest -o filterwarnings=ignore \
+			$$(test $$host = eval && echo tests/cli/test_evaluate.py || echo tests/hosts) || exit 1; \
 	done
 
 quick: $(VENV)/dev.stamp  ## Run one case of every test in less than a minute
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) --quick tests
 
-check: $(VENV)/dev.stamp  ## Lint, types, import rules
+check: $(VENV)/dev.stamp docs  ## Lint, types, import rules, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/dev.stamp  ## Build the documentation site, build/docs/index.html; warnings are errors
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --conf-dir docs --doctree-dir build/doctrees . build/docs
+
+release-check: $(VENV)/dev.stamp  ## Build wheel and source distribution, check them, and run the wheel's demo elsewhere
+	rm -rf build/dist $(VENV)/release
+	$(BIN)/python -m build --outdir build/dist .
+	$(BIN)/python -m twine check --strict build/dist/*
+	$(PYTHON) -m venv $(VENV)/release
+	cd $(VENV)/release && bin/python -m pip install --quiet --constraint $(CURDIR)/constraints.txt \
+		"$$(echo $(CURDIR)/build/dist/*.whl)[hf]" && bin/maskopt doctor && bin/maskopt demo --json demo.json
 
 format: $(VENV)/dev.stamp  ## Format and fix what can be fixed
 	$(BIN)/ruff format .

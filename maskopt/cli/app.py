@@ -233,10 +233,12 @@ app.command(
     epilog="Example:  maskopt shrink Qwen/Qwen3-0.6B smaller --calibration text.txt --neurons 0.3 --heads 0.25 "
     "--evaluate held-out.txt"
 )(shrink)
-app.command(epilog="Example:  maskopt evaluate pruned --text held-out.txt")(evaluate)
+app.command(
+    epilog="Example:  maskopt evaluate pruned --against Qwen/Qwen3-0.6B --text held-out.txt --tasks arc_easy,piqa"
+)(evaluate)
 app.command(epilog="Example:  maskopt pack pruned packed --compress --json sizes.json")(pack)
 app.command(epilog="Example:  maskopt unpack packed pruned --json -")(unpack)
 app.command(epilog="Example:  maskopt scale meta-llama/Llama-3.1-70B --samples 128 --speed 60e12")(scale)
 app.command(epilog="Example:  maskopt demo --json demo.json")(demo)
-app.command(epilog="Example:  maskopt report pruned --html pruned.html")(report)
+app.command(epilog="Example:  maskopt report compare.json --html compare.html")(report)
 app.command(epilog="Example:  maskopt doctor --json -")(doctor)

@@ -21,13 +21,14 @@ __all__ = ["doctor"]
 _PURPOSES = {
     "": "everything",
     "hf": "pruning and evaluating language models",
+    "eval": "tasks of lm-eval",
     "mip": "exact answers by SCIP",
     "report": "plots",
     "peft": "fine-tuning by LoRA that keeps zeros",
     "llmcompressor": "our modifier in llm-compressor",
     "modelopt": "our mode in ModelOpt",
     "zstd": "compressed packed folders",
-    "dev": "the tests",
+    "dev": "the tests and the documentation",
 }
 _EXTRA = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
 

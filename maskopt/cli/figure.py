@@ -57,26 +57,61 @@ def check_figure(path: Path) -> None:
         raise MaskoptError('Figures need matplotlib, which is missing: pip install "maskopt[report]".')
 
 
-def draw_traces(traces: dict[str, dict[str, list[float]]], path: Path, kind: str, title: str) -> None:
+def _on_a_page(title: str | None) -> Any:
+    """Return matplotlib's settings of a figure; without a title it is for a page, light or dark."""
+    if title is not None:
+        return {}
+    grey = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    clear = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
+    return {**dict.fromkeys(grey, "#808080"), **dict.fromkeys(clear, "none"), "svg.fonttype": "none"} | {
+        "svg.hashsalt": "maskopt"  # the same figure twice has the same bytes
+    }
+
+
+def _colour(number: int, title: str | None) -> str:
+    colour = _COLOURS[number % len(_COLOURS)]
+    # Black cannot be seen on a dark page.
+    return "#808080" if title is None and colour == "#000000" else colour
+
+
+def _save(figure: Any, target: Path | IO[str], kind: str, title: str | None) -> None:
+    if title is not None:
+        figure.suptitle(title, fontsize=10)
+    figure.savefig(target, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+
+
+def draw_traces(
+    traces: Mapping[str, Mapping[str, Sequence[float]]],
+    target: Path | IO[str],
+    kind: str = "svg",
+    title: str | None = None,
+) -> None:
     """Draw rounded errors, relaxed values and bounds against iterations and against seconds.
 
     Parameters
     ----------
     traces : dict
         Histories (columns as in `maskopt.solvers.COLUMNS`) by solver.
-    path : Path
-        File to write.
+    target : Path or text file
     kind : str
-        ".png", ".svg" or ".pdf".
-    title : str
+        "png", "svg" or "pdf".
+    title : str, optional
+        Without one, the figure is for a page, as with `draw_lines`.
     """
+    from matplotlib import rc_context
+
+    with rc_context(_on_a_page(title)):
+        _save(_traces(traces, title), target, kind, title)
+
+
+def _traces(traces: Mapping[str, Mapping[str, Sequence[float]]], title: str | None) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for number, history in enumerate(traces.values()):
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = _colour(number, title)
         for axis, panel in zip(("iteration", "seconds"), panels, strict=True):
             for name, (style, _) in _LINES.items():
                 at = [i for i, y in enumerate(history[name]) if y > 0 and math.isfinite(y)]
@@ -97,12 +132,11 @@ def draw_traces(traces: dict[str, dict[str, list[float]]], path: Path, kind: str
     ends = [history[name][-1] for history in traces.values() for name in ("incumbent", "bound")]
     lowest = min((end for end in ends if end > 1e-6), default=1e-6)
     panels[0].set_ylim(bottom=lowest / 5)
-    handles = [Line2D([], [], color=_COLOURS[i % len(_COLOURS)]) for i in range(len(traces))]
+    handles = [Line2D([], [], color=_colour(i, title)) for i in range(len(traces))]
     handles += [Line2D([], [], color="grey", linestyle=style) for style, _ in _LINES.values()]
     labels = [*traces, *(label for _, label in _LINES.values())]
     figure.legend(handles, labels, fontsize=8, loc="outside right upper")
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, format=kind[1:], dpi=150)
+    return figure
 
 
 def draw_plan(sparsities: dict[str, float], path: Path, title: str) -> None:
@@ -144,13 +178,14 @@ def draw_lines(
     kind: str = "svg",
     title: str | None = None,
     logarithmic: bool = False,
+    across: str = "block",
 ) -> None:
-    """Draw values of layers by depth, a line for each kind of layer.
+    """Draw values by depth or case, a line for each kind of layer or solver.
 
     Parameters
     ----------
     lines : mapping
-        Of `by_kind`.
+        Points by label, such as of `by_kind`.
     target : Path or text file
     label : str
         Of the values.
@@ -160,25 +195,22 @@ def draw_lines(
         Without one, the figure is for a page, light or dark: what is not a line is grey, and there is no background.
     logarithmic : bool
         Whether the values' axis is; zeros are then left out. Otherwise it goes from 0 to 1.
+    across : str
+        What points are numbered by.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    grey: dict[Any, str] = dict.fromkeys(
-        ["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], "#808080"
-    )
-    with rc_context({} if title is not None else {**grey, "svg.fonttype": "none", "svg.hashsalt": "maskopt"}):
+    with rc_context(_on_a_page(title)):
         figure = Figure(figsize=(9, 4.6), layout="constrained")
         panel = figure.subplots()
         for number, points in enumerate(lines.values()):
             shown = [point for point in points if not logarithmic or point[1] > 0] or [(0, math.nan)]
             style = ("-", "--", ":")[number // len(_COLOURS) % 3]
-            colour = _COLOURS[number % len(_COLOURS)]
-            if title is None and colour == "#000000":
-                colour = "#808080"  # black cannot be seen on a dark page
+            colour = _colour(number, title)
             panel.plot(*zip(*shown, strict=True), style, color=colour, marker="o", markersize=3.5, linewidth=1.4)
-        panel.set_xlabel("block")
+        panel.set_xlabel(across)
         panel.set_ylabel(label)
         if logarithmic:
             panel.set_yscale("log")
@@ -186,12 +218,5 @@ def draw_lines(
             panel.set_ylim(0, 1)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3, linewidth=0.5)
-        legend = figure.legend(panel.get_lines(), list(lines), fontsize=8, loc="outside right upper")
-        if title is None:
-            figure.patch.set_alpha(0.0)
-            panel.patch.set_alpha(0.0)
-            legend.get_frame().set_alpha(0.0)
-        else:
-            figure.suptitle(title, fontsize=10)
-        metadata = {"Date": None} if kind == "svg" else None
-        figure.savefig(target, format=kind, dpi=150, metadata=metadata)
+        figure.legend(panel.get_lines(), list(lines), fontsize=8, loc="outside right upper")
+        _save(figure, target, kind, title)

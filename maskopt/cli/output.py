@@ -208,8 +208,10 @@ def check_outputs(json: str | None, *targets: str | Path | None) -> None:
 
 
 @contextmanager
-def json_output(target: str | None, figures: Mapping[str, Any]) -> Iterator[None]:
+def json_output(target: str | None, figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Write figures to a temporary file, run the body (other outputs), then rename the file.
+
+    What is known only after the body goes into the dictionary that is yielded, and then beside the figures.
 
     Numbers that are not finite become null, because JSON has none.
 
@@ -220,15 +222,22 @@ def json_output(target: str | None, figures: Mapping[str, Any]) -> Iterator[None
     figures : mapping
         Content of the JSON.
     """
-    text = json.dumps(finite(figures), indent=2, allow_nan=False) + "\n"
+    further: dict[str, Any] = {}
+    text = _dumped(figures)
     if target is None or target == "-":
-        yield
+        yield further
         if target == "-":
-            sys.stdout.write(text)
+            sys.stdout.write(_dumped({**figures, **further}))
         return
     with atomic_path(target) as aside:
         aside.write_text(text, encoding="utf-8")
-        yield
+        yield further
+        if further:
+            aside.write_text(_dumped({**figures, **further}), encoding="utf-8")
+
+
+def _dumped(figures: Mapping[str, Any]) -> str:
+    return json.dumps(finite(figures), indent=2, allow_nan=False) + "\n"
 
 
 def finite(value: Any) -> Any:

@@ -16,8 +16,11 @@ from maskopt.errors import MaskoptError
 if TYPE_CHECKING:
     from maskopt.packed.folder import PackReport, Progress
 
-__all__ = ["CompressOption", "check_packing", "pack", "pack_lines", "unpack"]
+__all__ = ["CompressOption", "PackedOption", "check_packing", "pack", "pack_lines", "unpack"]
 
+PackedOption = Annotated[
+    bool, typer.Option("--packed", help="Store zeros in one bit each, as maskopt pack does; see its help.")
+]
 CompressOption = Annotated[
     bool,
     typer.Option(

@@ -60,10 +60,10 @@ from maskopt.cli.output import (
     tables,
     tell_memory,
 )
-from maskopt.cli.pack import CompressOption, check_packing, pack_lines
+from maskopt.cli.pack import CompressOption, PackedOption, check_packing, pack_lines
 from maskopt.cli.page import page_beside
 from maskopt.cli.prune_progress import PruneProgress
-from maskopt.cli.prune_tables import layer_table, summary
+from maskopt.cli.prune_tables import layer_table, summary, times
 from maskopt.cli.recover import recovery_lines
 from maskopt.cli.recover_options import (
     HeldOutOption,
@@ -77,7 +77,7 @@ from maskopt.cli.recover_options import (
 )
 from maskopt.cli.signals import first_rank
 from maskopt.cli.solvers import parse_weights
-from maskopt.cli.words import duration, masks_words, solver_words
+from maskopt.cli.words import masks_words, solver_words
 from maskopt.cli.work_folder import WorkFolder
 from maskopt.errors import MaskoptError
 
@@ -167,9 +167,7 @@ def prune(
     device: DeviceOption = "cpu",
     memory: MemoryOption = "1G",
     states: StatesOption = None,
-    packed: Annotated[
-        bool, typer.Option("--packed", help="Store zeros in one bit each, as maskopt pack does; see its help.")
-    ] = False,
+    packed: PackedOption = False,
     compress: CompressOption = False,
     resume: ResumeOption = False,
     quiet: QuietOption = False,
@@ -321,20 +319,21 @@ def prune(
         }
         extra["seconds"] = time.perf_counter() - began
         figures = {**report.to_json(), **extra}
-        with json_output(json, figures):
+        with json_output(json, figures) as later:
             if plot is not None:
                 draw_plan({layer.name: layer.sparsity for layer in report.layers}, plot, f"{model}: {pattern}")
             page = page_beside(finite(figures), str(out))
             sizes = models.save_pruned(
                 out, network, tokenizer, report, finite(extra), page, packed=packed, compress=compress
             )
+            later |= {} if sizes is None else {"packed": sizes.to_json()}
     console = tables(json)
     shapes = dict.fromkeys((layer.rows, layer.columns) for layer in report.layers)
     if report.plan is None:
         words = masks_words(pattern, sparsity, parse_masks(pattern, sparsity), shapes)
     else:
         words = f"{report.plan.pattern}, sparsity of each layer by the plan ({report.plan.rule})"
-    more = {"solver": solver_words(method), "time": _times(report, time.perf_counter() - began)}
+    more = {"solver": solver_words(method), "time": times(report, time.perf_counter() - began)}
     more |= {} if sizes is None else pack_lines(sizes)
     _show(console, report, figures, words, more)
     if network.can_generate():
@@ -391,15 +390,3 @@ def _check_ranks(ranks: int, apart: bool) -> None:
             "Several ranks prune layer by layer; --certify, --recover and allocating sparsities need one process, "
             "without torchrun."
         )
-
-
-def _times(report: PruneReport, seconds: float) -> str:
-    parts = {
-        "calibrating": report.calibration_seconds,
-        "solving": report.solve_seconds,
-        "proving": report.certify_seconds,
-        "recovering": report.recovery_seconds,
-    }
-    return f"{duration(seconds)} in all: " + ", ".join(
-        f"{duration(part)} {name}" for name, part in parts.items() if part > 0.0
-    )

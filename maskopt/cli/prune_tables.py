@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from maskopt.cli.words import named_table
+from maskopt.cli.words import duration, named_table
 
-__all__ = ["layer_table", "summary"]
+if TYPE_CHECKING:
+    from maskopt.models import PruneReport
+
+__all__ = ["layer_table", "summary", "times"]
 
 _WIDE = 110  # characters of a terminal on which the table has a column more
 
@@ -140,3 +143,23 @@ def _held_out_words(
 def _leading(number: int) -> int:
     """Return a number rounded to two digits."""
     return round(number, 2 - len(str(number)))
+
+
+def times(report: PruneReport, seconds: float) -> str:
+    """Return how long pruning took, in all and in parts.
+
+    Parameters
+    ----------
+    report : PruneReport
+    seconds : float
+        In all.
+    """
+    parts = {
+        "calibrating": report.calibration_seconds,
+        "solving": report.solve_seconds,
+        "proving": report.certify_seconds,
+        "recovering": report.recovery_seconds,
+    }
+    return f"{duration(seconds)} in all: " + ", ".join(
+        f"{duration(part)} {name}" for name, part in parts.items() if part > 0.0
+    )

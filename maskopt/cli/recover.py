@@ -40,6 +40,8 @@ from maskopt.cli.output import (
     tables,
     tell_memory,
 )
+from maskopt.cli.pack import CompressOption, PackedOption, check_packing, pack_lines
+from maskopt.cli.page import page_beside
 from maskopt.cli.recover_options import (
     HeldOutOption,
     RecoverEpochsOption,
@@ -93,11 +95,14 @@ def recover(
     json: JsonOption = None,
     device: DeviceOption = "cpu",
     memory: MemoryOption = "1G",
+    packed: PackedOption = False,
+    compress: CompressOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Fit a pruned language model to the dense one without losing its zeros, and save it."""
     began = time.perf_counter()
     check_outputs(json, out)
+    check_packing(packed, compress)
     working = parse_memory(memory)
     settings = parse_recovery(
         level, recover_epochs, recover_tokens, recover_masks, recover_parameters, seed, recover_rank
@@ -164,18 +169,26 @@ def recover(
             "device": device,
             "memory": working,
             "recovery_bytes": needed,
+            "packed": packed,
+            "compress": compress,
         },
         "versions": environment(),
         "seconds": time.perf_counter() - began,
     }
-    with json_output(json, {**report.to_json(), **extra}):
-        models.save_pruned(out, network, tokenizer, report, finite(extra))
+    figures = {**report.to_json(), **extra}
+    with json_output(json, figures) as later:
+        page = page_beside(finite(figures), str(out))
+        sizes = models.save_pruned(
+            out, network, tokenizer, report, finite(extra), page, packed=packed, compress=compress
+        )
+        later |= {} if sizes is None else {"packed": sizes.to_json()}
     console = tables(json)
     console.print(_table(report.recovery, console.width))
     lines = {"sparsity": f"{100 * report.sparsity:.2f} % in {len(report.masks)} layers"}
     lines |= recovery_lines(report.recovery)
     if perplexities:
         lines["perplexity"] = ", ".join(f"{value.perplexity:.3f} {when}" for when, value in perplexities.items())
+    lines |= {} if sizes is None else pack_lines(sizes)
     lines |= {"time": duration(time.perf_counter() - began), "saved in": str(out)}
     console.print(facts(lines))
     if network.can_generate():

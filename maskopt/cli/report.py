@@ -1,4 +1,4 @@
-"""`maskopt report`: the page of a pruned model."""
+"""`maskopt report`: results as a page."""
 
 from __future__ import annotations
 
@@ -18,24 +18,43 @@ __all__ = ["report"]
 
 
 def report(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that maskopt prune has written.")],
+    results: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RESULTS",
+            help="Folder that prune or recover has written, or the file that --json of prune, recover, compare, trace "
+            "or evaluate has.",
+        ),
+    ],
     html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="New file of the page; by default OUT/report.html.")
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="New file of the page; by default report.html in the folder, or the JSON file's name with .html.",
+        ),
     ] = None,
     json: JsonOption = None,
 ) -> None:
-    """Write a page on a pruned model: what was done, errors and sparsities by depth, perplexities, settings, use."""
-    page = out / "report.html" if html is None else html
+    """Write results as a page: what was done, errors by depth or case as plots, perplexities, settings, use."""
+    single = results.is_file()
+    source = results if single else results / "report.json"
+    page = html or (results.with_suffix(".html") if single else results / "report.html")
     check_outputs(json, page)
-    source = out / "report.json"
     try:
         figures: Any = json_module.loads(source.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise MaskoptError(f"The report {source} cannot be read: {reason(error)}.") from error
     if not isinstance(figures, dict):
-        raise MaskoptError(f"The report {source} is none of maskopt prune.")
-    text = page_of(figures, str(out))
+        raise MaskoptError(f"The report {source} is none of maskopt.")
+    text = page_of(figures, _folder(figures, results) if single else str(results))
     with json_output(json, {"page": str(page), "bytes": len(text.encode()), "report": figures}):
         with atomic_path(page) as aside:
             aside.write_text(text, encoding="utf-8")
         tables(json).print(f"The page is in {page}.", highlight=False)
+
+
+def _folder(figures: dict[str, Any], file: Path) -> str:
+    """Return the folder of the model that a JSON file of prune or recover is about, else the file."""
+    command = figures.get("command")
+    return str(command["out"]) if isinstance(command, dict) and "out" in command else str(file)

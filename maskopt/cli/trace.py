@@ -1,6 +1,7 @@
 """`maskopt trace`: trajectories of solvers over iterations and seconds, as a figure and as numbers."""
 
 import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,7 @@ from maskopt.cli.words import named_table, set_words
 from maskopt.errors import MaskoptError
 from maskopt.files import atomic_path
 
-__all__ = ["trace"]
+__all__ = ["last_values", "trace"]
 
 
 def trace(
@@ -112,7 +113,7 @@ def trace(
                 _write(aside, traces)
         if out is not None:
             with atomic_path(out) as aside:
-                draw_traces(traces, aside, out.suffix, f"{instance.stem}, {set_words(pattern, sparsity)}")
+                draw_traces(traces, aside, out.suffix[1:], f"{instance.stem}, {set_words(pattern, sparsity)}")
     console = tables(json)
     console.print(_summary(traces, console.width))
 
@@ -128,10 +129,23 @@ def _write(path: Path, traces: dict[str, dict[str, list[float]]]) -> None:
 
 
 def _summary(traces: dict[str, dict[str, Any]], width: int) -> Table:
+    title = "Last values, relative to pruning all: relaxed value, its gap, proven bound, rounded and best mask"
+    return named_table(title, "solver", list(traces), last_values(traces, 6 if width >= 100 else 5), width)
+
+
+def last_values(traces: Mapping[str, Mapping[str, Sequence[float]]], digits: int = 6) -> dict[str, list[str]]:
+    """Return what trajectories end with: cells of a table by heading, one for each solver.
+
+    Parameters
+    ----------
+    traces : mapping
+        Histories (columns as in `maskopt.solvers.COLUMNS`) by solver.
+    digits : int
+        Decimals.
+    """
     columns: dict[str, list[str]] = {
         name: [] for name in ("steps", "seconds", "relaxed", "gap", "bound", "rounded", "mask")
     }
-    digits = 6 if width >= 100 else 5
     for history in traces.values():
         # The last record is the returned mask; the last one with a relaxed point is before it.
         relaxed = [index for index, value in enumerate(history["value"]) if value == value]
@@ -147,8 +161,7 @@ def _summary(traces: dict[str, dict[str, Any]], width: int) -> Table:
         )
         for column, cell in zip(columns.values(), cells, strict=True):
             column.append(cell)
-    title = "Last values, relative to pruning all: relaxed value, its gap, proven bound, rounded and best mask"
-    return named_table(title, "solver", list(traces), columns, width)
+    return columns
 
 
 def _number(value: float, digits: int) -> str:

@@ -14,7 +14,9 @@ from maskopt.models.recover import recognised, recover
 from maskopt.models.report import Generalisation, LayerRecord, PruneReport, RecoveryRecord, RecoveryReport
 from maskopt.models.saving import check_output, load_masks, save_masks, save_pruned
 from maskopt.models.selection import LeftDense, Selection, select_layers
+from maskopt.models.tasks import Tasks, TaskScore, require_lm_eval
 from maskopt.models.text import Text, TokenStream, read_text, tokenize
+from maskopt.packed.classes import load_packed
 from maskopt.packed.folder import PackReport, is_packed, pack, unpack
 
 __all__ = [
@@ -35,6 +37,8 @@ __all__ = [
     "RecoveryRecord",
     "RecoveryReport",
     "Selection",
+    "TaskScore",
+    "Tasks",
     "Text",
     "TokenStream",
     "allocate",
@@ -46,6 +50,7 @@ __all__ = [
     "is_packed",
     "load_masks",
     "load_model",
+    "load_packed",
     "model_class",
     "pack",
     "peak_bytes",
@@ -58,6 +63,7 @@ __all__ = [
     "recognised",
     "recover",
     "recovery_bytes",
+    "require_lm_eval",
     "save_masks",
     "save_pruned",
     "select_layers",

@@ -13,7 +13,15 @@ from maskopt.checks import shown, whole
 from maskopt.errors import MaskoptError, is_memory_failure
 from maskopt.files import first_line
 
-__all__ = ["Offloaded", "check_finite", "check_model", "check_tokenizer", "move_model", "require_positive"]
+__all__ = [
+    "Offloaded",
+    "check_causal",
+    "check_finite",
+    "check_model",
+    "check_tokenizer",
+    "move_model",
+    "require_positive",
+]
 
 _PIECE = 2**20  # entries
 _MOST = 2**63 - 1  # what torch can count
@@ -102,6 +110,25 @@ def move_model(model: PreTrainedModel, device: str | torch.device) -> PreTrained
         if is_memory_failure(error):
             raise
         raise MaskoptError(f"The model cannot be moved to the device {device!r}: {first_line(error)}.") from error
+
+
+def check_causal(what: str, model: Any) -> None:
+    """Check that a model is a causal language model of transformers, as `check_model` does and further.
+
+    Parameters
+    ----------
+    what : str
+        What needs one, with its verb, as a message begins.
+    model : PreTrainedModel
+
+    Raises
+    ------
+    MaskoptError
+        If it is not.
+    """
+    network = check_model(model)
+    if not network.can_generate() or network.config.is_encoder_decoder:
+        raise MaskoptError(f"{what} a causal language model; this is a {type(network).__name__}.")
 
 
 def check_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:

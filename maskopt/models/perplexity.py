@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import check_token_ids
-from maskopt.models.checks import check_model, check_tokenizer, require_positive
+from maskopt.models.checks import check_causal, check_tokenizer, require_positive
 from maskopt.models.context import default_seqlen
 from maskopt.models.replay import evaluation_mode, run_model
 from maskopt.models.text import Text, tokenize
@@ -96,10 +96,8 @@ def perplexity(
         If the model is no causal language model, the text cannot be read or is shorter than one window, or the
         perplexity is not finite.
     """
-    check_model(model)
+    check_causal("Perplexity needs", model)
     check_tokenizer(tokenizer)
-    if not model.can_generate() or model.config.is_encoder_decoder:
-        raise MaskoptError(f"Perplexity needs a causal language model; this is a {type(model).__name__}.")
     seqlen = default_seqlen(model, tokenizer) if seqlen is None else seqlen
     require_positive(batch_size=batch_size, seqlen=seqlen)
     if seqlen < 2:

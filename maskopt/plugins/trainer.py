@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -15,23 +17,28 @@ from maskopt.errors import MaskoptError
 
 __all__ = ["KeepMasks", "keeping_masks"]
 
+_DIVIDED = (
+    "Zeros of weights that DeepSpeed or the first version of FSDP divides among processes cannot be kept; train with "
+    "DDP or with FSDP of version 2 (fully_shard, or fsdp_config={'version': 2} for the Trainer)."
+)
+
 
 class _Kept:
-    """Weights whose zeros stay: gradients there are zero, and so are the weights after every step."""
+    """Weights whose zeros stay: gradients there are zero, and so are the weights after every step.
+
+    Of a weight that FSDP divides among processes (a DTensor), each process keeps the zeros of its own part.
+    """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor] | None) -> None:
         self._pruned: list[tuple[nn.Parameter, Tensor]] = []
-        found = _masks_of(model) if masks is None else _checked(model, masks)
-        for name, (parameter, mask) in found.items():
-            if hasattr(parameter, "device_mesh") or parameter.numel() == 0:
-                raise MaskoptError(
-                    f"The weight of {name} is divided among processes (FSDP or DeepSpeed), so that its zeros cannot be "
-                    f"kept here; train with DDP, which keeps weights whole."
-                )
-            if parameter.shape != mask.shape:
-                raise MaskoptError(
-                    f"The mask of {name} has shape {tuple(mask.shape)}, but its weight {tuple(parameter.shape)}."
-                )
+        for module in model.modules():
+            if isinstance(module, FullyShardedDataParallel):
+                raise MaskoptError(_DIVIDED)
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after a pass some weights are still whole
+        for name, (parameter, mask) in (_masks_of(model) if masks is None else _checked(model, masks)).items():
+            if not isinstance(parameter, DTensor) and parameter.numel() == 0:
+                raise MaskoptError(f"The weight of {name} is empty in this process. {_DIVIDED}")
             self._pruned.append((parameter, ~mask.to(parameter.device)))
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(_clear_gradient(pruned))  # type: ignore[no-untyped-call]
@@ -44,7 +51,7 @@ class _Kept:
     def clear(self, *_: object) -> None:
         """Set all pruned weights to zero."""
         for parameter, pruned in self._pruned:
-            parameter.masked_fill_(pruned, 0.0)
+            _local(parameter).masked_fill_(pruned, 0.0)
 
     def end(self) -> None:
         for hook in self._hooks:
@@ -55,39 +62,68 @@ def _clear_gradient(pruned: Tensor) -> Any:
     def clear(parameter: Tensor) -> None:
         # Norms by which gradients are clipped, and moments of the optimizer, are then those of the weights that train.
         if parameter.grad is not None:
-            parameter.grad.masked_fill_(pruned, 0.0)
+            _local(parameter.grad).masked_fill_(pruned, 0.0)
 
     return clear
 
 
+def _local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor, which shares its memory; the tensor itself unless it is divided."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _masks_of(model: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
-    """Return all weights of at least two dimensions that have zeros, and where they are not zero."""
-    found = {}
+    """Return all weights of at least two dimensions that have zeros, and where their own part is not zero."""
+    found, divided = {}, None
     for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and (mask := parameter.detach() != 0).numel() and not bool(mask.all()):
+        divided = parameter.device if isinstance(parameter, DTensor) else divided
+        if parameter.ndim >= 2 and not bool((mask := _local(parameter.detach()) != 0).all()):
             found[name] = parameter, mask
-    if not found:
+    count = len(found)
+    if divided is not None:  # zeros may all be in the parts of other processes
+        total = torch.tensor(count, device=divided)
+        torch.distributed.all_reduce(total)
+        count = int(total)
+    if not count:
         raise MaskoptError("No weight of the model is zero, so there is nothing to keep; load a pruned model.")
     return found
 
 
 def _checked(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, tuple[nn.Parameter, Tensor]]:
-    """Return the weights that masks belong to, by the names of modules or parameters."""
+    """Return the weights that masks belong to, by the names of modules or parameters, and their parts of the masks."""
     parameters = dict(model.named_parameters())
     found = {}
     for name, mask in masks.items():
         parameter = parameters.get(f"{name}.weight", parameters.get(name))
         if parameter is None:
             raise MaskoptError(f"The model has no weight named {name}, for which there is a mask.")
-        found[name] = parameter, mask.bool()
+        if parameter.numel() and parameter.shape != mask.shape:
+            raise MaskoptError(
+                f"The mask of {name} has shape {tuple(mask.shape)}, but its weight {tuple(parameter.shape)}."
+            )
+        found[name] = parameter, _part(name, mask.bool(), parameter)
     return found
+
+
+def _part(name: str, mask: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return what a whole mask says of this process's part of a weight."""
+    if not isinstance(parameter, DTensor):
+        return mask
+    if any(type(placement) not in (Shard, Replicate) for placement in parameter.placements):
+        raise MaskoptError(
+            f"The weight of {name} is divided among processes in a way ({parameter.placements}) in which masks cannot "
+            f"be; leave masks out, and what is zero is kept."
+        )
+    mesh = parameter.device_mesh
+    # Every process has the whole mask, so that none waits for another one's.
+    return distribute_tensor(mask.to(parameter.device), mesh, parameter.placements, src_data_rank=None).to_local()
 
 
 class KeepMasks(TrainerCallback):  # type: ignore[misc]  # transformers is not followed
     """Callback of the Trainer of transformers that keeps pruned weights zero.
 
-    Full fine-tuning in float32, bfloat16 or with autocast, with accumulated gradients, on one device or with DDP under
-    torchrun. For adapters of peft see `maskopt.plugins.masked_lora`.
+    Full fine-tuning in float32, bfloat16 or with autocast, with accumulated gradients, on one device, or under torchrun
+    with DDP or FSDP of version 2 (``fully_shard``). For adapters of peft see `maskopt.plugins.masked_lora`.
 
     Parameters
     ----------
@@ -98,7 +134,8 @@ class KeepMasks(TrainerCallback):  # type: ignore[misc]  # transformers is not f
     Raises
     ------
     MaskoptError
-        When the training begins: if nothing is zero, a mask does not fit, or weights are divided among processes.
+        When the training begins: if nothing is zero, a mask does not fit, or weights are divided among processes by
+        DeepSpeed or the first version of FSDP.
 
     Examples
     --------
@@ -113,10 +150,8 @@ class KeepMasks(TrainerCallback):  # type: ignore[misc]  # transformers is not f
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Find the pruned weights."""
-        if args.fsdp or args.deepspeed:
-            raise MaskoptError(
-                "KeepMasks cannot keep zeros of weights that FSDP or DeepSpeed divides among processes; train with DDP."
-            )
+        if args.deepspeed or (args.fsdp and int((args.fsdp_config or {}).get("version", 2)) == 1):
+            raise MaskoptError(_DIVIDED)
         self._kept = _Kept(kwargs["model"], self._masks)
 
     def on_optimizer_step(
@@ -143,6 +178,7 @@ def keeping_masks(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Te
     Parameters
     ----------
     model : nn.Module
+        On one device, in DDP, or after ``fully_shard``.
     optimizer : Optimizer
         After each of its steps pruned weights are zero.
     masks : mapping of str to Tensor, optional

@@ -59,8 +59,14 @@ def test_packing_says_what_became_of_the_bytes(run, pruned, tmp_path, read):
 
 def test_prune_writes_packed_folders(run, model, text, pruned, tmp_path, read):
     out = tmp_path / "packed"
-    result = run("prune", model, out, "--calibration", text, *DATA, "--packed")
+    result = run("prune", model, out, "--calibration", text, *DATA, "--packed", "--json", tmp_path / "figures.json")
     assert "mask and values  14 tensors" in result.stdout
+    figures = read(tmp_path / "figures.json")
+    sizes = figures.pop("packed")
+    assert figures == read(out / "report.json")
+    run("pack", pruned, tmp_path / "later", "--json", tmp_path / "later.json")
+    later = read(tmp_path / "later.json")
+    assert {key: sizes[key] for key in ("kinds", "ratio")} == {key: later[key] for key in ("kinds", "ratio")}
     assert is_packed(out)
     assert equal(pruned, out)
     assert load_masks(out).keys() == load_masks(pruned).keys()

@@ -21,6 +21,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import maskopt.packed.reader as reading
+from maskopt.errors import MaskoptError
+from maskopt.packed.classes import load_packed
 from maskopt.packed.folder import pack
 from maskopt.packed.packed_tensors import AUTO_MAP, PackedError, as_bytes
 from maskopt.packed.reader import PackedConfig, load, locate
@@ -364,3 +366,28 @@ def test_a_folder_whose_code_was_taken_away_is_refused(folders, tmp_path):
     outcome = fresh("code", tmp_path / "folders", str(tmp_path), tmp_path)["gpt2"]
     assert outcome.startswith("ValueError: ")
     assert "maskopt-packed" in outcome
+
+
+def test_a_class_that_one_names_is_loaded_or_refused_and_never_random(tmp_path):
+    model = pruned("llama", torch.bfloat16)
+    dense, packed = both(tmp_path, model)
+    kind = type(model)
+    with pytest.raises(OSError, match="no file named"):
+        kind.from_pretrained(packed)
+    found = load_packed(kind, packed, dtype=torch.float32, attn_implementation="eager", use_cache=False)
+    expected = kind.from_pretrained(dense, dtype=torch.float32, attn_implementation="eager", use_cache=False)
+    assert type(found) is kind
+    assert same(found, expected)
+    assert settings(found.config) == settings(expected.config)
+    assert found.config._attn_implementation == "eager"
+    _, info = load_packed(kind, packed, output_loading_info=True)
+    assert not info["missing_keys"]
+
+    with pytest.raises(MaskoptError, match="is not a packed folder; load it with LlamaForCausalLM"):
+        load_packed(kind, dense)
+    with pytest.raises(MaskoptError, match="holds a model of the type llama, which GPT2LMHeadModel is not for"):
+        load_packed(transformers.GPT2LMHeadModel, packed)
+    for file in packed.glob("packed-*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(MaskoptError, match="is damaged"):
+        load_packed(kind, packed)

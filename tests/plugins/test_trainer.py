@@ -1,6 +1,7 @@
 """Fine-tuning by the Trainer of transformers, and by loops of one's own, keeps every zero."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -104,25 +105,74 @@ def test_what_cannot_be_kept_says_so(pruned, windows):
         pass
 
 
-def test_divided_weights_are_refused(tmp_path):
-    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
-    for name in ("fsdp", "deepspeed"):
-        other = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
-        object.__setattr__(other, name, ["full_shard"])
-        with pytest.raises(MaskoptError, match="divides among processes; train with DDP"):
-            KeepMasks().on_train_begin(other, None, None, model=None)
+def test_divided_weights_are_refused(pruned_llama, tmp_path):
+    arguments = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True}
+    first = TrainingArguments(**arguments)
+    object.__setattr__(first, "fsdp", True)
+    object.__setattr__(first, "fsdp_config", {"version": 1})
+    other = TrainingArguments(**arguments)
+    object.__setattr__(other, "deepspeed", "zero3.json")
+    for each in (first, other):
+        with pytest.raises(MaskoptError, match="cannot be kept; train with DDP or with FSDP of version 2"):
+            KeepMasks().on_train_begin(each, None, None, model=pruned_llama)
     with pytest.raises(MaskoptError, match="No weight of the model is zero"):
-        KeepMasks().on_train_begin(arguments, None, None, model=torch.nn.Linear(2, 2))
+        KeepMasks().on_train_begin(TrainingArguments(**arguments), None, None, model=torch.nn.Linear(2, 2))
+    empty = torch.nn.Linear(2, 2)
+    empty.weight = torch.nn.Parameter(torch.empty(0))
+    with (
+        pytest.raises(MaskoptError, match="weight is empty in this process"),
+        keeping_masks(empty, torch.optim.SGD(empty.parameters(), lr=0.1), {"weight": torch.ones(2, 2)}),
+    ):
+        pass
+
+
+def run_in_two(script, folder):
+    """Run a script of this folder in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command += [str(Path(__file__).with_name(script)), str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+def test_zeros_of_weights_that_fsdp_divides_are_kept(pruned_llama, windows, zeros, tmp_path):
+    pruned = copy.deepcopy(pruned_llama)
+    with torch.no_grad():
+        pruned.lm_head.weight[:, ::5] = 0.0  # FSDP does not divide it again after a pass without gradients
+    pruned.save_pretrained(tmp_path / "pruned")
+    run_in_two("shard_script.py", tmp_path)
+    found, told = torch.load(tmp_path / "found.pt"), json.loads((tmp_path / "told.json").read_text())
+    before = zeros(pruned)
+    for state in (found["zeros"], found["callback"]):
+        assert all(not bool(state[name][zero].any()) for name, zero in before.items())
+    # One process with whole weights does the same, up to the order of sums.
+    model = copy.deepcopy(pruned)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    with keeping_masks(model, optimizer):
+        for _ in range(4):
+            model(input_ids=windows, labels=windows).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(found["zeros"][name], parameter, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(parameter, pruned.get_parameter(name), atol=1e-4)
+        assert not torch.equal(found["callback"][name], found["zeros"][name])
+
+    state = found["mask"]["model.layers.0.mlp.down_proj.weight"]
+    assert not bool(state[1:5, ::3].any())
+    assert int((state == 0).sum()) < state.numel() // 4  # the others were let go
+    assert told["gradients"] == [0.0] * 3
+    assert "has shape (31, 48), but its weight (32, 48)" in told["shape"]
+    assert "train with DDP or with FSDP of version 2" in told["first"]
+    assert told["one"] == ""
+    assert "No weight of the model is zero" in told["none"]
 
 
 @pytest.mark.slow
 def test_several_processes_keep_every_zero(pruned_llama, zeros, tmp_path):
     pruned_llama.save_pretrained(tmp_path / "pruned")
-    script = Path(__file__).with_name("train_script.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=300)
-    assert run.returncode == 0, run.stderr
+    run_in_two("train_script.py", tmp_path)
     after = type(pruned_llama).from_pretrained(tmp_path / "trained")
     before = zeros(pruned_llama)
     assert all(not bool((zero & ~zeros(after)[name]).any()) for name, zero in before.items())
