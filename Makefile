@@ -81,6 +81,8 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOL
 	$(if $(LAYERS),$(BIN)/python benchmarks/bounds.py $(LAYERS) --rows 8 --inputs 96 0 --cuts 100)
 	$(if $(LAYERS),$(BIN)/python benchmarks/exact.py $(LAYERS))
 	$(BIN)/python benchmarks/false_claims.py --instances 50000 --jobs 2
+	$(BIN)/python benchmarks/columns.py $(if $(LAYERS),--instances $(LAYERS))
+	$(BIN)/python benchmarks/column_claims.py
 	$(BIN)/python benchmarks/make_library.py
 	$(BIN)/python benchmarks/perplexity.py $(MODELS) $(MASKS_STUDY)
 	$(if $(MODELS),$(BIN)/python benchmarks/perplexity.py $(MODELS) $(WEIGHTS_STUDY))

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from maskopt.errors import MaskoptError
 
-__all__ = ["check_finite", "check_positive_semidefinite", "check_symmetric", "ridged_factor", "symmetrised"]
+__all__ = [
+    "check_finite",
+    "check_layer",
+    "check_positive_semidefinite",
+    "check_symmetric",
+    "ridged_factor",
+    "symmetrised",
+]
 
 
 def symmetrised(matrix: Tensor) -> Tensor:
@@ -50,24 +57,64 @@ def ridged_factor(matrix: Tensor) -> Tensor:
     return last
 
 
-def check_finite(name: str, matrix: Tensor) -> None:
+def check_layer(weight: Tensor, gram: Tensor, target: Tensor | None, mean: Tensor | None) -> None:
+    """Check that the data of a layer have shapes that go together, on one device.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Must have shape (rows, d).
+    gram : Tensor
+        Must have shape (d, d).
+    target : Tensor or None
+        Must have shape (rows, d).
+    mean : Tensor or None
+        Must have shape (d,).
+
+    Raises
+    ------
+    MaskoptError
+        If they have not.
+    """
+    if weight.ndim != 2 or gram.ndim != 2 or 0 in weight.shape:
+        raise MaskoptError(
+            f"A layer needs a non-empty weight (rows, d) and a Gram (d, d); got shapes {tuple(weight.shape)} "
+            f"and {tuple(gram.shape)}."
+        )
+    if gram.shape != (weight.shape[1], weight.shape[1]):
+        raise MaskoptError(
+            f"The weight has {weight.shape[1]} input features but the Gram has shape {tuple(gram.shape)}; "
+            f"it must be ({weight.shape[1]}, {weight.shape[1]})."
+        )
+    if weight.device != gram.device:
+        raise MaskoptError(f"Weight lies on {weight.device} and Gram on {gram.device}; put both on one device.")
+    shapes = (("target", target, "the weight's shape", weight.shape), ("mean", mean, "shape", gram.shape[:1]))
+    for name, data, words, shape in shapes:
+        if data is not None and (data.shape != shape or data.device != weight.device):
+            raise MaskoptError(
+                f"The {name} must have {words} {tuple(shape)} and device {weight.device}; got {tuple(data.shape)} on "
+                f"{data.device}."
+            )
+
+
+def check_finite(name: str, data: Tensor | None) -> None:
     """Check that all entries are finite.
 
     Parameters
     ----------
     name : str
-        Of the matrix, for the message.
-    matrix : Tensor
-        Shape (rows, d).
+        Of the data, for the message.
+    data : Tensor or None
+        Of any shape; None has no entries.
 
     Raises
     ------
     MaskoptError
         At the first entry that is NaN or infinite.
     """
-    if not bool(torch.isfinite(matrix).all()):
-        row, column = (~torch.isfinite(matrix)).nonzero()[0].tolist()
-        raise MaskoptError(f"The {name} must be finite, but entry ({row}, {column}) is {matrix[row, column].item()}.")
+    if data is not None and not bool(torch.isfinite(data).all()):
+        place = tuple((~torch.isfinite(data)).nonzero()[0].tolist())
+        raise MaskoptError(f"The {name} must be finite, but entry {place} is {data[place].item()}.")
 
 
 def check_symmetric(gram: Tensor) -> None:

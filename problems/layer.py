@@ -7,19 +7,18 @@ import torch
 from torch import Tensor
 
 from maskopt.checks import matrix
-from maskopt.errors import MaskoptError
 from maskopt.exact import WIDEST, ExactMatrix, condition, exact_difference, nearest_float
 from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
 from maskopt.problems.checks import (
     check_finite,
+    check_layer,
     check_positive_semidefinite,
     check_symmetric,
-    ridged_factor,
     symmetrised,
 )
 from maskopt.problems.convexity import diagonal_floor, eigenvalue_floor, entry_sizes
+from maskopt.problems.drift import drift_step
 from maskopt.problems.units import divided, layer_units
-from maskopt.threads import factor_threads
 
 __all__ = ["LayerReconstruction"]
 
@@ -85,41 +84,14 @@ class LayerReconstruction(Quadratic):
     ) -> None:
         weight, gram = matrix("weight", weight), matrix("Gram", gram)
         target = None if target is None else matrix("target", target)
-        if weight.ndim != 2 or gram.ndim != 2 or 0 in weight.shape:
-            raise MaskoptError(
-                f"A layer needs a non-empty weight (rows, d) and a Gram (d, d); got shapes {tuple(weight.shape)} "
-                f"and {tuple(gram.shape)}."
-            )
-        if gram.shape != (weight.shape[1], weight.shape[1]):
-            raise MaskoptError(
-                f"The weight has {weight.shape[1]} input features but the Gram has shape {tuple(gram.shape)}; "
-                f"it must be ({weight.shape[1]}, {weight.shape[1]})."
-            )
-        if weight.device != gram.device:
-            raise MaskoptError(f"Weight lies on {weight.device} and Gram on {gram.device}; put both on one device.")
-        if target is not None and (target.shape != weight.shape or target.device != weight.device):
-            raise MaskoptError(
-                f"The target must have the weight's shape {tuple(weight.shape)} and device {weight.device}; got "
-                f"{tuple(target.shape)} on {target.device}."
-            )
+        check_layer(weight, gram, target, mean)
         dtype = torch.promote_types(torch.promote_types(weight.dtype, gram.dtype), torch.float32)
         self.weight = weight.detach().to(dtype)
         self.gram = gram.detach().to(dtype)
         self.tokens, self.mean = tokens, None if mean is None else mean.detach()
-        if mean is not None and (mean.shape != gram.shape[:1] or mean.device != gram.device):
-            raise MaskoptError(
-                f"The mean must have shape ({gram.shape[0]},) and lie on {gram.device}; got {tuple(mean.shape)} on "
-                f"{mean.device}."
-            )
         if check:
-            for name, data in (
-                ("weight", self.weight),
-                ("target", target),
-                ("Gram", self.gram),
-                ("mean", None if mean is None else mean.unsqueeze(0)),
-            ):
-                if data is not None:
-                    check_finite(name, data)
+            for name, data in (("weight", self.weight), ("target", target), ("Gram", self.gram), ("mean", mean)):
+                check_finite(name, data)
             check_symmetric(self.gram)
         self.gram = symmetrised(self.gram)
         if check:
@@ -177,20 +149,7 @@ class LayerReconstruction(Quadratic):
         weight, gram, cross = matrix("weight", weight), matrix("Gram", gram), matrix("cross term", cross)
         for name, data in (("weight", weight), ("Gram", gram), ("cross term", cross)):
             check_finite(name, data)
-        scaled = _symmetric_double(gram)
-        diagonal = scaled.diagonal()
-        diagonal.add_(ridge * float(diagonal.mean()))
-        # Scaled to about unit diagonal: outlier channels would make the factorisation inaccurate.
-        size = entry_sizes(scaled)
-        size = torch.where(size > 0, size, 1.0)
-        scaled.div_(size).div_(size.unsqueeze(1))
-        with factor_threads(len(scaled)):
-            factor = ridged_factor(scaled)
-        del scaled, diagonal
-        drift = cross.to(torch.float64, copy=True)
-        drift.sub_(gram).div_(size)
-        step = torch.cholesky_solve((weight.double() @ drift).T, factor).T / size
-        del drift, factor
+        step = drift_step(weight, gram, cross, ridge)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         target = (weight.double() + strength * step).to(dtype)
         check_finite("target", target)
@@ -437,12 +396,3 @@ class _GramCache:
         self.sizes: Tensor | None = None
         self.indefinite: float | None = None
         self.exact: ExactMatrix | None = None
-
-
-def _symmetric_double(matrix: Tensor) -> Tensor:
-    """Return the mean of a matrix and its transpose in float64, with no other float64 array of its size."""
-    double = torch.empty(matrix.shape, dtype=torch.float64, device=matrix.device)
-    for start in range(0, len(matrix), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        double[block] = matrix[block].double() / 2 + matrix[:, block].T.double() / 2
-    return double

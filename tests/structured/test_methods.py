@@ -258,3 +258,29 @@ def test_better_methods_have_smaller_errors_on_average() -> None:
     assert min(errors, key=lambda name: errors[name]) == "best"
     assert max(errors, key=lambda name: errors[name]) == "random"
     assert errors["osscar"] < min(errors["fasp"], errors["magnitude"], errors["flap"])
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_one_turn_of_spap_keeps_what_costs_most_to_remove_alone(width: int) -> None:
+    layer = random_layer(30, 5, 12)
+    masks = maskopt.Units(maskopt.Unstructured(6 // width), (None, width))
+    result = maskopt.solve(layer, masks, make_structured("spap", turns=1))
+    costs = ridged(layer).removal_costs(torch.ones(12, dtype=torch.bool)).view(-1, width).sum(1).tolist()
+    assert result.mask[0, ::width].nonzero().flatten().tolist() == largest(costs, 6 // width)
+
+
+def test_turns_of_spap_are_penalised_regressions() -> None:
+    layer, turns = random_layer(31, 5, 12), 10
+    subset = ridged(layer)
+    target, gram = subset.target, subset.gram
+    penalty = torch.zeros(12, dtype=torch.float64)
+    for turn in range(turns):
+        inverse = torch.linalg.inv(gram + torch.diag(penalty))
+        weight = target @ gram @ inverse
+        own = 1.0 / inverse.diagonal() - penalty
+        removed = round(min(1.0, (turn + 1) / 7) * 6)
+        kept = largest((own * weight.square().sum(0)).tolist(), 12 - removed)
+        penalty = 100.0 ** (turn / (turns - 1)) * own
+        penalty[kept] = 0.0
+    result = maskopt.solve(layer, maskopt.Columns(6), make_structured("spap", turns=turns))
+    assert result.mask[0].nonzero().flatten().tolist() == kept

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from maskopt import PerRow, solve, synthetic
-from maskopt.problems import LayerReconstruction, convexity, layer
+from maskopt.problems import LayerReconstruction, convexity, drift, layer
 from maskopt.weights import ADMM, ConditionalADMM, SparseGPT
 
 _D = 160
@@ -44,6 +44,7 @@ def data(monkeypatch):
     monkeypatch.setattr(layer, "_BLOCK", 8)
     monkeypatch.setattr(layer, "_NARROW", 8)
     monkeypatch.setattr(convexity, "_BLOCK", 8)
+    monkeypatch.setattr(drift, "_BLOCK", 8)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_D, 3 * _D, generator=generator)
     y = x + 0.1 * torch.randn(_D, 3 * _D, generator=generator)
