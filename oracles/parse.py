@@ -15,7 +15,12 @@ from maskopt.oracles.units import Columns, Rows
 
 __all__ = ["Counts", "parse_masks"]
 
-_FAMILIES: dict[str, Callable[[float | int], MaskSet]] = {"per-row": PerRow, "unstructured": Unstructured, "columns": Columns, "rows": Rows}
+_FAMILIES: dict[str, Callable[[float | int], MaskSet]] = {
+    "per-row": PerRow,
+    "unstructured": Unstructured,
+    "columns": Columns,
+    "rows": Rows,
+}
 
 
 def parse_masks(pattern: str, sparsity: float | None = None) -> MaskSet:
@@ -25,8 +30,8 @@ def parse_masks(pattern: str, sparsity: float | None = None) -> MaskSet:
     ----------
     pattern : str
         "per-row", "unstructured", "columns", "columns-W" (W consecutive ones together), "rows", "blocks-HxW" (tiles of
-        H rows and W columns), "n:m" with n kept of every m ("2:4"), or "transposable-n:m". "at-most-" before a set of single entries lets its groups keep
-        fewer.
+        H rows and W columns), "n:m" with n kept of every m ("2:4"), or "transposable-n:m". "at-most-" before a set of
+        single entries lets its groups keep fewer.
     sparsity : float, optional
         Fraction of the weights pruned, in [0, 1]; of each tile for "blocks-HxW". With "n:m" it may be left out, and
         must agree if given.
@@ -72,7 +77,8 @@ def parse_masks(pattern: str, sparsity: float | None = None) -> MaskSet:
     if not tile and width is None and pattern not in _FAMILIES:
         raise MaskoptError(
             f"There is no pattern {shown(pattern)}; choose per-row, unstructured, columns, columns-W such as "
-            "columns-64, rows, blocks-HxW such as blocks-4x4, n:m such as 2:4, or transposable-n:m such as transposable-2:4."
+            "columns-64, rows, blocks-HxW such as blocks-4x4, n:m such as 2:4, or transposable-n:m such as "
+            "transposable-2:4."
         )
     if sparsity is None:
         raise MaskoptError(f"The pattern {pattern} needs a sparsity between 0 and 1.")
