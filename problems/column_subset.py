@@ -12,9 +12,9 @@ from maskopt.checks import matrix
 from maskopt.errors import MaskoptError
 from maskopt.problems.base import Direction, Point, Problem, shift_convexity_error
 from maskopt.problems.checks import check_finite, check_symmetric, ridged_factor, symmetrised
-from maskopt.problems.convexity import eigenvalue_floor
 from maskopt.problems.layer import LayerReconstruction
 from maskopt.problems.refit import Refit
+from maskopt.problems.split import cheap_split, proven_split
 from maskopt.problems.unit_blocks import UnitBlocks
 
 __all__ = ["ColumnSubset"]
@@ -315,38 +315,18 @@ class ColumnSubset(Problem):
     def _split(self) -> Tensor:
         """Return D of the scaled and padded columns."""
         if self._diagonal is None:
-            self._diagonal = self._cheap()
+            self._diagonal = cheap_split(self.blocks.gram)
         return self._diagonal
-
-    def _cheap(self) -> Tensor:
-        factor = ridged_factor(self.blocks.gram)
-        variances = torch.cholesky_inverse(factor).diagonal().reciprocal()
-        root = variances.rsqrt()
-        smallest = float(torch.linalg.eigvalsh(self.blocks.gram * root * root.unsqueeze(1))[0])
-        proven = self._proven(variances * max(smallest, 2.0**-40))
-        if proven is None:
-            raise MaskoptError("The Gram must be positive definite for a relaxation; add a ridge to its diagonal.")
-        return proven
 
     def _checked(self, diagonal: Tensor) -> Tensor:
         if diagonal.shape != (self.target.shape[1],) or not bool((diagonal >= 0).all()):
             raise MaskoptError(f"A diagonal needs {self.target.shape[1]} numbers >= 0, one for each column.")
-        cheap = self._cheap()
+        cheap = cheap_split(self.blocks.gram)
         scaled = self.blocks.scaled_diagonal(diagonal.double().to(self.device))
-        proven = self._proven(torch.lerp(scaled, cheap, _FLOOR), steps=6)
+        proven = proven_split(self.blocks.gram, torch.lerp(scaled, cheap, _FLOOR), steps=6)
         if proven is None:
             raise MaskoptError("The Gram less the diagonal must be positive semidefinite; take a smaller diagonal.")
         return proven
-
-    def _proven(self, diagonal: Tensor, steps: int = 14) -> Tensor | None:
-        """Return the diagonal times the largest tried factor below one for which K - D is proven semidefinite."""
-        for power in range(steps):
-            trial = diagonal * (1.0 - 1e-13 * 10.0**power)
-            # The diagonal of K - D is rounded; the scaled K has one of about one.
-            tested = self.blocks.gram - torch.diag(trial + 2.0**-50)
-            if eigenvalue_floor(tested) == 0.0:
-                return trial
-        return None
 
     def _solution(self, x: Tensor) -> _Solution:
         if self._solved is not None and torch.equal(self._solved[0], x):
