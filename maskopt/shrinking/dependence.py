@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,7 @@ class Probe:
         self._args: Any = ()
         self._kwargs: Any = {}
         self._weighting: Tensor | None = None
+        self._known: dict[str, list[str]] = {}
         self.draw()
 
     def draw(self) -> None:
@@ -152,40 +153,21 @@ class Probe:
         list of Owned
             Of parameters that have no other use than this consumer; nothing where no matrix is among them.
         """
-        number = int(units.max()) + 1
-        digits = max(1, (number - 1).bit_length())
-        private: list[str] | None = None
-        served: dict[tuple[str, int, int, int], Tensor] = {}  # by parameter, axis, digit and its value
+        private = self._private(consumer, column_axis, len(units))
+        matrices = {name for name in private if len(self._shapes[name]) > 1}
+        if not matrices:
+            return []
+        served = _Served(units)
+        found: list[Owned] = []
         for draw in range(_DRAWS):
             if draw:
                 self.draw()
-            if private is None:
-                private = self._private(consumer, column_axis, len(units))
-            if not any(len(self._shapes[name]) > 1 for name in private):
-                return []
-            for digit in range(digits):
-                for value in (0, 1):
-                    columns = ((units >> digit) & 1 == value).float()
-                    gradients = self._gradients(consumer, column_axis, columns)
-                    for name, axis in self._axes(private):
-                        key = (name, axis, digit, value)
-                        hit = _along(gradients[name], axis)
-                        served[key] = served[key] | hit if key in served else hit
-        found = []
-        for name in private or ():
-            for axis in range(len(self._shapes[name])):
-                owner = torch.zeros(self._shapes[name][axis], dtype=torch.int64)
-                single = torch.ones(len(owner), dtype=torch.bool)
-                for digit in range(digits):
-                    zero, one = served[name, axis, digit, 0], served[name, axis, digit, 1]
-                    single &= zero ^ one
-                    owner += one.long() << digit
-                owner[~single] = -1
-                counts = torch.bincount(owner[single], minlength=number)
-                if len(counts) == number and int(counts.min()) == int(counts.max()) > 0:
-                    found.append(Owned(name, axis, owner))
-                    break
-        return found if any(len(self._shapes[each.name]) > 1 for each in found) else []
+            for columns in served.trials:
+                served.add(self._gradients(consumer, column_axis, columns, private))
+            found = served.owned()
+            if matrices <= {each.name for each in found}:
+                break
+        return found if matrices & {each.name for each in found} else []
 
     def is_linear(self, consumer: str, owned: Sequence[Owned]) -> bool:
         """Whether nothing but a product lies between the slices of units and their consumer.
@@ -203,33 +185,79 @@ class Probe:
 
     def _private(self, consumer: str, column_axis: int, inputs: int) -> list[str]:
         """Return the parameters that have no other use than a consumer's input."""
-        whole = self._gradients(consumer, column_axis, torch.ones(inputs))
-        nothing = self._gradients(consumer, column_axis, torch.zeros(inputs))
-        return [
-            name
-            for name, gradient in whole.items()
-            if name != consumer and bool(gradient.any()) and not bool(nothing[name].any())
-        ]
+        if consumer not in self._known:
+            others = [name for name in self._shapes if name != consumer]
+            whole = self._gradients(consumer, column_axis, torch.ones(inputs), others)
+            nothing = self._gradients(consumer, column_axis, torch.zeros(inputs), others)
+            self._known[consumer] = [
+                name for name in others if bool(whole[name].any()) and not bool(nothing[name].any())
+            ]
+        return self._known[consumer]
 
-    def _axes(self, names: list[str]) -> Iterator[tuple[str, int]]:
-        return ((name, axis) for name in names for axis in range(len(self._shapes[name])))
-
-    def _gradients(self, consumer: str, column_axis: int, columns: Tensor) -> dict[str, Tensor]:
+    def _gradients(self, consumer: str, column_axis: int, columns: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
         """Return the gradients of a random function of the block's output, with columns of the consumer scaled."""
-        shape = [1] * self._parameters[consumer].ndim
+        shape = [1] * len(self._shapes[consumer])
         shape[column_axis] = -1
-        leaves = {name: value.clone().requires_grad_() for name, value in self._parameters.items()}
-        used = {**leaves, consumer: leaves[consumer] * columns.view(shape)}
+        leaves = {name: self._parameters[name].detach().requires_grad_() for name in wanted}
+        used = {**self._parameters, **leaves, consumer: self._parameters[consumer] * columns.view(shape)}
         with torch.enable_grad():
             output = self.output(parameters=used)
             if self._weighting is None:
                 self._weighting = self._normal(output.shape)
             value = (output * self._weighting).sum()
+            if not value.requires_grad:  # none of them is used
+                return {name: torch.zeros(self._shapes[name]) for name in wanted}
             gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
         return {
-            name: torch.zeros_like(leaves[name]) if gradient is None else gradient
+            name: torch.zeros(self._shapes[name]) if gradient is None else gradient
             for name, gradient in zip(leaves, gradients, strict=True)
         }
+
+
+class _Served:
+    """Which slices have gradients when the units whose number has a certain binary digit are there.
+
+    Parameters
+    ----------
+    units : Tensor
+        The unit of every input, int64, shape (inputs,).
+
+    Attributes
+    ----------
+    trials : list of Tensor
+        The inputs that are there, 1 or 0, for each digit's values 0 and 1.
+    """
+
+    def __init__(self, units: Tensor) -> None:
+        self._number = int(units.max()) + 1
+        digits = range(max(1, (self._number - 1).bit_length()))
+        self.trials = [(((units >> digit) & 1) == value).float() for digit in digits for value in (0, 1)]
+        self._hits: dict[tuple[str, int], list[Tensor]] = {}
+        self._next = 0
+
+    def add(self, gradients: Mapping[str, Tensor]) -> None:
+        """Take the gradients of the next trial; after the last one, those of the first with other weights."""
+        for name, gradient in gradients.items():
+            for axis in range(gradient.ndim):
+                hit = _along(gradient, axis)
+                known = self._hits.setdefault((name, axis), [torch.zeros_like(hit) for _ in self.trials])
+                known[self._next] |= hit
+        self._next = (self._next + 1) % len(self.trials)
+
+    def owned(self) -> list[Owned]:
+        """Return the slices that serve a single unit each, of parameters of which every unit has as many."""
+        found: dict[str, Owned] = {}
+        for (name, axis), hits in self._hits.items():
+            owner = torch.zeros(len(hits[0]), dtype=torch.int64)
+            single = torch.ones(len(owner), dtype=torch.bool)
+            for digit, (zero, one) in enumerate(zip(hits[::2], hits[1::2], strict=True)):
+                single &= zero ^ one
+                owner += one.long() << digit
+            owner[~single] = -1
+            counts = torch.bincount(owner[single], minlength=self._number)
+            if len(counts) == self._number and int(counts.min()) == int(counts.max()) > 0:
+                found.setdefault(name, Owned(name, axis, owner))
+        return list(found.values())
 
 
 def _along(gradient: Tensor, axis: int) -> Tensor:
