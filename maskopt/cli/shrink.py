@@ -41,8 +41,10 @@ from maskopt.cli.output import (
 from maskopt.cli.recover import recovery_lines
 from maskopt.cli.recover_options import HeldOutOption, further_windows
 from maskopt.cli.words import duration, named_table
+from maskopt.errors import MaskoptError
 
 if TYPE_CHECKING:
+    from maskopt.allocation import Plan
     from maskopt.models import Perplexity
     from maskopt.shrinking import ShrinkReport
 
@@ -73,9 +75,10 @@ def shrink(
         str,
         typer.Option(
             "--widths",
-            metavar="uniform|free",
+            metavar="uniform|free|PLAN",
             help="uniform: all blocks lose as many. free: blocks differ, at as many parameters, where that is better; "
-            "the folder then loads after import maskopt, or with trust_remote_code.",
+            "the folder then loads after import maskopt, or with trust_remote_code. Or the plan in the report.json of "
+            "an earlier run, in place of --neurons, --heads and --params.",
         ),
     ] = "uniform",
     round_to: Annotated[
@@ -122,6 +125,7 @@ def shrink(
     began = time.perf_counter()
     check_outputs(json, out)
     working = parse_memory(memory)
+    plan = None if widths in ("uniform", "free") else _plan(widths)
     require_file("calibration text", calibration)
     for text in evaluate or ():
         require_file("evaluation text", text)
@@ -173,7 +177,7 @@ def shrink(
             heads=heads,
             params=params,
             method=method,
-            widths=widths,  # type: ignore[arg-type]  # checked inside
+            widths=plan or widths,  # type: ignore[arg-type]
             round_to=round_to,
             refit=refit,  # type: ignore[arg-type]
             epochs=epochs,
@@ -217,6 +221,14 @@ def shrink(
     console.print(facts({**_lines(result, dense, after), "saved in": str(out)}))
     if network.can_generate():
         show_evaluation(console, out, evaluate[0] if evaluate else None)
+
+
+def _plan(path: str) -> Plan:
+    if not Path(path).is_file():
+        raise MaskoptError(f"--widths must be uniform, free or the file of a plan; there is no file {path!r}.")
+    from maskopt.allocation import load_plan
+
+    return load_plan(path)
 
 
 def _table(result: ShrinkReport, width: int, *, every: bool) -> Table:

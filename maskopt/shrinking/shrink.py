@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from maskopt.allocation import Plan
 from maskopt.checks import SEEDS, choice, real, shown, whole
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch, prepare_batches
@@ -50,7 +51,7 @@ def shrink(
     heads: float = 0.0,
     params: float | None = None,
     method: str | Solver = "best",
-    widths: Widths = "uniform",
+    widths: Widths | Plan = "uniform",
     round_to: int = 1,
     refit: Refit | None = None,
     epochs: float | None = None,
@@ -84,10 +85,11 @@ def shrink(
     method : str or Solver
         A name in `maskopt.structured.STRUCTURED`: "best", "osscar", "fasp", "spap", "newton", "flap", "magnitude" or
         "random"; or a solver for sets of whole columns.
-    widths : {"uniform", "free"}
+    widths : {"uniform", "free"} or Plan
         "uniform": every block loses as many, and the folder loads with transformers alone. "free": blocks lose
         different numbers, at equal parameters in all, where the model's predictions on calibration sequences set aside
-        are clearly closer to the dense model's. Needs three sequences at least.
+        are clearly closer to the dense model's. Needs three sequences at least. Or the fraction of its units that each
+        layer loses, such as ``report.plan`` of an earlier call, in place of `neurons`, `heads` and `params`.
     round_to : int
         The number of neurons that stay is a multiple of it, which may suit the hardware; of experts always such that
         rows begin at multiples of 16 bytes.
@@ -141,16 +143,17 @@ def shrink(
         move_model(model, device)
     prepared = prepare_batches(model, batches)
     with evaluation_mode(model):
-        structure = _usable(find_units(model, prepared[0].inputs), widths)
-        wanted: dict[Kind, float] = {"neurons": neurons, "heads": heads}
-        counts = (
-            _counts(structure, wanted, round_to) if params is None else _of_budget(model, structure, params, round_to)
-        )
-        plan = None
+        structure = _usable(find_units(model, prepared[0].inputs), widths == "uniform")
+        plan = widths if isinstance(widths, Plan) else None
+        if plan is not None:
+            counts = _planned(structure, plan, round_to)
+        elif params is not None:
+            counts = _of_budget(model, structure, params, round_to)
+        else:
+            counts = _counts(structure, {"neurons": neurons, "heads": heads}, round_to)
         if widths == "free":
             plan = free_widths(model, prepared, counts, solver, memory=memory, seed=seed, progress=progress)
-            for site in counts:
-                counts[site] = _rounded(site, 1 - plan.sparsities[site.layers[0].name], round_to)
+            counts = _planned(structure, plan, round_to)
     before = model.num_parameters(), cache_bytes(model)
     report = _pruned(
         model,
@@ -170,7 +173,8 @@ def shrink(
     removed = {site: _width(site, count, report) for site, count in counts.items()}
     cut = cut_model(model, kept)
     caches = before[1], cache_bytes(model)
-    report.settings |= {"widths": widths, "refit": refit, "round_to": round_to}
+    named = "by a plan" if isinstance(widths, Plan) else widths
+    report.settings |= {"widths": named, "refit": refit, "round_to": round_to}
     return ShrinkReport(
         [width for width in removed.values() if width.after < width.before],
         structure.refused,
@@ -201,9 +205,13 @@ def _checked(
             raise MaskoptError(f"{name} must be a fraction from 0 to below 1; got {shown(value)}.")
     if params is not None and (neurons or heads):
         raise MaskoptError("params says how much to remove of neurons and heads together; leave those out.")
-    if not (params or neurons or heads):
+    planned = isinstance(widths, Plan)
+    if planned and (params or neurons or heads):
+        raise MaskoptError("The plan says how much each layer loses; leave neurons, heads and params out.")
+    if not (params or neurons or heads or planned):
         raise MaskoptError("There is nothing to remove: give a fraction of the neurons, the heads or the params.")
-    for name, value, options in (("widths", widths, get_args(Widths)), ("refit", refit, get_args(Refit))):
+    named = "uniform" if planned else widths
+    for name, value, options in (("widths", named, get_args(Widths)), ("refit", refit, get_args(Refit))):
         if not choice(options, optional=name == "refit").fits(value):
             raise MaskoptError(f"{name} must be one of {', '.join(options)}; got {shown(value)}.")
     if not whole(1).fits(round_to):
@@ -223,11 +231,25 @@ def _checked(
     return solver, refit or ("block" if isinstance(solver, ExactSwaps) else "units")
 
 
-def _usable(structure: Structure, widths: Widths) -> Structure:
+def _planned(structure: Structure, plan: Plan, round_to: int) -> dict[Site, int]:
+    """Return how many units stay by a plan; experts of a site have the fraction of the first one."""
+    sites = {layer.name: site for site in structure.sites for layer in site.layers}
+    unknown = [name for name in plan.sparsities if name not in sites]
+    if unknown:
+        raise MaskoptError(f"The plan names {unknown[0]}, which is no layer whose inputs can be removed.")
+    counts = {
+        site: _rounded(site, 1 - plan.sparsities[site.layers[0].name], round_to)
+        for site in structure.sites
+        if site.layers[0].name in plan.sparsities
+    }
+    return {site: count for site, count in _agreeing(counts).items() if count < site.role.number}
+
+
+def _usable(structure: Structure, plain: bool) -> Structure:
     """Return what can be removed: heads only where the configuration can say it, unless widths are free."""
     sites, refused = [], list(structure.refused)
     for site in structure.sites:
-        if widths == "free" or site.role.kind == "neurons" or site.role.fields is not None:
+        if not plain or site.role.kind == "neurons" or site.role.fields is not None:
             sites.append(site)
         else:
             reason = f"{structure.unsaid} fewer heads; with free widths the folder has a reader that can"
