@@ -11,6 +11,7 @@ number of neurons and heads: here each block is made from the configuration with
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -33,6 +34,7 @@ AUTO_MAP = {
 _CODE = {"shrunk.py": "maskopt_shrunk.py", "reader.py": "reader.py", "packed_tensors.py": "packed_tensors.py"}
 
 
+@functools.cache
 def shrunk_class(kind: Any) -> Any:
     """Return the class of models of a class whose blocks have the widths that their configuration lists.
 
@@ -64,10 +66,20 @@ def shrunk_class(kind: Any) -> Any:
         kind.set_experts_implementation(self, *args, **options)
         _spread_implementations(self)
 
-    own = (__init__, save_pretrained, set_attn_implementation, set_experts_implementation)
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
+        _, _, *state = kind.__reduce_ex__(self, protocol)
+        return (_without_state, (kind,), *state)
+
+    own = (__init__, __reduce_ex__, save_pretrained, set_attn_implementation, set_experts_implementation)
     members = {function.__name__: function for function in own}
     about = {"is_shrunk": True, "__doc__": kind.__doc__, "__module__": kind.__module__}
     return type(kind.__name__, (kind,), {**members, **about})
+
+
+def _without_state(kind: Any) -> Any:
+    """Return a model of `shrunk_class` that has nothing yet: pickles cannot name a class that is made when needed."""
+    own = shrunk_class(kind)
+    return own.__new__(own)
 
 
 def _spread_implementations(model: Any) -> None:
