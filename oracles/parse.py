@@ -15,12 +15,7 @@ from maskopt.oracles.units import Columns, Rows
 
 __all__ = ["Counts", "parse_masks"]
 
-_FAMILIES: dict[str, Callable[[float | int], MaskSet]] = {
-    "per-row": PerRow,
-    "unstructured": Unstructured,
-    "columns": Columns,
-    "rows": Rows,
-}
+_FAMILIES: dict[str, Callable[[float | int], MaskSet]] = {"per-row": PerRow, "unstructured": Unstructured, "columns": Columns, "rows": Rows}
 
 
 def parse_masks(pattern: str, sparsity: float | None = None) -> MaskSet:
