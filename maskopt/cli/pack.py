@@ -85,19 +85,25 @@ def _write(
         tables(json).print(facts(lines))
 
 
-def check_packing(packed: bool, compress: bool) -> None:
+def check_packing(packed: bool, compress: bool, model: str) -> None:
     """Check, before any work, that what --packed and --compress ask for can be done.
 
     Parameters
     ----------
     packed : bool
     compress : bool
+    model : str
+        What is to be packed in the end: a folder, or an id on the hub.
 
     Raises
     ------
     MaskoptError
         If it cannot.
     """
+    if packed:
+        from maskopt.packed.layout import require_equal_widths
+
+        require_equal_widths(Path(model))
     if not compress:
         return
     if not packed:

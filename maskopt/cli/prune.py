@@ -212,7 +212,7 @@ def prune(
         return
     check_outputs(json, out, plot)
     _check_time_limit(time_limit, certify)
-    check_packing(packed, compress)
+    check_packing(packed, compress, model)
     method = parse_weights(treatment, solver, option or ())
     recovery = parse_recovery(
         recover, recover_epochs, recover_tokens, recover_masks, recover_parameters, seed, recover_rank

@@ -102,7 +102,7 @@ def recover(
     """Fit a pruned language model to the dense one without losing its zeros, and save it."""
     began = time.perf_counter()
     check_outputs(json, out)
-    check_packing(packed, compress)
+    check_packing(packed, compress, pruned)
     working = parse_memory(memory)
     settings = parse_recovery(
         level, recover_epochs, recover_tokens, recover_masks, recover_parameters, seed, recover_rank

@@ -1,4 +1,4 @@
-"""Packed folders as models of a class that one names, where the auto classes choose another one or none."""
+"""Packed and shrunk folders as models of a class that one names, where auto classes choose another one or none."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedModel
 from maskopt.errors import MaskoptError
 from maskopt.packed.packed_tensors import PackedError
 from maskopt.packed.reader import PackedConfig, load
+from maskopt.packed.shrunk import ShrunkConfig, shrunk_class
 
 __all__ = ["load_packed"]
 
@@ -27,14 +28,14 @@ def load_packed(kind: type[Model], folder: str | os.PathLike[str], **options: An
     kind : type of PreTrainedModel
         Such as ``LlamaForCausalLM``.
     folder : path-like
-        The packed folder, or an id on the hub.
+        The packed folder, or one whose blocks have different widths, or an id on the hub.
     **options
         Of `from_pretrained`.
 
     Returns
     -------
     PreTrainedModel
-        Of that class; with ``output_loading_info=True`` also what `from_pretrained` tells of loading.
+        Of that class, or of a subclass of the same name where blocks have different widths; with ``output_loading_info=True`` also what `from_pretrained` tells of loading.
 
     Raises
     ------
@@ -56,6 +57,9 @@ def load_packed(kind: type[Model], folder: str | os.PathLike[str], **options: An
                 f"The packed folder {folder} holds a model of the type {config.model_type}, which "
                 f"{kind.__name__} is not for."
             )
+        if isinstance(config, ShrunkConfig):
+            shrunk: Model = shrunk_class(kind).from_pretrained(folder, config=config.dense, **rest)
+            return shrunk
         model: Model = load(kind, folder, config.dense, **rest)
     except PackedError as error:
         raise MaskoptError(str(error)) from error

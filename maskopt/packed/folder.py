@@ -19,7 +19,14 @@ from maskopt.errors import MaskoptError
 from maskopt.files import atomic_path, open_tensors, require_absent
 from maskopt.packed import packed_tensors
 from maskopt.packed.encoding import Part, encode, require_zstandard
-from maskopt.packed.layout import INDEX, TensorWriter, json_object, read_header, weight_files
+from maskopt.packed.layout import (
+    INDEX,
+    TensorWriter,
+    json_object,
+    read_header,
+    require_equal_widths,
+    weight_files,
+)
 from maskopt.packed.packed_tensors import (
     AUTO_MAP,
     FORMAT,
@@ -318,6 +325,7 @@ def _dense(folder: Path) -> tuple[dict[str, Any], list[Path]]:
         raise MaskoptError(f"The folder {folder} is packed already.")
     if not isinstance(config.get("model_type"), str):
         raise MaskoptError(f'The config.json of {folder} does not say which kind of model it is ("model_type").')
+    require_equal_widths(folder, config)
     if config.get("auto_map"):
         raise MaskoptError(
             f"The model {folder} comes with code of its own, and only models of transformers' classes can be packed."

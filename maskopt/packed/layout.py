@@ -11,8 +11,9 @@ from typing import Any, Self
 
 from maskopt.errors import MaskoptError
 from maskopt.files import reason
+from maskopt.packed.packed_tensors import SHRUNK_TYPE
 
-__all__ = ["INDEX", "WHOLE", "TensorWriter", "json_object", "read_header", "weight_files"]
+__all__ = ["INDEX", "WHOLE", "TensorWriter", "json_object", "read_header", "require_equal_widths", "weight_files"]
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _OLD = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -149,3 +150,27 @@ class TensorWriter:
             if error is None:
                 self._content.seek(8)
                 self._content.write(self._header(self._entries).ljust(self._room))
+
+
+def require_equal_widths(folder: Path, config: Mapping[str, Any] | None = None) -> None:
+    """Check that a folder does not hold a model whose blocks have different widths.
+
+    Parameters
+    ----------
+    folder : Path
+        One that is no folder passes.
+    config : mapping, optional
+        The content of its ``config.json``, where that is known.
+
+    Raises
+    ------
+    MaskoptError
+        If it does.
+    """
+    if config is None and (folder / "config.json").is_file():
+        config = json_object(folder / "config.json")
+    if config is not None and config.get("model_type") == SHRUNK_TYPE:
+        raise MaskoptError(
+            f"The blocks of {folder} have different widths, and only models of equal widths can be packed; "
+            f"shrink it with --widths uniform."
+        )

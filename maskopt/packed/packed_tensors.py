@@ -29,6 +29,7 @@ from safetensors import safe_open
 
 FORMAT = 1
 MODEL_TYPE = "maskopt-packed"
+SHRUNK_TYPE = "maskopt-shrunk"  # of models whose blocks have different widths
 MANIFEST = "packed.json"
 AUTO_CLASSES = (
     "AutoModel",

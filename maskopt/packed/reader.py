@@ -202,14 +202,14 @@ class PackedConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers has 
         own = dict(own) if isinstance(own, dict) else {}
         kind = own.pop("model_type", None)
         if not isinstance(kind, str):
-            raise PackedError("The config.json of the packed folder is damaged: it has no dense_config.")
+            raise PackedError("The config.json is damaged: it has no dense_config.")
         unused = options.pop("return_unused_kwargs", False)
         try:
             known = transformers.CONFIG_MAPPING[kind]
         except KeyError as error:
             raise PackedError(
-                f"The packed folder holds a model of the type {kind!r}, which transformers {transformers.__version__} "
-                f"does not have."
+                f"The folder holds a model of the type {kind!r}, which transformers {transformers.__version__} does "
+                f"not have."
             ) from error
         dense, rest = known.from_dict(own, return_unused_kwargs=True, **options)
         config = cls()

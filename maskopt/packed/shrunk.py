@@ -11,6 +11,7 @@ number of neurons and heads: here each block is made from the configuration with
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -19,10 +20,9 @@ from typing import Any
 import torch
 import transformers
 
-from .packed_tensors import AUTO_CLASSES, PackedError
+from .packed_tensors import AUTO_CLASSES, SHRUNK_TYPE, PackedError
 from .reader import Loader, PackedConfig
 
-SHRUNK_TYPE = "maskopt-shrunk"
 WIDTHS = "block_widths"
 """Entry of the model's own configuration: by name of a block ``entries`` of the configuration for this block, and by
 name of a parameter its ``shapes`` where no entry says them."""
@@ -33,6 +33,7 @@ AUTO_MAP = {
 _CODE = {"shrunk.py": "maskopt_shrunk.py", "reader.py": "reader.py", "packed_tensors.py": "packed_tensors.py"}
 
 
+@functools.cache
 def shrunk_class(kind: Any) -> Any:
     """Return the class of models of a class whose blocks have the widths that their configuration lists.
 
@@ -64,16 +65,26 @@ def shrunk_class(kind: Any) -> Any:
         kind.set_experts_implementation(self, *args, **options)
         _spread_implementations(self)
 
-    own = (__init__, save_pretrained, set_attn_implementation, set_experts_implementation)
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
+        _, _, *state = kind.__reduce_ex__(self, protocol)
+        return (_without_state, (kind,), *state)
+
+    own = (__init__, __reduce_ex__, save_pretrained, set_attn_implementation, set_experts_implementation)
     members = {function.__name__: function for function in own}
     about = {"is_shrunk": True, "__doc__": kind.__doc__, "__module__": kind.__module__}
     return type(kind.__name__, (kind,), {**members, **about})
 
 
+def _without_state(kind: Any) -> Any:
+    """Return a model of `shrunk_class` that has nothing yet: pickles cannot name a class that is made when needed."""
+    own = shrunk_class(kind)
+    return own.__new__(own)
+
+
 def _spread_implementations(model: Any) -> None:
     """Let blocks, whose configurations are copies, compute attention and experts as the model's configuration says."""
     text = model.config.get_text_config()
-    for name in (getattr(model.config, WIDTHS, None) or {}).get("entries") or {}:
+    for name in _listed(model)[0]:
         for module in model.get_submodule(name).modules():
             config = getattr(module, "config", None)
             if config is not None and config is not text:
@@ -92,20 +103,65 @@ def narrow(model: Any, make: Any) -> None:
     make : callable
         Makes a model of another configuration.
     """
-    widths = getattr(model.config, WIDTHS, None) or {}
     made: dict[str, Any] = {}
-    for name, own in (widths.get("entries") or {}).items():
-        key = json.dumps(own, sort_keys=True)
-        if key not in made:
-            config = copy.deepcopy(model.config)
-            for entry, value in own.items():
-                setattr(config.get_text_config(), entry, value)
-            with torch.device("meta"):
-                made[key] = make(config)
-        block = made[key].get_submodule(name)
-        place_block(model, name, _like(block, model.get_submodule(name)))
-    for name, shape in (widths.get("shapes") or {}).items():
-        set_parameter(model, name, torch.empty(shape, device=model.get_parameter(name).device))
+    try:
+        entries, shapes = _listed(model)
+        for name, own in entries.items():
+            key = json.dumps(own, sort_keys=True)
+            if key not in made:
+                config = copy.deepcopy(model.config)
+                for entry, value in own.items():
+                    setattr(config.get_text_config(), entry, value)
+                with torch.device("meta"):
+                    made[key] = make(config)
+            place_block(model, name, _like(made[key].get_submodule(name), model.get_submodule(name)))
+        for name, shape in shapes.items():
+            set_parameter(model, name, torch.empty(shape, device=model.get_parameter(name).device))
+    except AttributeError as error:  # of get_submodule and get_parameter
+        raise PackedError(f"The {WIDTHS} in config.json name a part that the model does not have: {error}.") from error
+    _begin(model, {*entries, *(name.rpartition(".")[0] for name in shapes)})
+
+
+def _begin(model: Any, names: set[str]) -> None:
+    """Give new parts of a model the weights that training begins with, unless it has no data, as while it is loaded."""
+    for name in sorted(names):
+        for module in model.get_submodule(name).modules():
+            if not any(each.is_meta for each in module.parameters()):
+                model._init_weights(module)
+
+
+def _listed(model: Any) -> tuple[dict[str, dict[str, int]], dict[str, list[int]]]:
+    """Return the entries of blocks and the shapes of parameters that a model's configuration lists.
+
+    Raises
+    ------
+    PackedError
+        If it lists something else.
+    """
+    widths = getattr(model.config, WIDTHS, None) or {}
+    entries, shapes = (widths.get(key) or {} for key in ("entries", "shapes")) if isinstance(widths, dict) else ((), ())
+    sound = (
+        isinstance(entries, dict)
+        and isinstance(shapes, dict)
+        and all(isinstance(own, dict) and all(map(_is_size, own.values())) for own in entries.values())
+        and all(isinstance(shape, list) and all(map(_is_size, shape)) for shape in shapes.values())
+    )
+    if not sound:
+        raise PackedError(f"The {WIDTHS} in config.json are damaged: they must list whole numbers by block and entry.")
+    return {_own(model, n): each for n, each in entries.items()}, {_own(model, n): each for n, each in shapes.items()}
+
+
+def _own(model: Any, name: str) -> str:
+    """Return the name that a part of another model of the same configuration, with a head or without, has in this."""
+    first = name.partition(".")[0]
+    prefix = f"{model.base_model_prefix}."
+    if first in model._modules:
+        return name
+    return name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _like(block: Any, old: Any) -> Any:
@@ -170,6 +226,12 @@ class _ShrunkLoader(Loader):
     """What an auto class loads shrunk folders with."""
 
     config_class = ShrunkConfig
+
+    @classmethod
+    def _from_config(cls, config: Any, **options: Any) -> Any:
+        with torch.device("meta"):
+            kind = type(super()._from_config(config))
+        return shrunk_class(kind)._from_config(config.dense, **options)
 
     @classmethod
     def _load(cls, kind: Any, name: Any, config: Any, options: dict[str, Any]) -> Any:

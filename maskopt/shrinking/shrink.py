@@ -39,7 +39,7 @@ __all__ = ["Refit", "Widths", "shrink"]
 
 Widths = Literal["uniform", "free"]
 Refit = Literal["units", "layers", "block", "model"]
-_ALIGNED = 16  # bytes: grouped products of experts read rows that begin at multiples of it
+_ALIGNED = 8  # units: grouped products of experts read rows that begin at multiples of 16 bytes, in half precision too
 _MOST = 0.95  # fraction of the neurons that can be asked for
 
 
@@ -91,8 +91,8 @@ def shrink(
         are clearly closer to the dense model's. Needs three sequences at least. Or the fraction of its units that each
         layer loses, such as ``report.plan`` of an earlier call, in place of `neurons`, `heads` and `params`.
     round_to : int
-        The number of neurons that stay is a multiple of it, which may suit the hardware; of experts always such that
-        rows begin at multiples of 16 bytes.
+        The number of neurons that stay is a multiple of it, which may suit the hardware; of experts always of 8, too,
+        which their kernels need in half precision.
     refit : {"units", "layers", "block", "model"}, optional
         What is fitted anew. "units": the layers that read the remaining units. "layers": all linear layers of the
         blocks, by least squares, each on its inputs in the shrunk model. "block": these, and then all parameters of
@@ -313,7 +313,7 @@ def _rounded(site: Site, fraction: float, round_to: int) -> int:
     role = site.role
     step = round_to if role.kind == "neurons" else 1
     if role.experts:
-        step = math.lcm(step, max(1, _ALIGNED // site.layers[0].weight.element_size()))
+        step = math.lcm(step, _ALIGNED)
     return min(role.number, step * max(1, round(fraction * role.number / step)))
 
 

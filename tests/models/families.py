@@ -94,14 +94,14 @@ def families() -> list[str]:
     return list(classes.values())
 
 
-def build(family: str) -> PreTrainedModel:
-    """A small random model."""
+def build(family: str, **changes: Any) -> PreTrainedModel:
+    """A small random model; changes are settings of its configuration."""
     kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
     model_class = getattr(transformers, kind if isinstance(kind, str) else kind[0])
     config_class = model_class.config_class
     default = config_class()
     settings = {name: size for name, size in _SIZES.items() if _has_number(default, name)}
-    settings.update(OWN.get(family, {}))
+    settings.update(OWN.get(family, {}) | changes)
     config = config_class(**{name: value for name, value in settings.items() if value is not None})
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in model_class(config).parameters())
