@@ -12,6 +12,7 @@ from maskopt.problems.unit_blocks import UnitBlocks
 
 __all__ = ["Additions", "Refit", "traces"]
 
+_PASS = 2**16  # entries that stay in the cache for several passes
 _CHUNK = 2**22  # entries of the arrays of pairs that are computed at a time
 
 
@@ -140,6 +141,8 @@ class Refit:
         """Return how swaps change the error, shape (k, c): a kept unit against one of the additions."""
         own, forms = self.diagonal_blocks()
         number, width = len(self.kept), self.blocks.width
+        if width == 1:
+            return self._single_changes(own.view(-1, 1), forms.view(-1, 1), additions)
         changes = self.weight.new_empty((number, len(additions.units)))
         chunk = max(1, _CHUNK // max(1, number * width * width))
         for start in range(0, len(additions.units), chunk):
@@ -158,6 +161,61 @@ class Refit:
             form = forms.unsqueeze(1) - mixed - mixed.mT + _times(_times(part, _forms(rest)), part.mT)
             changes[:, some] = traces(inverse, form).clamp_min(0.0) - additions.gains[some]
         return changes
+
+    def _single_changes(self, own: Tensor, forms: Tensor, additions: Additions) -> Tensor:
+        """Return `swap_changes` for units of one column, in passes over few entries at a time."""
+        reach, schur = additions.reach[:, :, 0], additions.schur[:, 0, 0]
+        changes = self.weight.T @ additions.rest[:, :, 0]  # V_i^T r_j
+        square = additions.rest[:, :, 0].square().sum(0)
+        rows = max(1, _PASS // max(1, len(schur)))
+        for start in range(0, len(changes), rows):
+            some = slice(start, start + rows)
+            part = reach[some] / schur
+            form = (part * square).sub_(changes[some], alpha=2.0).mul_(part).add_(forms[some])
+            inverse = part.mul_(reach[some]).add_(own[some])
+            changes[some] = form.div_(inverse).clamp_min_(0.0).sub_(additions.gains)
+        return changes
+
+    def joined(self, places: Tensor, additions: Additions) -> UnitBlocks:
+        """Return the problem of which of some units to keep, the rest of the kept ones being kept.
+
+        With the additions J kept too, removing the units D costs tr(V_D P_DD^-1 V_D^T). So for choices among C, some of
+        the kept ones and J, the error is, up to a constant, that of a smaller problem with target V_C and Gram
+        P_CC^-1.
+
+        Parameters
+        ----------
+        places : Tensor
+            Of kept units in `kept`, shape (m,).
+        additions : Additions
+            Of (c,) units.
+
+        Returns
+        -------
+        UnitBlocks
+            Of m + c units: the kept ones, then the additions.
+        """
+        blocks, number = self.blocks, len(places) + len(additions.units)
+        new, some = blocks.columns(additions.units), blocks.columns(places)
+        reach = additions.reach.reshape(len(self.inverse), len(new))
+        schur = blocks.gram[new.unsqueeze(1), new] - blocks.gram[new.unsqueeze(1), blocks.columns(self.kept)] @ reach
+        rest = additions.rest.reshape(len(self.weight), len(new))
+        factor = ridged_factor(schur)
+        own, gained = torch.cholesky_inverse(factor), torch.cholesky_solve(rest.T, factor).T
+        part = reach[some] @ own
+        inverse = torch.cat(
+            (
+                torch.cat((self.inverse[some.unsqueeze(1), some] + part @ reach[some].T, -part), 1),
+                torch.cat((-part.T, own), 1),
+            )
+        )
+        weight = torch.cat((self.weight[:, some] - gained @ reach[some].T, gained), 1)
+        if len(weight) > weight.shape[1]:
+            weight = torch.linalg.qr(weight, mode="r").R  # of the same products of columns
+        root = inverse.diagonal().rsqrt()
+        gram = torch.cholesky_inverse(ridged_factor(inverse * root * root.unsqueeze(1))) * root * root.unsqueeze(1)
+        units = torch.arange(number, device=new.device).repeat_interleave(blocks.width)
+        return UnitBlocks(weight, (gram + gram.T).mul_(0.5), units)
 
     def exchange(self, place: int, addition: Additions) -> None:
         """Put the one unit of `addition` in the place of a kept one, by updates of low rank."""

@@ -11,15 +11,18 @@ from maskopt.problems.refit import Refit, traces
 
 __all__ = ["remove_cheapest", "remove_units"]
 
-_DELAY = 64  # columns whose removal is applied to the whole inverse at once
+_BATCH = (64, 128)  # columns that are removed from the whole inverse at once, at least and at most
+_PART = 1 / 32  # of the kept columns, that many in between
+_CHOICE = 384  # columns among which they are chosen
 
 
 def remove_cheapest(state: Refit, number: int, must: Tensor, stops: Callable[[int], bool] | None = None) -> None:
     """Remove units from the kept ones, in place, each time the one whose removal costs least.
 
-    The changes that removals make to the inverse are collected and applied as one product for every 64 columns; until
-    then only what the next choice needs is kept up to date. A removal costs O(rows * columns), and the products
-    O(columns^2) for each removal at the speed of large products.
+    Costs of removing some of a few units depend only on the block of the inverse and of V^T V that belongs to those
+    few. So batches of 64 to 128 columns are chosen among the 384 cheapest at the time, one by one with exact costs
+    after every removal, and then leave the whole inverse by one product. A removal costs O(columns^2) at the speed of
+    large products. Where there are no more columns than that, all of them are candidates at every step.
 
     Parameters
     ----------
@@ -33,12 +36,15 @@ def remove_cheapest(state: Refit, number: int, must: Tensor, stops: Callable[[in
     """
     done = 0
     while done < number:
-        batch = min(number - done, max(1, _DELAY // state.blocks.width))
+        costs = state.removal_costs().masked_fill_(must[state.kept], torch.inf)
+        order = torch.argsort(costs, stable=True)
         if stops is not None and stops(done):
-            costs = state.removal_costs().masked_fill(must[state.kept], torch.inf)
-            remove_units(state, torch.argsort(costs, stable=True)[: number - done])
+            remove_units(state, order[: number - done])
             return
-        _Eliminations(state, must).run(batch)
+        width, columns = state.blocks.width, min(max(_BATCH[0], round(_PART * len(state.inverse))), _BATCH[1])
+        batch = min(number - done, max(1, columns // width))
+        free = order[: min(max(batch, _CHOICE // width), int((~must[state.kept]).sum()))]
+        remove_units(state, free[_in_turn(state, free, batch)])
         done += batch
 
 
@@ -58,57 +64,40 @@ def remove_units(state: Refit, places: Tensor) -> None:
     half = torch.linalg.solve_triangular(own, state.inverse[gone.unsqueeze(1), stay], upper=False)
     lost = torch.linalg.solve_triangular(own, state.weight[:, gone].T, upper=False)
     state.weight = state.weight[:, stay].addmm_(lost.T, half, alpha=-1.0)
-    state.inverse = state.inverse[stay.unsqueeze(1), stay].addmm_(half.T, half, alpha=-1.0)
+    state.inverse = state.inverse[stay].index_select(1, stay).addmm_(half.T, half, alpha=-1.0)
     state.kept = state.kept[~leaves]
 
 
-class _Eliminations:
-    """Some removals from the inverse P and the weights V as they were: P - U U^T and V - Q U^T."""
+def _in_turn(state: Refit, places: Tensor, number: int) -> Tensor:
+    """Return which of some kept units to remove, the cheapest after each removal, as indices of `places`.
 
-    def __init__(self, state: Refit, must: Tensor) -> None:
-        self.state, self.width = state, state.blocks.width
-        self.stays = must[state.kept]
-        self.own, self.forms = state.diagonal_blocks()
-        self.left: Tensor = state.inverse.new_empty((len(state.inverse), 0))
-        self.lost: Tensor = state.inverse.new_empty((len(state.weight), 0))
-
-    def run(self, number: int) -> None:
-        """Remove that many units."""
-        alive = torch.ones(len(self.state.kept), dtype=torch.bool, device=self.stays.device)
-        left = self.state.inverse.new_empty((len(self.state.inverse), number * self.width))
-        lost = self.state.inverse.new_empty((len(self.state.weight), number * self.width))
-        for step in range(number):
-            self.left, self.lost = left[:, : step * self.width], lost[:, : step * self.width]
-            costs = traces(self.own, self.forms).masked_fill_(self.stays | ~alive, torch.inf)
-            place = int(costs.argmin())
-            some = slice(step * self.width, (step + 1) * self.width)
-            left[:, some], lost[:, some] = self._without(place)
-            alive[place] = False
-        self._apply(alive, left, lost)
-
-    def _without(self, place: int) -> tuple[Tensor, Tensor]:
-        """Return the new columns of U and Q, and bring the diagonal blocks up to date."""
-        state, width = self.state, self.width
+    Parameters
+    ----------
+    places : Tensor
+        Of the units in `state.kept`, shape (c,), of which any may go.
+    number : int
+        How many, at most c.
+    """
+    width = state.blocks.width
+    columns = state.blocks.columns(places)
+    inverse = state.inverse[columns.unsqueeze(1), columns]
+    weight = state.weight[:, columns]
+    form = weight.T @ weight
+    every = torch.arange(len(places), device=places.device)
+    gone = torch.zeros(len(places), dtype=torch.bool, device=places.device)
+    chosen = []
+    for _ in range(number):
+        own, forms = (each.view(len(places), width, len(places), width)[every, :, every] for each in (inverse, form))
+        place = int(traces(own, forms).masked_fill_(gone, torch.inf).argmin())
         mine = slice(place * width, (place + 1) * width)
-        column = state.inverse[:, mine] - self.left @ self.left[mine].T
-        weight = state.weight[:, mine] - self.lost @ self.left[mine].T
-        factor, _ = torch.linalg.cholesky_ex(column[mine])
-        half = torch.linalg.solve_triangular(factor, column.T, upper=False).T
-        gone = torch.linalg.solve_triangular(factor, weight.T, upper=False).T
-        mixed = state.weight.T @ gone - self.left @ (self.lost.T @ gone)
-        ours, theirs = half.view(-1, width, width), mixed.view(-1, width, width)
-        if width == 1:
-            self.own -= ours.square()
-            self.forms += ours * (ours * gone.square().sum() - 2.0 * theirs)
-        else:
-            cross = theirs @ ours.mT
-            self.own -= ours @ ours.mT
-            self.forms += ours @ (gone.T @ gone) @ ours.mT - cross - cross.mT
-        return half, gone
-
-    def _apply(self, alive: Tensor, left: Tensor, lost: Tensor) -> None:
-        state = self.state
-        stay = alive.repeat_interleave(self.width).nonzero().flatten()
-        state.inverse = state.inverse[stay.unsqueeze(1), stay].addmm_(left[stay], left[stay].T, alpha=-1.0)
-        state.weight = state.weight[:, stay].addmm_(lost, left[stay].T, alpha=-1.0)
-        state.kept = state.kept[alive]
+        # P - H H^T and V - (V_u L^-T) H^T, with P_uu = L L^T and H = P_u L^-T.
+        factor, _ = torch.linalg.cholesky_ex(inverse[mine, mine])
+        half = torch.linalg.solve_triangular(factor, inverse[mine], upper=False)
+        mixed = torch.linalg.solve_triangular(factor, form[mine], upper=False)
+        inner = torch.linalg.solve_triangular(factor, mixed[:, mine].T, upper=False)
+        mixed = mixed - 0.5 * (inner.T @ half)
+        inverse.addmm_(half.T, half, alpha=-1.0)
+        form.addmm_(mixed.T, half, alpha=-1.0).addmm_(half.T, mixed, alpha=-1.0)
+        gone[place] = True
+        chosen.append(place)
+    return torch.tensor(chosen, dtype=torch.int64, device=places.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +14,11 @@ from maskopt.problems.refit import Refit
 from maskopt.solvers.base import Status
 from maskopt.structured.backward import remove_cheapest
 from maskopt.structured.base import Selection, Structured
+from maskopt.structured.swaps import Search
 
 __all__ = ["ExactSwaps"]
 
 _WORK = 3e10  # multiplications that trying every choice may take
-_GAIN = 1e-9  # of the error, that a swap has to gain: less may be rounding
-_NOISE = 1e-14  # of the error of removing everything, likewise
-_ENTRIES = 2**24  # of the arrays of pairs of units at a time
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class ExactSwaps(Structured):
 
     Where there are few choices, as of attention heads, every one is evaluated instead, and the best is optimal. Costs
     and gains are those of the refitted weights, so that nothing has to be approximated: see `Refit`. The last round of
-    swaps is computed from a fresh factorisation in float64.
+    swaps evaluates all pairs from a fresh factorisation in float64: a local optimum has no swap that lowers the error.
 
     Parameters
     ----------
@@ -41,8 +38,9 @@ class ExactSwaps(Structured):
     rounds : int
         Of swaps, at most.
     exchange : int
-        Where no swap is left, the cheapest 2, 4, 8 ... units up to this number are exchanged for those that then gain
-        most, and swaps go on from there; what that leads to is taken if its error is smaller.
+        Where no swap is left among the units that matter most, the cheapest 2, 4, 8 ... of them up to this number are
+        exchanged for those that then gain most, and swaps go on from there; what that leads to is taken if its error
+        is smaller.
 
     References
     ----------
@@ -75,32 +73,19 @@ class ExactSwaps(Structured):
         number = len(state.kept) - selection.keep
         planned = number + self.rounds
         remove_cheapest(state, number, selection.must, lambda done: selection.stops(done, planned))
-        selection.monitor.counters["removals"] += number
+        count = selection.monitor.counters
+        count["removals"] += number
         state.refresh()
-        swapped, rounds = self._swap(selection, state, number, planned)
-        size, limit = 2, min(self.exchange, selection.keep - int(selection.must.sum()), number)
-        while swapped and size <= limit:
-            trial = Refit(state.blocks, state.kept)
-            _exchange(selection, trial, size)
-            optimal, more = self._swap(selection, trial, number + rounds, planned)
-            rounds += more
-            if optimal and bool(trial.loss() < state.loss() * (1.0 - _GAIN)):
-                state = trial
-            else:
-                size *= 2
-            if selection.monitor.ended is not None:
-                break
-        status = Status.LOCAL_OPTIMUM if swapped else Status.ITERATION_LIMIT
-        return torch.zeros_like(selection.must).index_fill_(0, state.kept, True), status
 
-    def _swap(self, selection: Selection, state: Refit, done: int, planned: int) -> tuple[bool, int]:
-        """Swap until no swap lowers the error, in place; return whether that was reached, and after how many rounds."""
-        for round_ in range(self.rounds):
-            if selection.stops(done + round_, planned):
-                return False, round_
-            if not _Swaps(selection, state).improve():
-                return True, round_ + 1
-        return False, self.rounds
+        def stops(rounds: int) -> bool:
+            return selection.stops(number + rounds, planned)
+
+        def counted(name: str, amount: int) -> None:
+            count[name] += amount
+
+        search = Search(selection.must, selection.may, self.rounds, self.exchange, stops, counted)
+        status = Status.LOCAL_OPTIMUM if search.improve(state) else Status.ITERATION_LIMIT
+        return torch.zeros_like(selection.must).index_fill_(0, state.kept, True), status
 
     def _few(self, selection: Selection) -> bool:
         blocks = selection.subset.blocks
@@ -124,65 +109,3 @@ def _best_of_all(selection: Selection) -> tuple[Tensor, Status]:
             best, least = state.kept, loss
     selection.monitor.counters["choices"] += count
     return torch.zeros_like(selection.must).index_fill_(0, best, True), Status.OPTIMAL
-
-
-def _exchange(selection: Selection, state: Refit, size: int) -> None:
-    """Remove the cheapest units one by one, then add as many that gain most, in place."""
-    remove_cheapest(state, size, selection.must)
-    others = selection.may.clone().index_fill_(0, state.kept, False).nonzero().flatten()
-    gains = torch.cat([state.additions(part).gains for part in _parts(state, others)])
-    added = others[torch.argsort(gains, descending=True, stable=True)[:size]]
-    state.kept = torch.cat((state.kept, added))
-    state.refresh()
-
-
-def _parts(state: Refit, units: Tensor) -> Sequence[Tensor]:
-    """Return units in parts for which the arrays of pairs with the kept ones are not too large."""
-    columns = len(state.inverse) * state.blocks.width
-    return torch.split(units, max(1, _ENTRIES // max(1, columns)))
-
-
-class _Swaps:
-    """One round of swaps: all pairs are evaluated, then the best ones are made, each after another evaluation."""
-
-    def __init__(self, selection: Selection, state: Refit) -> None:
-        self.selection, self.state = selection, state
-        size = (state.blocks.target * state.blocks.product).sum()
-        self.loss = state.loss()
-        self.least = float(_GAIN * self.loss + _NOISE * size)
-
-    def improve(self) -> bool:
-        """Make swaps that lower the error, in place; return whether there were any."""
-        state, made = self.state, 0
-        before = state.kept
-        for unit in self._candidates():
-            addition = state.additions(unit)
-            changes = self._allowed(state.swap_changes(addition))[:, 0]
-            place = int(changes.argmin())
-            if float(changes[place]) < -self.least:
-                state.exchange(place, addition)
-                made += 1
-                self.selection.monitor.counters["swaps"] += 1
-                if self.selection.monitor.ended is not None:
-                    break
-        if made == 0:
-            return False
-        state.refresh()
-        if not bool(state.loss() < self.loss):  # only where rounding decides
-            state.kept = before
-            state.refresh()
-            return False
-        return True
-
-    def _candidates(self) -> list[Tensor]:
-        """Return units whose best swap lowers the error, the best first, each of shape (1,)."""
-        others = self.selection.may.clone().index_fill_(0, self.state.kept, False).nonzero().flatten()
-        parts = _parts(self.state, others)
-        found = [self._allowed(self.state.swap_changes(self.state.additions(part))).amin(0) for part in parts]
-        self.selection.monitor.counters["pairs"] += len(others) * len(self.state.kept)
-        changes = torch.cat(found) if found else self.state.weight.new_empty(0)
-        order = torch.argsort(changes, stable=True)
-        return [others[place : place + 1] for place in order[changes[order] < -self.least].tolist()]
-
-    def _allowed(self, changes: Tensor) -> Tensor:
-        return changes.masked_fill_(self.selection.must[self.state.kept].unsqueeze(1), torch.inf)

@@ -13,7 +13,7 @@ import maskopt
 from maskopt.problems import ColumnSubset, LayerReconstruction
 from maskopt.problems.refit import Refit
 from maskopt.solvers import Status
-from maskopt.structured import ExactSwaps
+from maskopt.structured import ExactSwaps, backward, swaps
 from maskopt.structured.backward import remove_cheapest, remove_units
 from tests.helpers import Layer, examples, layers
 from tests.subsets import Case, cases, choices
@@ -48,9 +48,13 @@ def test_few_choices_are_enumerated(data: st.DataObject, layer: Layer) -> None:
     assert float(found) <= float(errors.min()) * (1 + 1e-9) + 1e-14 * float(subset.scale())
 
 
+@pytest.mark.parametrize("side", [1, 3, 256])
 @pytest.mark.parametrize("width", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(3))
-def test_no_swap_of_a_local_optimum_lowers_the_error(width: int, seed: int) -> None:
+def test_no_swap_of_a_local_optimum_lowers_the_error(
+    width: int, seed: int, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swaps, "_SIDE", side * width)  # of small problems that are a part of the layer, or all of it
     layer = random_layer(seed, 5, 12 * width)
     masks = maskopt.Units(maskopt.Unstructured(5), (None, width))
     result = maskopt.solve(layer, masks, ExactSwaps(enumerate=0))
@@ -98,6 +102,51 @@ def test_removal_is_one_by_one(data: st.DataObject, case: Case) -> None:
         least = float(costs[kept].min())
         assert float(allowed.min()) <= least * (1 + 1e-6) + 1e-12 * case.scale
         kept[[unit for unit in gone if kept[unit]][int(allowed.argmin())]] = False
+
+
+@given(st.data(), cases(d=9))
+@examples(100)
+def test_errors_of_a_small_problem_are_those_of_the_whole(data: st.DataObject, case: Case) -> None:
+    problem = case.problem()
+    order = torch.randperm(case.number, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
+    kept = order[: data.draw(st.integers(0, case.number))]
+    others = order[len(kept) :]
+    places = torch.arange(data.draw(st.integers(0, len(kept))))
+    added = others[: data.draw(st.integers(0, len(others)))]
+    if len(places) + len(added) == 0:
+        return
+    state = Refit(problem.blocks, kept)
+    few = state.joined(places, state.additions(added))
+    units = torch.cat((kept[places], added))
+    everything = torch.zeros(case.number, dtype=torch.bool)
+    everything[kept], everything[added] = True, True
+    least = float(problem.objective(everything.unsqueeze(0)))
+    for stay in choices(len(units), len(units) // 2):
+        choice = everything.clone()
+        choice[units] = stay
+        error = float(problem.objective(choice.unsqueeze(0)))
+        found = float(Refit(few, stay.nonzero().flatten()).loss()) * few.unit * problem.unit
+        assert found + least == pytest.approx(error, rel=1e-6, abs=1e-10 * case.scale)
+
+
+@pytest.mark.parametrize("choice", [384, 70])
+def test_many_removals_follow_the_cheapest(choice: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backward, "_CHOICE", choice)
+    subset = ridged(random_layer(5, 6, 200))
+    state = Refit(subset.blocks, torch.arange(200))
+    remove_cheapest(state, 150, torch.zeros(200, dtype=torch.bool))
+    inverse, weight, kept = torch.linalg.inv(subset.blocks.gram), subset.blocks.target, list(range(200))
+    for _ in range(150):  # one by one, by the definition
+        place = int((weight.square().sum(0) / inverse.diagonal()).argmin())
+        stay = [each for each in range(len(kept)) if each != place]
+        column = inverse[:, place] / inverse[place, place]
+        weight = (weight - torch.outer(weight[:, place], column))[:, stay]
+        inverse = (inverse - torch.outer(column, inverse[place]))[stay][:, stay]
+        kept = [kept[each] for each in stay]
+    one_by_one = Refit(subset.blocks, torch.tensor(kept))
+    if choice >= 200:  # all are candidates at every step
+        assert state.kept.sort().values.tolist() == kept
+    assert float(state.loss()) <= 1.02 * float(one_by_one.loss())
 
 
 @pytest.mark.parametrize("width", [1, 3])
