@@ -56,7 +56,6 @@ from maskopt.cli.output import (
     finite,
     json_output,
     show_evaluation,
-    stderr,
     tables,
     tell_memory,
 )
@@ -75,10 +74,9 @@ from maskopt.cli.recover_options import (
     further_windows,
     parse_recovery,
 )
-from maskopt.cli.signals import first_rank
 from maskopt.cli.solvers import parse_weights
 from maskopt.cli.words import masks_words, solver_words
-from maskopt.cli.work_folder import WorkFolder
+from maskopt.cli.work_folder import WorkFolder, tell_complete
 from maskopt.errors import MaskoptError
 
 if TYPE_CHECKING:
@@ -208,7 +206,7 @@ def prune(
     work = WorkFolder(out, resume, uniform and recover != "model")
     earlier = work.completed_before(command)
     if earlier is not None:
-        _tell_complete(json, earlier, out)
+        tell_complete(json, earlier, out)
         return
     check_outputs(json, out, plot)
     _check_time_limit(time_limit, certify)
@@ -368,13 +366,6 @@ def _check_files(calibration: Path, evaluate: Path | None, plot: Path | None) ->
     require_file("calibration text", calibration)
     if evaluate is not None:
         require_file("evaluation text", evaluate)
-
-
-def _tell_complete(json: str | None, report: dict[str, Any], out: Path) -> None:
-    """Give out the report of an output that is there already."""
-    if first_rank():
-        with json_output(json, report):
-            stderr().print(f"{out} is complete already.", highlight=False, soft_wrap=True)
 
 
 def _check_ranks(ranks: int, apart: bool) -> None:

@@ -19,9 +19,11 @@ from maskopt.cli.options import (
     MemoryOption,
     ModelArgument,
     QuietOption,
+    ResumeOption,
     SamplesOption,
     SeedOption,
     SeqlenOption,
+    StatesOption,
     check_device,
     check_seqlen,
     parse_memory,
@@ -36,11 +38,13 @@ from maskopt.cli.output import (
     finite,
     json_output,
     show_evaluation,
+    stderr,
     tables,
 )
 from maskopt.cli.recover import recovery_lines
 from maskopt.cli.recover_options import HeldOutOption, further_windows
 from maskopt.cli.words import duration, named_table
+from maskopt.cli.work_folder import WorkFolder, tell_complete
 from maskopt.errors import MaskoptError
 
 if TYPE_CHECKING:
@@ -113,18 +117,49 @@ def shrink(
         typer.Option("--evaluate", help="Text file on which perplexity is measured before and after; repeatable."),
     ] = None,
     speed: Annotated[
-        bool, typer.Option("--speed/--no-speed", help="Measure tokens per second before and after.")
+        bool,
+        typer.Option(
+            "--speed/--no-speed", help="Measure tokens per second before and after, where the weights fit --memory."
+        ),
     ] = True,
     report: Annotated[bool, typer.Option("--report", help="Print every layer.")] = False,
     json: JsonOption = None,
     device: DeviceOption = "cpu",
     memory: MemoryOption = "1G",
+    states: StatesOption = None,
+    resume: ResumeOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Remove neurons and attention heads from a language model, refit what stays, and save a smaller dense model."""
     began = time.perf_counter()
-    check_outputs(json, out)
     working = parse_memory(memory)
+    command: dict[str, Any] = {
+        "model": model,
+        "out": str(out),
+        "calibration": str(calibration),
+        "neurons": neurons,
+        "heads": heads,
+        "params": params,
+        "method": method,
+        "widths": widths,
+        "round_to": round_to,
+        "refit": refit,
+        "refit_epochs": epochs,
+        "samples": samples,
+        "seqlen": seqlen,
+        "batch_size": batch_size,
+        "seed": seed,
+        "held_out": held_out,
+        "device": device,
+        "memory": working,
+    }
+    # What looks at the whole model at once needs it in memory.
+    work = WorkFolder(out, resume, widths != "free" and refit != "model")
+    earlier = work.completed_before(command)
+    if earlier is not None:
+        tell_complete(json, earlier, out)
+        return
+    check_outputs(json, out)
     plan = None if widths in ("uniform", "free") else _plan(widths)
     require_file("calibration text", calibration)
     for text in evaluate or ():
@@ -133,13 +168,18 @@ def shrink(
     require_transformers()
     from maskopt import models, shrinking
 
-    with Bar(quiet, "loading the model") as bar:
+    with work, Bar(quiet, "loading the model") as bar:
         corpus = models.read_text(calibration)
         texts = {str(text): models.read_text(text) for text in evaluate or ()}
-        network, tokenizer = models.load_model(model, device=device)
+        network, tokenizer = models.load_model(model, device=device, offload=work.path)
         length = check_seqlen(network, tokenizer, seqlen)
         batches = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
         others, _ = further_windows(batches, held_out, None)
+
+        size = sum(each.numel() * each.element_size() for each in network.parameters())
+        measured = speed and (work.path is None or size <= working)
+        if speed and not measured and bar.visible:
+            stderr().print(f"The weights take {size / 1e9:.2g} GB, more than --memory: the speed is not measured.")
 
         def perplexities(when: str) -> dict[str, Perplexity]:
             found = {}
@@ -155,10 +195,11 @@ def shrink(
             return found
 
         def speeds(when: str) -> dict[str, shrinking.Speed]:
-            if not speed or not network.can_generate():
+            if not measured or not network.can_generate():
                 return {}
             bar.stage(f"speed {when}")
-            return {f"batch {batch}": shrinking.measure_speed(network, batch) for batch in _BATCHES}
+            with models.resident(network):
+                return {f"batch {batch}": shrinking.measure_speed(network, batch) for batch in _BATCHES}
 
         dense, fast = perplexities("before"), speeds("before")
         bar.stage("what depends on what")
@@ -183,39 +224,22 @@ def shrink(
             epochs=epochs,
             seed=seed,
             memory=working,
+            states=None if states is None else states.value,
             progress=show if bar.visible else None,
             held_out=others,
         )
         after, faster = perplexities("after"), speeds("after")
         result.speeds = {batch: {"before": fast[batch], "after": faster[batch]} for batch in fast}
-    extra: dict[str, Any] = {
-        "perplexity": {name: {"before": dense[name].to_json(), "after": after[name].to_json()} for name in texts},
-        "calibration": batches.to_json(),
-        "command": {
-            "model": model,
-            "out": str(out),
-            "calibration": str(calibration),
-            "neurons": neurons,
-            "heads": heads,
-            "params": params,
-            "method": method,
-            "widths": widths,
-            "round_to": round_to,
-            "refit": refit,
-            "samples": samples,
-            "seqlen": length,
-            "batch_size": batch_size,
-            "seed": seed,
-            "held_out": held_out,
-            "device": device,
-            "memory": working,
-        },
-        "memory_bytes": {"peak": models.peak_bytes(device)},
-        "versions": environment(),
-        "total_seconds": time.perf_counter() - began,
-    }
-    with json_output(json, {**result.to_json(), **extra}):
-        shrinking.save_shrunk(out, network, tokenizer, result, finite(extra))
+        extra: dict[str, Any] = {
+            "perplexity": {name: {"before": dense[name].to_json(), "after": after[name].to_json()} for name in texts},
+            "calibration": batches.to_json(),
+            "command": command,
+            "memory_bytes": {"peak": models.peak_bytes(device)},
+            "versions": environment(),
+            "total_seconds": time.perf_counter() - began,
+        }
+        with json_output(json, {**result.to_json(), **extra}):
+            shrinking.save_shrunk(out, network, tokenizer, result, finite(extra))
     console = tables(json)
     console.print(_table(result, console.width, every=report))
     console.print(facts({**_lines(result, dense, after), "saved in": str(out)}))

@@ -1,4 +1,4 @@
-"""The folder beside an output in which `maskopt prune` keeps what an interrupted run needs to go on."""
+"""The folder beside an output in which commands keep what an interrupted run needs to go on."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from maskopt import files
+from maskopt.cli.output import json_output, stderr
+from maskopt.cli.signals import first_rank
 from maskopt.errors import MaskoptError
 
 if TYPE_CHECKING:
     from maskopt.models.ranks import Ranks
 
-__all__ = ["WorkFolder"]
+__all__ = ["WorkFolder", "tell_complete"]
 
 
 class WorkFolder:
@@ -51,8 +53,8 @@ class WorkFolder:
         self._lock: IO[str] | None = None
         if resume and not needed:
             raise MaskoptError(
-                "--resume goes on with commands that prune block by block; allocating sparsities (first `maskopt "
-                "allocate --cache`, then --allocation PLAN) and --recover model need the whole model at once."
+                "--resume goes on with commands that work block by block; allocating sparsities (first `maskopt "
+                "allocate --cache`, then --allocation PLAN) or widths, and fitting the whole model, need it at once."
             )
 
     def completed_before(self, command: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -146,3 +148,10 @@ class WorkFolder:
     def _finished(self) -> str:
         number = self._number()
         return f"{number} finished block{'' if number == 1 else 's'}"
+
+
+def tell_complete(json: str | None, report: dict[str, Any], out: Path) -> None:
+    """Give out the report of an output that is there already."""
+    if first_rank():
+        with json_output(json, report):
+            stderr().print(f"{out} is complete already.", highlight=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from maskopt.models.cost import Cost, product_speed, pruning_cost
 from maskopt.models.heap import peak_bytes
 from maskopt.models.loading import load_model, model_class
 from maskopt.models.memory import pruning_bytes, recovery_bytes
+from maskopt.models.offload import resident
 from maskopt.models.perplexity import Perplexity, perplexity
 from maskopt.models.prune import CORRECTION, Progress, PruningError, prune
 from maskopt.models.recover import recognised, recover
@@ -64,6 +65,7 @@ __all__ = [
     "recover",
     "recovery_bytes",
     "require_lm_eval",
+    "resident",
     "save_masks",
     "save_pruned",
     "select_layers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from maskopt.files import open_tensors
 from maskopt.models.blocks import Block, find_blocks
 from maskopt.models.checks import Offloaded, check_finite
 
-__all__ = ["Offload", "Stored", "changes", "offload_of", "parameters_in", "set_aside"]
+__all__ = ["Offload", "Stored", "changes", "offload_of", "parameters_in", "resident", "set_aside"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Offload:
         self._held: Block | None = None
         self._passing: Block | None = None
         self._checked: set[str] = set()
+        self._resident = False
         owners = _owners(model)
         self._offloaded: dict[str, list[tuple[str, nn.Module, str]]] = {block.name: [] for block in self.blocks}
         for block in self.blocks:
@@ -133,6 +135,38 @@ class Offload:
             self._passing = None
             self._release(block)
 
+    def renewed(self, model: nn.Module, stored: Mapping[str, Stored]) -> Offload:
+        """Return an offload of the same model after some of its blocks were replaced by others.
+
+        Parameters
+        ----------
+        model : nn.Module
+            Parameters of the new blocks are on the meta device.
+        stored : mapping of str to Stored
+            Where these lie, by full name; all others stay where they are.
+        """
+        self.hold(None)
+        for block in self.blocks:
+            vars(block.module).pop("forward", None)  # the one that reads the block
+        return Offload(model, {**self._stored, **stored}, self._device, self.folder)
+
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """Have all blocks in memory inside the block."""
+        self.hold(None)
+        if self._passing is not None:
+            self._release(self._passing)
+            self._passing = None
+        for block in self.blocks:
+            self._load(block)
+        self._resident = True
+        try:
+            yield
+        finally:
+            self._resident = False
+            for block in self.blocks:
+                self._release(block)
+
     def reset(self) -> None:
         """Drop what is in memory, and read all blocks from the checkpoint again."""
         self._stored = dict(self._original)
@@ -143,6 +177,8 @@ class Offload:
 
     def _entering(self, block: Block, own: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._resident:
+                return own(*args, **kwargs)
             if not _same(block, self._held) and not _same(block, self._passing):
                 before, self._passing = self._passing, None
                 if before is not None:
@@ -205,6 +241,17 @@ def offload_of(model: nn.Module) -> Offload | None:
     model : nn.Module
     """
     return _OFFLOADS.get(model)
+
+
+def resident(model: nn.Module) -> AbstractContextManager[None]:
+    """Have all weights of a model in memory inside the block, whether they lie on disk or not.
+
+    Parameters
+    ----------
+    model : nn.Module
+    """
+    offload = offload_of(model)
+    return nullcontext() if offload is None else offload.resident()
 
 
 def _same(one: Block | None, other: Block | None) -> bool:

@@ -33,7 +33,6 @@ AUTO_MAP = {
 _CODE = {"shrunk.py": "maskopt_shrunk.py", "reader.py": "reader.py", "packed_tensors.py": "packed_tensors.py"}
 
 
-@functools.cache
 def shrunk_class(kind: Any) -> Any:
     """Return the class of models of a class whose blocks have the widths that their configuration lists.
 
@@ -46,8 +45,12 @@ def shrunk_class(kind: Any) -> Any:
     type of PreTrainedModel
         Of the same name; it loads and saves folders as every class of transformers does.
     """
-    if getattr(kind, "is_shrunk", False):
-        return kind
+    return kind if getattr(kind, "is_shrunk", False) else _made_class(kind)
+
+
+@functools.cache
+def _made_class(kind: Any) -> Any:
+    """Return the class that `shrunk_class` returns; always the same one, so that models can be pickled."""
 
     def __init__(self: Any, config: Any, *args: Any, **options: Any) -> None:  # noqa: N807
         kind.__init__(self, config, *args, **options)
@@ -139,7 +142,8 @@ def _listed(model: Any) -> tuple[dict[str, dict[str, int]], dict[str, list[int]]
         If it lists something else.
     """
     widths = getattr(model.config, WIDTHS, None) or {}
-    entries, shapes = (widths.get(key) or {} for key in ("entries", "shapes")) if isinstance(widths, dict) else ((), ())
+    entries: Any = widths.get("entries") or {} if isinstance(widths, dict) else None
+    shapes: Any = widths.get("shapes") or {} if isinstance(widths, dict) else None
     sound = (
         isinstance(entries, dict)
         and isinstance(shapes, dict)

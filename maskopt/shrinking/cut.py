@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from maskopt.errors import MaskoptError
 from maskopt.models.blocks import Block
+from maskopt.models.offload import Offload, Stored, offload_of
+from maskopt.models.store import replaced
 from maskopt.packed.shrunk import WIDTHS, place_block, set_parameter, shrunk_class
 from maskopt.shrinking.configuration import Skeletons, block_of, with_buffers
+from maskopt.shrinking.siblings import allowed, sibling_of
 from maskopt.shrinking.units import Site
 
 __all__ = ["Cut", "cut_model"]
@@ -31,11 +36,15 @@ class Cut:
         Entries of the configuration by block.
     shapes : dict of str to tuple of int
         Of parameters that no entry speaks of, by full name.
+    becomes : str or None
+        The model's class, where the configuration of the old one does not allow the entries and this one computes the
+        same.
     """
 
     uniform: bool = True
     entries: dict[str, dict[str, int]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    becomes: str | None = None
 
 
 @torch.no_grad()
@@ -46,6 +55,7 @@ def cut_model(model: PreTrainedModel, kept: Mapping[Site, Tensor]) -> Cut:
     ----------
     model : PreTrainedModel
         Its blocks become other modules; the model's class and configuration change where blocks get different widths.
+        Blocks that lie on disk (`Offload`) are written anew, one after the other.
     kept : mapping of Site to Tensor
         Units that stay, boolean, shape (units,), or (experts, units) with as many in every row. At least one stays.
 
@@ -86,23 +96,41 @@ def cut_model(model: PreTrainedModel, kept: Mapping[Site, Tensor]) -> Cut:
             cut.entries[block.name] = entries
         assert twin is not None
         made.append((block, sites, twin))
-    for block, sites, twin in made:
-        narrow = _narrow(block, sites, kept)
+    offload = offload_of(model)
+    stored: dict[str, Stored] = {}
+    for number, (block, sites, twin) in enumerate(made):
+        narrow = _narrow(block, sites, kept, offload)
         shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
         cut.shapes |= {
             f"{block.name}.{name}": tuple(each.shape) for name, each in narrow.items() if each.shape != shapes[name]
         }
+        if offload is not None:
+            stored |= _written(narrow, block, offload.folder / f"cut-{number}.safetensors")
+            narrow = {name: torch.empty_like(each, device="meta") for name, each in narrow.items()}
         _replace(model, block, twin, narrow)
+    if offload is not None:
+        offload.renewed(model, stored)
     _configure(model, skeletons, cut)
     return cut
 
 
-def _narrow(block: Block, sites: list[Site], kept: Mapping[Site, Tensor]) -> dict[str, Tensor]:
+def _narrow(block: Block, sites: list[Site], kept: Mapping[Site, Tensor], offload: Offload | None) -> dict[str, Tensor]:
     """Return all parameters of a block after its units are removed."""
     tensors: dict[str, Tensor] = {name: each.data for name, each in block.module.named_parameters()}
+    if offload is not None:
+        whole = offload.tensors(block)
+        tensors = {name: whole[f"{block.name}.{name}"] for name in tensors}
     for site in sites:
         tensors |= site.role.cut(tensors, kept[site])
     return tensors
+
+
+def _written(tensors: Mapping[str, Tensor], block: Block, file: Path) -> dict[str, Stored]:
+    """Write the parameters of a block to a file and return where they lie, by full name."""
+    named = {f"{block.name}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    with replaced(file) as aside:
+        save_file(named, aside)
+    return {name: Stored(file, name) for name in named}
 
 
 def _replace(model: PreTrainedModel, block: Block, twin: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -128,9 +156,15 @@ def _configure(model: PreTrainedModel, skeletons: Skeletons, cut: Cut) -> None:
         whole = skeletons.make(union)
         shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
         if whole is not None and {name: tuple(each.shape) for name, each in whole.named_parameters()} == shapes:
-            for name, value in union.items():
-                setattr(text, name, value)
-            return
+            if allowed(model.config, union):
+                for name, value in union.items():
+                    setattr(text, name, value)
+                return
+            sibling = sibling_of(type(model), model.config, union)
+            if sibling is not None:
+                model.__class__, model.config = sibling
+                cut.becomes = type(model).__name__
+                return
     cut.uniform = False
     setattr(model.config, WIDTHS, {"entries": cut.entries, "shapes": {n: list(s) for n, s in cut.shapes.items()}})
     model.__class__ = shrunk_class(type(model))

@@ -278,6 +278,7 @@ def skeleton_copy(block: nn.Module) -> nn.Module:
         for parameter in block.parameters()
     }
     twin = copy.deepcopy(block, memo)
+    vars(twin).pop("forward", None)  # that of the class, where another one reads the weights first
     for module in twin.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

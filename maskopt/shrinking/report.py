@@ -84,7 +84,11 @@ class ShrinkReport:
     @property
     def loads_with(self) -> str:
         """What can load a folder in which the model is saved."""
-        return "transformers" if self.cut.uniform else "transformers, after import maskopt or with trust_remote_code"
+        if not self.cut.uniform:
+            return "transformers, after import maskopt or with trust_remote_code"
+        if self.cut.becomes is None:
+            return "transformers"
+        return f"transformers, as {self.cut.becomes}, whose configuration allows these widths"
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the units as a dictionary that `json.dump` takes."""

@@ -26,6 +26,7 @@ from maskopt.models.selection import select_layers
 from maskopt.models.states import Place
 from maskopt.models.trials import AllocationProgress
 from maskopt.oracles import Columns, MaskSet
+from maskopt.packed.shrunk import WIDTHS
 from maskopt.recovery import FixedMasks, Recovery
 from maskopt.shrinking.cut import cut_model
 from maskopt.shrinking.report import ShrinkReport, Width
@@ -137,8 +138,12 @@ def shrink(
     began = time.perf_counter()
     solver, refit = _checked(neurons, heads, params, method, widths, round_to, refit, seed, progress)
     check_model(model)
-    if offload_of(model) is not None:
-        raise MaskoptError("Shrinking needs the whole model in memory; load it without offload.")
+    if getattr(model.config, WIDTHS, None):
+        raise MaskoptError("The blocks of this model have widths of their own already; shrink the dense model instead.")
+    if offload_of(model) is not None and (widths == "free" or refit == "model"):
+        raise MaskoptError(
+            "Free widths and fitting the whole model need all its weights in memory; load it without offload."
+        )
     if device is not None:
         move_model(model, device)
     prepared = prepare_batches(model, batches)
