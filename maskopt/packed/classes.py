@@ -35,7 +35,8 @@ def load_packed(kind: type[Model], folder: str | os.PathLike[str], **options: An
     Returns
     -------
     PreTrainedModel
-        Of that class, or of a subclass of the same name where blocks have different widths; with ``output_loading_info=True`` also what `from_pretrained` tells of loading.
+        Of that class, or of a subclass of the same name where blocks have different widths; with
+        ``output_loading_info=True`` also what `from_pretrained` tells of loading.
 
     Raises
     ------

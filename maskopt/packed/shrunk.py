@@ -220,6 +220,7 @@ class ShrunkConfig(PackedConfig):
     """The configuration of a shrunk folder; `dense` is the model's own one, of transformers."""
 
     model_type = SHRUNK_TYPE
+    folder_kind = "shrunk"
 
 
 class _ShrunkLoader(Loader):
