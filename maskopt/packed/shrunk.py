@@ -84,7 +84,7 @@ def _without_state(kind: Any) -> Any:
 def _spread_implementations(model: Any) -> None:
     """Let blocks, whose configurations are copies, compute attention and experts as the model's configuration says."""
     text = model.config.get_text_config()
-    for name in _listed(model)[0]:
+    for name in listed_widths(model)[0]:
         for module in model.get_submodule(name).modules():
             config = getattr(module, "config", None)
             if config is not None and config is not text:
@@ -105,7 +105,7 @@ def narrow(model: Any, make: Any) -> None:
     """
     made: dict[str, Any] = {}
     try:
-        entries, shapes = _listed(model)
+        entries, shapes = listed_widths(model)
         for name, own in entries.items():
             key = json.dumps(own, sort_keys=True)
             if key not in made:
@@ -130,8 +130,17 @@ def _begin(model: Any, names: set[str]) -> None:
                 model._init_weights(module)
 
 
-def _listed(model: Any) -> tuple[dict[str, dict[str, int]], dict[str, list[int]]]:
+def listed_widths(model: Any) -> tuple[dict[str, dict[str, int]], dict[str, list[int]]]:
     """Return the entries of blocks and the shapes of parameters that a model's configuration lists.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+
+    Returns
+    -------
+    (dict of str to dict, dict of str to list)
+        By name in this model, which may have another head than the one that was saved, or none.
 
     Raises
     ------
