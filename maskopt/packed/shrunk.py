@@ -11,7 +11,6 @@ number of neurons and heads: here each block is made from the configuration with
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -33,7 +32,9 @@ AUTO_MAP = {
 _CODE = {"shrunk.py": "maskopt_shrunk.py", "reader.py": "reader.py", "packed_tensors.py": "packed_tensors.py"}
 
 
-@functools.cache
+_CLASSES: dict[Any, Any] = {}  # that `shrunk_class` made, by transformers' class
+
+
 def shrunk_class(kind: Any) -> Any:
     """Return the class of models of a class whose blocks have the widths that their configuration lists.
 
@@ -48,7 +49,12 @@ def shrunk_class(kind: Any) -> Any:
     """
     if getattr(kind, "is_shrunk", False):
         return kind
+    if kind not in _CLASSES:
+        _CLASSES[kind] = _class_of(kind)
+    return _CLASSES[kind]
 
+
+def _class_of(kind: Any) -> Any:
     def __init__(self: Any, config: Any, *args: Any, **options: Any) -> None:  # noqa: N807
         kind.__init__(self, config, *args, **options)
         narrow(self, lambda own: kind(own, *args, **options))
@@ -148,7 +154,8 @@ def listed_widths(model: Any) -> tuple[dict[str, dict[str, int]], dict[str, list
         If it lists something else.
     """
     widths = getattr(model.config, WIDTHS, None) or {}
-    entries, shapes = (widths.get(key) or {} for key in ("entries", "shapes")) if isinstance(widths, dict) else ((), ())
+    entries: Any = widths.get("entries") or {} if isinstance(widths, dict) else None
+    shapes: Any = widths.get("shapes") or {} if isinstance(widths, dict) else None
     sound = (
         isinstance(entries, dict)
         and isinstance(shapes, dict)
