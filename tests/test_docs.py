@@ -34,6 +34,7 @@ def test_every_how_to_is_here() -> None:
         "fine-tune",
         "packed-folders",
         "plug-in",
+        "shrink",
         "sparsity-per-layer",
         "verify-on-a-cluster",
     }

@@ -60,6 +60,7 @@ def test_commands_exist_with_their_options() -> None:
         "verify",
         "certify",
         "recover",
+        "shrink",
     }
     for words in commands:
         shown = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "300", "NO_COLOR": "1"})

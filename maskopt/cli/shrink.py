@@ -114,7 +114,7 @@ def shrink(
     held_out: HeldOutOption = None,
     evaluate: Annotated[
         list[Path] | None,
-        typer.Option("--evaluate", help="Text file on which perplexity is measured before and after; repeatable."),
+        typer.Option("--evaluate", metavar="FILE", help="Text on which perplexity is measured; repeatable."),
     ] = None,
     speed: Annotated[
         bool,
@@ -167,6 +167,19 @@ def shrink(
     check_device(device)
     require_transformers()
     from maskopt import models, shrinking
+    from maskopt.shrinking.shrink import check_arguments
+
+    check_arguments(
+        neurons,
+        heads,
+        params,
+        method,
+        plan or widths,
+        round_to,
+        refit,  # type: ignore[arg-type]  # checked inside
+        epochs,
+        seed,
+    )
 
     with work, Bar(quiet, "loading the model") as bar:
         corpus = models.read_text(calibration)
@@ -282,12 +295,12 @@ def _lines(result: ShrinkReport, dense: Mapping[str, Perplexity], after: Mapping
     lines = {"parameters": f"{before} before, {now} after ({100 * (1 - now / before):.1f} % less)"}
     if result.cache_bytes is not None:
         old, new = result.cache_bytes
-        lines["keys and values"] = f"{old:g} bytes a token before, {new:g} after"
+        lines["KV cache"] = f"{old:g} bytes a token before, {new:g} after"
     for batch, found in result.speeds.items():
         old_speed, new_speed = found["before"], found["after"]
         lines[f"tokens a second, {batch}"] = (
-            f"reading {old_speed.prefill:.0f} before, {new_speed.prefill:.0f} after "
-            f"({new_speed.prefill / old_speed.prefill:.2f}x); writing {old_speed.decode:.1f} before, "
+            f"prefill {old_speed.prefill:.0f} before, {new_speed.prefill:.0f} after "
+            f"({new_speed.prefill / old_speed.prefill:.2f}x); decode {old_speed.decode:.1f} before, "
             f"{new_speed.decode:.1f} after ({new_speed.decode / old_speed.decode:.2f}x); {new_speed.threads} threads"
         )
     for name in dense:

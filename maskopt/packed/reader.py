@@ -194,6 +194,7 @@ class PackedConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers has 
     """The configuration of a packed folder; `dense` is the model's own one, of transformers."""
 
     model_type = MODEL_TYPE
+    folder_kind = "packed"
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
@@ -202,14 +203,14 @@ class PackedConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers has 
         own = dict(own) if isinstance(own, dict) else {}
         kind = own.pop("model_type", None)
         if not isinstance(kind, str):
-            raise PackedError("The config.json is damaged: it has no dense_config.")
+            raise PackedError(f"The config.json of the {cls.folder_kind} folder is damaged: it has no dense_config.")
         unused = options.pop("return_unused_kwargs", False)
         try:
             known = transformers.CONFIG_MAPPING[kind]
         except KeyError as error:
             raise PackedError(
-                f"The folder holds a model of the type {kind!r}, which transformers {transformers.__version__} does "
-                f"not have."
+                f"The {cls.folder_kind} folder holds a model of the type {kind!r}, which transformers "
+                f"{transformers.__version__} does not have."
             ) from error
         dense, rest = known.from_dict(own, return_unused_kwargs=True, **options)
         config = cls()

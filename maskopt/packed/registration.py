@@ -52,13 +52,13 @@ class _AfterImport(MetaPathFinder):
 
 
 def _take(step: str) -> None:
-    try:
-        for reader in _READERS:
+    for reader in _READERS:
+        try:
             getattr(importlib.import_module(reader), step)()
-    except Exception as error:  # nothing of ours may stop an import of transformers
-        warnings.warn(
-            f"maskopt's packed folders cannot be loaded by this version of transformers: {error!r}.", stacklevel=2
-        )
+        except Exception as error:  # nothing of ours may stop an import of transformers
+            warnings.warn(
+                f"maskopt's packed folders cannot be loaded by this version of transformers: {error!r}.", stacklevel=2
+            )
 
 
 def register() -> None:

@@ -11,7 +11,6 @@ number of neurons and heads: here each block is made from the configuration with
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -33,6 +32,9 @@ AUTO_MAP = {
 _CODE = {"shrunk.py": "maskopt_shrunk.py", "reader.py": "reader.py", "packed_tensors.py": "packed_tensors.py"}
 
 
+_CLASSES: dict[Any, Any] = {}  # that `shrunk_class` made, by transformers' class
+
+
 def shrunk_class(kind: Any) -> Any:
     """Return the class of models of a class whose blocks have the widths that their configuration lists.
 
@@ -45,13 +47,14 @@ def shrunk_class(kind: Any) -> Any:
     type of PreTrainedModel
         Of the same name; it loads and saves folders as every class of transformers does.
     """
-    return kind if getattr(kind, "is_shrunk", False) else _made_class(kind)
+    if getattr(kind, "is_shrunk", False):
+        return kind
+    if kind not in _CLASSES:
+        _CLASSES[kind] = _class_of(kind)
+    return _CLASSES[kind]
 
 
-@functools.cache
-def _made_class(kind: Any) -> Any:
-    """Return the class that `shrunk_class` returns; always the same one, so that models can be pickled."""
-
+def _class_of(kind: Any) -> Any:
     def __init__(self: Any, config: Any, *args: Any, **options: Any) -> None:  # noqa: N807
         kind.__init__(self, config, *args, **options)
         narrow(self, lambda own: kind(own, *args, **options))
@@ -87,7 +90,7 @@ def _without_state(kind: Any) -> Any:
 def _spread_implementations(model: Any) -> None:
     """Let blocks, whose configurations are copies, compute attention and experts as the model's configuration says."""
     text = model.config.get_text_config()
-    for name in _listed(model)[0]:
+    for name in listed_widths(model)[0]:
         for module in model.get_submodule(name).modules():
             config = getattr(module, "config", None)
             if config is not None and config is not text:
@@ -108,7 +111,7 @@ def narrow(model: Any, make: Any) -> None:
     """
     made: dict[str, Any] = {}
     try:
-        entries, shapes = _listed(model)
+        entries, shapes = listed_widths(model)
         for name, own in entries.items():
             key = json.dumps(own, sort_keys=True)
             if key not in made:
@@ -133,8 +136,17 @@ def _begin(model: Any, names: set[str]) -> None:
                 model._init_weights(module)
 
 
-def _listed(model: Any) -> tuple[dict[str, dict[str, int]], dict[str, list[int]]]:
+def listed_widths(model: Any) -> tuple[dict[str, dict[str, int]], dict[str, list[int]]]:
     """Return the entries of blocks and the shapes of parameters that a model's configuration lists.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+
+    Returns
+    -------
+    (dict of str to dict, dict of str to list)
+        By name in this model, which may have another head than the one that was saved, or none.
 
     Raises
     ------
@@ -224,6 +236,7 @@ class ShrunkConfig(PackedConfig):
     """The configuration of a shrunk folder; `dense` is the model's own one, of transformers."""
 
     model_type = SHRUNK_TYPE
+    folder_kind = "shrunk"
 
 
 class _ShrunkLoader(Loader):

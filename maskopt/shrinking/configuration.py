@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from maskopt.models.blocks import Block, find_blocks
 from maskopt.models.quiet import without_bars
+from maskopt.packed.shrunk import WIDTHS, listed_widths
 from maskopt.shrinking.dependence import Probe, skeleton_copy
 
 if TYPE_CHECKING:
@@ -66,11 +67,22 @@ class Skeletons:
     def __init__(self, model: PreTrainedModel) -> None:
         self.config = model.config
         self._kind = type(model)
+        self.own, self.own_shapes = listed_widths(model)
+        """Entries by block and shapes by parameter of a model whose blocks have different widths already."""
 
     @property
     def text(self) -> Any:
         """The configuration of the part that reads text."""
         return self.config.get_text_config()
+
+    def values(self, block: str) -> dict[str, Any]:
+        """Return all entries that hold for a block."""
+        return {**self.text.to_dict(), **self.own.get(block, {})}
+
+    def value(self, block: str, name: str) -> Any:
+        """Return the entry that holds for a block, by the name that all architectures have for it, or None."""
+        own = getattr(self.text, "attribute_map", {}).get(name, name)
+        return self.own.get(block, {}).get(own, getattr(self.text, name, None))
 
     def make(self, entries: Mapping[str, Any]) -> nn.Module | None:
         """Return a model without data of the configuration with other entries; None where the class refuses."""
@@ -79,6 +91,9 @@ class Skeletons:
         try:
             for name, value in entries.items():
                 setattr(text, name, value)
+            if self.own:
+                widths = {name: {**own, **entries} for name, own in self.own.items()}
+                setattr(config, WIDTHS, {"entries": widths, "shapes": dict(self.own_shapes)})
             with torch.device("meta"), without_bars():
                 made: nn.Module = self._kind(config).eval()
                 return made
@@ -107,7 +122,7 @@ def fields_for(skeletons: Skeletons, probe: Probe, block: Block, role: Role) -> 
     if role.number < 2:
         return None
     trial = _Trial(probe, {role: 1})
-    for fields in _guesses(skeletons, role):
+    for fields in _guesses(skeletons.values(block.name), role):
         model = skeletons.make(fields.entries(role.number - 1))
         twin = None if model is None else block_of(model, block.name)
         if twin is not None and trial.fits(twin) and with_buffers(twin, block.module) and trial.succeeds(twin):
@@ -133,7 +148,8 @@ def fields_together(skeletons: Skeletons, probe: Probe, block: Block, roles: Seq
         For each of the roles.
     """
     found: list[Fields | None] = [None] * len(roles)
-    values = {name: value for name, value in skeletons.text.to_dict().items() if type(value) is int and value > 1}
+    whole = skeletons.values(block.name)
+    values = {name: value for name, value in whole.items() if type(value) is int and value > 1}
     for name, value in values.items():
         open_ones = [number for number, fields in enumerate(found) if fields is None]
         model = skeletons.make({name: value - 1})
@@ -230,10 +246,9 @@ def with_buffers(twin: nn.Module, block: nn.Module) -> bool:
     return True
 
 
-def _guesses(skeletons: Skeletons, role: Role) -> Iterator[Fields]:
-    """Yield what may count the units of a role."""
-    text = skeletons.text
-    values = {name: value for name, value in text.to_dict().items() if not isinstance(value, bool)}
+def _guesses(entries: Mapping[str, Any], role: Role) -> Iterator[Fields]:
+    """Yield what may count the units of a role, of the entries that hold for its block."""
+    values = {name: value for name, value in entries.items() if not isinstance(value, bool)}
     if role.kind == "neurons":
         equal = [name for name, value in values.items() if isinstance(value, int) and value == role.number]
         # Entries that are not set stand for a multiple of the hidden size.

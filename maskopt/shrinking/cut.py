@@ -93,7 +93,7 @@ def cut_model(model: PreTrainedModel, kept: Mapping[Site, Tensor]) -> Cut:
             twin = None if whole is None else block_of(whole, block.name)
             if twin is None or not with_buffers(twin, block.module):
                 raise MaskoptError(f"The configuration of {type(model).__name__} cannot be changed to {entries}.")
-            cut.entries[block.name] = entries
+            cut.entries[block.name] = {**skeletons.own.get(block.name, {}), **entries}
         assert twin is not None
         made.append((block, sites, twin))
     offload = offload_of(model)
@@ -148,7 +148,10 @@ def _replace(model: PreTrainedModel, block: Block, twin: nn.Module, tensors: Map
 def _configure(model: PreTrainedModel, skeletons: Skeletons, cut: Cut) -> None:
     """Let the configuration say what it can; otherwise make the model one of different widths."""
     union: dict[str, int] = {}
-    agree = not cut.shapes
+    # What blocks lost before, and not now.
+    cut.entries = {**skeletons.own, **cut.entries}
+    cut.shapes = {**{name: tuple(shape) for name, shape in skeletons.own_shapes.items()}, **cut.shapes}
+    agree = not cut.shapes and not skeletons.own
     for entries in cut.entries.values():
         agree = agree and all(union.setdefault(name, value) == value for name, value in entries.items())
     text: Any = model.config.get_text_config()

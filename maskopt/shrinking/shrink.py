@@ -36,7 +36,7 @@ from maskopt.shrinking.widths import free_widths
 from maskopt.solvers import Solver
 from maskopt.structured import ExactSwaps, Structured, make_structured
 
-__all__ = ["Refit", "Widths", "shrink"]
+__all__ = ["Refit", "Widths", "check_arguments", "shrink"]
 
 Widths = Literal["uniform", "free"]
 Refit = Literal["units", "layers", "block", "model"]
@@ -136,7 +136,7 @@ def shrink(
     >>> model.save_pretrained("smaller")  # doctest: +SKIP
     """
     began = time.perf_counter()
-    solver, refit = _checked(neurons, heads, params, method, widths, round_to, refit, seed, progress)
+    solver, refit = check_arguments(neurons, heads, params, method, widths, round_to, refit, epochs, seed, progress)
     check_model(model)
     if getattr(model.config, WIDTHS, None):
         raise MaskoptError("The blocks of this model have widths of their own already; shrink the dense model instead.")
@@ -193,7 +193,7 @@ def shrink(
     )
 
 
-def _checked(
+def check_arguments(
     neurons: object,
     heads: object,
     params: object,
@@ -201,10 +201,17 @@ def _checked(
     widths: object,
     round_to: object,
     refit: Refit | None,
+    epochs: float | None,
     seed: object,
-    progress: object,
+    progress: object = None,
 ) -> tuple[Solver, Refit]:
-    """Return the solver and what is fitted, after a check of the arguments of `shrink`."""
+    """Return the solver and what is fitted, after a check of the arguments of `shrink`.
+
+    Raises
+    ------
+    MaskoptError
+        If one is wrong, or says nothing beside the others.
+    """
     for name, value in (("neurons", neurons), ("heads", heads), ("params", params)):
         if not real(0, 1, below=True, optional=name == "params").fits(value):
             raise MaskoptError(f"{name} must be a fraction from 0 to below 1; got {shown(value)}.")
@@ -233,7 +240,12 @@ def _checked(
         raise MaskoptError(
             f"method must be a name or a solver for whole units, such as ExactSwaps(); got {shown(method)}."
         )
-    return solver, refit or ("block" if isinstance(solver, ExactSwaps) else "units")
+    found: Refit = refit or ("block" if isinstance(solver, ExactSwaps) else "units")
+    if epochs is not None:
+        if found not in ("block", "model"):
+            raise MaskoptError(f"epochs are those of gradient steps, and {found} are fitted without; leave them out.")
+        Recovery(found, epochs=epochs)
+    return solver, found
 
 
 def _planned(structure: Structure, plan: Plan, round_to: int) -> dict[Site, int]:

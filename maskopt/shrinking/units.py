@@ -207,9 +207,9 @@ def find_units(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Structure:
         for block in blocks:
             if block not in calls:
                 continue
-            key = _signature(block)
+            key = (_signature(block), tuple(sorted(skeletons.own.get(block.name, {}).items())))
             if key not in known:
-                known[key] = list(_roles(model, block, calls[block], skeletons))
+                known[key] = list(_roles(block, calls[block], skeletons))
             for found in known[key]:
                 if isinstance(found, Role):
                     structure.sites.append(Site(block, found, _consumers(block, found)))
@@ -220,14 +220,15 @@ def find_units(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Structure:
     return structure
 
 
-def _roles(model: PreTrainedModel, block: Block, call: BlockCall, skeletons: Skeletons) -> Iterator[Role | Refused]:
+def _roles(block: Block, call: BlockCall, skeletons: Skeletons) -> Iterator[Role | Refused]:
     """Yield what a block can lose."""
+    heads = [skeletons.value(block.name, name) for name in ("num_key_value_heads", "num_attention_heads")]
     try:
         probe = Probe(block.module, call)
         roles = [
             role
             for consumer, axis, inputs, experts in _candidates(block)
-            if (role := _role(model, probe, consumer, axis, inputs, experts)) is not None
+            if (role := _role(heads, probe, consumer, axis, inputs, experts)) is not None
         ]
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         # Whatever a module does with weights that are not its own: nothing is known of it then.
@@ -247,10 +248,10 @@ def _roles(model: PreTrainedModel, block: Block, call: BlockCall, skeletons: Ske
             yield Refused(role.consumer.removesuffix(".weight"), role.kind, f"{skeletons.unsaid} fewer {role.kind}")
 
 
-def _role(model: PreTrainedModel, probe: Probe, consumer: str, axis: int, inputs: int, experts: int) -> Role | None:
+def _role(heads: Sequence[Any], probe: Probe, consumer: str, axis: int, inputs: int, experts: int) -> Role | None:
     """Return what a weight consumes: the units that most parameters go with, single inputs rather than groups."""
     best: Role | None = None
-    for kind, units in _partitions(model, inputs):
+    for kind, units in _partitions(heads, inputs):
         owned = tuple(probe.owned(consumer, axis, units))
         if not owned or not all(_of_each(probe.shapes[each.name], each.axis, experts) for each in owned):
             continue
@@ -277,14 +278,11 @@ def _candidates(block: Block) -> Iterator[tuple[str, int, int, int]]:
             yield stack.name, axis, stack.parameter.shape[axis], stack.number
 
 
-def _partitions(model: PreTrainedModel, inputs: int) -> Iterator[tuple[Kind, Tensor]]:
+def _partitions(heads: Sequence[Any], inputs: int) -> Iterator[tuple[Kind, Tensor]]:
     """Yield the units that a layer's inputs may consist of: single ones, groups of heads with the same keys, heads."""
     yield "neurons", torch.arange(inputs)
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    groups = getattr(config, "num_key_value_heads", None) or heads
     tried = set()
-    for number in (groups, heads):
+    for number in heads:
         if isinstance(number, int) and 1 < number < inputs and inputs % number == 0 and number not in tried:
             tried.add(number)
             yield "heads", torch.arange(inputs) // (inputs // number)

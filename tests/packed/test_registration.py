@@ -20,6 +20,7 @@ def late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(sys, "happened", happened, raising=False)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.setattr(registration, "_STEPS", {"library_of_tables.table": "register_table"})
+    monkeypatch.setattr(registration, "_READERS", ("maskopt.packed.reader",))
     monkeypatch.setattr("maskopt.packed.reader.register_table", lambda: happened.append("registered"), raising=False)
     for name in ("library_of_tables", "library_of_tables.table"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -60,6 +61,14 @@ def test_no_import_fails_because_of_it(late: list[str], monkeypatch: pytest.Monk
     assert late == ["table"]
 
 
+def test_one_reader_that_fails_does_not_stop_the_others(late: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "_READERS", ("maskopt.packed.nothing", "maskopt.packed.reader"))
+    registration.register()
+    with pytest.warns(UserWarning, match="cannot be loaded by this version of transformers"):
+        load()
+    assert late == ["table", "registered"]
+
+
 @pytest.mark.slow
 def test_importing_maskopt_imports_no_library(tmp_path: Path) -> None:
     code = (
@@ -69,7 +78,7 @@ def test_importing_maskopt_imports_no_library(tmp_path: Path) -> None:
         "print('maskopt.packed.reader' in sys.modules)\n"
         "transformers.AutoConfig\n"
         "from transformers import CONFIG_MAPPING\n"
-        "print('maskopt-packed' in CONFIG_MAPPING)\n"
+        "print('maskopt-packed' in CONFIG_MAPPING and 'maskopt-shrunk' in CONFIG_MAPPING)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:3] == ["[]", "False", "True"]

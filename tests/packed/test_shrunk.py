@@ -56,6 +56,35 @@ def test_the_class_is_one_and_a_subclass_of_the_same_name(model: PreTrainedModel
     assert widths_of(found) == [10, 30]
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "mixtral"])
+def test_what_is_shrunk_again_keeps_what_it_lost_before(family: str, tmp_path: Path) -> None:
+    """First heads and neurons of the first block, then neurons and then heads of all."""
+    smaller = made(family, num_attention_heads=4, num_key_value_heads=4)
+    first = find_units(smaller, data()[0]).sites[0].block.name
+    for step, kinds in enumerate((("neurons", "heads"), ("neurons",), ("heads",))):
+        sites = [site for site in find_units(smaller, data()[0]).sites if site.role.kind in kinds]
+        assert {site.role.kind for site in sites} == set(kinds)
+        kept = {}
+        for site in sites:
+            number = site.role.number - 8 if site.role.kind == "neurons" else site.role.number // 2
+            if step or site.block.name == first:
+                units = torch.arange(site.role.number) < number
+                kept[site] = units.expand(site.role.experts, -1) if site.role.experts else units
+        assert not cut_model(smaller, kept).uniform
+        expected = computed(smaller)
+        smaller.save_pretrained(tmp_path / f"{step}")
+        smaller = AutoModelForCausalLM.from_pretrained(tmp_path / f"{step}")
+        found = computed(smaller)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    sites = find_units(smaller, data()[0]).sites
+    blocks = {site.block.name for site in sites}
+    neurons = [site.role.number for site in sites if site.role.kind == "neurons"]
+    assert neurons == [80 - 16, *[80 - 8] * (len(blocks) - 1)]
+    heads = [site.role.number for site in sites if site.role.kind == "heads"]
+    # A single head cannot go; where no entry counts heads, it is not known how wide they are a second time.
+    assert heads == ([] if family == "gpt_neox" else [2] * (len(blocks) - 1))
+
+
 def test_a_class_that_one_names_is_loaded_or_refused(model: PreTrainedModel, folder: Path) -> None:
     found = load_packed(transformers.LlamaForCausalLM, folder, dtype=torch.bfloat16)
     assert found.dtype == torch.bfloat16
