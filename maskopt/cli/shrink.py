@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -44,7 +45,7 @@ from maskopt.cli.words import duration, named_table
 
 if TYPE_CHECKING:
     from maskopt.models import Perplexity
-    from maskopt.shrinking import ShrinkReport
+    from maskopt.shrinking import ShrinkReport, UnitProof
 
 __all__ = ["shrink"]
 
@@ -98,6 +99,20 @@ def shrink(
             metavar="N",
             help="Passes over the calibration windows for each block, and for the model.",
             show_default="4 for blocks, 2 for the model",
+        ),
+    ] = None,
+    certify: Annotated[
+        bool,
+        typer.Option(
+            "--certify",
+            help="Prove a lower bound on the error of any choice of as many units, layer by layer; takes longer than "
+            "shrinking.",
+        ),
+    ] = False,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--time-limit", help="Seconds for all proofs of --certify together; the bounds proven by then are reported."
         ),
     ] = None,
     samples: SamplesOption = 128,
@@ -163,7 +178,7 @@ def shrink(
             if isinstance(event, models.AllocationProgress):
                 bar.tell(f"widths: {event.stage}", event.fraction)
             else:
-                layer = event.fraction if event.stage in ("solve", "recover") else 0.0
+                layer = event.fraction if event.stage in ("solve", "certify", "recover") else 0.0
                 bar.tell(f"{event.stage} {event.name}", (event.done + layer) / max(1, event.total))
 
         result = shrinking.shrink(
@@ -177,6 +192,8 @@ def shrink(
             round_to=round_to,
             refit=refit,  # type: ignore[arg-type]
             epochs=epochs,
+            certify=certify,
+            certify_seconds=time_limit,
             seed=seed,
             memory=working,
             progress=show if bar.visible else None,
@@ -198,6 +215,8 @@ def shrink(
             "widths": widths,
             "round_to": round_to,
             "refit": refit,
+            "certify": certify,
+            "time_limit": time_limit,
             "samples": samples,
             "seqlen": length,
             "batch_size": batch_size,
@@ -232,7 +251,14 @@ def _table(result: ShrinkReport, width: int, *, every: bool) -> Table:
         "parameters": [f"-{sum(each.parameters for each in found)}" for found in groups.values()],
         "error": [f"{fmean(each.error for each in found):.5f}" for found in groups.values()],
     }
+    if any(each.proof is not None for each in result.widths):
+        columns["proven"] = [_proven([each.proof for each in found if each.proof]) for found in groups.values()]
     return named_table("", "layer", list(groups), columns, width)
+
+
+def _proven(proofs: Sequence[UnitProof]) -> str:
+    """Return the least and the largest share, rounded down."""
+    return f"{_range([math.floor(100 * each.share) for each in proofs])} %" if proofs else ""
 
 
 def _range(values: Sequence[int]) -> str:
@@ -256,6 +282,19 @@ def _lines(result: ShrinkReport, dense: Mapping[str, Perplexity], after: Mapping
         )
     for name in dense:
         lines[f"perplexity, {name}"] = f"{dense[name].perplexity:.3f} before, {after[name].perplexity:.3f} after"
+    proofs = [each.proof for each in result.widths if each.proof is not None]
+    if proofs:
+        shares, cut = [100 * each.share for each in proofs], sum(not each.finished for each in proofs)
+        lines["proven"] = (
+            f"any choice of as many units, with any weights, has {math.floor(min(shares))} % of the error or more, "
+            f"{math.floor(median(shares))} % in the median: of each layer's problem as it was solved, with the ridge"
+        )
+        if result.pruning.settings["refit"] != "units":
+            lines["later fits"] = (
+                "change inputs and weights of all layers; the bounds do not speak of the model they lead to"
+            )
+        if cut:
+            lines["time limit"] = f"ended {cut} of {len(proofs)} proofs; more time could raise these bounds"
     lines |= recovery_lines(result.pruning.recovery)
     if result.plan is not None:
         tried = result.plan.details.get("divergence") or {}

@@ -1,6 +1,7 @@
 """Models that become smaller: neurons and attention heads are removed, and the folder loads as before."""
 
 from maskopt.shrinking.cut import Cut, cut_model
+from maskopt.shrinking.proofs import UnitProof
 from maskopt.shrinking.report import ShrinkReport, Width
 from maskopt.shrinking.saving import save_shrunk
 from maskopt.shrinking.shrink import Refit, Widths, shrink
@@ -16,6 +17,7 @@ __all__ = [
     "Site",
     "Speed",
     "Structure",
+    "UnitProof",
     "Width",
     "Widths",
     "cache_bytes",

@@ -11,6 +11,7 @@ from torch import Tensor
 from maskopt.allocation import Plan
 from maskopt.models.report import PruneReport
 from maskopt.shrinking.cut import Cut
+from maskopt.shrinking.proofs import UnitProof
 from maskopt.shrinking.speed import Speed
 from maskopt.shrinking.units import Kind, Refused
 
@@ -33,6 +34,8 @@ class Width:
     error : float
         Of the layer's output on its inputs, relative to that of removing everything, as in `LayerRecord`; the mean
         over experts. Before blocks are fitted.
+    proof : UnitProof or None
+        With `certify`, what is proven about every choice of as many units.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Width:
     after: int
     parameters: int
     error: float
+    proof: UnitProof | None = None
 
 
 @dataclass
@@ -95,7 +99,7 @@ class ShrinkReport:
             if self.cache_bytes is None
             else dict(zip(("before", "after"), self.cache_bytes, strict=True)),
             "loads_with": self.loads_with,
-            "widths": [asdict(each) for each in self.widths],
+            "widths": [_as_json(each) for each in self.widths],
             "refused": [asdict(each) for each in self.refused],
             "configuration": self.cut.entries,
             "speed": {
@@ -105,3 +109,12 @@ class ShrinkReport:
             **({} if self.plan is None else {"plan": self.plan.to_json()}),
             "seconds": self.seconds,
         }
+
+
+def _as_json(width: Width) -> dict[str, Any]:
+    content = asdict(width)
+    if width.proof is None:
+        del content["proof"]
+    else:
+        content["proof"]["share"] = width.proof.share
+    return content

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from maskopt.checks import SEEDS, choice, real, shown, whole
+from maskopt.checks import SEEDS, check_time_limit, choice, real, shown, whole
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch, prepare_batches
 from maskopt.models.blocks import find_blocks
@@ -27,6 +27,7 @@ from maskopt.models.trials import AllocationProgress
 from maskopt.oracles import Columns, MaskSet
 from maskopt.recovery import FixedMasks, Recovery
 from maskopt.shrinking.cut import cut_model
+from maskopt.shrinking.proofs import UnitProver
 from maskopt.shrinking.report import ShrinkReport, Width
 from maskopt.shrinking.speed import cache_bytes
 from maskopt.shrinking.units import Kind, Refused, Site, Structure, find_units
@@ -55,6 +56,8 @@ def shrink(
     refit: Refit | None = None,
     epochs: float | None = None,
     correction: float = CORRECTION,
+    certify: bool = False,
+    certify_seconds: float | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     memory: int = 2**30,
@@ -101,6 +104,11 @@ def shrink(
         Passes over the data for each block, and for the model, see `maskopt.recovery.Recovery`.
     correction : float
         As for `prune`, where layers are refitted.
+    certify : bool
+        Prove, for every layer that loses units, a lower bound on the error of any choice of as many units with any
+        weights, in the layer's problem as it is solved, see `maskopt.bounds.column_bound` and `UnitProof`.
+    certify_seconds : float, optional
+        Time for the proofs of all layers together, divided in proportion to their cost.
     seed : int
         Of the method "random", of fits and of free widths.
     device, memory, states
@@ -134,6 +142,11 @@ def shrink(
     """
     began = time.perf_counter()
     solver, refit = _checked(neurons, heads, params, method, widths, round_to, refit, seed, progress)
+    if not isinstance(certify, bool):
+        raise MaskoptError(f"certify must be True or False; got {shown(certify)}.")
+    if certify_seconds is not None and not certify:
+        raise MaskoptError("certify_seconds limits the time of the proofs that certify asks for; give both.")
+    check_time_limit(certify_seconds, "time for certify")
     check_model(model)
     if offload_of(model) is not None:
         raise MaskoptError("Shrinking needs the whole model in memory; load it without offload.")
@@ -151,6 +164,7 @@ def shrink(
             plan = free_widths(model, prepared, counts, solver, memory=memory, seed=seed, progress=progress)
             for site in counts:
                 counts[site] = _rounded(site, 1 - plan.sparsities[site.layers[0].name], round_to)
+    prover = UnitProver(counts, solver.ridge, certify_seconds, _told(progress)) if certify else None
     before = model.num_parameters(), cache_bytes(model)
     report = _pruned(
         model,
@@ -165,9 +179,10 @@ def shrink(
         states=states,
         progress=progress,
         held_out=held_out,
+        observe=prover,
     )
     kept = {site: _kept(site, report.masks) for site in counts}
-    removed = {site: _width(site, count, report) for site, count in counts.items()}
+    removed = {site: _width(site, count, report, prover) for site, count in counts.items()}
     cut = cut_model(model, kept)
     caches = before[1], cache_bytes(model)
     report.settings |= {"widths": widths, "refit": refit, "round_to": round_to}
@@ -194,7 +209,7 @@ def _checked(
     refit: Refit | None,
     seed: object,
     progress: object,
-) -> tuple[Solver, Refit]:
+) -> tuple[Structured, Refit]:
     """Return the solver and what is fitted, after a check of the arguments of `shrink`."""
     for name, value in (("neurons", neurons), ("heads", heads), ("params", params)):
         if not real(0, 1, below=True, optional=name == "params").fits(value):
@@ -213,7 +228,7 @@ def _checked(
     if progress is not None and not callable(progress):
         raise MaskoptError(f"progress must be a function of one argument; got {shown(progress)}.")
     if isinstance(method, str):
-        solver: Solver = make_structured(method, **({"seed": seed} if method == "random" else {}))
+        solver: Structured = make_structured(method, **({"seed": seed} if method == "random" else {}))
     elif isinstance(method, Structured):
         solver = method
     else:
@@ -337,9 +352,18 @@ def _kept(site: Site, masks: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(rows) if site.role.experts else rows[0]
 
 
-def _width(site: Site, count: int, report: PruneReport) -> Width:
-    names = {layer.name for layer in site.layers}
+def _told(
+    progress: Callable[[Progress | AllocationProgress], object] | None,
+) -> Callable[[str, int, int, float], object] | None:
+    if progress is None:
+        return None
+    return lambda name, done, total, fraction: progress(Progress("certify", name, done, total, fraction))
+
+
+def _width(site: Site, count: int, report: PruneReport, prover: UnitProver | None) -> Width:
+    names = [layer.name for layer in site.layers]
     errors = [record.relative_error for record in report.layers if record.name in names]
     gone = (site.role.number - count) * max(1, site.role.experts)
     each = site.size // max(1, site.role.experts)
-    return Width(site.name, site.role.kind, site.role.number, count, gone * each, sum(errors) / len(errors))
+    proof = None if prover is None else prover.proof(names)
+    return Width(site.name, site.role.kind, site.role.number, count, gone * each, sum(errors) / len(errors), proof)
