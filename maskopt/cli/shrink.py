@@ -295,6 +295,11 @@ def _lines(result: ShrinkReport, dense: Mapping[str, Perplexity], after: Mapping
             )
         if cut:
             lines["time limit"] = f"ended {cut} of {len(proofs)} proofs; more time could raise these bounds"
+    if result.biases is not None:
+        changed, without = len(result.biases["changed"]), len(result.biases["without"])
+        lines["biases"] = f"{changed} changed to keep the mean output" + (
+            f"; {without} layers have none that could make up for what is removed" if without else ""
+        )
     lines |= recovery_lines(result.pruning.recovery)
     if result.plan is not None:
         tried = result.plan.details.get("divergence") or {}

@@ -71,6 +71,8 @@ class ShrinkReport:
         Where blocks have different widths: the fraction of its units that each layer lost.
     speeds : dict of str to dict of str to Speed
         By batch and then "before" and "after", where it was measured.
+    biases : dict of str to list of str, optional
+        With a method that changes biases (FLAP): by name the layers whose bias "changed", and those "without" one.
     seconds : float
     """
 
@@ -83,6 +85,7 @@ class ShrinkReport:
     kept: Mapping[str, Tensor] = field(repr=False)
     plan: Plan | None = None
     speeds: dict[str, dict[str, Speed]] = field(default_factory=dict)
+    biases: dict[str, list[str]] | None = None
     seconds: float = 0.0
 
     @property
@@ -107,6 +110,7 @@ class ShrinkReport:
             },
             "pruning": self.pruning.to_json(),
             **({} if self.plan is None else {"plan": self.plan.to_json()}),
+            **({} if self.biases is None else {"biases": self.biases}),
             "seconds": self.seconds,
         }
 

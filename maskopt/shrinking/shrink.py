@@ -17,22 +17,26 @@ from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch, prepare_batches
 from maskopt.models.blocks import find_blocks
 from maskopt.models.checks import check_model, move_model
+from maskopt.models.layers import Layer
 from maskopt.models.offload import offload_of
 from maskopt.models.prune import CORRECTION, Progress, prune_layers
 from maskopt.models.replay import evaluation_mode
 from maskopt.models.report import PruneReport
 from maskopt.models.selection import select_layers
+from maskopt.models.solving import Observer
 from maskopt.models.states import Place
 from maskopt.models.trials import AllocationProgress
 from maskopt.oracles import Columns, MaskSet
+from maskopt.problems import LayerReconstruction
 from maskopt.recovery import FixedMasks, Recovery
+from maskopt.shrinking.biases import BiasChanges
 from maskopt.shrinking.cut import cut_model
 from maskopt.shrinking.proofs import UnitProver
 from maskopt.shrinking.report import ShrinkReport, Width
 from maskopt.shrinking.speed import cache_bytes
 from maskopt.shrinking.units import Kind, Refused, Site, Structure, find_units
 from maskopt.shrinking.widths import free_widths
-from maskopt.solvers import Solver
+from maskopt.solvers import Result, Solver
 from maskopt.structured import ExactSwaps, Structured, make_structured
 
 __all__ = ["Refit", "Widths", "shrink"]
@@ -86,7 +90,7 @@ def shrink(
         neurons.
     method : str or Solver
         A name in `maskopt.structured.STRUCTURED`: "best", "osscar", "fasp", "spap", "newton", "flap", "magnitude" or
-        "random"; or a solver for sets of whole columns.
+        "random"; or a solver for sets of whole columns. With "flap", biases make up for the mean of what goes.
     widths : {"uniform", "free"}
         "uniform": every block loses as many, and the folder loads with transformers alone. "free": blocks lose
         different numbers, at equal parameters in all, where the model's predictions on calibration sequences set aside
@@ -165,22 +169,27 @@ def shrink(
             for site in counts:
                 counts[site] = _rounded(site, 1 - plan.sparsities[site.layers[0].name], round_to)
     prover = UnitProver(counts, solver.ridge, certify_seconds, _told(progress)) if certify else None
+    biases = BiasChanges(counts if solver.needs_mean else ())
     before = model.num_parameters(), cache_bytes(model)
-    report = _pruned(
-        model,
-        prepared,
-        counts,
-        solver,
-        refit,
-        epochs,
-        seed,
-        correction=correction,
-        memory=memory,
-        states=states,
-        progress=progress,
-        held_out=held_out,
-        observe=prover,
-    )
+    try:
+        report = _pruned(
+            model,
+            prepared,
+            counts,
+            solver,
+            refit,
+            epochs,
+            seed,
+            correction=correction,
+            memory=memory,
+            states=states,
+            progress=progress,
+            held_out=held_out,
+            observe=_observing(*((prover,) if prover else ()), *((biases,) if solver.needs_mean else ())),
+        )
+    except BaseException:
+        biases.undo()
+        raise
     kept = {site: _kept(site, report.masks) for site in counts}
     removed = {site: _width(site, count, report, prover) for site, count in counts.items()}
     cut = cut_model(model, kept)
@@ -195,6 +204,7 @@ def shrink(
         replace(report, masks={}, plan=None),
         {site.name: units for site, units in kept.items()},
         plan,
+        biases={"changed": biases.changed, "without": biases.without} if solver.needs_mean else None,
         seconds=time.perf_counter() - began,
     )
 
@@ -350,6 +360,16 @@ def _kept(site: Site, masks: Mapping[str, Tensor]) -> Tensor:
         layer.oriented(masks[layer.name]).any(0).view(site.role.number, site.role.width).any(1) for layer in site.layers
     ]
     return torch.stack(rows) if site.role.experts else rows[0]
+
+
+def _observing(*observers: Observer) -> Observer | None:
+    """Return one observer for all."""
+
+    def observe(layer: Layer, problem: LayerReconstruction, result: Result) -> None:
+        for each in observers:
+            each(layer, problem, result)
+
+    return observe if observers else None
 
 
 def _told(
