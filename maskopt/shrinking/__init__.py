@@ -1,6 +1,7 @@
 """Models that become smaller: neurons and attention heads are removed, and the folder loads as before."""
 
 from maskopt.shrinking.cut import Cut, cut_model
+from maskopt.shrinking.depth import DepthReport, drop_blocks
 from maskopt.shrinking.proofs import UnitProof
 from maskopt.shrinking.report import ShrinkReport, Width
 from maskopt.shrinking.saving import save_shrunk
@@ -10,6 +11,7 @@ from maskopt.shrinking.units import Refused, Role, Site, Structure, find_units
 
 __all__ = [
     "Cut",
+    "DepthReport",
     "Refit",
     "Refused",
     "Role",
@@ -22,6 +24,7 @@ __all__ = [
     "Widths",
     "cache_bytes",
     "cut_model",
+    "drop_blocks",
     "find_units",
     "measure_speed",
     "save_shrunk",
