@@ -69,6 +69,16 @@ def shrink(
         float | None,
         typer.Option("--params", help="Fraction of the blocks' parameters to remove, in place of both."),
     ] = None,
+    drop_blocks: Annotated[
+        int,
+        typer.Option(
+            "--drop-blocks",
+            min=0,
+            metavar="N",
+            help="Whole blocks to drop first, one after the other, each time the one without which predictions change "
+            "least.",
+        ),
+    ] = 0,
     method: Annotated[str, typer.Option("--method", help=f"Chooses what goes; one of {', '.join(METHODS)}.")] = "best",
     widths: Annotated[
         str,
@@ -181,24 +191,36 @@ def shrink(
                 layer = event.fraction if event.stage in ("solve", "certify", "recover") else 0.0
                 bar.tell(f"{event.stage} {event.name}", (event.done + layer) / max(1, event.total))
 
-        result = shrinking.shrink(
-            network,
-            batches,
-            neurons=neurons,
-            heads=heads,
-            params=params,
-            method=method,
-            widths=widths,  # type: ignore[arg-type]  # checked inside
-            round_to=round_to,
-            refit=refit,  # type: ignore[arg-type]
-            epochs=epochs,
-            certify=certify,
-            certify_seconds=time_limit,
-            seed=seed,
-            memory=working,
-            progress=show if bar.visible else None,
-            held_out=others,
-        )
+        depth, caches = None, shrinking.cache_bytes(network) if drop_blocks else None
+        if drop_blocks:
+            depth = shrinking.drop_blocks(
+                network, batches, drop_blocks, progress=lambda name, done: bar.tell(f"depth: {name}", done)
+            )
+        result = None
+        if depth is None or neurons or heads or params:
+            result = shrinking.shrink(
+                network,
+                batches,
+                neurons=neurons,
+                heads=heads,
+                params=params,
+                method=method,
+                widths=widths,  # type: ignore[arg-type]  # checked inside
+                round_to=round_to,
+                refit=refit,  # type: ignore[arg-type]
+                epochs=epochs,
+                certify=certify,
+                certify_seconds=time_limit,
+                seed=seed,
+                memory=working,
+                progress=show if bar.visible else None,
+                held_out=others,
+            )
+        if depth is not None:
+            now = shrinking.cache_bytes(network)
+            both = None if caches is None or now is None else (caches, now)
+            result = shrinking.ShrinkReport.of_depth(depth, both, result)
+        assert result is not None
         after, faster = perplexities("after"), speeds("after")
         result.speeds = {batch: {"before": fast[batch], "after": faster[batch]} for batch in fast}
     extra: dict[str, Any] = {
@@ -211,6 +233,7 @@ def shrink(
             "neurons": neurons,
             "heads": heads,
             "params": params,
+            "drop_blocks": drop_blocks,
             "method": method,
             "widths": widths,
             "round_to": round_to,
@@ -232,7 +255,8 @@ def shrink(
     with json_output(json, {**result.to_json(), **extra}):
         shrinking.save_shrunk(out, network, tokenizer, result, finite(extra))
     console = tables(json)
-    console.print(_table(result, console.width, every=report))
+    if result.widths:
+        console.print(_table(result, console.width, every=report))
     console.print(facts({**_lines(result, dense, after), "saved in": str(out)}))
     if network.can_generate():
         show_evaluation(console, out, evaluate[0] if evaluate else None)
@@ -270,6 +294,9 @@ def _lines(result: ShrinkReport, dense: Mapping[str, Perplexity], after: Mapping
     """Return what became of the model, for a table of facts."""
     before, now = result.parameters
     lines = {"parameters": f"{before} before, {now} after ({100 * (1 - now / before):.1f} % less)"}
+    if result.depth is not None:
+        lines["blocks dropped"] = ", ".join(result.depth.dropped)
+        lines["divergence"] = f"{result.depth.divergence[-1]:.4f} a token without them, before anything is fitted"
     if result.cache_bytes is not None:
         old, new = result.cache_bytes
         lines["keys and values"] = f"{old:g} bytes a token before, {new:g} after"

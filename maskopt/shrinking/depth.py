@@ -61,6 +61,7 @@ def drop_blocks(
     batches: Iterable[Any],
     number: int,
     *,
+    sequences: int = 16,
     progress: Callable[[str, float], object] | None = None,
 ) -> DepthReport:
     """Drop whole blocks of a decoder, in place: the smaller model loads with transformers alone.
@@ -75,9 +76,11 @@ def drop_blocks(
         A causal language model with one stack of blocks. **It is modified**: its blocks and its configuration. After
         an error it is as it was.
     batches : iterable of dict or Tensor
-        Calibration data as for `maskopt.prune`; a few thousand tokens suffice.
+        Calibration data as for `maskopt.prune`.
     number : int
         How many blocks to drop; at least one stays.
+    sequences : int
+        On how many the divergence is measured: batches are taken from the first until they have so many.
     progress : callable, optional
         Called with what is done and a fraction.
 
@@ -112,7 +115,9 @@ def drop_blocks(
         raise MaskoptError(f"The number of blocks to drop must lie in 1 ... {len(blocks) - 1}; got {shown(number)}.")
     if offload_of(model) is not None:
         raise MaskoptError("Dropping blocks needs the whole model in memory; load it without offload.")
-    prepared = prepare_batches(model, batches)
+    if not whole(1).fits(sequences):
+        raise MaskoptError(f"sequences must be a whole number of at least 1; got {shown(sequences)}.")
+    prepared = _first(prepare_batches(model, batches), sequences)
     with evaluation_mode(model):
         shorter = _Shorter(model, blocks)
         shorter.skeleton(list(range(len(blocks) - number)))  # before any work
@@ -122,6 +127,16 @@ def drop_blocks(
         entries = shorter.cut(kept, lambda: _agrees(model, prepared[0], logits))
     names = [blocks[index].name for index in gone]
     return DepthReport(names, divergence, (before, model.num_parameters()), entries, time.perf_counter() - began)
+
+
+def _first(batches: Sequence[Batch], sequences: int) -> list[Batch]:
+    """Return the first batches that have so many sequences."""
+    found = list[Batch]()
+    for batch in batches:
+        if sum(each.shape[0] for each in found) >= sequences:
+            break
+        found.append(batch)
+    return found
 
 
 def _chosen(

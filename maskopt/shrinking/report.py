@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from maskopt.allocation import Plan
 from maskopt.models.report import PruneReport
 from maskopt.shrinking.cut import Cut
+from maskopt.shrinking.depth import DepthReport
 from maskopt.shrinking.proofs import UnitProof
 from maskopt.shrinking.speed import Speed
 from maskopt.shrinking.units import Kind, Refused
@@ -73,6 +74,8 @@ class ShrinkReport:
         By batch and then "before" and "after", where it was measured.
     biases : dict of str to list of str, optional
         With a method that changes biases (FLAP): by name the layers whose bias "changed", and those "without" one.
+    depth : DepthReport, optional
+        Where whole blocks were dropped before: `parameters` and `cache_bytes` count those too.
     seconds : float
     """
 
@@ -86,7 +89,28 @@ class ShrinkReport:
     plan: Plan | None = None
     speeds: dict[str, dict[str, Speed]] = field(default_factory=dict)
     biases: dict[str, list[str]] | None = None
+    depth: DepthReport | None = None
     seconds: float = 0.0
+
+    @classmethod
+    def of_depth(
+        cls, depth: DepthReport, caches: tuple[float, float] | None, rest: ShrinkReport | None
+    ) -> ShrinkReport:
+        """Return the report of dropping blocks, and then removing units where that was done.
+
+        Parameters
+        ----------
+        depth : DepthReport
+        caches : (float, float) or None
+            See `cache_bytes`.
+        rest : ShrinkReport or None
+            Of what came after.
+        """
+        if rest is None:
+            rest = cls([], [], depth.parameters, caches, Cut(), PruneReport(), {})
+        parameters = depth.parameters[0], rest.parameters[1]
+        seconds = depth.seconds + rest.seconds
+        return replace(rest, parameters=parameters, cache_bytes=caches, depth=depth, seconds=seconds)
 
     @property
     def loads_with(self) -> str:
@@ -108,9 +132,10 @@ class ShrinkReport:
             "speed": {
                 batch: {when: asdict(speed) for when, speed in found.items()} for batch, found in self.speeds.items()
             },
-            "pruning": self.pruning.to_json(),
+            "pruning": self.pruning.to_json() if self.pruning.layers else None,
             **({} if self.plan is None else {"plan": self.plan.to_json()}),
             **({} if self.biases is None else {"biases": self.biases}),
+            **({} if self.depth is None else {"depth": self.depth.to_json()}),
             "seconds": self.seconds,
         }
 
