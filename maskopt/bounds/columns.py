@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from maskopt.bounds.column_forms import removal_bound
 from maskopt.bounds.saddle import Saddle
-from maskopt.bounds.work import Progress, Stop, Stopper, steps, within
+from maskopt.bounds.work import Progress, Stop, Stopper, steps, stop_after, within
+from maskopt.checks import check_time_limit
 from maskopt.errors import MaskoptError
 from maskopt.problems import ColumnSubset
 from maskopt.threads import factor_threads
@@ -19,6 +21,7 @@ __all__ = ["ColumnBound", "ColumnBoundKind", "column_bound"]
 
 ColumnBoundKind = Literal["plain", "diagonal", "forms"]
 
+_SMALL = 1 / 20  # of the time limit, that the plain relaxation takes where there is time for the best diagonal
 _PART = 0.3  # of the time that the diagonal takes, for the estimate of progress
 
 
@@ -55,6 +58,7 @@ def column_bound(
     *,
     accuracy: float = 3e-3,
     rounds: int = 8,
+    seconds: float | None = None,
     stop: Stop | None = None,
     progress: Progress | None = None,
 ) -> ColumnBound:
@@ -79,7 +83,10 @@ def column_bound(
     accuracy : float
         Relative to the bound, at which a method ends.
     rounds : int
-        Quadratic forms that are bounded, each of which improves on the one before.
+        Quadratic forms that are bounded, each of which may improve on those before.
+    seconds : float, optional
+        Time limit, after which the bound proven so far is returned. For "forms" the best diagonal, which is only where
+        they start, is then left out unless it takes a small part of the time.
     stop, progress : callable, optional
         Called before every iteration, see `maskopt.bounds`.
 
@@ -114,13 +121,20 @@ def column_bound(
         raise MaskoptError(f"keep must lie in 0 ... {number}, the number of units; got {keep}.")
     if kind not in get_args(ColumnBoundKind):
         raise MaskoptError(f"There is no bound {kind!r}; choose one of {', '.join(get_args(ColumnBoundKind))}.")
+    check_time_limit(seconds, "time for a bound")
     uniform = torch.full((number,), keep / number, dtype=torch.float64, device=subset.device)
     if keep in (0, number) or not bool(subset.blocks.target.any()):
         return ColumnBound(_proven(subset, uniform, keep), uniform, subset.diagonal, 0, True)
-    stopper = Stopper(stop)
+    stopper, began = Stopper(_either(stop, stop_after(seconds))), time.perf_counter()
     with factor_threads(len(subset.blocks.gram)):
         part = _PART if kind == "forms" else 1.0
-        found = _perspective(subset, keep, kind != "plain", accuracy, stopper, within(progress, 0.0, part))
+        timed = kind == "forms" and seconds is not None
+        found = _perspective(
+            subset, keep, kind != "plain" and not timed, accuracy, stopper, within(progress, 0.0, part)
+        )
+        if timed and seconds is not None and time.perf_counter() - began < _SMALL * seconds:
+            better = _perspective(subset, keep, True, accuracy, stopper, None)
+            found = better if better.bound > found.bound else found
         if kind != "forms" or stopper():
             return found
         rest = within(progress, part, 1.0)
@@ -153,6 +167,13 @@ def _perspective(
             finished = False
     bound = _proven(subset, saddle.x, keep)
     return ColumnBound(bound, saddle.x, subset.diagonal, done, finished) if bound > plain.bound else plain
+
+
+def _either(one: Stop | None, other: Stop | None) -> Stop | None:
+    """Return a condition that is true once one of two is."""
+    if one is None or other is None:
+        return one or other
+    return lambda: one() or other()
 
 
 def _proven(subset: ColumnSubset, x: Tensor, keep: int) -> float:

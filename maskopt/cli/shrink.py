@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -50,7 +51,7 @@ from maskopt.errors import MaskoptError
 if TYPE_CHECKING:
     from maskopt.allocation import Plan
     from maskopt.models import Perplexity
-    from maskopt.shrinking import ShrinkReport
+    from maskopt.shrinking import ShrinkReport, UnitProof
 
 __all__ = ["shrink"]
 
@@ -74,6 +75,16 @@ def shrink(
         float | None,
         typer.Option("--params", help="Fraction of the blocks' parameters to remove, in place of both."),
     ] = None,
+    drop_blocks: Annotated[
+        int,
+        typer.Option(
+            "--drop-blocks",
+            min=0,
+            metavar="N",
+            help="Whole blocks to drop first, one after the other, each time the one without which predictions change "
+            "least.",
+        ),
+    ] = 0,
     method: Annotated[str, typer.Option("--method", help=f"Chooses what goes; one of {', '.join(METHODS)}.")] = "best",
     widths: Annotated[
         str,
@@ -105,6 +116,20 @@ def shrink(
             metavar="N",
             help="Passes over the calibration windows for each block, and for the model.",
             show_default="4 for blocks, 2 for the model",
+        ),
+    ] = None,
+    certify: Annotated[
+        bool,
+        typer.Option(
+            "--certify",
+            help="Prove a lower bound on the error of any choice of as many units, layer by layer; takes longer than "
+            "shrinking.",
+        ),
+    ] = False,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--time-limit", help="Seconds for all proofs of --certify together; the bounds proven by then are reported."
         ),
     ] = None,
     samples: SamplesOption = 128,
@@ -140,11 +165,14 @@ def shrink(
         "neurons": neurons,
         "heads": heads,
         "params": params,
+        "drop_blocks": drop_blocks,
         "method": method,
         "widths": widths,
         "round_to": round_to,
         "refit": refit,
         "refit_epochs": epochs,
+        "certify": certify,
+        "time_limit": time_limit,
         "samples": samples,
         "seqlen": seqlen,
         "batch_size": batch_size,
@@ -153,8 +181,9 @@ def shrink(
         "device": device,
         "memory": working,
     }
-    # What looks at the whole model at once needs it in memory.
-    work = WorkFolder(out, resume, widths != "free" and refit != "model")
+    # What looks at the whole model at once needs it in memory; proofs and biases (flap) are not kept for a later run.
+    whole = widths == "free" or refit == "model" or drop_blocks > 0 or certify or method == "flap"
+    work = WorkFolder(out, resume, not whole)
     earlier = work.completed_before(command)
     if earlier is not None:
         tell_complete(json, earlier, out)
@@ -169,17 +198,18 @@ def shrink(
     from maskopt import models, shrinking
     from maskopt.shrinking.shrink import check_arguments
 
-    check_arguments(
-        neurons,
-        heads,
-        params,
-        method,
-        plan or widths,
-        round_to,
-        refit,  # type: ignore[arg-type]  # checked inside
-        epochs,
-        seed,
-    )
+    if not drop_blocks or neurons or heads or params or plan:
+        check_arguments(
+            neurons,
+            heads,
+            params,
+            method,
+            plan or widths,
+            round_to,
+            refit,  # type: ignore[arg-type]  # checked inside
+            epochs,
+            seed,
+        )
 
     with work, Bar(quiet, "loading the model") as bar:
         corpus = models.read_text(calibration)
@@ -221,26 +251,40 @@ def shrink(
             if isinstance(event, models.AllocationProgress):
                 bar.tell(f"widths: {event.stage}", event.fraction)
             else:
-                layer = event.fraction if event.stage in ("solve", "recover") else 0.0
+                layer = event.fraction if event.stage in ("solve", "certify", "recover") else 0.0
                 bar.tell(f"{event.stage} {event.name}", (event.done + layer) / max(1, event.total))
 
-        result = shrinking.shrink(
-            network,
-            batches,
-            neurons=neurons,
-            heads=heads,
-            params=params,
-            method=method,
-            widths=plan or widths,  # type: ignore[arg-type]
-            round_to=round_to,
-            refit=refit,  # type: ignore[arg-type]
-            epochs=epochs,
-            seed=seed,
-            memory=working,
-            states=None if states is None else states.value,
-            progress=show if bar.visible else None,
-            held_out=others,
-        )
+        depth, caches = None, shrinking.cache_bytes(network) if drop_blocks else None
+        if drop_blocks:
+            depth = shrinking.drop_blocks(
+                network, batches, drop_blocks, progress=lambda name, done: bar.tell(f"depth: {name}", done)
+            )
+        result = None
+        if depth is None or neurons or heads or params or plan:
+            result = shrinking.shrink(
+                network,
+                batches,
+                neurons=neurons,
+                heads=heads,
+                params=params,
+                method=method,
+                widths=plan or widths,  # type: ignore[arg-type]
+                round_to=round_to,
+                refit=refit,  # type: ignore[arg-type]
+                epochs=epochs,
+                certify=certify,
+                certify_seconds=time_limit,
+                seed=seed,
+                memory=working,
+                states=None if states is None else states.value,
+                progress=show if bar.visible else None,
+                held_out=others,
+            )
+        if depth is not None:
+            now = shrinking.cache_bytes(network)
+            both = None if caches is None or now is None else (caches, now)
+            result = shrinking.ShrinkReport.of_depth(depth, both, result)
+        assert result is not None
         after, faster = perplexities("after"), speeds("after")
         result.speeds = {batch: {"before": fast[batch], "after": faster[batch]} for batch in fast}
         extra: dict[str, Any] = {
@@ -254,7 +298,8 @@ def shrink(
         with json_output(json, {**result.to_json(), **extra}):
             shrinking.save_shrunk(out, network, tokenizer, result, finite(extra))
     console = tables(json)
-    console.print(_table(result, console.width, every=report))
+    if result.widths:
+        console.print(_table(result, console.width, every=report))
     console.print(facts({**_lines(result, dense, after), "saved in": str(out)}))
     if network.can_generate():
         show_evaluation(console, out, evaluate[0] if evaluate else None)
@@ -281,7 +326,14 @@ def _table(result: ShrinkReport, width: int, *, every: bool) -> Table:
         "parameters": [f"-{sum(each.parameters for each in found)}" for found in groups.values()],
         "error": [f"{fmean(each.error for each in found):.5f}" for found in groups.values()],
     }
+    if any(each.proof is not None for each in result.widths):
+        columns["proven"] = [_proven([each.proof for each in found if each.proof]) for found in groups.values()]
     return named_table("", "layer", list(groups), columns, width)
+
+
+def _proven(proofs: Sequence[UnitProof]) -> str:
+    """Return the least and the largest share, rounded down."""
+    return f"{_range([math.floor(100 * each.share) for each in proofs])} %" if proofs else ""
 
 
 def _range(values: Sequence[int]) -> str:
@@ -293,6 +345,9 @@ def _lines(result: ShrinkReport, dense: Mapping[str, Perplexity], after: Mapping
     """Return what became of the model, for a table of facts."""
     before, now = result.parameters
     lines = {"parameters": f"{before} before, {now} after ({100 * (1 - now / before):.1f} % less)"}
+    if result.depth is not None:
+        lines["blocks dropped"] = ", ".join(result.depth.dropped)
+        lines["divergence"] = f"{result.depth.divergence[-1]:.4f} a token without them, before anything is fitted"
     if result.cache_bytes is not None:
         old, new = result.cache_bytes
         lines["KV cache"] = f"{old:g} bytes a token before, {new:g} after"
@@ -305,6 +360,24 @@ def _lines(result: ShrinkReport, dense: Mapping[str, Perplexity], after: Mapping
         )
     for name in dense:
         lines[f"perplexity, {name}"] = f"{dense[name].perplexity:.3f} before, {after[name].perplexity:.3f} after"
+    proofs = [each.proof for each in result.widths if each.proof is not None]
+    if proofs:
+        shares, cut = [100 * each.share for each in proofs], sum(not each.finished for each in proofs)
+        lines["proven"] = (
+            f"any choice of as many units, with any weights, has {math.floor(min(shares))} % of the error or more, "
+            f"{math.floor(median(shares))} % in the median: of each layer's problem as it was solved, with the ridge"
+        )
+        if result.pruning.settings["refit"] != "units":
+            lines["later fits"] = (
+                "change inputs and weights of all layers; the bounds do not speak of the model they lead to"
+            )
+        if cut:
+            lines["time limit"] = f"ended {cut} of {len(proofs)} proofs; more time could raise these bounds"
+    if result.biases is not None:
+        changed, without = len(result.biases["changed"]), len(result.biases["without"])
+        lines["biases"] = f"{changed} changed to keep the mean output" + (
+            f"; {without} layers have none that could make up for what is removed" if without else ""
+        )
     lines |= recovery_lines(result.pruning.recovery)
     if result.plan is not None:
         tried = result.plan.details.get("divergence") or {}

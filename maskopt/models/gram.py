@@ -103,12 +103,21 @@ class GramCollector(Inputs):
         The layers' inputs in the dense model for the same batches; then cross terms are summed, too.
     parts : range
         The parts of the batches (`Batch.part`) that run here; other processes run the others.
+    total : bool
+        Whether the inputs themselves are summed, too.
     """
 
-    def __init__(self, layers: Sequence[Layer], dense: DenseInputs | None = None, parts: range = range(1)) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        dense: DenseInputs | None = None,
+        parts: range = range(1),
+        *,
+        total: bool = False,
+    ) -> None:
         super().__init__(layers)
         self._dense = dense
-        self._moments = Moments(layers, self._stacked, parts)
+        self._moments = Moments(layers, self._stacked, parts, total)
         # The references keep the addresses of a batch's tensors from being used again.
         self._seen: dict[tuple[object, ...], tuple[Tensor, Layer]] = {}
         self._batch: Batch | None = None
@@ -225,9 +234,12 @@ class GramCollector(Inputs):
         """Add tokens of the current batch to a matrix."""
         assert self._batch is not None
         kind = "held_out" if self._batch.held_out else "matrix"
-        total = sums.kinds[kind].part(self._batch.part, rows.shape[-1], rows.device)
+        width = rows.shape[-1]
+        total = sums.kinds[kind].part(self._batch.part, (width, width), rows.device)
         if not self._batch.held_out:
             sums.tokens += len(rows)
+            if "total" in sums.kinds:
+                sums.kinds["total"].part(self._batch.part, (width,), rows.device).add_(rows.sum(0))
         with full_precision():
             add_square(total, rows)
         if not bool(torch.isfinite(total.diagonal()).all()):
@@ -242,7 +254,7 @@ class GramCollector(Inputs):
         if before is None or before.shape != x.shape or not whole:
             del sums.kinds["cross"]
             return
-        cross = sums.kinds["cross"].part(self._batch.part, rows.shape[-1], rows.device)
+        cross = sums.kinds["cross"].part(self._batch.part, (rows.shape[-1],) * 2, rows.device)
         with full_precision():
             cross.addmm_(self._token_rows(layer, before).float().T, rows)
 

@@ -17,7 +17,7 @@ from maskopt.models.sums import OrderedSum, mirror
 
 __all__ = ["Gram", "Moments", "Sums", "inseparable", "not_finite"]
 
-_KINDS = ("matrix", "held_out", "cross")
+_KINDS = ("matrix", "held_out", "total", "cross")  # the last may be dropped on the way
 
 
 @dataclass(eq=False)
@@ -39,6 +39,8 @@ class Gram:
         Sum of y y^T over the inputs in held-out batches, which are not among those of `matrix`; None without any.
     pooled : bool
         Whether the matrix contains tokens of other experts, in place of missing ones (`GramCollector`).
+    total : Tensor, optional
+        Sum of the inputs, float32, shape (d,); None where not asked for.
     """
 
     matrix: Tensor
@@ -47,6 +49,12 @@ class Gram:
     cross: Tensor | None = None
     held_out: Tensor | None = None
     pooled: bool = False
+    total: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor | None:
+        """Mean of the inputs, shape (d,); None where not asked for, or where the matrix has tokens of others."""
+        return None if self.total is None or self.pooled or self.tokens == 0 else self.total / self.tokens
 
 
 class Sums:
@@ -58,8 +66,8 @@ class Sums:
         See `Gram`.
     first : int
         This process's first part of the batches.
-    cross : bool
-        Whether there are cross terms.
+    cross, total : bool
+        Whether there are cross terms, and sums of the inputs.
 
     Attributes
     ----------
@@ -68,9 +76,10 @@ class Sums:
     tokens : int
     """
 
-    def __init__(self, leader: Layer, first: int, *, cross: bool) -> None:
+    def __init__(self, leader: Layer, first: int, *, cross: bool, total: bool) -> None:
         self.leader, self.tokens = leader, 0
-        self.kinds = {kind: OrderedSum(first) for kind in _KINDS if cross or kind != "cross"}
+        optional = {"cross": cross, "total": total}
+        self.kinds = {kind: OrderedSum(first) for kind in _KINDS if optional.get(kind, True)}
 
 
 @dataclass
@@ -113,6 +122,8 @@ class Moments:
         Those of them that are matrices of stacks, by index.
     parts : range
         The parts of the batches that this process runs.
+    total : bool
+        Whether the inputs are summed, too.
 
     Attributes
     ----------
@@ -126,6 +137,7 @@ class Moments:
     layers: Sequence[Layer]
     stacked: Mapping[Stack, Mapping[int, StackedLayer]]
     parts: range
+    total: bool = False
     sums: dict[Layer | Stack, Sums] = field(default_factory=dict)
     leaders: dict[Layer, Layer] = field(default_factory=dict)
     calls: dict[Layer, int] = field(default_factory=dict)
@@ -151,7 +163,7 @@ class Moments:
             Whether there are cross terms.
         """
         if key not in self.sums:
-            self.sums[key] = Sums(leader, self.parts.start, cross=cross)
+            self.sums[key] = Sums(leader, self.parts.start, cross=cross, total=self.total)
         return self.sums[key]
 
     @property
@@ -261,14 +273,14 @@ class Moments:
         paired = all(account is None or "cross" in account.pieces for account in accounts)
         totals: dict[str, Tensor | None] = {}
         sums = self.sums.pop(key, None)
-        for kind in _KINDS if paired else _KINDS[:-1]:
+        for kind in self._summed(paired):
             total = OrderedSum()
             for source, account in enumerate(accounts):
                 own = iter([] if sums is None else sums.kinds[kind].pieces)
                 for start, stop, exists in [] if account is None else account.pieces[kind]:
                     matrix = next(own)[2] if source == ranks.number else None
                     if exists and source != place:
-                        matrix = ranks.moved(matrix, partial(self._empty, leader), source, place)
+                        matrix = ranks.moved(matrix, partial(self._empty, leader, kind), source, place)
                     total.add(start, stop, matrix)
             totals[kind] = total.total()
         if ranks.number != place:
@@ -286,7 +298,12 @@ class Moments:
             self._tokens[key],
             self._empty(leader).zero_() if cross is None and paired else cross,
             held_out,
+            total=totals.get("total"),
         )
+
+    def _summed(self, paired: bool) -> list[str]:
+        optional = {"cross": paired, "total": self.total}
+        return [kind for kind in _KINDS if optional.get(kind, True)]
 
     def _fill(self, pool: _Pool, ranks: Ranks, wanted: Mapping[Layer, Sequence[int]]) -> None:
         """Give matrices of a stack that saw fewer tokens than they have inputs the missing ones of all."""
@@ -317,7 +334,7 @@ class Moments:
         matrices: dict[str, Tensor | None] = {}
         for kind, exists in kinds or ():
             own = None if gram is None else getattr(gram, kind)
-            matrices[kind] = ranks.moved(own, partial(self._empty, leader), source, place) if exists else None
+            matrices[kind] = ranks.moved(own, partial(self._empty, leader, kind), source, place) if exists else None
         matrix = matrices.get("matrix")
         if ranks.number == place and matrix is not None:
             self._complete[leader] = Gram(
@@ -327,14 +344,17 @@ class Moments:
                 matrices["cross"],
                 matrices["held_out"],
                 bool(pooled),
+                matrices["total"],
             )
 
     def _leader_of(self, key: Layer | Stack) -> Layer:
         return key if isinstance(key, Layer) else next(iter(self.stacked[key].values()))
 
-    def _empty(self, leader: Layer) -> Tensor:
+    def _empty(self, leader: Layer, kind: str = "matrix") -> Tensor:
         size = leader.shape[1]
-        return torch.empty(size, size, device=leader.parameter.device, dtype=torch.float32)
+        return torch.empty(
+            (size,) if kind == "total" else (size, size), device=leader.parameter.device, dtype=torch.float32
+        )
 
 
 def _place(key: Layer | Stack, wanted: Mapping[Layer, Sequence[int]]) -> int:

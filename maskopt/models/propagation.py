@@ -73,6 +73,7 @@ class Propagation(ABC):
         self._waiting: list[Layer] = []
         self.seconds = 0.0
         self.before_batch: Callable[[Stage], None] | None = None
+        self.means = False  # whether means of the inputs are wanted
 
     def turns(self, stage: Stage) -> list[tuple[Layer, ...]]:
         """Return the layers of a stage in turns; those of one turn are calibrated on the same run of the block."""
@@ -112,7 +113,7 @@ class Propagation(ABC):
         self.seconds += time.perf_counter() - began
 
     def _collect(self, stage: Stage, layers: Sequence[Layer], *, store: bool) -> GramCollector:
-        with GramCollector(layers, parts=self._replay.parts) as grams:
+        with GramCollector(layers, parts=self._replay.parts, total=self.means) as grams:
             self._run(self._replay, stage, store=store, before=grams.begin, until=layers)
         return grams
 
@@ -231,7 +232,7 @@ class Corrected(Pruned):
             self._inputs = DenseInputs(stage.layers, self._replay.keeping(self._order.size(stage.layers)))
             self._reuse = None if stage.position is None else self._replay.reuse(stage.position, self._turns)
         later = [layer for others in self._turns[turn + 1 :] for layer in others]
-        grams = GramCollector(layers, self._inputs, self._replay.parts)
+        grams = GramCollector(layers, self._inputs, self._replay.parts, total=self.means)
         for index in self._replay.own:
             if turn == 0:  # the first turn's inputs need not wait
                 self._run_dense(stage, index)

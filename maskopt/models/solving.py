@@ -119,6 +119,7 @@ class Work:
         """Prune stage by stage."""
         if self.prover is not None:
             self.prover.plan(layer.shape for stage in self.stages for layer in stage.layers)
+        self.propagation.means = self.solver.needs_mean
         self.propagation.before_batch = lambda stage: self._tell("calibrate", stage.name)
         for number, stage in enumerate(self.stages):
             finished = self.keeping.enter(stage, number)
@@ -210,11 +211,12 @@ class Work:
         # The Gram is a sum of x x^T whose diagonal was checked, and so was the weight: no need to factorise it.
         weight = torch.cat([layer.oriented(layer.weight.detach()) for layer in layers])
         matrix = gram.matrix.to(weight.device)
+        mean = None if gram.mean is None else gram.mean.to(weight.device)
         if gram.cross is None:
-            problem = LayerReconstruction(weight, matrix, gram.tokens, check=False)
+            problem = LayerReconstruction(weight, matrix, gram.tokens, mean=mean, check=False)
         else:
-            cross = gram.cross.to(weight.device)
-            problem = LayerReconstruction.towards(weight, matrix, cross, gram.tokens, strength=self.correction)
+            cross, strength = gram.cross.to(weight.device), self.correction
+            problem = LayerReconstruction.towards(weight, matrix, cross, gram.tokens, strength=strength, mean=mean)
         starts = [self.starts[layer] for layer in layers if layer in self.starts]
 
         def tell(state: State) -> None:

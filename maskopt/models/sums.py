@@ -45,18 +45,18 @@ class OrderedSum:
         self._end = first
         self._open: tuple[int, Tensor] | None = None
 
-    def part(self, number: int, size: int, device: torch.device) -> Tensor:
-        """Return the matrix of a part to add to, float32, (size, size); zero at first, and earlier parts are complete.
+    def part(self, number: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Return the matrix of a part to add to, float32; zero at first, and earlier parts are complete.
 
         Parameters
         ----------
         number : int
-        size : int
+        shape : tuple of int
         device : torch.device
         """
         if self._open is None or self._open[0] != number:
             self.close(number)
-            self._open = number, torch.zeros(size, size, device=device, dtype=torch.float32)
+            self._open = number, torch.zeros(shape, device=device, dtype=torch.float32)
         return self._open[1]
 
     def close(self, end: int) -> None:

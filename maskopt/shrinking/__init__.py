@@ -1,6 +1,8 @@
 """Models that become smaller: neurons and attention heads are removed, and the folder loads as before."""
 
 from maskopt.shrinking.cut import Cut, cut_model
+from maskopt.shrinking.depth import DepthReport, drop_blocks
+from maskopt.shrinking.proofs import UnitProof
 from maskopt.shrinking.report import ShrinkReport, Width
 from maskopt.shrinking.saving import save_shrunk
 from maskopt.shrinking.shrink import Refit, Widths, shrink
@@ -9,6 +11,7 @@ from maskopt.shrinking.units import Refused, Role, Site, Structure, find_units
 
 __all__ = [
     "Cut",
+    "DepthReport",
     "Refit",
     "Refused",
     "Role",
@@ -16,10 +19,12 @@ __all__ = [
     "Site",
     "Speed",
     "Structure",
+    "UnitProof",
     "Width",
     "Widths",
     "cache_bytes",
     "cut_model",
+    "drop_blocks",
     "find_units",
     "measure_speed",
     "save_shrunk",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from maskopt.allocation import Plan
 from maskopt.models.report import PruneReport
 from maskopt.shrinking.cut import Cut
+from maskopt.shrinking.depth import DepthReport
+from maskopt.shrinking.proofs import UnitProof
 from maskopt.shrinking.speed import Speed
 from maskopt.shrinking.units import Kind, Refused
 
@@ -33,6 +35,8 @@ class Width:
     error : float
         Of the layer's output on its inputs, relative to that of removing everything, as in `LayerRecord`; the mean
         over experts. Before blocks are fitted.
+    proof : UnitProof or None
+        With `certify`, what is proven about every choice of as many units.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Width:
     after: int
     parameters: int
     error: float
+    proof: UnitProof | None = None
 
 
 @dataclass
@@ -67,6 +72,10 @@ class ShrinkReport:
         Where blocks have different widths: the fraction of its units that each layer lost.
     speeds : dict of str to dict of str to Speed
         By batch and then "before" and "after", where it was measured.
+    biases : dict of str to list of str, optional
+        With a method that changes biases (FLAP): by name the layers whose bias "changed", and those "without" one.
+    depth : DepthReport, optional
+        Where whole blocks were dropped before: `parameters` and `cache_bytes` count those too.
     seconds : float
     """
 
@@ -79,7 +88,29 @@ class ShrinkReport:
     kept: Mapping[str, Tensor] = field(repr=False)
     plan: Plan | None = None
     speeds: dict[str, dict[str, Speed]] = field(default_factory=dict)
+    biases: dict[str, list[str]] | None = None
+    depth: DepthReport | None = None
     seconds: float = 0.0
+
+    @classmethod
+    def of_depth(
+        cls, depth: DepthReport, caches: tuple[float, float] | None, rest: ShrinkReport | None
+    ) -> ShrinkReport:
+        """Return the report of dropping blocks, and then removing units where that was done.
+
+        Parameters
+        ----------
+        depth : DepthReport
+        caches : (float, float) or None
+            See `cache_bytes`.
+        rest : ShrinkReport or None
+            Of what came after.
+        """
+        if rest is None:
+            rest = cls([], [], depth.parameters, caches, Cut(), PruneReport(), {})
+        parameters = depth.parameters[0], rest.parameters[1]
+        seconds = depth.seconds + rest.seconds
+        return replace(rest, parameters=parameters, cache_bytes=caches, depth=depth, seconds=seconds)
 
     @property
     def loads_with(self) -> str:
@@ -99,13 +130,24 @@ class ShrinkReport:
             if self.cache_bytes is None
             else dict(zip(("before", "after"), self.cache_bytes, strict=True)),
             "loads_with": self.loads_with,
-            "widths": [asdict(each) for each in self.widths],
+            "widths": [_as_json(each) for each in self.widths],
             "refused": [asdict(each) for each in self.refused],
             "configuration": self.cut.entries,
             "speed": {
                 batch: {when: asdict(speed) for when, speed in found.items()} for batch, found in self.speeds.items()
             },
-            "pruning": self.pruning.to_json(),
+            "pruning": self.pruning.to_json() if self.pruning.layers else None,
             **({} if self.plan is None else {"plan": self.plan.to_json()}),
+            **({} if self.biases is None else {"biases": self.biases}),
+            **({} if self.depth is None else {"depth": self.depth.to_json()}),
             "seconds": self.seconds,
         }
+
+
+def _as_json(width: Width) -> dict[str, Any]:
+    content = asdict(width)
+    if width.proof is None:
+        del content["proof"]
+    else:
+        content["proof"]["share"] = width.proof.share
+    return content

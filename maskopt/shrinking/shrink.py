@@ -13,27 +13,32 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from maskopt.allocation import Plan
-from maskopt.checks import SEEDS, choice, real, shown, whole
+from maskopt.checks import SEEDS, check_time_limit, choice, real, shown, whole
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch, prepare_batches
 from maskopt.models.blocks import find_blocks
 from maskopt.models.checks import check_model, move_model
+from maskopt.models.layers import Layer
 from maskopt.models.offload import offload_of
 from maskopt.models.prune import CORRECTION, Progress, prune_layers
 from maskopt.models.replay import evaluation_mode
 from maskopt.models.report import PruneReport
 from maskopt.models.selection import select_layers
+from maskopt.models.solving import Observer
 from maskopt.models.states import Place
 from maskopt.models.trials import AllocationProgress
 from maskopt.oracles import Columns, MaskSet
 from maskopt.packed.shrunk import WIDTHS
+from maskopt.problems import LayerReconstruction
 from maskopt.recovery import FixedMasks, Recovery
+from maskopt.shrinking.biases import BiasChanges
 from maskopt.shrinking.cut import cut_model
+from maskopt.shrinking.proofs import UnitProver
 from maskopt.shrinking.report import ShrinkReport, Width
 from maskopt.shrinking.speed import cache_bytes
 from maskopt.shrinking.units import Kind, Refused, Site, Structure, find_units
 from maskopt.shrinking.widths import free_widths
-from maskopt.solvers import Solver
+from maskopt.solvers import Result, Solver
 from maskopt.structured import ExactSwaps, Structured, make_structured
 
 __all__ = ["Refit", "Widths", "check_arguments", "shrink"]
@@ -57,6 +62,8 @@ def shrink(
     refit: Refit | None = None,
     epochs: float | None = None,
     correction: float = CORRECTION,
+    certify: bool = False,
+    certify_seconds: float | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     memory: int = 2**30,
@@ -85,7 +92,7 @@ def shrink(
         neurons.
     method : str or Solver
         A name in `maskopt.structured.STRUCTURED`: "best", "osscar", "fasp", "spap", "newton", "flap", "magnitude" or
-        "random"; or a solver for sets of whole columns.
+        "random"; or a solver for sets of whole columns. With "flap", biases make up for the mean of what goes.
     widths : {"uniform", "free"} or Plan
         "uniform": every block loses as many, and the folder loads with transformers alone. "free": blocks lose
         different numbers, at equal parameters in all, where the model's predictions on calibration sequences set aside
@@ -104,6 +111,11 @@ def shrink(
         Passes over the data for each block, and for the model, see `maskopt.recovery.Recovery`.
     correction : float
         As for `prune`, where layers are refitted.
+    certify : bool
+        Prove, for every layer that loses units, a lower bound on the error of any choice of as many units with any
+        weights, in the layer's problem as it is solved, see `maskopt.bounds.column_bound` and `UnitProof`.
+    certify_seconds : float, optional
+        Time for the proofs of all layers together, divided in proportion to their cost.
     seed : int
         Of the method "random", of fits and of free widths.
     device, memory, states
@@ -137,6 +149,11 @@ def shrink(
     """
     began = time.perf_counter()
     solver, refit = check_arguments(neurons, heads, params, method, widths, round_to, refit, epochs, seed, progress)
+    if not isinstance(certify, bool):
+        raise MaskoptError(f"certify must be True or False; got {shown(certify)}.")
+    if certify_seconds is not None and not certify:
+        raise MaskoptError("certify_seconds limits the time of the proofs that certify asks for; give both.")
+    check_time_limit(certify_seconds, "time for certify")
     check_model(model)
     if getattr(model.config, WIDTHS, None):
         raise MaskoptError("The blocks of this model have widths of their own already; shrink the dense model instead.")
@@ -159,23 +176,30 @@ def shrink(
         if widths == "free":
             plan = free_widths(model, prepared, counts, solver, memory=memory, seed=seed, progress=progress)
             counts = _planned(structure, plan, round_to)
+    prover = UnitProver(counts, solver.ridge, certify_seconds, _told(progress)) if certify else None
+    biases = BiasChanges(counts if solver.needs_mean else ())
     before = model.num_parameters(), cache_bytes(model)
-    report = _pruned(
-        model,
-        prepared,
-        counts,
-        solver,
-        refit,
-        epochs,
-        seed,
-        correction=correction,
-        memory=memory,
-        states=states,
-        progress=progress,
-        held_out=held_out,
-    )
+    try:
+        report = _pruned(
+            model,
+            prepared,
+            counts,
+            solver,
+            refit,
+            epochs,
+            seed,
+            correction=correction,
+            memory=memory,
+            states=states,
+            progress=progress,
+            held_out=held_out,
+            observe=_observing(*((prover,) if prover else ()), *((biases,) if solver.needs_mean else ())),
+        )
+    except BaseException:
+        biases.undo()
+        raise
     kept = {site: _kept(site, report.masks) for site in counts}
-    removed = {site: _width(site, count, report) for site, count in counts.items()}
+    removed = {site: _width(site, count, report, prover) for site, count in counts.items()}
     cut = cut_model(model, kept)
     caches = before[1], cache_bytes(model)
     named = "by a plan" if isinstance(widths, Plan) else widths
@@ -189,6 +213,7 @@ def shrink(
         replace(report, masks={}, plan=None),
         {site.name: units for site, units in kept.items()},
         plan,
+        biases={"changed": biases.changed, "without": biases.without} if solver.needs_mean else None,
         seconds=time.perf_counter() - began,
     )
 
@@ -204,7 +229,7 @@ def check_arguments(
     epochs: float | None,
     seed: object,
     progress: object = None,
-) -> tuple[Solver, Refit]:
+) -> tuple[Structured, Refit]:
     """Return the solver and what is fitted, after a check of the arguments of `shrink`.
 
     Raises
@@ -233,7 +258,7 @@ def check_arguments(
     if progress is not None and not callable(progress):
         raise MaskoptError(f"progress must be a function of one argument; got {shown(progress)}.")
     if isinstance(method, str):
-        solver: Solver = make_structured(method, **({"seed": seed} if method == "random" else {}))
+        solver: Structured = make_structured(method, **({"seed": seed} if method == "random" else {}))
     elif isinstance(method, Structured):
         solver = method
     else:
@@ -376,9 +401,28 @@ def _kept(site: Site, masks: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(rows) if site.role.experts else rows[0]
 
 
-def _width(site: Site, count: int, report: PruneReport) -> Width:
-    names = {layer.name for layer in site.layers}
+def _observing(*observers: Observer) -> Observer | None:
+    """Return one observer for all."""
+
+    def observe(layer: Layer, problem: LayerReconstruction, result: Result) -> None:
+        for each in observers:
+            each(layer, problem, result)
+
+    return observe if observers else None
+
+
+def _told(
+    progress: Callable[[Progress | AllocationProgress], object] | None,
+) -> Callable[[str, int, int, float], object] | None:
+    if progress is None:
+        return None
+    return lambda name, done, total, fraction: progress(Progress("certify", name, done, total, fraction))
+
+
+def _width(site: Site, count: int, report: PruneReport, prover: UnitProver | None) -> Width:
+    names = [layer.name for layer in site.layers]
     errors = [record.relative_error for record in report.layers if record.name in names]
     gone = (site.role.number - count) * max(1, site.role.experts)
     each = site.size // max(1, site.role.experts)
-    return Width(site.name, site.role.kind, site.role.number, count, gone * each, sum(errors) / len(errors))
+    proof = None if prover is None else prover.proof(names)
+    return Width(site.name, site.role.kind, site.role.number, count, gone * each, sum(errors) / len(errors), proof)

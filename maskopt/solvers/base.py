@@ -39,6 +39,8 @@ class Solver(ABC):
         Working memory in arrays of shape (rows, d), from which `solve` sizes chunks of rows.
     corrects : bool
         Whether it is meant to make up for errors upstream, so that `maskopt.models.prune` lets it by default.
+    needs_mean : bool
+        Whether it uses the means of a layer's inputs, so that `maskopt.models.prune` collects them.
     start : Solver or None
         Makes the mask to start from where the caller gives none.
     """
@@ -52,6 +54,7 @@ class Solver(ABC):
     row_wise: ClassVar[bool] = True
     arrays: ClassVar[float] = 4.0
     corrects: ClassVar[bool] = False
+    needs_mean: ClassVar[bool] = False
     start: Solver | None = None
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -113,6 +114,8 @@ class FLAP(_Scored):
     """
 
     refit: bool = False
+
+    needs_mean: ClassVar[bool] = True
 
     def scores(self, selection: Selection) -> Tensor:
         layer = selection.layer

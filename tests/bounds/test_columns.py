@@ -103,6 +103,16 @@ def test_stopped_bounds_are_bounds() -> None:
         assert 0.0 <= found.bound <= least(problem, 6)
 
 
+@pytest.mark.parametrize("seconds", [1e-6, 30.0])
+def test_bounds_with_a_time_limit_are_bounds(seconds: float) -> None:
+    problem = ColumnSubset.of(synthetic("correlated", rows=5, d=12, seed=1).problem())
+    found, optimum = column_bound(problem, 6, seconds=seconds), least(problem, 6)
+    assert found.finished == (seconds > 1)
+    assert (0.8 if found.finished else 0.0) * optimum <= found.bound <= optimum
+    # A condition of the caller's own ends it too.
+    assert not column_bound(problem, 6, seconds=seconds, stop=lambda: True).finished
+
+
 def test_progress_rises_to_one() -> None:
     problem, seen = ColumnSubset.of(synthetic("correlated", rows=5, d=12, seed=1).problem()), list[float]()
     column_bound(problem, 6, progress=seen.append)
@@ -116,3 +126,5 @@ def test_wrong_arguments_are_refused() -> None:
         column_bound(problem, 3)
     with pytest.raises(MaskoptError, match="no bound 'sharp'; choose one of plain, diagonal, forms"):
         column_bound(problem, 1, "sharp")  # type: ignore[arg-type]
+    with pytest.raises(MaskoptError, match="time for a bound must be a positive number of seconds"):
+        column_bound(problem, 1, seconds=-1.0)

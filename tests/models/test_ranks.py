@@ -52,7 +52,7 @@ def test_sums_do_not_depend_on_who_adds(missing):
                 own = OrderedSum(parts.start)
                 for number in parts:
                     if leaves[number] is not None:
-                        own.part(number, 3, torch.device("cpu")).add_(leaves[number])
+                        own.part(number, (3, 3), torch.device("cpu")).add_(leaves[number])
                     waiting = sum(matrix is not None for *_, matrix in own.pieces)
                     assert ranks > 1 or waiting <= 2
                 own.close(parts.stop)
