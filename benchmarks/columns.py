@@ -1,6 +1,7 @@
 """Whole units of real layers: the error of every method over that of `best`, seconds, and what is proven of it.
 
     python benchmarks/columns.py [MODEL ...] [--instances FILE ...] [--keep 0.8,0.7,0.5] [--bounded 400]
+        [--seconds 60]
 
 Without arguments: the MLPs and attention outputs of the shipped demo model and synthetic layers. Of a model, a
 transformers folder, the layers that consume MLP neurons (units of one column) and heads (units of head_dim columns) are
@@ -103,7 +104,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             yield Case(path.stem, load_instance(path).problem(), 1, keep)
 
 
-def measured(case: Case, bounded: int) -> dict[str, Any]:
+def measured(case: Case, bounded: int, seconds: float | None) -> dict[str, Any]:
     """Return the figures of a case."""
     units = case.layer.shape[1] // case.width
     masks = Units(Unstructured(round(case.keep * units)), (None, case.width))
@@ -114,7 +115,7 @@ def measured(case: Case, bounded: int) -> dict[str, Any]:
     if results["best"].status is Status.OPTIMAL:
         proven = 1.0
     elif units <= bounded and reached > 0:
-        proven = column_bound(subset, round(case.keep * units)).bound / reached
+        proven = column_bound(subset, round(case.keep * units), seconds=seconds).bound / reached
     return {
         "layer": case.name,
         "rows": case.layer.shape[0],
@@ -157,13 +158,14 @@ def main() -> None:
     parser.add_argument("--blocks", type=lambda text: {int(part) for part in text.split(",")}, help="of models; all")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--bounded", type=int, default=400, help="units up to which bounds are computed")
+    parser.add_argument("--seconds", type=float, help="time limit of each bound; none")
     parser.add_argument("--name", default="columns", help="of the files of results")
     options = parser.parse_args()
     if options.models and options.text is None:
         parser.error("models need --text")
     found = []
     for case in cases(options):
-        found.append(measured(case, options.bounded))
+        found.append(measured(case, options.bounded, options.seconds))
         print(" ".join(row_of(found[-1])), flush=True)
     proven = [figures["proven"] for figures in found if figures["proven"] is not None]
     bounded = [f for f in found if f["proven"] is not None and not f["layer"].startswith("synthetic")]
