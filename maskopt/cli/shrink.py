@@ -130,6 +130,7 @@ def shrink(
     require_transformers()
     from maskopt import models, shrinking
     from maskopt.shrinking.shrink import check_arguments
+    from maskopt.shrinking.speed import is_causal
 
     check_arguments(
         neurons,
@@ -165,7 +166,7 @@ def shrink(
             return found
 
         def speeds(when: str) -> dict[str, shrinking.Speed]:
-            if not speed or not network.can_generate():
+            if not speed or not is_causal(network):
                 return {}
             bar.stage(f"speed {when}")
             return {f"batch {batch}": shrinking.measure_speed(network, batch) for batch in _BATCHES}
