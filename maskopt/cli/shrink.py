@@ -197,6 +197,7 @@ def shrink(
     require_transformers()
     from maskopt import models, shrinking
     from maskopt.shrinking.shrink import check_arguments
+    from maskopt.shrinking.speed import is_causal
 
     if not drop_blocks or neurons or heads or params or plan:
         check_arguments(
@@ -238,7 +239,7 @@ def shrink(
             return found
 
         def speeds(when: str) -> dict[str, shrinking.Speed]:
-            if not measured or not network.can_generate():
+            if not measured or not is_causal(network):
                 return {}
             bar.stage(f"speed {when}")
             with models.resident(network):

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 __all__ = ["BlockCall", "Owned", "Probe", "skeleton_copy"]
 
 _ROUNDING = 1e-5  # relative, of float32 sums
-_DRAWS = 3  # of weights and inputs: neurons of a ReLU that never fire have no gradient in one of them
+_DRAWS = 8  # of weights and inputs: neurons of a ReLU that never fire have no gradient in one of them
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from maskopt.models.batches import vocabulary_size
 from maskopt.models.context import context_length
 from maskopt.models.replay import evaluation_mode
 
-__all__ = ["Speed", "cache_bytes", "measure_speed"]
+__all__ = ["Speed", "cache_bytes", "is_causal", "measure_speed"]
 
 _TOKENS = 8  # of the text whose cache is measured
 _PROMPT, _NEW = 128, 16
@@ -78,14 +78,25 @@ def measure_speed(model: PreTrainedModel, batch: int, *, prompt: int = _PROMPT, 
     return Speed(batch * prompt / reading, batch * new / writing, prompt, new, torch.get_num_threads())
 
 
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether a model reads a prompt and goes on from there, without an encoder.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    """
+    return bool(model.can_generate()) and not getattr(model.config, "is_encoder_decoder", False)
+
+
 def cache_bytes(model: PreTrainedModel) -> float | None:
     """Return how many bytes of keys and values a causal language model keeps for a token; None where it keeps none.
 
     Parameters
     ----------
     model : PreTrainedModel
+        Of any kind; models that do not generate, and those with an encoder, give None.
     """
-    if not model.can_generate():
+    if not is_causal(model):
         return None
     with evaluation_mode(model):
         output = model(input_ids=_tokens(model, 1, _TOKENS), use_cache=True)

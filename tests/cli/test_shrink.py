@@ -111,7 +111,7 @@ WRONG = {
     "too much": (("--neurons", 1.5), "neurons must be a fraction"),
     "both": (("--neurons", 0.5, "--params", 0.5), "leave those out"),
     "method": (("--neurons", 0.5, "--method", "lottery"), "lottery"),
-    "widths": (("--neurons", 0.5, "--widths", "wide"), "widths must be one of"),
+    "widths": (("--neurons", 0.5, "--widths", "wide"), "widths must be uniform, free or the file of a plan"),
     "refit": (("--neurons", 0.5, "--refit", "none"), "refit must be one of"),
     "epochs": (("--neurons", 0.5, "--refit-epochs", 0), "epochs"),
     "epochs of nothing": (("--neurons", 0.5, "--refit", "units", "--refit-epochs", 2), "leave them out"),

@@ -13,7 +13,7 @@ import maskopt
 from maskopt.errors import MaskoptError
 from maskopt.shrinking import cache_bytes, cut_model, find_units
 from maskopt.structured import STRUCTURED, ColumnMagnitude
-from tests.models.conftest import weights_of
+from tests.models.conftest import ARCHITECTURES, ENCODER_DECODERS, weights_of
 from tests.shrinking.made import computed, data, made
 
 
@@ -238,3 +238,19 @@ def test_free_widths_have_as_many_parameters_as_equal_ones_and_are_taken_where_t
     assert cache_bytes(made("llama")) == equal.cache_bytes[0] / 2
     with pytest.raises(MaskoptError, match="three"):
         maskopt.shrink(made("llama"), data(1), neurons=0.5, widths="free")
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "bart"])
+def test_models_that_do_not_write_and_those_with_encoders_lose_neurons(name: str) -> None:
+    model = {**ARCHITECTURES, **ENCODER_DECODERS}[name].build().eval()
+    batches = [dict(batch) for batch in data()]
+    for batch in batches:
+        if name != "bert":
+            batch["decoder_input_ids"] = batch["input_ids"]
+    before = model.num_parameters()
+    report = maskopt.shrink(model, batches, neurons=0.3, refit="units")
+    assert report.cache_bytes is None
+    assert report.cut.uniform
+    assert before - model.num_parameters() == sum(width.parameters for width in report.widths) > 0
+    with pytest.raises(MaskoptError, match="needs a language model"):
+        maskopt.shrink(ARCHITECTURES["bert"].build(), data(), neurons=0.3, widths="free")
