@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,7 +16,6 @@ from maskopt.allocation import Plan
 from maskopt.checks import SEEDS, check_time_limit, choice, real, shown, whole
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch, prepare_batches
-from maskopt.models.blocks import find_blocks
 from maskopt.models.checks import check_model, move_model
 from maskopt.models.layers import Layer
 from maskopt.models.offload import offload_of
@@ -28,15 +27,16 @@ from maskopt.models.solving import Observer
 from maskopt.models.states import Place
 from maskopt.models.trials import AllocationProgress
 from maskopt.oracles import Columns, MaskSet
-from maskopt.packed.shrunk import WIDTHS
 from maskopt.problems import LayerReconstruction
 from maskopt.recovery import FixedMasks, Recovery
+from maskopt.shrinking.attempts import Attempt, better_of
 from maskopt.shrinking.biases import BiasChanges
+from maskopt.shrinking.counts import counts_of_budget, counts_of_fractions, counts_of_plan, usable
 from maskopt.shrinking.cut import cut_model
 from maskopt.shrinking.proofs import UnitProver
 from maskopt.shrinking.report import ShrinkReport, Width
 from maskopt.shrinking.speed import cache_bytes
-from maskopt.shrinking.units import Kind, Refused, Site, Structure, find_units
+from maskopt.shrinking.units import Site, find_units
 from maskopt.shrinking.widths import free_widths
 from maskopt.solvers import Result, Solver
 from maskopt.structured import ExactSwaps, Structured, make_structured
@@ -45,8 +45,7 @@ __all__ = ["Refit", "Widths", "check_arguments", "shrink"]
 
 Widths = Literal["uniform", "free"]
 Refit = Literal["units", "layers", "block", "model"]
-_ALIGNED = 8  # units: grouped products of experts read rows that begin at multiples of 16 bytes, in half precision too
-_MOST = 0.95  # fraction of the neurons that can be asked for
+_BOTH = ("uniform", "free")
 
 
 def shrink(
@@ -96,7 +95,8 @@ def shrink(
     widths : {"uniform", "free"} or Plan
         "uniform": every block loses as many, and the folder loads with transformers alone. "free": blocks lose
         different numbers, at equal parameters in all, where the model's predictions on calibration sequences set aside
-        are clearly closer to the dense model's. Needs three sequences at least. Or the fraction of its units that each
+        are clearly closer to the dense model's, and those of the fitted model, too: both are made. Needs three
+        sequences at least. Or the fraction of its units that each
         layer loses, such as ``report.plan`` of an earlier call, in place of `neurons`, `heads` and `params`.
     round_to : int
         The number of neurons that stay is a multiple of it, which may suit the hardware; of experts always of 8, too,
@@ -155,8 +155,6 @@ def shrink(
         raise MaskoptError("certify_seconds limits the time of the proofs that certify asks for; give both.")
     check_time_limit(certify_seconds, "time for certify")
     check_model(model)
-    if getattr(model.config, WIDTHS, None):
-        raise MaskoptError("The blocks of this model have widths of their own already; shrink the dense model instead.")
     if offload_of(model) is not None and (widths == "free" or refit == "model"):
         raise MaskoptError(
             "Free widths and fitting the whole model need all its weights in memory; load it without offload."
@@ -165,41 +163,54 @@ def shrink(
         move_model(model, device)
     prepared = prepare_batches(model, batches)
     with evaluation_mode(model):
-        structure = _usable(find_units(model, prepared[0].inputs), widths == "uniform")
+        structure = usable(find_units(model, prepared[0].inputs), widths == "uniform")
         plan = widths if isinstance(widths, Plan) else None
+        uniform: Mapping[Site, int] | None = None
         if plan is not None:
-            counts = _planned(structure, plan, round_to)
+            counts = counts_of_plan(structure, plan, round_to)
         elif params is not None:
-            counts = _of_budget(model, structure, params, round_to)
+            counts = counts_of_budget(model, structure, params, round_to)
         else:
-            counts = _counts(structure, {"neurons": neurons, "heads": heads}, round_to)
+            counts = counts_of_fractions(structure, {"neurons": neurons, "heads": heads}, round_to)
         if widths == "free":
+            uniform = counts
             plan = free_widths(model, prepared, counts, solver, memory=memory, seed=seed, progress=progress)
-            counts = _planned(structure, plan, round_to)
-    prover = UnitProver(counts, solver.ridge, certify_seconds, _told(progress)) if certify else None
-    biases = BiasChanges(counts if solver.needs_mean else ())
+            counts = counts_of_plan(structure, plan, round_to)
     before = model.num_parameters(), cache_bytes(model)
-    try:
-        report = _pruned(
-            model,
-            prepared,
-            counts,
-            solver,
-            refit,
-            epochs,
-            seed,
-            correction=correction,
-            memory=memory,
-            states=states,
-            progress=progress,
-            held_out=held_out,
-            observe=_observing(*((prover,) if prover else ()), *((biases,) if solver.needs_mean else ())),
-        )
-    except BaseException:
-        biases.undo()
-        raise
-    kept = {site: _kept(site, report.masks) for site in counts}
-    removed = {site: _width(site, count, report, prover) for site, count in counts.items()}
+
+    def attempt(wanted: Mapping[Site, int]) -> Attempt:
+        prover = UnitProver(wanted, solver.ridge, certify_seconds, _told(progress)) if certify else None
+        biases = BiasChanges(wanted if solver.needs_mean else ())
+        try:
+            report = _pruned(
+                model,
+                prepared,
+                wanted,
+                solver,
+                refit,
+                epochs,
+                seed,
+                correction=correction,
+                memory=memory,
+                states=states,
+                progress=progress,
+                held_out=held_out,
+                observe=_observing(*((prover,) if prover else ()), *((biases,) if solver.needs_mean else ())),
+            )
+        except BaseException:
+            biases.undo()
+            raise
+        return Attempt(wanted, report, prover, biases)
+
+    if plan is None or uniform is None or uniform == counts:
+        done = attempt(counts)
+    else:
+        judged = prepared[-max(1, len(prepared) // 8) :] if held_out is None else prepare_batches(model, held_out)
+        done, losses = better_of(model, judged, [partial(attempt, uniform), partial(attempt, counts)])
+        plan = replace(plan, details={**plan.details, "final divergence": dict(zip(_BOTH, losses, strict=True))})
+    report, prover, biases = done.report, done.prover, done.biases
+    kept = {site: _kept(site, report.masks) for site in done.counts}
+    removed = {site: _width(site, count, report, prover) for site, count in done.counts.items()}
     cut = cut_model(model, kept)
     caches = before[1], cache_bytes(model)
     named = "by a plan" if isinstance(widths, Plan) else widths
@@ -271,92 +282,6 @@ def check_arguments(
             raise MaskoptError(f"epochs are those of gradient steps, and {found} are fitted without; leave them out.")
         Recovery(found, epochs=epochs)
     return solver, found
-
-
-def _planned(structure: Structure, plan: Plan, round_to: int) -> dict[Site, int]:
-    """Return how many units stay by a plan; experts of a site have the fraction of the first one."""
-    sites = {layer.name: site for site in structure.sites for layer in site.layers}
-    unknown = [name for name in plan.sparsities if name not in sites]
-    if unknown:
-        raise MaskoptError(f"The plan names {unknown[0]}, which is no layer whose inputs can be removed.")
-    counts = {
-        site: _rounded(site, 1 - plan.sparsities[site.layers[0].name], round_to)
-        for site in structure.sites
-        if site.layers[0].name in plan.sparsities
-    }
-    return {site: count for site, count in _agreeing(counts).items() if count < site.role.number}
-
-
-def _usable(structure: Structure, plain: bool) -> Structure:
-    """Return what can be removed: heads only where the configuration can say it, unless widths are free."""
-    sites, refused = [], list(structure.refused)
-    for site in structure.sites:
-        if not plain or site.role.kind == "neurons" or site.role.fields is not None:
-            sites.append(site)
-        else:
-            reason = f"{structure.unsaid} fewer heads; with free widths the folder has a reader that can"
-            refused.append(Refused(site.name, site.role.kind, reason))
-    return replace(structure, sites=sites, refused=refused)
-
-
-def _counts(structure: Structure, wanted: Mapping[Kind, float], round_to: int) -> dict[Site, int]:
-    """Return how many units stay where less than all do."""
-    for kind, fraction in wanted.items():
-        if fraction and not structure.of(kind):
-            reason = next((each.reason for each in structure.refused if each.kind == kind), "there are none")
-            raise MaskoptError(f"The model can lose no {kind}: {reason}.")
-    counts = {site: _rounded(site, 1 - wanted[site.role.kind], round_to) for site in structure.sites}
-    counts = _agreeing(counts)
-    found = {site: count for site, count in counts.items() if wanted[site.role.kind] > 0 and count < site.role.number}
-    if not found:
-        raise MaskoptError("The fractions are too small to remove a single unit.")
-    return found
-
-
-def _of_budget(model: PreTrainedModel, structure: Structure, params: float, round_to: int) -> dict[Site, int]:
-    """Return how many units stay so that a fraction of the blocks' parameters goes."""
-    seen = {id(each): each.numel() for block in find_blocks(model) for each in block.module.parameters()}
-    budget = params * sum(seen.values())
-    sizes = {site: site.size for site in structure.sites}
-    heads = {site: _rounded(site, 1 - params, round_to) for site in structure.of("heads")}
-    lost = sum((site.role.number - count) * sizes[site] for site, count in heads.items())
-    whole_size = sum(site.role.number * sizes[site] for site in structure.of("neurons"))
-    fraction = 0.0 if whole_size == 0 else (budget - lost) / whole_size
-    if whole_size == 0 or fraction > _MOST:
-        raise MaskoptError(
-            f"The blocks cannot lose {params:.0%} of their parameters: neurons and heads that can be removed hold "
-            f"{(whole_size + sum(s.role.number * sizes[s] for s in heads)) / sum(seen.values()):.0%} of them."
-        )
-    return _counts_of(heads, structure, max(0.0, fraction), round_to)
-
-
-def _counts_of(heads: dict[Site, int], structure: Structure, fraction: float, round_to: int) -> dict[Site, int]:
-    counts = {**heads, **{site: _rounded(site, 1 - fraction, round_to) for site in structure.of("neurons")}}
-    counts = _agreeing(counts)
-    return {site: counts[site] for site in structure.sites if site in counts and counts[site] < site.role.number}
-
-
-def _agreeing(counts: Mapping[Site, int]) -> dict[Site, int]:
-    """Return counts in which sites of a block that one entry of the configuration widens say the same of it."""
-    least: dict[tuple[str, str], int] = {}
-    found = dict(counts)
-    # Experts, whose counts have to be aligned, decide.
-    for site in sorted(counts, key=lambda site: not site.role.experts):
-        for name in () if site.role.fields is None else site.role.fields.scaled:
-            fields = site.role.fields
-            assert fields is not None
-            value = least.setdefault((site.block.name, name), fields.entries(counts[site])[name])
-            found[site] = fields.units(name, value)
-    return found
-
-
-def _rounded(site: Site, fraction: float, round_to: int) -> int:
-    """Return how many units of a site stay of a fraction, rounded to a multiple."""
-    role = site.role
-    step = round_to if role.kind == "neurons" else 1
-    if role.experts:
-        step = math.lcm(step, _ALIGNED)
-    return min(role.number, step * max(1, round(fraction * role.number / step)))
 
 
 def _pruned(

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from maskopt.cli.shrink import METHODS
 from maskopt.models import load_model
-from maskopt.shrinking import cut_model, find_units
+from maskopt.shrinking import cut_model, find_units, save_shrunk, shrink
 from maskopt.structured import STRUCTURED
 from tests.cli.conftest import _save
 
@@ -198,5 +198,33 @@ def test_an_interrupted_command_leaves_nothing(grouped: Path, text: Path, tmp_pa
     assert process.stderr.readline() == "now\n"
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (130, ("", "Interrupted; nothing was written.\n"))
-    assert list(tmp_path.iterdir()) == [text]
+    if where == "work":
+        assert (process.returncode, said) == (130, ("", "Interrupted; nothing was written.\n"))
+        assert list(tmp_path.iterdir()) == [text]
+        return
+    kept = tmp_path / "out.unfinished"
+    assert (process.returncode, said[0]) == (130, "")
+    assert said[1].startswith("Interrupted; 2 finished blocks kept in ")
+    assert sorted(tmp_path.iterdir()) == sorted([kept, text])
+    resumed = subprocess.run([sys.executable, "-m", "maskopt", *map(str, command[4:]), "--resume"], check=True)
+    assert resumed.returncode == 0
+    assert not kept.exists()
+    assert (out / "model.safetensors").exists()
+    assert figures.exists()
+
+
+def test_blocks_that_lie_on_disk_become_what_they_become_in_memory(grouped: Path, tmp_path: Path) -> None:
+    ids = [torch.randint(1, 17, (2, 16), generator=torch.Generator().manual_seed(number)) for number in range(4)]
+    results = []
+    for offload in (None, tmp_path / "work"):
+        if offload is not None:
+            offload.mkdir()
+        model, tokenizer = load_model(grouped, offload=offload)
+        report = shrink(model, ids, neurons=0.4, heads=0.5, refit="block", epochs=1)
+        out = tmp_path / f"out-{offload is None}"
+        save_shrunk(out, model, tokenizer, report)
+        results.append((report.parameters, report.cache_bytes, load_file(out / "model.safetensors")))
+    (parameters, cache, whole), (others, other_cache, streamed) = results
+    assert (parameters, cache) == (others, other_cache)
+    assert whole.keys() == streamed.keys()
+    assert all(torch.equal(tensor, streamed[name]) for name, tensor in whole.items())
