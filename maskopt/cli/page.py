@@ -9,6 +9,7 @@ from typing import Any
 from maskopt.cli.page_layers import compare_page, trace_page
 from maskopt.cli.page_models import evaluate_page, prune_page, recover_page
 from maskopt.cli.page_parts import Page
+from maskopt.cli.page_shrink import shrink_page
 from maskopt.errors import MaskoptError
 
 __all__ = ["page_beside", "page_of"]
@@ -17,6 +18,7 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 _PAGES: dict[str, tuple[frozenset[str], Callable[[Mapping[str, Any], str], Page]]] = {
     "prune": (frozenset({"layers", "settings", "sparsity"}), prune_page),
     "recover": (frozenset({"recovery", "settings", "sparsity"}), recover_page),
+    "shrink": (frozenset({"widths", "parameters", "loads_with"}), shrink_page),
     "compare": (frozenset({"rows", "summary", "settings"}), compare_page),
     "trace": (frozenset({"traces", "settings"}), trace_page),
     "evaluate": (frozenset({"seqlen", "settings", "perplexity"}), evaluate_page),
@@ -31,7 +33,8 @@ def page_of(figures: Mapping[str, Any], source: str) -> str:
     Parameters
     ----------
     figures : mapping
-        What report.json of `maskopt prune` or `maskopt recover` holds, or the JSON of `compare`, `trace` or `evaluate`.
+        What report.json of `maskopt prune`, `recover` or `shrink` holds, or the JSON of `compare`, `trace` or
+        `evaluate`.
     source : str
         The model's folder or the file of the figures.
 
@@ -45,7 +48,8 @@ def page_of(figures: Mapping[str, Any], source: str) -> str:
     command = next((name for name, (keys, _) in _PAGES.items() if keys <= figures.keys()), None)
     if command is None:
         raise MaskoptError(
-            f"The report of {source} is none of maskopt prune, recover, compare, trace or evaluate, which have pages."
+            f"The report of {source} is none of maskopt prune, recover, shrink, compare, trace or evaluate, which have "
+            "pages."
         )
     try:
         page = _PAGES[command][1](figures, source)

@@ -108,12 +108,17 @@ def facts_sections(parts: Mapping[str, Mapping[str, Any]]) -> list[Section]:
     return found
 
 
-def usage(folder: str) -> Section:
-    """Return how the model in a folder is loaded and measured."""
+_ZEROS = (
+    "Zeros alone make no model faster on today's runtimes; they make it smaller (maskopt pack) and can be kept while "
+    "it is fine-tuned."
+)
+
+
+def usage(folder: str, about: str = _ZEROS) -> Section:
+    """Return how the model in a folder is loaded and measured, below a sentence about it."""
     return Section(
         "How to use it",
-        "Zeros alone make no model faster on today's runtimes; they make it smaller (maskopt pack) and can be kept "
-        "while it is fine-tuned.",
+        about,
         text="from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({folder!r})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({folder!r})\n\n"

@@ -42,6 +42,7 @@ from maskopt.cli.output import (
     stderr,
     tables,
 )
+from maskopt.cli.page import page_beside
 from maskopt.cli.recover import recovery_lines
 from maskopt.cli.recover_options import HeldOutOption, further_windows
 from maskopt.cli.words import duration, named_table
@@ -147,7 +148,7 @@ def shrink(
             "--speed/--no-speed", help="Measure tokens per second before and after, where the weights fit --memory."
         ),
     ] = True,
-    report: Annotated[bool, typer.Option("--report", help="Print every layer.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Print every layer; report.html has them anyway.")] = False,
     json: JsonOption = None,
     device: DeviceOption = "cpu",
     memory: MemoryOption = "1G",
@@ -297,7 +298,8 @@ def shrink(
             "total_seconds": time.perf_counter() - began,
         }
         with json_output(json, {**result.to_json(), **extra}):
-            shrinking.save_shrunk(out, network, tokenizer, result, finite(extra))
+            page = page_beside(finite({**result.to_json(), **extra}), str(out))
+            shrinking.save_shrunk(out, network, tokenizer, result, finite(extra), page)
     console = tables(json)
     if result.widths:
         console.print(_table(result, console.width, every=report))

@@ -24,6 +24,7 @@ def save_shrunk(
     tokenizer: PreTrainedTokenizerBase,
     report: ShrinkReport,
     extra: Mapping[str, Any] | None = None,
+    page: str | None = None,
 ) -> None:
     """Write a folder that `from_pretrained` loads, with ``units.safetensors`` and ``report.json``.
 
@@ -41,6 +42,8 @@ def save_shrunk(
         What `shrink` returned.
     extra : mapping, optional
         More entries for ``report.json``, such as perplexities.
+    page : str, optional
+        Content of ``report.html``, the report for people.
 
     Raises
     ------
@@ -50,4 +53,4 @@ def save_shrunk(
     with atomic_path(path) as aside:
         write_model(aside, model, tokenizer, path)
         save_file({name: units.contiguous() for name, units in report.kept.items()}, aside / UNITS)
-        write_report(aside, {**report.to_json(), **(extra or {})})
+        write_report(aside, {**report.to_json(), **(extra or {})}, page)

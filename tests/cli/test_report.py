@@ -195,7 +195,9 @@ def test_measured_models_have_a_page(run, fails, model, out, text, tmp_path, rea
     run("report", figures, "--html", tmp_path / "tasks.html")
     assert "-0.2500" in checked(tmp_path / "tasks.html").text
     (tmp_path / "solve.json").write_text('{"objective": 1.0, "settings": {}}')
-    assert "none of maskopt prune, recover, compare, trace or evaluate" in fails("report", tmp_path / "solve.json")
+    assert "none of maskopt prune, recover, shrink, compare, trace or evaluate" in fails(
+        "report", tmp_path / "solve.json"
+    )
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"layers": [1], "settings": {}}'])

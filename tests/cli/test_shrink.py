@@ -228,3 +228,17 @@ def test_blocks_that_lie_on_disk_become_what_they_become_in_memory(grouped: Path
     assert (parameters, cache) == (others, other_cache)
     assert whole.keys() == streamed.keys()
     assert all(torch.equal(tensor, streamed[name]) for name, tensor in whole.items())
+
+
+def test_a_page_lies_beside_the_model(run: Any, grouped: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ("shrink", grouped, out, "--calibration", text, "--neurons", 0.5, "--evaluate", text, "--certify", *DATA)
+    run(*command)
+    report = json.loads((out / "report.json").read_text())
+    page = (out / "report.html").read_text()
+    for width in report["widths"]:
+        assert width["name"] in page
+        assert f"{100 * width['proof']['share']:.0f} %" in page
+    assert "perplexity, text.txt" in page
+    run("report", out, "--html", tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text() == page
