@@ -21,7 +21,7 @@ from maskopt.shrinking.configuration import Skeletons, block_of, with_buffers
 from maskopt.shrinking.siblings import allowed, sibling_of
 from maskopt.shrinking.units import Site
 
-__all__ = ["Cut", "cut_model"]
+__all__ = ["Cut", "check_cut", "cut_model"]
 
 
 @dataclass
@@ -71,34 +71,16 @@ def cut_model(model: PreTrainedModel, kept: Mapping[Site, Tensor]) -> Cut:
     for site, units in kept.items():
         if not bool(units.any(-1).all()):
             raise MaskoptError(f"No unit of {site.name} would stay; keep at least one.")
-    cut = Cut()
-    by_block: dict[Block, list[Site]] = {}
-    for site, units in kept.items():
-        if not bool(units.all()):
-            by_block.setdefault(site.block, []).append(site)
+    counts = {site: int(units.sum(-1).reshape(-1)[0]) for site, units in kept.items()}
     skeletons = Skeletons(model)
-    made: list[tuple[Block, list[Site], nn.Module]] = []  # all of them before the model changes
-    models: dict[tuple[tuple[str, int], ...], nn.Module | None] = {}
-    for block, sites in by_block.items():
-        entries: dict[str, int] = {}
-        for site in sites:
-            if site.role.fields is not None:
-                entries |= site.role.fields.entries(int(kept[site].sum(-1).reshape(-1)[0]))
-        twin: nn.Module | None = block.module
+    made = _twins(model, counts, skeletons)  # all of them before the model changes
+    cut = Cut()
+    for block, _, _, entries in made:
         if entries:
-            key = tuple(sorted(entries.items()))
-            if key not in models:
-                models[key] = skeletons.make(entries)
-            whole = models[key]
-            twin = None if whole is None else block_of(whole, block.name)
-            if twin is None or not with_buffers(twin, block.module):
-                raise MaskoptError(f"The configuration of {type(model).__name__} cannot be changed to {entries}.")
             cut.entries[block.name] = {**skeletons.own.get(block.name, {}), **entries}
-        assert twin is not None
-        made.append((block, sites, twin))
     offload = offload_of(model)
     stored: dict[str, Stored] = {}
-    for number, (block, sites, twin) in enumerate(made):
+    for number, (block, sites, twin, _) in enumerate(made):
         narrow = _narrow(block, sites, kept, offload)
         shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
         cut.shapes |= {
@@ -112,6 +94,53 @@ def cut_model(model: PreTrainedModel, kept: Mapping[Site, Tensor]) -> Cut:
         offload.renewed(model, stored)
     _configure(model, skeletons, cut)
     return cut
+
+
+def check_cut(model: PreTrainedModel, counts: Mapping[Site, int]) -> None:
+    """Check that a model's blocks can be made with numbers of units.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        It is not changed.
+    counts : mapping of Site to int
+
+    Raises
+    ------
+    MaskoptError
+        If the configuration cannot be changed so.
+    """
+    _twins(model, counts, Skeletons(model))
+
+
+_Twin = tuple[Block, list[Site], nn.Module, dict[str, int]]
+
+
+def _twins(model: PreTrainedModel, counts: Mapping[Site, int], skeletons: Skeletons) -> list[_Twin]:
+    """Return for each block that loses units a narrower one without data, and the configuration's entries for it."""
+    by_block: dict[Block, list[Site]] = {}
+    for site, count in counts.items():
+        if count < site.role.number:
+            by_block.setdefault(site.block, []).append(site)
+    made: list[_Twin] = []
+    models: dict[tuple[tuple[str, int], ...], nn.Module | None] = {}
+    for block, sites in by_block.items():
+        entries: dict[str, int] = {}
+        for site in sites:
+            if site.role.fields is not None:
+                entries |= site.role.fields.entries(counts[site])
+        twin: nn.Module | None = block.module
+        if entries:
+            key = tuple(sorted(entries.items()))
+            if key not in models:
+                models[key] = skeletons.make(entries)
+            whole = models[key]
+            twin = None if whole is None else block_of(whole, block.name)
+            if twin is None or not with_buffers(twin, block.module):
+                raise MaskoptError(f"The configuration of {type(model).__name__} cannot be changed to {entries}.")
+        assert twin is not None
+        made.append((block, sites, twin, entries))
+    return made
 
 
 def _narrow(block: Block, sites: list[Site], kept: Mapping[Site, Tensor], offload: Offload | None) -> dict[str, Tensor]:

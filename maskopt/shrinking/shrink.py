@@ -32,7 +32,7 @@ from maskopt.recovery import FixedMasks, Recovery
 from maskopt.shrinking.attempts import Attempt, better_of
 from maskopt.shrinking.biases import BiasChanges
 from maskopt.shrinking.counts import counts_of_budget, counts_of_fractions, counts_of_plan, usable
-from maskopt.shrinking.cut import cut_model
+from maskopt.shrinking.cut import check_cut, cut_model
 from maskopt.shrinking.proofs import UnitProver
 from maskopt.shrinking.report import ShrinkReport, Width
 from maskopt.shrinking.speed import cache_bytes
@@ -176,6 +176,7 @@ def shrink(
             uniform = counts
             plan = free_widths(model, prepared, counts, solver, memory=memory, seed=seed, progress=progress)
             counts = counts_of_plan(structure, plan, round_to)
+    check_cut(model, counts)
     before = model.num_parameters(), cache_bytes(model)
 
     def attempt(wanted: Mapping[Site, int]) -> Attempt:
