@@ -78,7 +78,7 @@ def test_decimal_sparsities_of_a_pattern_are_accepted(third: str) -> None:
         ("5:4", None, "The pattern 5:4 keeps 5 of every 4, which is impossible"),
         ("0:0", None, "impossible"),
         ("1:0", None, "impossible"),
-        ("", 0.5, "There is no pattern ''; choose per-row, unstructured, columns, rows, blocks-HxW such as blocks-4x4"),
+        ("", 0.5, "There is no pattern ''; choose per-row, unstructured, columns, columns-W such as columns-64, rows"),
         ("columns", None, "The pattern columns needs a sparsity"),
         ("rows", None, "The pattern rows needs a sparsity"),
         ("blocks-4x4", None, "The pattern blocks-4x4 needs a sparsity"),

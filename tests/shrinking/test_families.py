@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import zlib
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -35,7 +38,17 @@ def chosen(site: Site, random: torch.Generator) -> torch.Tensor:
     return kept if role.experts else kept[0]
 
 
-@pytest.mark.parametrize("family", [family for family in families() if family not in NOT_BUILT])
+# All of them with MASKOPT_EXPLORE; else those that everybody uses, and a fixed third of the others.
+_KNOWN = {"gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2", "opt", "phi3", "qwen3"}
+_TESTED = [
+    family
+    for family in families()
+    if family not in NOT_BUILT
+    and (family in {*_KNOWN, *_REFUSED} or "MASKOPT_EXPLORE" in os.environ or zlib.crc32(family.encode()) % 3 == 0)
+]
+
+
+@pytest.mark.parametrize("family", _TESTED)
 def test_a_family_computes_without_units_what_it_does_with_zeros_for_them(family: str) -> None:
     model = build(family)
     ids = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
