@@ -54,6 +54,7 @@ format: $(VENV)/dev.stamp  ## Format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 # The settings of the committed results.
+comma := ,
 JOINT := --weights keep,lsq,sparsegpt,admm,fista,alps,best
 MASKS_STUDY := --solvers wanda,sparsefw,one-swap,continuation --tune sparsefw --sets per-row:0.5,per-row:0.6,2:4 \
 	--samples 32 --seeds 0,1
@@ -92,6 +93,8 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOL
 	$(BIN)/python benchmarks/correction.py $(MODELS) $(CORRECTION_STUDY)
 	$(BIN)/python benchmarks/recovery.py $(MODELS) $(RECOVERY_STUDY)
 	$(if $(MODELS),$(BIN)/python benchmarks/recovery.py $(MODELS) $(RULES_STUDY))
+	$(BIN)/python benchmarks/shrinking.py $(MODELS) --characters 60000 --seeds 0,1,2
+	$(BIN)/python benchmarks/speed.py $(foreach model,$(MODELS) $(SMOLLM),$(firstword $(subst $(comma), ,$(model))))
 	$(if $(SMOLLM),$(BIN)/python benchmarks/allocation.py $(SMOLLM) $(SMOLLM_ALLOCATION))
 	$(BIN)/python benchmarks/large_models.py $(SMOLLM)
 	$(BIN)/python benchmarks/kills.py
