@@ -197,8 +197,8 @@ def shrink(
     check_device(device)
     require_transformers()
     from maskopt import models, shrinking
+    from maskopt.models.checks import is_causal
     from maskopt.shrinking.shrink import check_arguments
-    from maskopt.shrinking.speed import is_causal
 
     if not drop_blocks or neurons or heads or params or plan:
         check_arguments(

@@ -19,6 +19,7 @@ __all__ = [
     "check_finite",
     "check_model",
     "check_tokenizer",
+    "is_causal",
     "move_model",
     "require_positive",
 ]
@@ -112,6 +113,16 @@ def move_model(model: PreTrainedModel, device: str | torch.device) -> PreTrained
         raise MaskoptError(f"The model cannot be moved to the device {device!r}: {first_line(error)}.") from error
 
 
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether a model reads a prompt and goes on from there, without an encoder.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    """
+    return bool(model.can_generate()) and not getattr(model.config, "is_encoder_decoder", False)
+
+
 def check_causal(what: str, model: Any) -> None:
     """Check that a model is a causal language model of transformers, as `check_model` does and further.
 
@@ -127,7 +138,7 @@ def check_causal(what: str, model: Any) -> None:
         If it is not.
     """
     network = check_model(model)
-    if not network.can_generate() or network.config.is_encoder_decoder:
+    if not is_causal(network):
         raise MaskoptError(f"{what} a causal language model; this is a {type(network).__name__}.")
 
 

@@ -122,7 +122,8 @@ def narrow(model: Any, make: Any) -> None:
                     made[key] = make(config)
             place_block(model, name, _like(made[key].get_submodule(name), model.get_submodule(name)))
         for name, shape in shapes.items():
-            set_parameter(model, name, torch.empty(shape, device=model.get_parameter(name).device))
+            before = model.get_parameter(name)
+            set_parameter(model, name, torch.empty(shape, device=before.device, dtype=before.dtype))
     except AttributeError as error:  # of get_submodule and get_parameter
         raise PackedError(f"The {WIDTHS} in config.json name a part that the model does not have: {error}.") from error
     _begin(model, {*entries, *(name.rpartition(".")[0] for name in shapes)})
@@ -182,17 +183,25 @@ def _is_size(value: Any) -> bool:
 
 def _like(block: Any, old: Any) -> Any:
     """Return a block without data with parameters on the device of another one, and its buffers."""
-    buffers = dict(old.named_buffers())
     first = next(old.parameters())
     block = copy.deepcopy(block)
     for name, parameter in list(block.named_parameters()):
         set_parameter(block, name, torch.empty(parameter.shape, device=first.device, dtype=parameter.dtype))
+    misfit = take_buffers(block, old)
+    if misfit is not None:
+        raise PackedError(f"The shrunk model cannot be made: its blocks have buffers ({misfit}) of another shape.")
+    return block
+
+
+def take_buffers(block: Any, old: Any) -> str | None:
+    """Give a block the buffers of another one; return the name of the first that does not fit, if there is one."""
+    buffers = dict(old.named_buffers())
     for name, buffer in list(block.named_buffers()):
         owner, _, key = name.rpartition(".")
         if name not in buffers or buffers[name].shape != buffer.shape:
-            raise PackedError(f"The shrunk model cannot be made: its blocks have buffers ({name}) of another shape.")
+            return str(name)
         block.get_submodule(owner)._buffers[key] = buffers[name]
-    return block
+    return None
 
 
 def place_block(model: Any, name: str, block: Any) -> None:
@@ -201,12 +210,13 @@ def place_block(model: Any, name: str, block: Any) -> None:
     setattr(model.get_submodule(owner), key, block)
 
 
-def set_parameter(model: Any, name: str, value: torch.Tensor) -> None:
-    """Let a module have another value of a parameter, of whatever shape."""
+def set_parameter(model: Any, name: str, value: torch.Tensor, requires_grad: bool | None = None) -> None:
+    """Let a module have another tensor for a parameter, of whatever shape; by default with gradients as before."""
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
-    before = module._parameters[key]
-    module._parameters[key] = torch.nn.Parameter(value.to(before.dtype), requires_grad=before.requires_grad)
+    if requires_grad is None:
+        requires_grad = module._parameters[key].requires_grad
+    module._parameters[key] = torch.nn.Parameter(value, requires_grad=requires_grad)
     if key == "weight" and isinstance(module, torch.nn.Linear):
         module.out_features, module.in_features = value.shape
 

@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 
 from maskopt.models.blocks import Block, find_blocks
 from maskopt.models.quiet import without_bars
-from maskopt.packed.shrunk import WIDTHS, listed_widths
+from maskopt.packed.shrunk import WIDTHS, listed_widths, take_buffers
 from maskopt.shrinking.dependence import Probe, skeleton_copy
 
 if TYPE_CHECKING:
     from maskopt.shrinking.units import Role
 
-__all__ = ["Fields", "Skeletons", "block_of", "fields_for", "fields_together", "with_buffers", "works_narrower"]
+__all__ = ["Fields", "Skeletons", "block_of", "fields_for", "fields_together", "works_narrower"]
 
 _TOLERANCE = 1e-3  # relative, of float32 sums in another order, with random weights
 _SUBSETS = 4  # fields that count heads, of which all subsets are tried
@@ -125,7 +125,7 @@ def fields_for(skeletons: Skeletons, probe: Probe, block: Block, role: Role) -> 
     for fields in _guesses(skeletons.values(block.name), role):
         model = skeletons.make(fields.entries(role.number - 1))
         twin = None if model is None else block_of(model, block.name)
-        if twin is not None and trial.fits(twin) and with_buffers(twin, block.module) and trial.succeeds(twin):
+        if twin is not None and trial.fits(twin) and take_buffers(twin, block.module) is None and trial.succeeds(twin):
             return fields
     return None
 
@@ -163,7 +163,7 @@ def fields_together(skeletons: Skeletons, probe: Probe, block: Block, roles: Seq
             if roles[number].consumer in shapes
         }
         lost = {number: count for number, count in lost.items() if 0 < count < roles[number].number}
-        if len(lost) < 2 or not with_buffers(twin, block.module):
+        if len(lost) < 2 or take_buffers(twin, block.module) is not None:
             continue
         trial = _Trial(probe, {roles[number]: count for number, count in lost.items()})
         if trial.fits(twin) and trial.succeeds(twin):
@@ -225,25 +225,6 @@ class _Trial:
 def block_of(model: nn.Module, name: str) -> nn.Module | None:
     """Return the block of a model that has a name."""
     return next((each.module for each in find_blocks(model) if each.name == name), None)
-
-
-def with_buffers(twin: nn.Module, block: nn.Module) -> bool:
-    """Give a block without data the buffers of another one; False where a buffer has another shape.
-
-    Parameters
-    ----------
-    twin : nn.Module
-        Changed.
-    block : nn.Module
-    """
-    buffers = dict(block.named_buffers())
-    for name, buffer in list(twin.named_buffers()):
-        own = buffers.get(name)
-        if own is None or own.shape != buffer.shape:
-            return False
-        owner, _, key = name.rpartition(".")
-        twin.get_submodule(owner)._buffers[key] = own
-    return True
 
 
 def _guesses(entries: Mapping[str, Any], role: Role) -> Iterator[Fields]:

@@ -30,7 +30,7 @@ def counts_of_plan(structure: Structure, plan: Plan, round_to: int) -> dict[Site
         for site in structure.sites
         if site.layers[0].name in plan.sparsities
     }
-    return {site: count for site, count in _agreeing(counts).items() if count < site.role.number}
+    return _losing(counts)
 
 
 def usable(structure: Structure, plain: bool) -> Structure:
@@ -52,8 +52,7 @@ def counts_of_fractions(structure: Structure, wanted: Mapping[Kind, float], roun
             reason = next((each.reason for each in structure.refused if each.kind == kind), "there are none")
             raise MaskoptError(f"The model can lose no {kind}: {reason}.")
     counts = {site: _rounded(site, 1 - wanted[site.role.kind], round_to) for site in structure.sites}
-    counts = _agreeing(counts)
-    found = {site: count for site, count in counts.items() if wanted[site.role.kind] > 0 and count < site.role.number}
+    found = {site: count for site, count in _losing(counts).items() if wanted[site.role.kind] > 0}
     if not found:
         raise MaskoptError("The fractions are too small to remove a single unit.")
     return found
@@ -73,27 +72,22 @@ def counts_of_budget(model: PreTrainedModel, structure: Structure, params: float
             f"The blocks cannot lose {params:.0%} of their parameters: neurons and heads that can be removed hold "
             f"{(whole_size + sum(s.role.number * sizes[s] for s in heads)) / sum(seen.values()):.0%} of them."
         )
-    return _counts_of(heads, structure, max(0.0, fraction), round_to)
+    neurons = {site: _rounded(site, 1 - max(0.0, fraction), round_to) for site in structure.of("neurons")}
+    counts = {**heads, **neurons}
+    return _losing({site: counts[site] for site in structure.sites})
 
 
-def _counts_of(heads: dict[Site, int], structure: Structure, fraction: float, round_to: int) -> dict[Site, int]:
-    counts = {**heads, **{site: _rounded(site, 1 - fraction, round_to) for site in structure.of("neurons")}}
-    counts = _agreeing(counts)
-    return {site: counts[site] for site in structure.sites if site in counts and counts[site] < site.role.number}
-
-
-def _agreeing(counts: Mapping[Site, int]) -> dict[Site, int]:
-    """Return counts in which sites of a block that one entry of the configuration widens say the same of it."""
+def _losing(counts: Mapping[Site, int]) -> dict[Site, int]:
+    """Return the counts of sites that lose units, where those that one entry of the configuration widens agree."""
     least: dict[tuple[str, str], int] = {}
     found = dict(counts)
     # Experts, whose counts have to be aligned, decide.
     for site in sorted(counts, key=lambda site: not site.role.experts):
-        for name in () if site.role.fields is None else site.role.fields.scaled:
-            fields = site.role.fields
-            assert fields is not None
-            value = least.setdefault((site.block.name, name), fields.entries(counts[site])[name])
-            found[site] = fields.units(name, value)
-    return found
+        if site.role.fields is not None:
+            for name in site.role.entries:
+                value = site.role.fields.entries(counts[site])[name]
+                found[site] = site.role.fields.units(name, least.setdefault((site.block.name, name), value))
+    return {site: count for site, count in found.items() if count < site.role.number}
 
 
 def _rounded(site: Site, fraction: float, round_to: int) -> int:

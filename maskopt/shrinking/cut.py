@@ -16,12 +16,12 @@ from maskopt.errors import MaskoptError
 from maskopt.models.blocks import Block
 from maskopt.models.offload import Offload, Stored, offload_of
 from maskopt.models.store import replaced
-from maskopt.packed.shrunk import WIDTHS, place_block, set_parameter, shrunk_class
-from maskopt.shrinking.configuration import Skeletons, block_of, with_buffers
+from maskopt.packed.shrunk import WIDTHS, place_block, set_parameter, shrunk_class, take_buffers
+from maskopt.shrinking.configuration import Skeletons, block_of
 from maskopt.shrinking.siblings import allowed, sibling_of
 from maskopt.shrinking.units import Site
 
-__all__ = ["Cut", "check_cut", "cut_model"]
+__all__ = ["Cut", "check_cut", "cut_model", "take_over"]
 
 
 @dataclass
@@ -89,7 +89,8 @@ def cut_model(model: PreTrainedModel, kept: Mapping[Site, Tensor]) -> Cut:
         if offload is not None:
             stored |= _written(narrow, block, offload.folder / f"cut-{number}.safetensors")
             narrow = {name: torch.empty_like(each, device="meta") for name, each in narrow.items()}
-        _replace(model, block, twin, narrow)
+        take_over(twin, block.module, narrow)
+        place_block(model, block.name, twin)
     if offload is not None:
         offload.renewed(model, stored)
     _configure(model, skeletons, cut)
@@ -136,7 +137,7 @@ def _twins(model: PreTrainedModel, counts: Mapping[Site, int], skeletons: Skelet
                 models[key] = skeletons.make(entries)
             whole = models[key]
             twin = None if whole is None else block_of(whole, block.name)
-            if twin is None or not with_buffers(twin, block.module):
+            if twin is None or take_buffers(twin, block.module) is not None:
                 raise MaskoptError(f"The configuration of {type(model).__name__} cannot be changed to {entries}.")
         assert twin is not None
         made.append((block, sites, twin, entries))
@@ -162,16 +163,19 @@ def _written(tensors: Mapping[str, Tensor], block: Block, file: Path) -> dict[st
     return {name: Stored(file, name) for name in named}
 
 
-def _replace(model: PreTrainedModel, block: Block, twin: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put a block with these parameters in the place of another one."""
-    old = dict(block.module.named_parameters())
+def take_over(twin: nn.Module, old: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a block that takes the place of another one its parameters, and gradients and mode as that one has them.
+
+    Parameters
+    ----------
+    twin, old : nn.Module
+    tensors : mapping of str to Tensor
+        All parameters, by name within the block.
+    """
+    gradients = {name: each.requires_grad for name, each in old.named_parameters()}
     for name, tensor in tensors.items():
-        set_parameter(twin, name, tensor)
-        twin.get_parameter(name).requires_grad_(old[name].requires_grad)
-        twin.get_parameter(name).data = tensor
-    twin.train(block.module.training)
-    if twin is not block.module:
-        place_block(model, block.name, twin)
+        set_parameter(twin, name, tensor, gradients[name])
+    twin.train(old.training)
 
 
 def _configure(model: PreTrainedModel, skeletons: Skeletons, cut: Cut) -> None:

@@ -19,8 +19,9 @@ from maskopt.models.checks import check_model
 from maskopt.models.divergence import Divergence
 from maskopt.models.offload import offload_of
 from maskopt.models.replay import evaluation_mode
-from maskopt.packed.shrunk import set_parameter
-from maskopt.shrinking.configuration import Skeletons, with_buffers
+from maskopt.packed.shrunk import take_buffers
+from maskopt.shrinking.configuration import Skeletons
+from maskopt.shrinking.cut import take_over
 
 __all__ = ["DepthReport", "drop_blocks"]
 
@@ -245,16 +246,12 @@ class _Shorter:
         twins = find_blocks(made)
         for twin, index in zip(twins, kept, strict=True):
             old = self._blocks[index].module
-            if not with_buffers(twin.module, old):
+            if take_buffers(twin.module, old) is not None:
                 raise MaskoptError(f"{self._blocks[index].name} has buffers that depend on the number of blocks.")
-            for name, parameter in old.named_parameters():
-                set_parameter(twin.module, name, parameter.data)
-                twin.module.get_parameter(name).requires_grad_(parameter.requires_grad)
-                twin.module.get_parameter(name).data = parameter.data
+            take_over(twin.module, old, {name: parameter.data for name, parameter in old.named_parameters()})
             for module in twin.module.modules():
                 if getattr(module, "config", None) is not None:
                     module.config = text
-            twin.module.train(old.training)
         owner, _, key = self._stack.rpartition(".")
         parent, before = model.get_submodule(owner), model.get_submodule(self._stack)
         settings = {name: getattr(text, name) for name in entries}

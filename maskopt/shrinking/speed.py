@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from maskopt.models.batches import vocabulary_size
+from maskopt.models.checks import is_causal
 from maskopt.models.context import context_length
 from maskopt.models.replay import evaluation_mode
 
-__all__ = ["Speed", "cache_bytes", "is_causal", "measure_speed"]
+__all__ = ["Speed", "cache_bytes", "measure_speed"]
 
 _TOKENS = 8  # of the text whose cache is measured
 _PROMPT, _NEW = 128, 16
@@ -76,16 +77,6 @@ def measure_speed(model: PreTrainedModel, batch: int, *, prompt: int = _PROMPT, 
             end = _now(model)
             reading, writing, runs = min(reading, middle - start), min(writing, end - middle), runs + 1
     return Speed(batch * prompt / reading, batch * new / writing, prompt, new, torch.get_num_threads())
-
-
-def is_causal(model: PreTrainedModel) -> bool:
-    """Whether a model reads a prompt and goes on from there, without an encoder.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-    """
-    return bool(model.can_generate()) and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def cache_bytes(model: PreTrainedModel) -> float | None:

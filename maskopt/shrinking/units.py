@@ -61,6 +61,11 @@ class Role:
         """Inputs of the consumer for each unit."""
         return len(self.units) // self.number
 
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The entries of the configuration that count the units."""
+        return () if self.fields is None else tuple(self.fields.scaled)
+
     def parameters(self, shapes: Mapping[str, torch.Size]) -> int:
         """Return how many parameters of a block go with one unit (of every expert)."""
         total = shapes[self.consumer].numel() // self.number

@@ -60,14 +60,11 @@ def free_widths(
     """
     layers = {layer.name: site for site in counts for layer in site.layers}
     # Experts of a block have one width, and so has what an entry of the configuration widens together with others.
-    shared = Counter(
-        (site.block.name, name) for site in counts for name in (site.role.fields.scaled if site.role.fields else ())
-    )
+    shared = Counter((site.block.name, name) for site in counts for name in site.role.entries)
     fixed = {
         site.name
         for site in counts
-        if site.role.experts
-        or any(shared[site.block.name, name] > 1 for name in (site.role.fields.scaled if site.role.fields else ()))
+        if site.role.experts or any(shared[site.block.name, name] > 1 for name in site.role.entries)
     }
     options: dict[str, Any] = {
         "propagate": "pruned",
