@@ -96,8 +96,8 @@ def shrink(
         "uniform": every block loses as many, and the folder loads with transformers alone. "free": blocks lose
         different numbers, at equal parameters in all, where the model's predictions on calibration sequences set aside
         are clearly closer to the dense model's, and those of the fitted model, too: both are made. Needs three
-        sequences at least. Or the fraction of its units that each
-        layer loses, such as ``report.plan`` of an earlier call, in place of `neurons`, `heads` and `params`.
+        sequences at least. Or the fraction of its units that each layer loses, such as ``report.plan`` of an earlier
+        call, in place of `neurons`, `heads` and `params`.
     round_to : int
         The number of neurons that stay is a multiple of it, which may suit the hardware; of experts always of 8, too,
         which their kernels need in half precision.
@@ -208,14 +208,16 @@ def shrink(
     else:
         judged = prepared[-max(1, len(prepared) // 8) :] if held_out is None else prepare_batches(model, held_out)
         done, losses = better_of(model, judged, [partial(attempt, uniform), partial(attempt, counts)])
-        plan = replace(plan, details={**plan.details, "final divergence": dict(zip(_BOTH, losses, strict=True))})
+        plan = _made(plan, done, dict(zip(_BOTH, losses, strict=True)))
     report, prover, biases = done.report, done.prover, done.biases
     kept = {site: _kept(site, report.masks) for site in done.counts}
     removed = {site: _width(site, count, report, prover) for site, count in done.counts.items()}
     cut = cut_model(model, kept)
     caches = before[1], cache_bytes(model)
     named = "by a plan" if isinstance(widths, Plan) else widths
-    report.settings |= {"widths": named, "refit": refit, "round_to": round_to}
+    # What is said of each layer there is said by the widths.
+    settings = {name: value for name, value in report.settings.items() if name not in ("masks", "include")}
+    report.settings = {**settings, "widths": named, "refit": refit, "round_to": round_to}
     return ShrinkReport(
         [width for width in removed.values() if width.after < width.before],
         structure.refused,
@@ -316,6 +318,17 @@ def _pruned(
         include=list(masks),
         recover=recover,
         **options,
+    )
+
+
+def _made(plan: Plan, done: Attempt, losses: Mapping[str, float]) -> Plan:
+    """Return the plan of the widths that a model has in the end."""
+    lost = {layer.name: 1 - count / site.role.number for site, count in done.counts.items() for layer in site.layers}
+    chosen = {"chosen": _BOTH[0]} if losses[_BOTH[0]] <= losses[_BOTH[1]] else {}
+    return replace(
+        plan,
+        sparsities={name: lost.get(name, 0.0) for name in plan.sparsities},
+        details={**plan.details, **chosen, "final divergence": dict(losses)},
     )
 
 

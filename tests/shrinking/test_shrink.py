@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -238,6 +239,27 @@ def test_free_widths_have_as_many_parameters_as_equal_ones_and_are_taken_where_t
     assert cache_bytes(made("llama")) == equal.cache_bytes[0] / 2
     with pytest.raises(MaskoptError, match="three"):
         maskopt.shrink(made("llama"), data(1), neurons=0.5, widths="free")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_plan_says_what_the_finished_model_has(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("llama", num_hidden_layers=2)
+    names = [f"model.layers.{block}.mlp.down_proj" for block in range(2)]
+    # What the trials chose, right or wrong.
+    lost = [0.05, 0.95] if seed % 2 else [0.95, 0.05]
+    chosen = maskopt.Plan("columns", dict(zip(names, lost, strict=True)), "auto", {"chosen": "kl"})
+    monkeypatch.setattr(sys.modules["maskopt.shrinking.shrink"], "free_widths", lambda *args, **options: chosen)
+    report = maskopt.shrink(model, data(4, seed=seed), neurons=0.5, refit="units", widths="free")
+    assert report.plan is not None
+    widths = {width.name: width for width in report.widths}
+    for name in names:
+        width = widths.get(name)
+        removed = 0.0 if width is None else 1 - width.after / width.before
+        assert report.plan.sparsities[name] == pytest.approx(removed)
+    final = report.plan.details["final divergence"]
+    assert (report.plan.details["chosen"] == "uniform") == (final["uniform"] <= final["free"]) == report.cut.uniform
+    again = maskopt.shrink(made("llama", num_hidden_layers=2), data(4, seed=seed), widths=report.plan, refit="units")
+    assert again.parameters == report.parameters
 
 
 @pytest.mark.parametrize("name", ["bert", "t5", "bart"])
