@@ -118,5 +118,5 @@ def levels_of(low: int, high: int) -> np.ndarray:
 
 
 def separable_levels(name: str, counts: Counts, at: np.ndarray, losses: np.ndarray) -> Levels:
-    """Return a layer's levels for `allocate_levels`; costs are weights kept."""
+    """Return a layer's levels for `allocate_levels`, with what its counts cost."""
     return Levels(name, tuple(int(count) * counts.cost for count in at), tuple(float(loss) for loss in losses))

@@ -69,6 +69,11 @@ class Plan:
         # numpy's numbers and fractions are no JSON.
         object.__setattr__(self, "sparsities", {name: float(value) for name, value in self.sparsities.items()})
 
+    @property
+    def patterns(self) -> str:
+        """Its patterns in words."""
+        return ", ".join(dict.fromkeys([self.pattern] if isinstance(self.pattern, str) else self.pattern.values()))
+
     def counts(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Counts]:
         """Return the counts that each of these layers can have.
 

@@ -216,5 +216,5 @@ def read_plan(allocation: str, pattern: str, sparsity: float | None, fixed: dict
     if sparsity is not None or fixed:
         raise MaskoptError(f"The plan {allocation} says the sparsities; leave --sparsity and --sparsity-of out.")
     if pattern not in ("per-row", plan.pattern):
-        raise MaskoptError(f"The plan {allocation} is for {plan.pattern}, not {pattern}; leave --pattern out.")
+        raise MaskoptError(f"The plan {allocation} is for {plan.patterns}, not {pattern}; leave --pattern out.")
     return plan

@@ -330,7 +330,7 @@ def prune(
     if report.plan is None:
         words = masks_words(pattern, sparsity, parse_masks(pattern, sparsity), shapes)
     else:
-        words = f"{report.plan.pattern}, sparsity of each layer by the plan ({report.plan.rule})"
+        words = f"{report.plan.patterns}, sparsity of each layer by the plan ({report.plan.rule})"
     more = {"solver": solver_words(method), "time": times(report, time.perf_counter() - began)}
     more |= {} if sizes is None else pack_lines(sizes)
     _show(console, report, figures, words, more)

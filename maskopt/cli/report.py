@@ -22,8 +22,8 @@ def report(
         Path,
         typer.Argument(
             metavar="RESULTS",
-            help="Folder that prune or recover has written, or the file that --json of prune, recover, compare, trace "
-            "or evaluate has.",
+            help="Folder that prune, recover or shrink has written, or the file that --json of one of these, compare, "
+            "trace or evaluate has.",
         ),
     ],
     html: Annotated[

@@ -126,7 +126,7 @@ def masks_setting(masks: MaskSet | Plan | Mapping[str, MaskSet]) -> object:
     if isinstance(masks, MaskSet):
         return repr(masks)
     if isinstance(masks, Plan):
-        return f"{masks.pattern}, by the plan"
+        return f"{masks.patterns}, by the plan"
     return {name: repr(each) for name, each in masks.items()}
 
 

@@ -169,18 +169,17 @@ class _Patterns:
                 raise MaskoptError(f"{name} is a sequence of patterns; write {name}=[{value!r}].")
             if not isinstance(value, Sequence) or not all(isinstance(pattern, str) for pattern in value):
                 raise MaskoptError(f"{name} must be a sequence of strings; got {value!r}.")
-        self.include = tuple(include)
-        self.exclude = tuple(exclude)
+        self.include, self.exclude = _Names(include), _Names(exclude)
         self.used: set[str] = set()
 
     def select(self, *names: str, inside: bool) -> bool:
         """Whether a weight with any of these names is pruned; `inside` says whether it is in a block."""
         excluded = self._match(self.exclude, names)
-        return (self._match(self.include, names) if self.include else inside) and not excluded
+        return (self._match(self.include, names) if self.include.all else inside) and not excluded
 
     def calls(self, name: str, part: str) -> bool:
         """Whether a pattern of `include` matches a name and contains this part of it."""
-        return any(part in pattern and fnmatchcase(name, pattern) for pattern in self.include)
+        return any(part in pattern for pattern in self.include.matching((name,)))
 
     def reason(self, *names: str) -> str:
         """Why something inside a block is not selected."""
@@ -188,15 +187,29 @@ class _Patterns:
 
     def require_used(self, model: nn.Module) -> None:
         """Check that every pattern has matched; one that has not is probably misspelt."""
-        for pattern in (*self.include, *self.exclude):
+        for pattern in (*self.include.all, *self.exclude.all):
             if pattern not in self.used:
                 sample = next(linear_layers(model)).name
                 raise MaskoptError(f"The pattern {pattern!r} matches no layer; full names look like {sample!r}.")
 
-    def _match(self, patterns: tuple[str, ...], names: tuple[str, ...]) -> bool:
-        hits = {pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)}
+    def _match(self, patterns: _Names, names: tuple[str, ...]) -> bool:
+        hits = patterns.matching(names)
         self.used |= hits
         return bool(hits)
+
+
+class _Names:
+    """Patterns of names; those without wildcards, of which there may be one for every expert, are looked up."""
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self.all = tuple(patterns)
+        self._wild = [pattern for pattern in self.all if any(sign in pattern for sign in "*?[")]
+        self._plain = set(self.all).difference(self._wild)
+
+    def matching(self, names: tuple[str, ...]) -> set[str]:
+        """Return the patterns that match one of some names."""
+        wild = {pattern for pattern in self._wild if any(fnmatchcase(name, pattern) for name in names)}
+        return wild | self._plain.intersection(names)
 
 
 def _left_dense(

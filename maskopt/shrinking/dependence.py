@@ -169,6 +169,19 @@ class Probe:
                 break
         return found if matrices & {each.name for each in found} else []
 
+    def all_owned(self, consumer: str, owned: Sequence[Owned]) -> bool:
+        """Whether all slices of the matrices that have no other use than a consumer serve single units.
+
+        Parameters
+        ----------
+        consumer : str
+            For which `owned` was called.
+        owned : sequence of Owned
+            What it returned.
+        """
+        whole = {each.name for each in owned if bool((each.owner >= 0).all())}
+        return all(name in whole for name in self._known[consumer] if len(self._shapes[name]) > 1)
+
     def is_linear(self, consumer: str, owned: Sequence[Owned]) -> bool:
         """Whether nothing but a product lies between the slices of units and their consumer.
 

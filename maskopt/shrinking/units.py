@@ -263,6 +263,8 @@ def _role(heads: Sequence[Any], probe: Probe, consumer: str, axis: int, inputs: 
         role = Role(consumer, kind, axis, units, owned, int(units.max()) + 1, experts)
         if best is None or role.number * role.parameters(probe.shapes) > best.number * best.parameters(probe.shapes):
             best = role
+        if probe.all_owned(consumer, owned):
+            break  # larger units own no more
     if best is not None and best.kind == "neurons" and probe.is_linear(best.consumer, best.owned):
         return None  # a matrix in two factors of low rank
     return best
