@@ -121,6 +121,26 @@ class Refit:
         own, forms = self.diagonal_blocks()
         return traces(own, forms).clamp_min(0.0)
 
+    def cheapest(self, must: Tensor) -> Tensor:
+        """Return the places of the kept units, those whose removal costs least first and those that must stay last.
+
+        Parameters
+        ----------
+        must : Tensor
+            Boolean, shape (units,).
+        """
+        return torch.argsort(self.removal_costs().masked_fill_(must[self.kept], torch.inf), stable=True)
+
+    def missing(self, may: Tensor | None = None) -> Tensor:
+        """Return the units that are not kept, of those that may be: boolean, shape (units,); by default all."""
+        if may is None:
+            may = torch.ones(self.blocks.number, dtype=torch.bool, device=self.kept.device)
+        return may.clone().index_fill_(0, self.kept, False).nonzero().flatten()
+
+    def most_gaining(self, others: Tensor, number: int) -> Tensor:
+        """Return those of some other units that each alone would gain most."""
+        return others[torch.argsort(self.additions(others).gains, descending=True, stable=True)[:number]]
+
     def additions(self, units: Tensor) -> Additions:
         """Return what each of some other units would add, for (c,) of them."""
         blocks, width = self.blocks, self.blocks.width

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-__all__ = ["Progress", "Stop", "Stopper", "steps", "stop_after", "within"]
+__all__ = ["Progress", "Stop", "Stopper", "TimeShares", "steps", "stop_after", "within"]
 
 Progress = Callable[[float], object]
 """Called with the estimated fraction of the work that is done, in [0, 1]."""
@@ -31,6 +32,31 @@ def stop_after(seconds: float | None) -> Stop | None:
         return None
     end = time.perf_counter() + seconds
     return lambda: time.perf_counter() > end
+
+
+class TimeShares:
+    """A time limit for several works, of which each gets its part of what is left, in proportion to its cost.
+
+    Parameters
+    ----------
+    seconds : float or None
+        None for no limit.
+    cost : float
+        Of all works together, in any unit.
+    """
+
+    def __init__(self, seconds: float | None, cost: float) -> None:
+        self._left, self._cost = seconds, cost
+
+    @contextmanager
+    def share(self, cost: float) -> Iterator[float | None]:
+        """Count the time inside the block, for a work of some cost; yield its limit in seconds, None without one."""
+        began = time.perf_counter()
+        fraction = min(1.0, cost / self._cost) if self._cost > 0.0 else 1.0
+        self._cost -= cost
+        yield None if self._left is None else self._left * fraction
+        if self._left is not None:
+            self._left = max(0.0, self._left - (time.perf_counter() - began))
 
 
 class Stopper:

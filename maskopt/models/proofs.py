@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from maskopt.bounds import BoundKind, MaskBounds, check_bound, mask_bounds, stop_after
+from maskopt.bounds.work import TimeShares
 from maskopt.checks import check_time_limit
 from maskopt.oracles import MaskSet
 from maskopt.problems import LayerReconstruction
@@ -37,33 +38,27 @@ class Prover:
         for one in masks:
             check_bound(one, kind)
         check_time_limit(seconds, "time for certify")
-        self._kind, self._memory = kind, memory
-        self._left = seconds
-        self._cost = 0.0
+        self._kind, self._memory, self._seconds = kind, memory, seconds
+        self._time = TimeShares(seconds, 0.0)
 
     def plan(self, shapes: Iterable[tuple[int, int]]) -> None:
         """Set the shapes of the layers for which `prove` will be called."""
-        self._cost = sum(_cost(shape) for shape in shapes)
+        self._time = TimeShares(self._seconds, sum(_cost(shape) for shape in shapes))
 
     def prove(
         self, problem: LayerReconstruction, masks: MaskSet, progress: Callable[[float], object] | None = None
     ) -> MaskBounds:
         """Return lower bounds on the error of every mask of a layer (or of several with one input), row by row."""
-        began, own = time.perf_counter(), _cost(problem.shape)
-        fraction = min(1.0, own / self._cost) if self._cost > 0.0 else 1.0
-        self._cost -= own
-        limit = None if self._left is None else self._left * fraction
-        stop = stop_after(limit)
+        began = time.perf_counter()
+        with self._time.share(_cost(problem.shape)) as limit:
 
-        def tell(done: float) -> None:
-            assert progress is not None
-            passed = time.perf_counter() - began
-            progress(done if limit is None or passed >= limit else max(done, passed / limit))
+            def tell(done: float) -> None:
+                assert progress is not None
+                passed = time.perf_counter() - began
+                progress(done if limit is None or passed >= limit else max(done, passed / limit))
 
-        found = mask_bounds(problem, masks, self._kind, memory=self._memory, stop=stop, progress=progress and tell)
-        if self._left is not None:
-            self._left = max(0.0, self._left - (time.perf_counter() - began))
-        return found
+            stop = stop_after(limit)
+            return mask_bounds(problem, masks, self._kind, memory=self._memory, stop=stop, progress=progress and tell)
 
 
 def _cost(shape: tuple[int, int]) -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from maskopt.bounds import column_bound
+from maskopt.bounds.work import TimeShares
 from maskopt.checks import check_time_limit
 from maskopt.models.layers import Layer
 from maskopt.problems import ColumnSubset, LayerReconstruction
@@ -18,6 +18,7 @@ from maskopt.solvers import Result, Status
 __all__ = ["UnitProof", "UnitProver"]
 
 _ROUNDING = 1e-9  # of an error that was enumerated
+_LEAST = 1e-3  # seconds of a proof
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class UnitProver:
     ) -> None:
         check_time_limit(seconds, "time for certify")
         self._sites = {layer.name: site for site in counts for layer in site.layers}
-        self._counts, self._ridge, self._left, self._tell = counts, ridge, seconds, tell
-        self._cost = sum(self._cost_of(site) for site in self._sites.values())
+        self._counts, self._ridge, self._tell = counts, ridge, tell
+        self._time = TimeShares(seconds, sum(self._cost_of(site) for site in self._sites.values()))
         self._found: dict[str, tuple[float, float, float, bool]] = {}  # error, bound, scale, finished
 
     @staticmethod
@@ -85,9 +86,12 @@ class UnitProver:
         site = self._sites.get(layer.name)
         if site is None:
             return
-        began, own = time.perf_counter(), self._cost_of(site)
-        limit = None if self._left is None else self._left * min(1.0, own / self._cost)
-        self._cost -= own
+        with self._time.share(self._cost_of(site)) as limit:
+            self._found[layer.name] = self._proven(layer, problem, result, site, limit)
+
+    def _proven(
+        self, layer: Layer, problem: LayerReconstruction, result: Result, site: Site, limit: float | None
+    ) -> tuple[float, float, float, bool]:
         report = None if self._tell is None else self._report(layer, self._tell)
         if report is not None:
             report(0.0)
@@ -99,11 +103,10 @@ class UnitProver:
         if result.status is Status.OPTIMAL:
             bound, finished = error * (1.0 - _ROUNDING), True
         else:
-            found = column_bound(subset, self._counts[site], seconds=limit, progress=report)
+            seconds = None if limit is None else max(_LEAST, limit)
+            found = column_bound(subset, self._counts[site], seconds=seconds, progress=report)
             bound, finished = found.bound, found.finished
-        self._found[layer.name] = error, bound, float(subset.scale()), finished
-        if self._left is not None:
-            self._left = max(1e-3, self._left - (time.perf_counter() - began))
+        return error, bound, float(subset.scale()), finished
 
     def _report(self, layer: Layer, tell: Callable[[str, int, int, float], object]) -> Callable[[float], object]:
         return lambda fraction: tell(layer.name, len(self._found), len(self._sites), fraction)

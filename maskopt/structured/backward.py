@@ -36,8 +36,7 @@ def remove_cheapest(state: Refit, number: int, must: Tensor, stops: Callable[[in
     """
     done = 0
     while done < number:
-        costs = state.removal_costs().masked_fill_(must[state.kept], torch.inf)
-        order = torch.argsort(costs, stable=True)
+        order = state.cheapest(must)
         if stops is not None and stops(done):
             remove_units(state, order[: number - done])
             return

@@ -64,7 +64,11 @@ class Selection:
         order = torch.argsort(scores, descending=True, stable=True)
         level = torch.where(self.must, 0, torch.where(self.may, 1, 2))[order]
         chosen = order[torch.argsort(level, stable=True)[: self.keep if keep is None else keep]]
-        return torch.zeros_like(self.must).index_fill_(0, chosen, True)
+        return self.chosen(chosen)
+
+    def chosen(self, units: Tensor) -> Tensor:
+        """Return units that are given by their numbers as a boolean tensor, shape (units,)."""
+        return torch.zeros_like(self.must).index_fill_(0, units, True)
 
     def per_unit(self, columns: Tensor) -> Tensor:
         """Return the sums of numbers for the columns, shape (d,), over units, float64, shape (units,)."""

@@ -85,7 +85,7 @@ class ExactSwaps(Structured):
 
         search = Search(selection.must, selection.may, self.rounds, self.exchange, stops, counted)
         status = Status.LOCAL_OPTIMUM if search.improve(state) else Status.ITERATION_LIMIT
-        return torch.zeros_like(selection.must).index_fill_(0, state.kept, True), status
+        return selection.chosen(state.kept), status
 
     def _few(self, selection: Selection) -> bool:
         blocks = selection.subset.blocks
@@ -108,4 +108,4 @@ def _best_of_all(selection: Selection) -> tuple[Tensor, Status]:
         if loss < least:
             best, least = state.kept, loss
     selection.monitor.counters["choices"] += count
-    return torch.zeros_like(selection.must).index_fill_(0, best, True), Status.OPTIMAL
+    return selection.chosen(best), Status.OPTIMAL

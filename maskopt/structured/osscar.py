@@ -52,11 +52,11 @@ class OSSCAR(Structured):
         while len(state.kept) > selection.keep:
             stopped = selection.stops(done, planned)
             batch = len(state.kept) if stopped else self.batch
-            remove_units(state, _cheapest(selection, state, min(batch, len(state.kept) - selection.keep)))
+            remove_units(state, state.cheapest(selection.must)[: min(batch, len(state.kept) - selection.keep)])
             done += 1
         state.refresh()
         kept = self._exchanged(selection, state, done, planned)
-        return torch.zeros_like(selection.must).index_fill_(0, kept, True), Status.COMPLETED
+        return selection.chosen(kept), Status.COMPLETED
 
     def _exchanged(self, selection: Selection, state: Refit, done: int, planned: int) -> Tensor:
         kept, least = state.kept, state.loss()
@@ -66,10 +66,8 @@ class OSSCAR(Structured):
             if size == 0 or selection.stops(done + exchange, planned):
                 break
             state = Refit(selection.subset.blocks, kept)
-            remove_units(state, _cheapest(selection, state, size))
-            others = selection.may.clone().index_fill_(0, state.kept, False).nonzero().flatten()
-            gains = state.additions(others).gains
-            added = others[torch.argsort(gains, descending=True, stable=True)[:size]]
+            remove_units(state, state.cheapest(selection.must)[:size])
+            added = state.most_gaining(state.missing(selection.may), size)
             trial = Refit(selection.subset.blocks, torch.cat((state.kept, added)))
             loss = trial.loss()
             if bool(loss < least):
@@ -77,9 +75,3 @@ class OSSCAR(Structured):
             else:
                 size //= 2
         return kept
-
-
-def _cheapest(selection: Selection, state: Refit, number: int) -> Tensor:
-    """Return the places of the kept units that cost least, each removed alone."""
-    costs = state.removal_costs().masked_fill(selection.must[state.kept], torch.inf)
-    return torch.argsort(costs, stable=True)[:number]

@@ -74,7 +74,8 @@ class Search:
 
     def _through_few(self, state: Refit, least: float, round_: int) -> Tensor | None:
         """Return a better choice, found in the small problem of the units that matter; None if there is none."""
-        others, (changes, partners) = self._others(state), self._best(state)
+        others = state.missing(self.may)
+        changes, partners = self._best(state, others)
         side = max(1, _SIDE // state.blocks.width)
         entering = torch.argsort(changes, stable=True)[:side]
         # The partners of the best swaps, then the units whose removal costs least; none that has to stay.
@@ -93,9 +94,8 @@ class Search:
         units = torch.cat((state.kept[leaving], others[entering]))
         return torch.cat((_without(state.kept, leaving), units[better.kept]))
 
-    def _best(self, state: Refit) -> tuple[Tensor, Tensor]:
-        """Return the best change of a swap for every unit that is not kept, and the place of the one that leaves."""
-        others = self._others(state)
+    def _best(self, state: Refit, others: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the best change of a swap for each of the other units, and the place of the one that leaves."""
         changes, partners = [], []
         for part in _parts(state, others):
             found = state.swap_changes(state.additions(part))
@@ -107,9 +107,6 @@ class Search:
         if not changes:
             return state.weight.new_empty(0), state.kept.new_empty(0)
         return torch.cat(changes), torch.cat(partners)
-
-    def _others(self, state: Refit) -> Tensor:
-        return self.may.clone().index_fill_(0, state.kept, False).nonzero().flatten()
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ class _Swaps:
 
     def _swap(self, state: Refit) -> bool:
         """Make swaps that lower the error, in place, the best first, each after another evaluation."""
-        others = _missing(state)
+        others = state.missing()
         before, loss, made = state.kept, state.loss(), 0
         best = state.swap_changes(state.additions(others)).amin(0)
         order = torch.argsort(best, stable=True)
@@ -171,17 +168,8 @@ class _Swaps:
     def _exchange(self, state: Refit, size: int) -> None:
         """Remove the cheapest units one by one, then add as many that gain most, in place."""
         remove_cheapest(state, size, torch.zeros(state.blocks.number, dtype=torch.bool, device=state.kept.device))
-        others = _missing(state)
-        gains = state.additions(others).gains
-        added = others[torch.argsort(gains, descending=True, stable=True)[:size]]
-        state.kept = torch.cat((state.kept, added))
+        state.kept = torch.cat((state.kept, state.most_gaining(state.missing(), size)))
         state.refresh()
-
-
-def _missing(state: Refit) -> Tensor:
-    """Return the units that are not kept."""
-    every = torch.ones(state.blocks.number, dtype=torch.bool, device=state.kept.device)
-    return every.index_fill_(0, state.kept, False).nonzero().flatten()
 
 
 def _without(units: Tensor, places: Tensor) -> Tensor:
