@@ -16,24 +16,23 @@ import argparse
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import report
 import torch
-from torch import Tensor
+from layers import Recorder
 
 import maskopt
 from maskopt.bounds import column_bound
 from maskopt.demo.corpus import training_text
 from maskopt.demo.run import MODEL
 from maskopt.models import calibration_batches, load_model, prune
-from maskopt.oracles import PartitionMatroid, PerRow, Units, Unstructured
-from maskopt.problems import FAMILIES, ColumnSubset, LayerReconstruction, Problem, load_instance, synthetic
-from maskopt.solvers import Wanda
-from maskopt.solvers.base import Monitor, Outcome, Solver, Status
+from maskopt.oracles import PerRow, Units, Unstructured
+from maskopt.problems import FAMILIES, ColumnSubset, LayerReconstruction, load_instance, synthetic
+from maskopt.solvers.base import Status
 from maskopt.structured import STRUCTURED, make_structured
 
 NEURONS = re.compile(r"(down_proj|fc2|dense_4h_to_h)$")
@@ -49,20 +48,6 @@ class Case:
     layer: LayerReconstruction
     width: int
     keep: float
-
-
-@dataclass(frozen=True)
-class Recorder(Solver):
-    """Records the problems of a model's layers; its masks are Wanda's."""
-
-    row_wise = False
-    seen: list[LayerReconstruction] = field(default_factory=list)
-
-    def run(self, problem: Problem, masks: PartitionMatroid, start: Tensor | None, monitor: Monitor) -> Outcome:
-        """Record the problem and return Wanda's mask."""
-        assert isinstance(problem, LayerReconstruction)
-        self.seen.append(problem)
-        return Outcome(Wanda().run(problem, masks, start, monitor).mask, Status.GREEDY, 1)
 
 
 def layers_of(

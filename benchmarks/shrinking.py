@@ -44,9 +44,7 @@ def cells(job: Job, options: argparse.Namespace) -> list[Cell]:
 def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: Any) -> None:
     """Measure cells of one model; call `finished` with the record of each."""
     data = Opened.of(job, options.characters)
-    texts = {"perplexity": data.text}
-    if options.foreign is not None:
-        texts["foreign"] = options.foreign.read_text()[: options.characters]
+    texts = data.texts(options.foreign, options.characters)
     before = {name: data.perplexity(data.model, part) for name, part in texts.items()}
     for name, seed, loss, arm in todo:
         batches = calibration_batches(data.tokenizer, job.calibration, options.samples, data.seqlen, seed=seed)

@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import report
@@ -73,6 +74,11 @@ class Opened:
     def of(cls, job: Job, characters: int | None) -> "Opened":
         """Load a model, and the first characters of its text."""
         return cls(*loaded(job, characters))
+
+    def texts(self, foreign: Path | None, characters: int | None) -> dict[str, str]:
+        """Return the text, as "perplexity", and the beginning of another one, as "foreign", where there is one."""
+        others = {} if foreign is None else {"foreign": foreign.read_text()[:characters]}
+        return {"perplexity": self.text, **others}
 
     def perplexity(self, model: PreTrainedModel, text: str | None = None) -> float:
         """Return a model's perplexity on the text, or on another."""

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +24,7 @@ from maskopt.packed.folder import pack
 from maskopt.packed.packed_tensors import AUTO_MAP, PackedError, as_bytes
 from maskopt.packed.reader import PackedConfig, load, locate
 from tests.packed.made import MODELS, both, pruned
+from tests.processes import outcomes_of
 
 ROOT = Path(__file__).parent.parent.parent
 FRESH = Path(__file__).with_name("fresh.py")
@@ -322,18 +320,7 @@ def folders(tmp_path_factory):
 
 def fresh(mode, folder, path, tmp_path):
     """Run `fresh.py` where maskopt can be imported from `path` only, or nowhere."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    environment |= {"PYTHONPATH": path, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-P", str(FRESH), mode, str(folder)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        stdin=subprocess.DEVNULL,
-    )
-    return json.loads(done.stdout[done.stdout.index('{"transformers"') :])["outcomes"]
+    return outcomes_of(FRESH, mode, folder, path, tmp_path)
 
 
 @pytest.mark.slow

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ import maskopt
 from maskopt.errors import MaskoptError
 from maskopt.shrinking import Site, cut_model, find_units
 from tests.models.conftest import weights_of
+from tests.processes import outcomes_of
 from tests.shrinking.made import data, keep, made, shrunk
 
 ROOT = Path(__file__).parent.parent.parent
@@ -28,25 +25,12 @@ NEURONS = ("gpt2", "gpt_neox", "olmo2", "opt")
 
 def fresh(mode: str, folder: Path, path: Path) -> dict[str, str]:
     """Run `fresh.py`; without maskopt, one that refuses to be imported stands in the place of an installed one."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     if mode in ("plain", "code"):
         stub = path / "stub"
         stub.mkdir(exist_ok=True)
         (stub / "maskopt.py").write_text("raise ImportError('maskopt is not installed here')\n")
     own = str(ROOT if mode in ("maskopt", "late") else path / "stub")
-    environment |= {"PYTHONPATH": own, "HF_MODULES_CACHE": str(path / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-P", str(FRESH), mode, str(folder)],
-        cwd=path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr
-    outcomes: dict[str, str] = json.loads(done.stdout[done.stdout.index('{"outcomes"') :])["outcomes"]
-    return outcomes
+    return outcomes_of(FRESH, mode, folder, own, path)
 
 
 def test_equal_widths_load_with_transformers_alone(tmp_path: Path) -> None:
