@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-__all__ = ["Direction", "Point", "Problem", "Quadratic"]
+__all__ = ["Direction", "GradientOnly", "Point", "Problem", "Quadratic"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +220,22 @@ def shift_convexity_error(point: Point, shift: Tensor | None) -> Tensor:
         return point.x.new_zeros(len(point.x), dtype=torch.float64)
     farthest = torch.maximum(point.x, 1.0 - point.x).double().square()
     return farthest.mul_(shift.double().clamp_min(0.0)).sum(1)
+
+
+class GradientOnly(Problem):
+    """A function of which values and gradients alone are known: every step and every slope evaluates it anew."""
+
+    def hvp(self, x: Tensor) -> Direction:
+        return Direction(x, x.new_empty(0))
+
+    def advance(self, point: Point, direction: Direction, step_size: Tensor) -> None:
+        point.x.addcmul_(direction.vector, step_size)
+        point.gradient.copy_(self.evaluate(point.x).gradient)
+
+    def slope(self, point: Point, direction: Direction, step_size: Tensor) -> Tensor:
+        there = self.evaluate(torch.addcmul(point.x, direction.vector, step_size.unsqueeze(1)))
+        slope: Tensor = torch.linalg.vecdot(there.gradient, direction.vector)
+        return slope
 
 
 class Quadratic(Problem):

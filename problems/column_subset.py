@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maskopt.checks import matrix
 from maskopt.errors import MaskoptError
-from maskopt.problems.base import Direction, Point, Problem, shift_convexity_error
+from maskopt.problems.base import GradientOnly, Point, shift_convexity_error
 from maskopt.problems.checks import check_finite, check_symmetric, ridged_factor, symmetrised
 from maskopt.problems.layer import LayerReconstruction
 from maskopt.problems.refit import Refit
@@ -32,7 +32,7 @@ class _Solution(NamedTuple):
     slope: Tensor  # (Z K)_j + D_j v_j
 
 
-class ColumnSubset(Problem):
+class ColumnSubset(GradientOnly):
     """The least error of a layer as a function of the input units that it keeps, one indicator for each unit.
 
     A consumer layer with target weights T (rows x d) and K = X X^T plus a ridge keeps the columns of some units; the
@@ -170,20 +170,8 @@ class ColumnSubset(Problem):
         gradient = torch.stack([-self._steepness(self._solution(row)).sum(1) for row in x.double()])
         return Point(x, gradient.to(x.dtype))
 
-    def hvp(self, x: Tensor) -> Direction:
-        return Direction(x, x.new_empty(0))
-
-    def advance(self, point: Point, direction: Direction, step_size: Tensor) -> None:
-        point.x.addcmul_(direction.vector, step_size)
-        point.gradient.copy_(self.evaluate(point.x).gradient)
-
     def value(self, point: Point) -> Tensor:
         return torch.stack([self._relaxed(row, self._solution(row)) for row in point.x.double()])
-
-    def slope(self, point: Point, direction: Direction, step_size: Tensor) -> Tensor:
-        there = self.evaluate(torch.addcmul(point.x, direction.vector, step_size.unsqueeze(1)))
-        slope: Tensor = torch.linalg.vecdot(there.gradient, direction.vector)
-        return slope
 
     def rows(self, index: slice | Tensor) -> ColumnSubset:
         # There is one set of units; several rows are copies of the problem.

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import MaskoptError
-from maskopt.problems.base import Direction, Point, Problem, shift_convexity_error
+from maskopt.problems.base import GradientOnly, Point, shift_convexity_error
 
 __all__ = ["Function"]
 
 
-class Function(Problem):
+class Function(GradientOnly):
     """A function that torch differentiates.
 
     Parameters
@@ -107,13 +107,6 @@ class Function(Problem):
             (gradient,) = torch.autograd.grad(self._values(leaf).sum(), leaf)
         return Point(x, self._finite("slope", gradient))
 
-    def hvp(self, x: Tensor) -> Direction:
-        return Direction(x, x.new_empty(0))
-
-    def advance(self, point: Point, direction: Direction, step_size: Tensor) -> None:
-        point.x.addcmul_(direction.vector, step_size)
-        point.gradient.copy_(self.evaluate(point.x).gradient)
-
     def value(self, point: Point) -> Tensor:
         return self._evaluated(point.x)
 
@@ -122,11 +115,6 @@ class Function(Problem):
             values = self._finite("value", self._values(x)).double()
         rows = self.shape[0]
         return values.expand(rows) / rows if self.coupled else values
-
-    def slope(self, point: Point, direction: Direction, step_size: Tensor) -> Tensor:
-        there = self.evaluate(torch.addcmul(point.x, direction.vector, step_size.unsqueeze(1)))
-        slope: Tensor = torch.linalg.vecdot(there.gradient, direction.vector)
-        return slope
 
     def rows(self, index: slice | Tensor) -> "Function":
         if self.coupled:
