@@ -16,7 +16,7 @@ from maskopt.models.layers import Layer
 from maskopt.models.moments import Gram, Moments, Sums, inseparable, not_finite
 from maskopt.models.ranks import Ranks
 from maskopt.models.states import States
-from maskopt.models.sums import add_square, full_precision
+from maskopt.models.sums import add_product, add_square, full_precision, multipliable
 
 __all__ = ["DenseInputs", "Gram", "GramCollector"]
 
@@ -177,7 +177,7 @@ class GramCollector(Inputs):
         if leader is not layer:
             raise inseparable(layer, leader)
         sums = moments.begun(layer, layer, cross=self._dense is not None)
-        rows = self._token_rows(layer, x).float()
+        rows = multipliable(self._token_rows(layer, x))
         self._add(sums, rows)
         assert self._batch is not None
         if "cross" in sums.kinds and not self._batch.held_out:
@@ -225,7 +225,7 @@ class GramCollector(Inputs):
         layer = self._stacked[stack].get(index)
         leader = layer or next(iter(self._stacked[stack].values()))
         rows = x[~x.isnan().any(-1)] if self._marked else self._token_rows(leader, x)
-        rows = rows[(rows != 0).any(-1)].float()
+        rows = multipliable(rows[(rows != 0).any(-1)])
         if layer is not None:
             self._moments.leaders[layer] = layer
         self._add(self._moments.begun(layer or stack, leader), rows)
@@ -239,7 +239,7 @@ class GramCollector(Inputs):
         if not self._batch.held_out:
             sums.tokens += len(rows)
             if "total" in sums.kinds:
-                sums.kinds["total"].part(self._batch.part, (width,), rows.device).add_(rows.sum(0))
+                sums.kinds["total"].part(self._batch.part, (width,), rows.device).add_(rows.sum(0, dtype=torch.float32))
         with full_precision():
             add_square(total, rows)
         if not bool(torch.isfinite(total.diagonal()).all()):
@@ -256,7 +256,7 @@ class GramCollector(Inputs):
             return
         cross = sums.kinds["cross"].part(self._batch.part, (rows.shape[-1],) * 2, rows.device)
         with full_precision():
-            cross.addmm_(self._token_rows(layer, before).float().T, rows)
+            add_product(cross, self._token_rows(layer, before), rows)
 
     def _token_rows(self, layer: Layer, x: Tensor) -> Tensor:
         """Return the inputs at the positions that are not padding, shape (tokens, d)."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PARTS", "OrderedSum", "add_square", "full_precision", "mirror"]
+__all__ = ["PARTS", "OrderedSum", "add_product", "add_square", "full_precision", "mirror", "multipliable"]
 
 PARTS = 16
 """Parts in which the calibration batches are summed, at most: that many processes can have batches of their own."""
@@ -21,6 +21,8 @@ _PANELS, _NARROW = 4, 256
 """Panels of a symmetric product, measured: more are not faster, and matrices narrower than this gain nothing."""
 
 _TILE = 512
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 class OrderedSum:
@@ -125,21 +127,51 @@ def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one.add_(other)
 
 
+def multipliable(rows: Tensor) -> Tensor:
+    """Return rows in a format in which their products are summed in float32 without being rounded before.
+
+    That is float32, and on CUDA also what has 16 bits: the tensor cores multiply such numbers exactly and add the
+    products in float32, many times as fast.
+
+    Parameters
+    ----------
+    rows : Tensor
+        Floating-point numbers of any format.
+    """
+    return rows if rows.is_cuda and rows.dtype in _HALVES else rows.float()
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left^T right to a matrix.
+
+    Parameters
+    ----------
+    total : Tensor
+        Shape (d, e), float32.
+    left, right : Tensor
+        Shapes (tokens, d) and (tokens, e), see `multipliable`.
+    """
+    if left.is_cuda and left.dtype == right.dtype and left.dtype in _HALVES:
+        total.add_(torch.mm(left.T, right, out_dtype=total.dtype))
+    else:
+        total.addmm_(left.to(total.dtype).T, right.to(total.dtype))
+
+
 def add_square(total: Tensor, rows: Tensor) -> None:
     """Add rows^T rows to a matrix, on the diagonal blocks and above them only: less than two thirds of the work.
 
     Parameters
     ----------
     total : Tensor
-        Shape (d, d), see `mirror`.
+        Shape (d, d), float32, see `mirror`.
     rows : Tensor
-        Shape (tokens, d).
+        Shape (tokens, d), see `multipliable`.
     """
     size = total.shape[0]
     step = size if size < _NARROW else -(-size // _PANELS)
     for first in range(0, size, step):
         last = first + step
-        total[first:last, first:].addmm_(rows[:, first:last].T, rows[:, first:])
+        add_product(total[first:last, first:], rows[:, first:last], rows[:, first:])
 
 
 def mirror(total: Tensor) -> None:
@@ -160,13 +192,17 @@ def mirror(total: Tensor) -> None:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Multiply float32 matrices in float32, even where the caller has allowed TF32 or bf16."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]  # torch >= 2.9
+    """Multiply float32 matrices in float32 and add in float32, even where the caller has allowed TF32, bf16 or fp16."""
+    cuda: Any = torch.backends.cuda.matmul
+    backends: list[Any] = [cuda, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]  # torch >= 2.9
     before = [backend.fp32_precision for backend in backends]
+    accumulation = cuda.allow_fp16_accumulation
     for backend in backends:
         backend.fp32_precision = "ieee"
+    cuda.allow_fp16_accumulation = False
     try:
         yield
     finally:
+        cuda.allow_fp16_accumulation = accumulation
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision

@@ -86,5 +86,7 @@ def free_widths(
         {name: counts[site] for name, site in layers.items()},
         {name: site.size // max(1, site.role.experts) for name, site in layers.items()},
     )
+    if not work.prunes:
+        return work.plan("auto", work.uniform, "uniform")
     work.predict()
     return best_of(work, seed, fractions=_FRACTIONS)

@@ -241,6 +241,15 @@ def test_free_widths_have_as_many_parameters_as_equal_ones_and_are_taken_where_t
         maskopt.shrink(made("llama"), data(1), neurons=0.5, widths="free")
 
 
+def test_where_no_width_is_free_all_are_equal() -> None:
+    # Experts of a block have one width, and here all experts must lose the same.
+    report = maskopt.shrink(made("mixtral"), data(), neurons=0.3, refit="units", widths="free")
+    assert report.plan is not None
+    assert report.plan.details["chosen"] == "uniform"
+    assert report.cut.uniform
+    assert {width.after for width in report.widths} == {NEURONS * 7 // 10}
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_plan_says_what_the_finished_model_has(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("llama", num_hidden_layers=2)
