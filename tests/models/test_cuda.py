@@ -1,4 +1,4 @@
-"""Models on a GPU, where there is one: what the CPU gets, the same bits every time, and nothing left on the wrong device."""
+"""Models on a GPU, where there is one: what the CPU gets, and the same bits wherever blocks and states wait."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from maskopt.errors import MaskoptError
 from maskopt.shrinking import cache_bytes, cut_model, find_units
 from maskopt.structured import STRUCTURED, ColumnMagnitude
 from tests.models.conftest import ARCHITECTURES, ENCODER_DECODERS, weights_of
-from tests.shrinking.made import computed, data, made
+from tests.shrinking.made import NEURONS, computed, data, made
 
 
 def same(one: PreTrainedModel, two: PreTrainedModel) -> bool:
