@@ -157,7 +157,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """
     if left.is_cuda and left.dtype == right.dtype and left.dtype in _HALVES:
         for one, other in zip(left.split(_RUN), right.split(_RUN), strict=True):
-            total.add_(torch.mm(one.T, other, out_dtype=total.dtype))
+            torch.addmm(total, one.T, other, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(left.to(total.dtype).T, right.to(total.dtype))
 

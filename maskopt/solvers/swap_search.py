@@ -1,5 +1,7 @@
 """The best swap of each row, found exactly without looking at all pairs."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,9 @@ __all__ = ["SwapSearch"]
 _DENSE = 16  # segments up to this width are searched by looking at all pairs
 _CANDIDATES = 16  # per side, for a first good swap that bounds the rest away
 _BINS = 24  # of the bounding function
-_TOGETHER = 16  # rows whose surviving pairs are looked at together
-_BLOCK = 2**22  # entries of a temporary
+_TOGETHER = 16  # rows whose surviving pairs a CPU looks at together: more are padded more
+# Entries of a temporary: what a CPU keeps near itself, and what other devices need to be busy for longer than a call.
+_BLOCK, _LARGE_BLOCK = 2**22, 2**24
 
 
 class SwapSearch:
@@ -45,6 +48,7 @@ class SwapSearch:
         self.own = problem.diagonal()
         self.eps = 8 * torch.finfo(problem.dtype).eps
         device = problem.device
+        self.block = _BLOCK if device.type == "cpu" else _LARGE_BLOCK
         self.protected, self.forbidden = (
             None if entries is None else entries.to(device) for entries in (masks.protected, masks.forbidden)
         )
@@ -55,7 +59,7 @@ class SwapSearch:
             # A little more than the largest correlation, so that rounding cannot bound a winner away.
             sizes = problem.entry_sizes().to(problem.dtype)
             self.size = self.weight.abs() * sizes
-            self.reach = _largest_correlation(self.gram, sizes).mul_(1.0001) * self.size
+            self.reach = _largest_correlation(self.gram, sizes, self.block).mul_(1.0001) * self.size
 
     def step(self, kept: Tensor, carried: Tensor, dirty: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return swaps that may be done at once: at most one change per row, each improving.
@@ -89,7 +93,7 @@ class SwapSearch:
         if self.width == 1:
             return found
         per_row = self.columns * (self.width if self.width <= _DENSE else _BINS)
-        for part in torch.split(torch.arange(len(kept), device=kept.device), max(1, _BLOCK // per_row)):
+        for part in torch.split(torch.arange(len(kept), device=kept.device), max(1, self.block // per_row)):
             add_cost, drop_cost, error = self.costs(part, kept, carried)
             search = self._all_pairs if self.width <= _DENSE else self._bounded_pairs
             found[part] = search(part, add_cost - error, drop_cost - error)[0] < 0
@@ -111,7 +115,7 @@ class SwapSearch:
             return index[:0], index[:0], index[:0], index[:0]
         per_row = self.columns * (self.width if self.width <= _DENSE else _BINS)
         adds, drops, better = [], [], []
-        for part in torch.split(index, max(1, _BLOCK // per_row)):
+        for part in torch.split(index, max(1, self.block // per_row)):
             add_cost, drop_cost, error = self.costs(part, kept, carried)
             search = self._all_pairs if self.width <= _DENSE else self._bounded_pairs
             change, add, drop = search(part, add_cost, drop_cost)
@@ -152,8 +156,8 @@ class SwapSearch:
         # Rows with like numbers of survivors go together, so that little is padded.
         order = counts.prod(0).argsort()
         order = order[counts.prod(0)[order] > 0]
-        for part in torch.split(order, _TOGETHER) if len(order) else ():
-            adds, drops = _listed(can_add[part], counts[0, part]), _listed(can_drop[part], counts[1, part])
+        for part, most in self._together(order, counts):
+            adds, drops = _listed(can_add[part], most[0]), _listed(can_drop[part], most[1])
             found = self._among(weight[part], a[part], b[part], adds, drops, offset[part])
             wins = found[0] < first[0][part]
             for all_rows, here in zip(best, found, strict=True):
@@ -162,6 +166,18 @@ class SwapSearch:
         value, segment = change.min(1)
         pick = torch.arange(len(index), device=index.device) * self.segments + segment
         return value, best[1][pick] + segment * self.width, best[2][pick] + segment * self.width
+
+    def _together(self, order: Tensor, counts: Tensor) -> Iterator[tuple[Tensor, list[int]]]:
+        """Cut an order of rows into groups that are looked at together, with the most survivors of either side."""
+        sizes = counts[:, order].cpu()
+        limit = _TOGETHER if order.device.type == "cpu" else len(order)
+        start = 0
+        while start < len(order):
+            most = sizes[:, start : start + limit].cummax(1).values
+            fits = most.prod(0) * torch.arange(1, most.shape[1] + 1) <= self.block
+            length = max(1, int(fits.sum()))
+            yield order[start : start + length], most[:, length - 1].tolist()
+            start += length
 
     def _among(
         self, weight: Tensor, a: Tensor, b: Tensor, adds: Tensor, drops: Tensor, offset: Tensor
@@ -225,20 +241,20 @@ class SwapSearch:
         )
 
 
-def _largest_correlation(gram: Tensor, size: Tensor) -> Tensor:
+def _largest_correlation(gram: Tensor, size: Tensor, entries: int) -> Tensor:
     """Return max_(i != j) |G_ij| / (r_i r_j) for every j, at most 1, given sizes r; shape (d,); 0 for dead inputs."""
     inverse = torch.where(size > 0, 1 / size, 0.0)
     largest = torch.zeros_like(size)
-    for part in torch.split(torch.arange(len(gram), device=gram.device), max(1, _BLOCK // len(gram))):
+    for part in torch.split(torch.arange(len(gram), device=gram.device), max(1, entries // len(gram))):
         block = gram[part].abs_().mul_(inverse)
         block[torch.arange(len(part), device=gram.device), part] = 0.0
         largest[part] = block.amax(1) * inverse[part]
     return largest.clamp_(max=1.0)
 
 
-def _listed(flags: Tensor, counts: Tensor) -> Tensor:
+def _listed(flags: Tensor, most: int) -> Tensor:
     """Return the indices of the set flags in rising order, rows filled up with others, shape (rows, most)."""
-    return flags.to(torch.uint8).topk(int(counts.max())).indices.sort(1).values
+    return flags.to(torch.uint8).topk(most).indices.sort(1).values
 
 
 def _least(cost: Tensor, size: Tensor, reach: Tensor) -> Tensor:
