@@ -156,7 +156,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         Shapes (tokens, d) and (tokens, e), see `multipliable`.
     """
     if left.is_cuda and left.dtype == right.dtype and left.dtype in _HALVES:
-        for one, other in zip(left.split(_RUN), right.split(_RUN), strict=True):
+        for one, other in zip(torch.split(left, _RUN), torch.split(right, _RUN), strict=True):
             torch.addmm(total, one.T, other, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(left.to(total.dtype).T, right.to(total.dtype))
