@@ -48,7 +48,9 @@ class SwapSearch:
         self.own = problem.diagonal()
         self.eps = 8 * torch.finfo(problem.dtype).eps
         device = problem.device
-        self.block = _BLOCK if device.type == "cpu" else _LARGE_BLOCK
+        # Elsewhere the number of calls counts: of the bounding function's bins each takes one for many rows.
+        sizes = (_BLOCK, _BINS, _TOGETHER) if device.type == "cpu" else (_LARGE_BLOCK, 1, _LARGE_BLOCK)
+        self.block, self.bins, self.together = sizes
         self.protected, self.forbidden = (
             None if entries is None else entries.to(device) for entries in (masks.protected, masks.forbidden)
         )
@@ -92,7 +94,7 @@ class SwapSearch:
         found = torch.zeros(len(kept), dtype=torch.bool, device=kept.device)
         if self.width == 1:
             return found
-        per_row = self.columns * (self.width if self.width <= _DENSE else _BINS)
+        per_row = self.columns * (self.width if self.width <= _DENSE else self.bins)
         for part in torch.split(torch.arange(len(kept), device=kept.device), max(1, self.block // per_row)):
             add_cost, drop_cost, error = self.costs(part, kept, carried)
             search = self._all_pairs if self.width <= _DENSE else self._bounded_pairs
@@ -113,7 +115,7 @@ class SwapSearch:
         if self.width == 1 or len(index) == 0:
             dirty.zero_()
             return index[:0], index[:0], index[:0], index[:0]
-        per_row = self.columns * (self.width if self.width <= _DENSE else _BINS)
+        per_row = self.columns * (self.width if self.width <= _DENSE else self.bins)
         adds, drops, better = [], [], []
         for part in torch.split(index, max(1, self.block // per_row)):
             add_cost, drop_cost, error = self.costs(part, kept, carried)
@@ -149,14 +151,14 @@ class SwapSearch:
             weight, a, b, a.topk(few, largest=False).indices, b.topk(few, largest=False).indices, offset
         )
         bar = first[0].clamp(max=0.0).unsqueeze(1)
-        can_add = a + _least(b, size, reach) < bar
-        can_drop = b + _least(a, size, reach) < bar
+        can_add = a + _least(b, size, reach, self.bins) < bar
+        can_drop = b + _least(a, size, reach, self.bins) < bar
         counts = torch.stack((can_add.sum(1), can_drop.sum(1)))
         best = list(first)
         # Rows with like numbers of survivors go together, so that little is padded.
         order = counts.prod(0).argsort()
         order = order[counts.prod(0)[order] > 0]
-        for part, most in self._together(order, counts):
+        for part, most in self._groups(order, counts):
             adds, drops = _listed(can_add[part], most[0]), _listed(can_drop[part], most[1])
             found = self._among(weight[part], a[part], b[part], adds, drops, offset[part])
             wins = found[0] < first[0][part]
@@ -167,13 +169,12 @@ class SwapSearch:
         pick = torch.arange(len(index), device=index.device) * self.segments + segment
         return value, best[1][pick] + segment * self.width, best[2][pick] + segment * self.width
 
-    def _together(self, order: Tensor, counts: Tensor) -> Iterator[tuple[Tensor, list[int]]]:
+    def _groups(self, order: Tensor, counts: Tensor) -> Iterator[tuple[Tensor, list[int]]]:
         """Cut an order of rows into groups that are looked at together, with the most survivors of either side."""
         sizes = counts[:, order].cpu()
-        limit = _TOGETHER if order.device.type == "cpu" else len(order)
         start = 0
         while start < len(order):
-            most = sizes[:, start : start + limit].cummax(1).values
+            most = sizes[:, start : start + self.together].cummax(1).values
             fits = most.prod(0) * torch.arange(1, most.shape[1] + 1) <= self.block
             length = max(1, int(fits.sum()))
             yield order[start : start + length], most[:, length - 1].tolist()
@@ -257,14 +258,15 @@ def _listed(flags: Tensor, most: int) -> Tensor:
     return flags.to(torch.uint8).topk(most).indices.sort(1).values
 
 
-def _least(cost: Tensor, size: Tensor, reach: Tensor) -> Tensor:
+def _least(cost: Tensor, size: Tensor, reach: Tensor, together: int) -> Tensor:
     """Return a lower bound of min_i (cost_i - 2 reach_j size_i) for every j, shape (rows, d).
 
-    The minimum falls as reach grows, so it is computed at the upper edges of bins of reach.
+    The minimum falls as reach grows, so it is computed at the upper edges of bins of reach, some bins together.
     """
     top = reach.amax(1, keepdim=True)
     edges = torch.linspace(0.0, 1.0, _BINS + 1, device=cost.device, dtype=cost.dtype)[1:].square() * top
-    minimum = (cost.unsqueeze(1) - (2.0 * edges).unsqueeze(2) * size.unsqueeze(1)).amin(2)
+    cost, size = cost.unsqueeze(1), size.unsqueeze(1)
+    minimum = torch.cat([(cost - (2.0 * some).unsqueeze(2) * size).amin(2) for some in edges.split(together, 1)], 1)
     bin_index = (reach / top.clamp_min(torch.finfo(cost.dtype).tiny)).sqrt_().mul_(_BINS).ceil_().sub_(1)
     return minimum.gather(1, bin_index.clamp_(0, _BINS - 1).long())
 
