@@ -266,7 +266,9 @@ def _least(cost: Tensor, size: Tensor, reach: Tensor, together: int) -> Tensor:
     top = reach.amax(1, keepdim=True)
     edges = torch.linspace(0.0, 1.0, _BINS + 1, device=cost.device, dtype=cost.dtype)[1:].square() * top
     cost, size = cost.unsqueeze(1), size.unsqueeze(1)
-    minimum = torch.cat([(cost - (2.0 * some).unsqueeze(2) * size).amin(2) for some in edges.split(together, 1)], 1)
+    minimum = torch.cat(
+        [(cost - (2.0 * some).unsqueeze(2) * size).amin(2) for some in torch.split(edges, together, 1)], 1
+    )
     bin_index = (reach / top.clamp_min(torch.finfo(cost.dtype).tiny)).sqrt_().mul_(_BINS).ceil_().sub_(1)
     return minimum.gather(1, bin_index.clamp_(0, _BINS - 1).long())
 
