@@ -49,8 +49,8 @@ class SwapSearch:
         self.eps = 8 * torch.finfo(problem.dtype).eps
         device = problem.device
         # Elsewhere the number of calls counts: of the bounding function's bins each takes one for many rows.
-        sizes = (_BLOCK, _BINS, _TOGETHER) if device.type == "cpu" else (_LARGE_BLOCK, 1, _LARGE_BLOCK)
-        self.block, self.bins, self.together = sizes
+        limits = (_BLOCK, _BINS, _TOGETHER) if device.type == "cpu" else (_LARGE_BLOCK, 1, _LARGE_BLOCK)
+        self.block, self.bins, self.together = limits
         self.protected, self.forbidden = (
             None if entries is None else entries.to(device) for entries in (masks.protected, masks.forbidden)
         )
