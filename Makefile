@@ -116,5 +116,5 @@ $(VENV)/run.stamp: $(VENV)/made.stamp pyproject.toml constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@echo "Installing the development tools into $(VENV)."
-	$(PIP) --editable '.[hf,mip,report,peft,zstd,dev]'
+	$(PIP) --editable '.[hf,mip,report,peft,torch-pruning,zstd,dev]'
 	@touch $@

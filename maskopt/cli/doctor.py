@@ -25,6 +25,7 @@ _PURPOSES = {
     "mip": "exact answers by SCIP",
     "report": "plots",
     "peft": "fine-tuning by LoRA that keeps zeros",
+    "torch-pruning": "channels that Torch-Pruning removes",
     "llmcompressor": "our modifier in llm-compressor",
     "modelopt": "our mode in ModelOpt",
     "zstd": "compressed packed folders",

@@ -19,21 +19,28 @@ from maskopt.solvers import Result, Solver, solve
 
 __all__ = ["InputMoments", "observing", "weight_of"]
 
+_PATCHES = 2**24  # entries of the patches that are held at a time, about
+
 
 class InputMoments:
     """Second moments of the inputs of a linear module, G = sum of x x^T, from which its weights are pruned.
 
+    A convolution is a linear map of patches: its weight as (out, in) has a column for every channel and place in the
+    kernel, and x is the part of the input that the kernel covers at one place.
+
     Parameters
     ----------
     module : nn.Module
-        nn.Linear, or the Conv1D of transformers, which stores its weight as (in, out).
+        nn.Linear; the Conv1D of transformers, which stores its weight as (in, out); or nn.Conv2d, without groups.
 
     Attributes
     ----------
     gram : Tensor
         Shape (d, d), float32, where d is the number of inputs; on the weight's device.
     tokens : int
-        Inputs seen.
+        Inputs seen; of a convolution, patches.
+    width : int
+        Columns for each input feature or channel: of a convolution the entries of its kernel, else one.
 
     Raises
     ------
@@ -52,24 +59,45 @@ class InputMoments:
 
     def __init__(self, module: nn.Module) -> None:
         self._transposed = _stores_inputs_first(module)
+        self._conv = module if isinstance(module, nn.Conv2d) else None
         weight = weight_of(module)
-        size = weight.shape[0 if self._transposed else 1]
+        size = self.matrix(weight).shape[1]
         self.gram = torch.zeros(size, size, device=weight.device)
         self.tokens = 0
+        self.width = 1 if self._conv is None else weight[0, 0].numel()
 
     def add(self, x: Tensor) -> None:
-        """Add inputs, shape (..., d).
+        """Add inputs, shape (..., d); of a convolution (..., channels, height, width).
 
         Raises
         ------
         MaskoptError
             If they have another number of features.
         """
-        if x.shape[-1] != len(self.gram):
-            raise MaskoptError(f"The inputs have {x.shape[-1]} features, but the module has {len(self.gram)} inputs.")
-        flat = x.detach().reshape(-1, x.shape[-1]).to(self.gram)
-        self.gram.addmm_(flat.T, flat)
-        self.tokens += len(flat)
+        features = x.shape[-1 if self._conv is None else -3]
+        if features * self.width != len(self.gram):
+            known = len(self.gram) // self.width
+            raise MaskoptError(f"The inputs have {features} features, but the module has {known} inputs.")
+        for flat in self._rows(x.detach().to(self.gram)):
+            self.gram.addmm_(flat.T, flat)
+            self.tokens += len(flat)
+
+    def _rows(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield inputs as rows, shape (tokens, d); the patches of a convolution for some images at a time."""
+        conv = self._conv
+        if conv is None:
+            yield x.reshape(-1, x.shape[-1])
+            return
+        images = x.reshape(-1, *x.shape[-3:])
+        if conv.padding == "same":
+            total = [step * (size - 1) for step, size in zip(conv.dilation, conv.kernel_size, strict=True)]
+            before = [each // 2 for each in total]
+            images = nn.functional.pad(images, (before[1], total[1] - before[1], before[0], total[0] - before[0]))
+        padding = 0 if isinstance(conv.padding, str) else conv.padding
+        entries = images[0].numel() * self.width
+        for some in torch.split(images, max(1, _PATCHES // entries)):
+            patches = nn.functional.unfold(some, conv.kernel_size, conv.dilation, padding, conv.stride)
+            yield patches.transpose(1, 2).reshape(-1, len(self.gram))
 
     def watch(self, module: nn.Module) -> RemovableHandle:
         """Add the inputs of every call of the module, until the handle that is returned is removed."""
@@ -113,17 +141,22 @@ class InputMoments:
         gram = self.gram.clone()
         if not bool(torch.isfinite(gram.diagonal()).all()):
             raise MaskoptError("The module's inputs are not finite, or too large for float32; check the model's type.")
-        problem = LayerReconstruction(self._oriented(weight.detach()).float(), gram, self.tokens, check=False)
+        problem = LayerReconstruction(self.matrix(weight.detach()).float(), gram, self.tokens, check=False)
         if kept is not None and not bool(kept.all()) and isinstance(masks, PartitionMatroid):
             # A row that has lost more than its share already keeps fewer.
-            masks = (masks if masks.at_most else AtMost(masks)).restrict(pruned=~self._oriented(kept))
+            masks = (masks if masks.at_most else AtMost(masks)).restrict(pruned=~self.matrix(kept))
         result = solve(problem, masks, solver)
-        mask = self._oriented(result.mask)
-        updated = None if result.weight is None else self._oriented(result.weight).to(weight.dtype)
+        mask = self.stored(result.mask, weight)
+        updated = None if result.weight is None else self.stored(result.weight, weight).to(weight.dtype)
         return mask, updated, result
 
-    def _oriented(self, tensor: Tensor) -> Tensor:
-        return tensor.T if self._transposed else tensor
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """Return a tensor that the module stores like its weight as a matrix (out, in)."""
+        return tensor.T if self._transposed else tensor.flatten(1)
+
+    def stored(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """Return a matrix (out, in) as the module stores its weight."""
+        return matrix.T if self._transposed else matrix.view(weight.shape)
 
 
 @contextmanager
@@ -191,12 +224,14 @@ def _conv1d() -> type[nn.Module] | None:
 
 def _is_linear(module: nn.Module) -> bool:
     conv1d = _conv1d()
-    return isinstance(module, nn.Linear) or (conv1d is not None and isinstance(module, conv1d))
+    plain = isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
+    return plain or isinstance(module, nn.Linear) or (conv1d is not None and isinstance(module, conv1d))
 
 
 def _stores_inputs_first(module: nn.Module) -> bool:
     if not _is_linear(module):
         raise MaskoptError(
-            f"A {type(module).__name__} cannot be pruned by its inputs; nn.Linear and Conv1D of transformers can."
+            f"A {type(module).__name__} cannot be pruned by its inputs; nn.Linear, Conv1D of transformers and "
+            f"nn.Conv2d without groups, padded with zeros, can."
         )
-    return not isinstance(module, nn.Linear)
+    return not isinstance(module, nn.Linear | nn.Conv2d)

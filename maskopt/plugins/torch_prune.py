@@ -66,7 +66,7 @@ def reconstruct(
     Parameters
     ----------
     module : nn.Module
-        nn.Linear, or the Conv1D of transformers; changed in place, as by other functions of torch.nn.utils.prune.
+        nn.Linear, nn.Conv2d or the Conv1D of transformers; changed in place, as by others of torch.nn.utils.prune.
     name : str
         "weight".
     masks : MaskSet

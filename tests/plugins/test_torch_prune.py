@@ -1,5 +1,7 @@
 """torch.nn.utils.prune by its own entry points."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -60,6 +62,24 @@ def test_a_layer_is_pruned_as_solve_does(model, moments, solver, index):
     wanted = oriented * expected.mask if expected.weight is None else expected.weight
     assert torch.equal(module.weight.detach(), wanted.T if index == 4 else wanted)
     assert torch.isfinite(model(torch.randn(2, 16))).all()
+
+
+@pytest.mark.parametrize("masks", [maskopt.NM(keep=2, group=4), maskopt.PerRow(0.5), maskopt.Unstructured(0.5)])
+def test_a_convolution_is_pruned_as_the_linear_map_of_its_patches(masks):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, stride=2), nn.ReLU(), nn.Conv2d(6, 4, 2))
+    images = torch.randn(8, 4, 12, 12)
+    dense = model[0](images).detach()
+    with torch.no_grad(), observing(model) as found:
+        model(images)
+    errors = []
+    for solver in (maskopt.Wanda(), maskopt.ConditionalADMM()):
+        pruned = copy.deepcopy(model[0])
+        reconstruct(pruned, "weight", masks, found["0"], solver)
+        prune.remove(pruned, "weight")
+        assert masks.contains(pruned.weight.detach().flatten(1) != 0)
+        errors.append(float((pruned(images).detach() - dense).square().mean()))
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_later_prunings_stay_within_earlier_ones(model, moments):
