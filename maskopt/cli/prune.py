@@ -66,6 +66,7 @@ from maskopt.cli.prune_tables import layer_table, summary, times
 from maskopt.cli.recover import recovery_lines
 from maskopt.cli.recover_options import (
     HeldOutOption,
+    RecoverCheckpointingOption,
     RecoverEpochsOption,
     RecoverMasksOption,
     RecoverParametersOption,
@@ -159,6 +160,7 @@ def prune(
     recover_masks: RecoverMasksOption = None,
     recover_parameters: RecoverParametersOption = "all",
     recover_rank: RecoverRankOption = 16,
+    recover_checkpointing: RecoverCheckpointingOption = False,
     plot: PlotOption = None,
     cache: CacheOption = None,
     json: JsonOption = None,
@@ -213,7 +215,14 @@ def prune(
     check_packing(packed, compress, model)
     method = parse_weights(treatment, solver, option or ())
     recovery = parse_recovery(
-        recover, recover_epochs, recover_tokens, recover_masks, recover_parameters, seed, recover_rank
+        recover,
+        recover_epochs,
+        recover_tokens,
+        recover_masks,
+        recover_parameters,
+        seed,
+        recover_rank,
+        recover_checkpointing,
     )
     given = read_plan(allocation, pattern, sparsity, fixed)
     masks = given or (parse_masks(pattern, sparsity) if allocation == "uniform" and not fixed else None)

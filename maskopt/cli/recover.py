@@ -44,6 +44,7 @@ from maskopt.cli.pack import CompressOption, PackedOption, check_packing, pack_l
 from maskopt.cli.page import page_beside
 from maskopt.cli.recover_options import (
     HeldOutOption,
+    RecoverCheckpointingOption,
     RecoverEpochsOption,
     RecoverMasksOption,
     RecoverParametersOption,
@@ -82,6 +83,7 @@ def recover(
     recover_masks: RecoverMasksOption = None,
     recover_parameters: RecoverParametersOption = "all",
     recover_rank: RecoverRankOption = 16,
+    recover_checkpointing: RecoverCheckpointingOption = False,
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = None,
     batch_size: BatchOption = 8,
@@ -105,7 +107,14 @@ def recover(
     check_packing(packed, compress, pruned)
     working = parse_memory(memory)
     settings = parse_recovery(
-        level, recover_epochs, recover_tokens, recover_masks, recover_parameters, seed, recover_rank
+        level,
+        recover_epochs,
+        recover_tokens,
+        recover_masks,
+        recover_parameters,
+        seed,
+        recover_rank,
+        recover_checkpointing,
     )
     if settings is None:
         raise MaskoptError("The command recover fits blocks or the model, not none; choose block or model.")

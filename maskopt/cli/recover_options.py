@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RECOVERY_RULES",
     "HeldOutOption",
+    "RecoverCheckpointingOption",
     "RecoverEpochsOption",
     "RecoverMasksOption",
     "RecoverParametersOption",
@@ -68,6 +69,14 @@ RecoverParametersOption = Annotated[
 RecoverRankOption = Annotated[
     int, typer.Option("--recover-rank", metavar="N", min=1, help="Rank of the changes of --recover-parameters lora.")
 ]
+RecoverCheckpointingOption = Annotated[
+    bool,
+    typer.Option(
+        "--recover-checkpointing",
+        help="While the whole model is fitted, compute activations inside its blocks a second time instead of keeping "
+        "them: less memory, up to a third more time.",
+    ),
+]
 HeldOutOption = Annotated[
     int | None,
     typer.Option(
@@ -118,6 +127,7 @@ def parse_recovery(
     parameters: str,
     seed: int,
     rank: int = 16,
+    checkpointing: bool = False,
 ) -> "Recovery | None":
     """Return the settings of a recovery; None where the level is "none".
 
@@ -134,5 +144,14 @@ def parse_recovery(
         raise MaskoptError(f"There is no rule {masks!r} for masks in recovery; choose {', '.join(RULES)}.")
     rule = None if masks is None else RULES[masks]()
     chosen = "block" if level == "none" else level
-    made = Recovery(chosen, epochs, tokens, parameters, rule, seed=seed, rank=rank)  # type: ignore[arg-type]  # checked inside
+    made = Recovery(
+        chosen,  # type: ignore[arg-type]  # checked inside
+        epochs,
+        tokens,
+        parameters,  # type: ignore[arg-type]  # checked inside
+        rule,
+        seed=seed,
+        rank=rank,
+        checkpoint=checkpointing,
+    )
     return None if level == "none" else made

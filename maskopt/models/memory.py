@@ -82,6 +82,8 @@ def recovery_bytes(
         anything = dict.fromkeys(selection.layers, Unstructured(0.5))  # which set does not matter here
         recoverer = Recoverer(model, replay, data, recovery, anything, {})
         activations = _saved_bytes(replay)
+        with torch.no_grad():
+            states = first_tensor(replay.output(0, 0)).nbytes
     # One after the other, so that the larger of both counts.
     needed = max(
         _fit_bytes(recoverer, recoverer.parameters(block), recovery.rule_for("block")) for block in replay.order
@@ -90,7 +92,9 @@ def recovery_bytes(
     if recovery.level == "model":
         logits = batch.shape[0] * batch.shape[1] * (vocabulary_size(model) or 0)
         whole = _fit_bytes(recoverer, recoverer.all_parameters(), recovery.rule_for("model"))
-        whole += len(replay.order) * activations + _LOGITS * logits
+        blocks = len(replay.order)
+        whole += activations + blocks * states if recovery.checkpoint else blocks * activations
+        whole += _LOGITS * logits
         needed = max(needed, whole)
     return needed
 

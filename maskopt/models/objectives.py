@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from maskopt.models.divergence import Divergence
@@ -75,10 +78,14 @@ class Predictions(Objective):
     divergence : Divergence
         From the dense model, on the micro-batches.
     data : Data
+    recomputed : sequence of nn.Module
+        Parts of the model whose activations are computed again for the gradients, instead of being kept.
     """
 
-    def __init__(self, model: PreTrainedModel, divergence: Divergence, data: Data) -> None:
-        self._model, self._divergence, self._data = model, divergence, data
+    def __init__(
+        self, model: PreTrainedModel, divergence: Divergence, data: Data, recomputed: Sequence[nn.Module] = ()
+    ) -> None:
+        self._model, self._divergence, self._data, self._recomputed = model, divergence, data, recomputed
 
     @property
     def batches(self) -> int:
@@ -86,8 +93,26 @@ class Predictions(Objective):
 
     def loss(self, index: int) -> Tensor:
         number = self._data.fitted[index]
-        total = self._divergence.of(self._divergence.logits(self._model, number), number).sum()
+        with _recomputing(self._recomputed):
+            logits = self._divergence.logits(self._model, number)
+        total = self._divergence.of(logits, number).sum()
         return total / max(1, self._data.batches[number].tokens)
 
     def held_out(self) -> Tensor:
         return self._divergence.each(self._model, indices=self._data.held_out)
+
+
+@contextmanager
+def _recomputing(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let modules keep their inputs alone for gradients, and compute a second time what these need.
+
+    Works with modules that compute the same when they are called again: in evaluation mode, without a cache.
+    """
+    with ExitStack() as restore:
+        for module in modules:
+            plain = module.forward
+            again = partial(checkpoint, plain, use_reentrant=False, preserve_rng_state=False)
+            # In the instance, where functions of a module are looked up first.
+            module.__dict__["forward"] = again
+            restore.callback(module.__dict__.pop, "forward")
+        yield

@@ -158,7 +158,8 @@ class Recoverer:
                 deviations |= self._deviations(position, inner)
                 self._replay.run(position, store=True)
         masked = masked_weights(layers, parameters, self._masks, self._sets, deviations)
-        objective = Predictions(self._model, divergence, data)
+        blocks = [block.module for block in self._replay.order] if self._recovery.checkpoint else []
+        objective = Predictions(self._model, divergence, data, blocks)
         return [self._fit("model", "model", objective, masked, parameters, data.tokens)]
 
     def _wanted(self, parameter: nn.Parameter, those: set[int]) -> bool:

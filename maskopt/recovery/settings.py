@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from maskopt.checks import SEEDS, check_settings, choice, instance_of, real, whole
+from maskopt.checks import SEEDS, check_settings, choice, instance_of, real, truth, whole
 from maskopt.recovery.base import MaskRule
 from maskopt.recovery.continuation import Continuation
 from maskopt.recovery.fixed import FixedMasks
@@ -43,6 +43,9 @@ class Recovery:
         Of the order of the windows, and of factors.
     rank : int
         Of the products of "lora".
+    checkpoint : bool
+        Whether the fit of the model keeps the inputs of its blocks only and computes what is inside a second time, when
+        gradients are needed: up to a third more time, and the memory of one block's activations instead of all.
 
     Examples
     --------
@@ -59,6 +62,7 @@ class Recovery:
     step_size: float | None = None
     seed: int = 0
     rank: int = 16
+    checkpoint: bool = False
 
     def __post_init__(self) -> None:
         check_settings(
@@ -71,6 +75,7 @@ class Recovery:
             step_size=real(0, above=True, optional=True),
             seed=whole(*SEEDS),
             rank=whole(1),
+            checkpoint=truth(),
         )
 
     def rule_for(self, level: Level) -> MaskRule:

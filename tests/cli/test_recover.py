@@ -42,7 +42,7 @@ def test_prune_recovers(run, model, text, tmp_path, read, level):
 def test_recover_goes_on_from_a_pruned_folder(run, model, text, pruned, tmp_path, read):
     out = tmp_path / "recovered"
     command = ("recover", pruned, out, "--against", model, "--calibration", text, *DATA)
-    result = run(*command, "--recover-tokens", 2000, "--evaluate", text)
+    result = run(*command, "--recover-tokens", 2000, "--recover-checkpointing", "--evaluate", text)
     report = read(out / "report.json")
     assert report["sparsity"] == pytest.approx(0.5, abs=0.03)
     assert [record["level"] for record in report["recovery"]][-1] == "model"

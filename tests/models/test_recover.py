@@ -10,6 +10,7 @@ from maskopt.errors import MaskoptError
 from maskopt.models import prune, recognised, recover, recovery_bytes
 from maskopt.models.batches import prepare_batches
 from maskopt.models.divergence import Divergence
+from maskopt.models.objectives import Predictions
 from maskopt.models.recovery import divided
 from maskopt.models.replay import evaluation_mode
 from maskopt.oracles import NM, Columns, PerRow, Unstructured
@@ -120,6 +121,36 @@ def test_two_runs_are_identical(build, batches):
 
     first, second = once(), once()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_activations_that_are_computed_again_change_no_bit_and_take_less_memory(build, batches, name, monkeypatch):
+    found = {}
+    loss = Predictions.loss
+    for checkpoint in (False, True):
+        kept: dict[int, int] = {}
+
+        def watched(self, index, kept=kept, checkpoint=checkpoint):
+            def keep(tensor):
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                value = loss(self, index)
+            found.setdefault((checkpoint, "bytes"), sum(kept.values()))
+            return value
+
+        monkeypatch.setattr(Predictions, "loss", watched)
+        model = build(name)
+        recovery = Recovery("model", epochs=1, checkpoint=checkpoint)
+        report = prune(model, batches, PerRow(0.5), Wanda(), recover=recovery)
+        assert report.recovery[-1].accepted
+        found[checkpoint] = weights_of(model)
+        assert not any("forward" in vars(module) for module in model.modules())
+    assert all(torch.equal(found[False][each], weight) for each, weight in found[True].items())
+    assert found[True, "bytes"] < 0.6 * found[False, "bytes"]
+    plain, less = (recovery_bytes(build(name), batches, Recovery("model", checkpoint=each)) for each in (False, True))
+    assert less < plain
 
 
 @pytest.mark.parametrize("where", ["model.layers.1", "model"])
