@@ -18,7 +18,7 @@ demo: $(VENV)/run.stamp  ## Prune the shipped model by every method and print th
 	@$(BIN)/maskopt demo
 
 test: $(VENV)/dev.stamp  ## Run all tests
-	$(BIN)/python -m pytest -n $(or $(WORKERS),2) tests
+	$(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist worksteal tests
 
 hosts: $(VENV)/made.stamp  ## Test what needs llm-compressor, ModelOpt or lm-eval, each in an environment of its own
 	@for host in llmcompressor modelopt eval; do \

@@ -8,7 +8,7 @@ from maskopt.problems import FAMILIES, LayerReconstruction, synthetic
 from maskopt.solvers import ContinuationFrankWolfe, OneSwap, Wanda, solve
 from tests.helpers import minimum_errors
 
-SEEDS = range(20)
+SEEDS = range(12)
 
 
 def hits(solver: object, family: str, masks: PartitionMatroid, d: int = 12, rows: int = 32) -> tuple[float, float]:
@@ -27,7 +27,7 @@ def hits(solver: object, family: str, masks: PartitionMatroid, d: int = 12, rows
 @pytest.mark.parametrize("masks", [PerRow(0.5), NM(keep=2, group=4)], ids=repr)
 @pytest.mark.parametrize("family", ["independent", "correlated", "outliers", "dead"])
 def test_continuation_mostly_finds_the_optimum(family: str, masks: PartitionMatroid) -> None:
-    """640 rows of 12 inputs: of the families' and sets' optima 0.92 to 0.997 are found, 1.011 of the error at most."""
+    """384 rows of 12 inputs: of the families' and sets' optima 0.92 to 0.997 are found, 1.011 of the error at most."""
     rate, ratio = hits(ContinuationFrankWolfe(), family, masks)
     swap_rate, swap_ratio = hits(OneSwap(), family, masks)
     print(f"{family} {masks}: continuation {rate:.3f} {ratio:.4f}, one-swap {swap_rate:.3f} {swap_ratio:.4f}")

@@ -61,7 +61,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("masks", SMALL, ids=repr)
 def test_dependent_rounding_has_the_promised_means_and_correlations(masks: PartitionMatroid, seed: int) -> None:
     x = hull(masks, (2, 6), seed)
