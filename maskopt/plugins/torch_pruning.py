@@ -102,7 +102,7 @@ class LayerImportance(Importance):  # type: ignore[misc]  # Torch-Pruning has no
         if not known:
             names = ", ".join(self._names[module] for module in readers)
             raise MaskoptError(
-                f"No layer that reads the channels of {self._names[group[0].dep.layer]} was observed ({names}); "
+                f"No layer that reads the channels of {self._names.get(group[0].dep.layer)} was observed ({names}); "
                 f"observe one, or add the module to ignored_layers."
             )
         return removal_scores(known, refit=self.refit).float()[unit.to(known[0].device)]
@@ -162,19 +162,24 @@ class LayerImportance(Importance):  # type: ignore[misc]  # Torch-Pruning has no
         columns = torch.cat([self._columns(module, moments, index) for index, _ in parts])
         roots = torch.tensor([root for _, roots in parts for root in roots], dtype=torch.int64)
         units = unit[roots].repeat_interleave(moments.width).to(columns.device)
-        gram = layer.gram.double()
+        target, gram = layer.target.double(), layer.gram.double()
         gram = gram + self.ridge * torch.diag(gram.diagonal().clamp_min(0.0))
         others = torch.ones(len(gram), dtype=torch.bool, device=gram.device).index_fill_(0, columns, False)
-        own = gram[columns.unsqueeze(1), columns]
-        if bool(others.any()):
+        target, own = target[:, columns], gram[columns.unsqueeze(1), columns]
+        if self.refit and bool(others.any()):
             # With the other columns fitted, the error is a form of what is removed alone.
             half = torch.linalg.solve_triangular(
                 ridged_factor(gram[others][:, others]), gram[others][:, columns], upper=False
             )
             own = own - half.T @ half
             own = (own + own.T) / 2
-        assert len(torch.unique(units)) == number, "every unit is read"
-        return ColumnSubset(layer.target[:, columns].double(), own, units)
+        # Where a layer reads some channels only, the others cost it nothing.
+        read = torch.zeros(number, dtype=torch.bool, device=units.device).index_fill_(0, units, True)
+        unread = (~read).nonzero().flatten()
+        own = nn.functional.pad(own, (0, len(unread), 0, len(unread)))
+        own[len(columns) :, len(columns) :].fill_diagonal_(1.0)
+        target = nn.functional.pad(target, (0, len(unread)))
+        return ColumnSubset(target, own, torch.cat((units, unread)))
 
 
 def _readers(group: Any) -> dict[nn.Module, list[tuple[list[int], list[int]]]]:

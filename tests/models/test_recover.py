@@ -51,7 +51,8 @@ def block_errors(model, dense, batches, prefix):
 
 
 @pytest.mark.parametrize(
-    ("name", "rule"), [("llama", None), ("llama", FixedMasks()), ("llama", Reselection()), ("gpt2", None), ("opt", None)]
+    ("name", "rule"),
+    [("llama", None), ("llama", FixedMasks()), ("llama", Reselection()), ("gpt2", None), ("opt", None)],
 )
 def test_blocks_come_nearer_and_masks_stay_in_their_set(build, batches, name, rule):
     model, dense, plain = build(name), build(name), build(name)

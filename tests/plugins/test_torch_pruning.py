@@ -76,6 +76,24 @@ class Joined(nn.Module):
     data = staticmethod(lambda: torch.randn(512, 16) @ torch.randn(16, 16))
 
 
+class Divided(nn.Module):
+    """A layer whose channels are read in halves, by different layers."""
+
+    ignored = ("last",)
+    halves = ("one",)  # of which as many channels have to go
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.gate, self.plain = nn.Linear(16, 48), nn.Linear(24, 16), nn.Linear(24, 16)
+        self.last = nn.Linear(16, 5)
+
+    def forward(self, x):
+        first, second = functional.gelu(self.one(x)).chunk(2, dim=1)
+        return self.last(torch.sigmoid(self.gate(first)) * self.plain(second))
+
+    data = staticmethod(lambda: torch.randn(512, 16) @ torch.randn(16, 16))
+
+
 class Attention(nn.Module):
     """Attention with separate layers for queries, keys and values."""
 
@@ -111,9 +129,14 @@ def pruned(kind, how, ratio=0.5, seed=0, **options):
     importance = torch_pruning.importance.GroupMagnitudeImportance()
     if how != "magnitude":
         importance = LayerImportance(model, observed(model, data), refit=how == "fitted")
-    ignored = [model.get_submodule(name) for name in kind.ignored]
     pruner = torch_pruning.pruner.BasePruner(
-        model, data[:1], importance, pruning_ratio=ratio, ignored_layers=ignored, **options
+        model,
+        data[:1],
+        importance,
+        pruning_ratio=ratio,
+        ignored_layers=[model.get_submodule(name) for name in kind.ignored],
+        out_channel_groups={model.get_submodule(name): 2 for name in getattr(kind, "halves", ())},
+        **options,
     )
     for _ in range(options.get("iterative_steps", 1)):
         if how == "fitted":
@@ -125,7 +148,7 @@ def pruned(kind, how, ratio=0.5, seed=0, **options):
     return sum(parameter.numel() for parameter in model.parameters()), error
 
 
-@pytest.mark.parametrize("kind", [Residual, Images, Joined])
+@pytest.mark.parametrize("kind", [Residual, Images, Joined, Divided])
 def test_outputs_change_less_than_by_magnitude(kind):
     errors = {how: [] for how in ("magnitude", "scored", "fitted")}
     for seed in range(3):
@@ -139,7 +162,7 @@ def test_outputs_change_less_than_by_magnitude(kind):
     assert sum(errors["fitted"]) < 0.5 * sum(errors["magnitude"])
 
 
-@pytest.mark.parametrize("kind", [Residual, Images, Joined])
+@pytest.mark.parametrize("kind", [Residual, Images, Joined])  # halves fail there in a second step, by any importance
 def test_several_steps_and_ranks_over_all_groups(kind):
     parameters, error = pruned(kind, "fitted")
     again, in_steps = pruned(kind, "fitted", iterative_steps=3)
