@@ -67,6 +67,7 @@ class Skeletons:
     def __init__(self, model: PreTrainedModel) -> None:
         self.config = model.config
         self._kind = type(model)
+        self._reads_on: bool | None = None  # of the unchanged configuration; filled on demand
         self.own, self.own_shapes = listed_widths(model)
         """Entries by block and shapes by parameter of a model whose blocks have different widths already."""
 
@@ -100,6 +101,16 @@ class Skeletons:
         except Exception:  # whatever a class thinks of values it was never meant for
             return None
 
+    def reads_on(self, model: nn.Module) -> bool:
+        """Whether a model without data goes on from what it keeps of tokens that it has read.
+
+        True where it cannot be told: where not even a model of the unchanged configuration does so without data.
+        """
+        if self._reads_on is None:
+            whole = self.make({})
+            self._reads_on = whole is not None and _reads_on(whole)
+        return not self._reads_on or _reads_on(model)
+
     @property
     def unsaid(self) -> str:
         """How a reason begins why units of a kind cannot be removed."""
@@ -125,7 +136,9 @@ def fields_for(skeletons: Skeletons, probe: Probe, block: Block, role: Role) -> 
     for fields in _guesses(skeletons.values(block.name), role):
         model = skeletons.make(fields.entries(role.number - 1))
         twin = None if model is None else block_of(model, block.name)
-        if twin is not None and trial.fits(twin) and take_buffers(twin, block.module) is None and trial.succeeds(twin):
+        if model is None or twin is None or not trial.fits(twin) or take_buffers(twin, block.module) is not None:
+            continue
+        if trial.succeeds(twin) and skeletons.reads_on(model):
             return fields
     return None
 
@@ -166,21 +179,31 @@ def fields_together(skeletons: Skeletons, probe: Probe, block: Block, roles: Seq
         if len(lost) < 2 or take_buffers(twin, block.module) is not None:
             continue
         trial = _Trial(probe, {roles[number]: count for number, count in lost.items()})
-        if trial.fits(twin) and trial.succeeds(twin):
+        if model is not None and trial.fits(twin) and trial.succeeds(twin) and skeletons.reads_on(model):
             for number, count in lost.items():
                 found[number] = Fields({name: Fraction(1, count)})
     return found
 
 
-def works_narrower(probe: Probe, block: Block, role: Role) -> bool:
+def works_narrower(skeletons: Skeletons, probe: Probe, block: Block, role: Role) -> bool:
     """Whether the modules of a block, as they are, compute with narrower weights what they do without the units.
 
     Parameters
     ----------
-    probe, block, role
+    skeletons, probe, block, role
         As for `fields_for`.
     """
-    return role.number > 1 and _Trial(probe, {role: 1}).succeeds(skeleton_copy(block.module))
+    if role.number < 2:
+        return False
+    trial = _Trial(probe, {role: 1})
+    if not trial.succeeds(skeleton_copy(block.module)):
+        return False
+    model = skeletons.make({})
+    twin = None if model is None else block_of(model, block.name)
+    if model is None or twin is None:
+        return True
+    trial.narrow(twin)
+    return skeletons.reads_on(model)
 
 
 class _Trial:
@@ -211,6 +234,11 @@ class _Trial:
         shapes = {name: each.shape for name, each in twin.named_parameters()}
         return shapes == {name: each.shape for name, each in self._narrow.items()}
 
+    def narrow(self, twin: nn.Module) -> None:
+        """Give another block without data parameters of the narrower shapes."""
+        for name, parameter in twin.named_parameters():
+            parameter.data = self._narrow[name].to("meta")
+
     def succeeds(self, twin: nn.Module) -> bool:
         """Whether another block computes with the narrower weights what the block does without the unit."""
         try:
@@ -225,6 +253,19 @@ class _Trial:
 def block_of(model: nn.Module, name: str) -> nn.Module | None:
     """Return the block of a model that has a name."""
     return next((each.module for each in find_blocks(model) if each.name == name), None)
+
+
+def _reads_on(model: nn.Module) -> bool:
+    """Whether a causal model without data can read a few tokens, keep what it needs of them, and read another one."""
+    ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    try:
+        with torch.no_grad():
+            kept = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+            if kept is not None:
+                model(input_ids=ids[:, :1], past_key_values=kept, use_cache=True)
+    except Exception:  # whatever a class does without data
+        return False
+    return True
 
 
 def _guesses(entries: Mapping[str, Any], role: Role) -> Iterator[Fields]:

@@ -90,7 +90,10 @@ def cache_bytes(model: PreTrainedModel) -> float | None:
     if not is_causal(model):
         return None
     with evaluation_mode(model):
-        output = model(input_ids=_tokens(model, 1, _TOKENS), use_cache=True)
+        try:
+            output = model(input_ids=_tokens(model, 1, _TOKENS), use_cache=True)
+        except Exception:  # some classes keep nothing with some configurations, and fail if they are asked to
+            return None
     cache: Any = getattr(output, "past_key_values", None)
     layers = getattr(cache, "layers", None)
     content = cache if layers is None else [(getattr(x, "keys", None), getattr(x, "values", None)) for x in layers]

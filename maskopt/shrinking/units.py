@@ -247,7 +247,7 @@ def _roles(block: Block, call: BlockCall, skeletons: Skeletons) -> Iterator[Role
     for role, fields in zip(roles, known, strict=True):
         if fields is not None:
             yield replace(role, fields=fields)
-        elif works_narrower(probe, block, role):
+        elif works_narrower(skeletons, probe, block, role):
             yield role
         else:
             yield Refused(role.consumer.removesuffix(".weight"), role.kind, f"{skeletons.unsaid} fewer {role.kind}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import maskopt
 from maskopt.errors import MaskoptError
 from maskopt.shrinking import Site, Structure, find_units
 from maskopt.shrinking.dependence import BlockCall, Owned, Probe
@@ -177,3 +178,22 @@ def test_two_factors_of_low_rank_are_no_neurons() -> None:
     assert probe.is_linear("last.weight", found)
     curved = Probe(Part(torch.relu, bias=False).eval(), BlockCall((torch.zeros(2, 5, WIDTH),), {}))
     assert not curved.is_linear("last.weight", found)
+
+
+def test_what_a_kept_state_is_as_wide_as_stays() -> None:
+    # Attention of RWKV computes with fewer channels, but the state that it keeps has those of the hidden size.
+    model = build("rwkv")
+    structure = find_units(model, {"input_ids": torch.arange(1, 17).view(1, -1)})
+    assert structure.sites
+    assert not any("attention" in site.name for site in structure.sites)
+    maskopt.shrink(model, data(), neurons=0.5, refit="units")
+    ids = torch.arange(1, 9).view(1, -1)
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert written.shape == (1, 12)
+
+
+def test_models_that_cannot_keep_what_they_have_read_shrink() -> None:
+    model = build("bailing_hybrid")
+    report = maskopt.shrink(model, data(), neurons=0.3, refit="units")
+    assert report.cache_bytes is None
+    assert report.parameters[1] < report.parameters[0]
