@@ -52,10 +52,7 @@ def counts_of_fractions(structure: Structure, wanted: Mapping[Kind, float], roun
             reason = next((each.reason for each in structure.refused if each.kind == kind), "there are none")
             raise MaskoptError(f"The model can lose no {kind}: {reason}.")
     counts = {site: _rounded(site, 1 - wanted[site.role.kind], round_to) for site in structure.sites}
-    found = {site: count for site, count in _losing(counts).items() if wanted[site.role.kind] > 0}
-    if not found:
-        raise MaskoptError("The fractions are too small to remove a single unit.")
-    return found
+    return _some({site: count for site, count in _losing(counts).items() if wanted[site.role.kind] > 0})
 
 
 def counts_of_budget(model: PreTrainedModel, structure: Structure, params: float, round_to: int) -> dict[Site, int]:
@@ -74,7 +71,13 @@ def counts_of_budget(model: PreTrainedModel, structure: Structure, params: float
         )
     neurons = {site: _rounded(site, 1 - max(0.0, fraction), round_to) for site in structure.of("neurons")}
     counts = {**heads, **neurons}
-    return _losing({site: counts[site] for site in structure.sites})
+    return _some(_losing({site: counts[site] for site in structure.sites}))
+
+
+def _some(counts: dict[Site, int]) -> dict[Site, int]:
+    if not counts:
+        raise MaskoptError("The fractions are too small to remove a single unit, or units are rounded too coarsely.")
+    return counts
 
 
 def _losing(counts: Mapping[Site, int]) -> dict[Site, int]:

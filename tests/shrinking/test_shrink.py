@@ -45,6 +45,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no seed": ({"neurons": 0.5, "seed": 0.5}, "seed must be an integer"),
     "no function": ({"neurons": 0.5, "progress": 3}, "progress must be a function"),
     "less than a unit": ({"neurons": 0.001}, "too small to remove a single unit"),
+    "rounded to nothing": ({"params": 0.1, "round_to": 128, "widths": "free"}, "or units are rounded too coarsely"),
     "more than there is": ({"params": 0.99}, "cannot lose 99% of their parameters"),
     "no epochs": ({"neurons": 0.5, "refit": "block", "epochs": 0}, "epochs"),
     "no memory": ({"neurons": 0.5, "memory": 0}, "memory"),
