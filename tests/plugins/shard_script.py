@@ -1,6 +1,7 @@
 """Fine-tunes a pruned model whose weights FSDP divides among processes; run by torch.distributed.run."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -99,4 +100,7 @@ if __name__ == "__main__":
     if dist.get_rank() == 0:
         torch.save(found, folder / "found.pt")
         (folder / "told.json").write_text(json.dumps(told))
+    dist.barrier()  # nobody leaves before both are done
     dist.destroy_process_group()
+    # FSDP of version 1 leaves threads that now and then abort the end of the interpreter; nothing is left to be done.
+    os._exit(0)
