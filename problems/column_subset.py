@@ -253,13 +253,15 @@ class ColumnSubset(GradientOnly):
     def refit(self, kept: Tensor) -> Tensor:
         """Return the weights of least error on the columns of the units kept, zero elsewhere, float64, shape (rows, d).
 
+        Where an input is always zero, any weight is; a kept one is the target's.
+
         Parameters
         ----------
         kept : Tensor
             Boolean, shape (units,).
         """
         state = Refit(self.blocks, kept.nonzero().flatten())
-        return self.blocks.unpadded(state.spread())
+        return torch.where(self.blocks.dead & kept[self.units], self.target, self.blocks.unpadded(state.spread()))
 
     def bound_from(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return a start and slopes h >= 0 that bound every choice: f(S) >= start + sum of h over units outside S.

@@ -18,8 +18,8 @@ _REGULAR = 1e-13  # of the diagonal, times the number of columns: the least eige
 class UnitBlocks:
     """Target and Gram of a column subset problem with columns in the order of their units, in float64.
 
-    Scales are powers of two, so that they change no digit. Padding columns have a Gram of one, no coupling and no
-    target: keeping or removing them changes nothing.
+    Scales are powers of two, so that they change no digit. Padding columns, and those of inputs that are always zero,
+    have a Gram of one, no coupling and no target: keeping or removing them changes nothing.
 
     Parameters
     ----------
@@ -44,6 +44,8 @@ class UnitBlocks:
         r with |gram_ij| <= r_i r_j, shape (n w,).
     unit : float
         Errors of the scaled data are to be multiplied by it.
+    dead : Tensor
+        Which inputs are always zero, boolean, shape (d,).
     """
 
     def __init__(self, target: Tensor, gram: Tensor, units: Tensor) -> None:
@@ -54,6 +56,8 @@ class UnitBlocks:
         self._places = torch.empty_like(order)
         self._places[order] = units[order] * self.width + within
         diagonal = gram.diagonal().clamp_min(0.0)
+        self.dead = diagonal == 0
+        target = target.masked_fill(self.dead, 0.0)
         exponent = torch.frexp(diagonal).exponent
         # About the root of the diagonal; of inputs that are always zero, one.
         self._powers = torch.where(diagonal > 0, (exponent / 2).round(), 0.0).long()
@@ -61,7 +65,7 @@ class UnitBlocks:
         full = torch.zeros((columns, columns), dtype=torch.float64, device=gram.device)
         full.diagonal().fill_(1.0)
         scaled = torch.ldexp(torch.ldexp(gram, -self._powers), -self._powers.unsqueeze(1))
-        scaled.diagonal().masked_fill_(diagonal == 0, 1.0)
+        scaled.diagonal().masked_fill_(self.dead, 1.0)
         full[self._places.unsqueeze(1), self._places] = scaled
         wide = target.new_zeros((len(target), columns))
         # In two steps, so that no product of two powers leaves the range of floats.
@@ -98,7 +102,7 @@ class UnitBlocks:
         before = self.gram.diagonal().clone()
         self.gram.diagonal().mul_(1.0 + added)
         self._refresh()
-        return gram + torch.diag(self.unscaled(self.gram.diagonal() - before))
+        return gram + torch.diag(self.unscaled(self.gram.diagonal() - before).masked_fill(self.dead, 0.0))
 
     def _factorises(self, shift: float) -> bool:
         trial = self.gram.clone()

@@ -32,8 +32,9 @@ class Case:
         """The sum of squares that a regression of the target's outputs on the kept inputs leaves."""
         outputs, some = (self.target @ self.x).T, self.x[kept[self.units]].T
         if some.shape[1]:
-            # To inputs of unit length, which change no residual.
-            some = some / torch.linalg.vector_norm(some, dim=0)
+            # To inputs of unit length, which change no residual; those that are always zero explain nothing.
+            size = torch.linalg.vector_norm(some, dim=0)
+            some = some[:, size > 0] / size[size > 0]
             outputs = outputs - some @ torch.linalg.lstsq(some, outputs, driver="gelsd").solution
         return float(outputs.square().sum())
 
@@ -45,7 +46,6 @@ class Case:
 def with_ridge(layer: Layer, ridge: float) -> Tensor:
     """The inputs and one more token for each of them, which is that input's part of the ridge."""
     size = torch.linalg.vector_norm(layer.x, dim=1)
-    size = torch.where(size > 0, size, 1.0)
     return torch.cat((layer.x, ridge**0.5 * torch.diag(size)), 1)
 
 

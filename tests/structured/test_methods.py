@@ -87,6 +87,28 @@ def test_dead_and_equal_inputs(name: str) -> None:
         assert int(result.mask[0, 4:6].sum()) == 1
 
 
+@pytest.mark.parametrize("name", ["best", "osscar", "spap", "newton"])
+@pytest.mark.parametrize("size", [1.0, 1e6, 1e12])
+def test_weights_on_inputs_that_are_always_zero_keep_no_unit(name: str, size: float) -> None:
+    layer = random_layer(6, 4, 9)
+    live = torch.tensor([column for column in range(9) if column not in (2, 5)])
+    weight, gram = layer.weight.clone(), torch.zeros_like(layer.gram)
+    weight[:, [2, 5]] *= size
+    gram[live.unsqueeze(1), live] = layer.gram[live.unsqueeze(1), live]
+    expected = maskopt.solve(
+        LayerReconstruction(weight[:, live], gram[live][:, live]), maskopt.Columns(4), make_structured(name)
+    )
+    result = maskopt.solve(LayerReconstruction(weight, gram), maskopt.Columns(4), make_structured(name))
+    assert torch.equal(result.mask[:, live], expected.mask)
+    torch.testing.assert_close(result.objective, expected.objective, rtol=1e-6, atol=0)
+    # Where there is room for them they stay as they were.
+    most = maskopt.solve(LayerReconstruction(weight, gram), maskopt.Columns(8), make_structured(name))
+    assert most.weight is not None
+    for dead in (2, 5):
+        if most.mask[0, dead]:
+            assert torch.equal(most.weight[:, dead], weight[:, dead])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_fixed_units_are_respected(name: str) -> None:
     layer = random_layer(7, 4, 12)
