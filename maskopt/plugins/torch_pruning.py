@@ -12,7 +12,7 @@ from maskopt.checks import check_settings, real, truth
 from maskopt.errors import MaskoptError
 from maskopt.plugins.moments import InputMoments, observing, weight_of
 from maskopt.problems import ColumnSubset, LayerReconstruction
-from maskopt.problems.checks import ridged_factor
+from maskopt.problems.refit import Refit
 from maskopt.structured.order import removal_scores
 
 try:
@@ -162,17 +162,12 @@ class LayerImportance(Importance):  # type: ignore[misc]  # Torch-Pruning has no
         columns = torch.cat([self._columns(module, moments, index) for index, _ in parts])
         roots = torch.tensor([root for _, roots in parts for root in roots], dtype=torch.int64)
         units = unit[roots].repeat_interleave(moments.width).to(columns.device)
-        target, gram = layer.target.double(), layer.gram.double()
-        gram = gram + self.ridge * torch.diag(gram.diagonal().clamp_min(0.0))
-        others = torch.ones(len(gram), dtype=torch.bool, device=gram.device).index_fill_(0, columns, False)
-        target, own = target[:, columns], gram[columns.unsqueeze(1), columns]
-        if self.refit and bool(others.any()):
-            # With the other columns fitted, the error is a form of what is removed alone.
-            half = torch.linalg.solve_triangular(
-                ridged_factor(gram[others][:, others]), gram[others][:, columns], upper=False
-            )
-            own = own - half.T @ half
-            own = (own + own.T) / 2
+        blocks = ColumnSubset.of(layer, ridge=self.ridge).blocks
+        target, own = blocks.target[:, columns], blocks.gram[columns.unsqueeze(1), columns]
+        if self.refit and len(columns) < blocks.number:
+            whole = Refit(blocks, torch.arange(blocks.number, device=columns.device))
+            few = whole.joined(columns, whole.additions(columns[:0]))  # the other columns stay and are fitted
+            target, own = few.target, few.gram
         # Where a layer reads some channels only, the others cost it nothing.
         read = torch.zeros(number, dtype=torch.bool, device=units.device).index_fill_(0, units, True)
         unread = (~read).nonzero().flatten()

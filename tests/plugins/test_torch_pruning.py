@@ -195,6 +195,24 @@ def test_channels_that_nothing_needs_go_first_and_change_nothing(kind):
     torch.testing.assert_close(model(data), before)
 
 
+@pytest.mark.parametrize("ridge", [0.0, 0.01])
+def test_scores_do_not_depend_on_the_size_of_inputs_nor_on_weights_that_nothing_reaches(ridge):
+    model, data = made(Joined)
+    with torch.no_grad():
+        for layer in (model.one, model.two, model.both):
+            layer.bias.zero_()
+        model.one.weight[4], model.two.weight[2] = 0.0, 0.0
+        model.both.weight[:, 4] = 1e6
+    found = []
+    for size in (1.0, 1e-7, 1e7):
+        importance = LayerImportance(model, observed(model, size * data), ridge=ridge)
+        graph = torch_pruning.DependencyGraph().build_dependency(model, data[:1])
+        found.append(importance(graph.get_pruning_group(model.one, torch_pruning.prune_linear_out_channels, range(20))))
+    assert int(found[0].argmin()) == 4
+    for scores in found[1:]:
+        torch.testing.assert_close(scores, found[0], rtol=1e-3, atol=0)
+
+
 def test_fitted_weights_are_those_of_least_error():
     model, data = made(Residual)
     moments = observed(model, data)
