@@ -81,9 +81,7 @@ def recovery_bytes(
         replay = Replay(model, list(selection.blocks), [batch])
         anything = dict.fromkeys(selection.layers, Unstructured(0.5))  # which set does not matter here
         recoverer = Recoverer(model, replay, data, recovery, anything, {})
-        activations = _saved_bytes(replay)
-        with torch.no_grad():
-            states = first_tensor(replay.output(0, 0)).nbytes
+        activations, states = _saved_bytes(replay)
     # One after the other, so that the larger of both counts.
     needed = max(
         _fit_bytes(recoverer, recoverer.parameters(block), recovery.rule_for("block")) for block in replay.order
@@ -117,8 +115,8 @@ def _fit_bytes(recoverer: Recoverer, parameters: Sequence[nn.Parameter], rule: M
     return total + largest
 
 
-def _saved_bytes(replay: Replay) -> int:
-    """Return the bytes that the first block keeps for its backward pass, without parameters."""
+def _saved_bytes(replay: Replay) -> tuple[int, int]:
+    """Return the bytes that the first block keeps for its backward pass, without parameters, and of its output."""
     block = replay.order[0]
     parameters = list(block.module.parameters())
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
@@ -136,11 +134,11 @@ def _saved_bytes(replay: Replay) -> int:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            first_tensor(replay.output(0, 0))
+            output = first_tensor(replay.output(0, 0))
     finally:
         for parameter, flag in zip(parameters, flags, strict=True):
             parameter.requires_grad_(flag)
-    return sum(seen.values())
+    return sum(seen.values()), output.nbytes
 
 
 def pruning_bytes(model: PreTrainedModel, layers: Sequence[Layer], tokens: int, memory: int) -> int:

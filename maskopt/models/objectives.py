@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from maskopt.models.divergence import Divergence
 from maskopt.models.replay import Replay, first_tensor
+from maskopt.models.reuse import answering
 from maskopt.models.windows import Data
 from maskopt.recovery import Objective
 
@@ -110,9 +111,6 @@ def _recomputing(modules: Sequence[nn.Module]) -> Iterator[None]:
     """
     with ExitStack() as restore:
         for module in modules:
-            plain = module.forward
-            again = partial(checkpoint, plain, use_reentrant=False, preserve_rng_state=False)
-            # In the instance, where functions of a module are looked up first.
-            module.__dict__["forward"] = again
-            restore.callback(module.__dict__.pop, "forward")
+            again = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+            restore.enter_context(answering(module, again))
         yield
