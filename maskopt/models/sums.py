@@ -142,7 +142,7 @@ def multipliable(rows: Tensor) -> Tensor:
     rows : Tensor
         Floating-point numbers of any format.
     """
-    return rows if rows.is_cuda and rows.dtype in _HALVES else rows.float()
+    return rows if _on_tensor_cores(rows) else rows.float()
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -155,11 +155,15 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     left, right : Tensor
         Shapes (tokens, d) and (tokens, e), see `multipliable`.
     """
-    if left.is_cuda and left.dtype == right.dtype and left.dtype in _HALVES:
+    if _on_tensor_cores(left) and left.dtype == right.dtype:
         for one, other in zip(torch.split(left, _RUN), torch.split(right, _RUN), strict=True):
             torch.addmm(total, one.T, other, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(left.to(total.dtype).T, right.to(total.dtype))
+
+
+def _on_tensor_cores(rows: Tensor) -> bool:
+    return rows.is_cuda and rows.dtype in _HALVES
 
 
 def add_square(total: Tensor, rows: Tensor) -> None:

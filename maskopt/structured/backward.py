@@ -9,7 +9,7 @@ from torch import Tensor
 
 from maskopt.problems.refit import Refit, traces
 
-__all__ = ["remove_cheapest", "remove_units"]
+__all__ = ["remove_cheapest", "remove_units", "without"]
 
 _BATCH = (64, 128)  # columns that are removed from the whole inverse at once, at least and at most
 _PART = 1 / 32  # of the kept columns, that many in between
@@ -65,6 +65,11 @@ def remove_units(state: Refit, places: Tensor) -> None:
     state.weight = state.weight[:, stay].addmm_(lost.T, half, alpha=-1.0)
     state.inverse = state.inverse[stay].index_select(1, stay).addmm_(half.T, half, alpha=-1.0)
     state.kept = state.kept[~leaves]
+
+
+def without(units: Tensor, places: Tensor) -> Tensor:
+    """Return units, shape (k,), without those at some places."""
+    return units[torch.ones_like(units, dtype=torch.bool).index_fill_(0, places, False)]
 
 
 def _in_turn(state: Refit, places: Tensor, number: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from maskopt.problems import ColumnSubset
 from maskopt.problems.refit import Refit
-from maskopt.structured.backward import remove_units
+from maskopt.structured.backward import remove_units, without
 
 __all__ = ["removal_scores"]
 
@@ -55,11 +55,10 @@ def removal_scores(problems: Sequence[ColumnSubset], *, refit: bool = True) -> T
         values = torch.maximum(costs[places].cummax(0).values, level * steps)
         scores[kept[places]] = values
         level = values[-1]
-        stays = torch.ones_like(kept, dtype=torch.bool).index_fill_(0, places, False)
-        kept = kept[stays]
+        kept = without(kept, places)
         if len(kept):
             for state in states:
-                state.remove(places, stays)
+                state.remove(places)
     return scores
 
 
@@ -75,8 +74,8 @@ class _Fitted:
         """Return what removing each unit left adds to the relative error, shape (units left,)."""
         return torch.where(self._total > 0, self._state.removal_costs() / self._total, 0.0)
 
-    def remove(self, places: Tensor, stays: Tensor) -> None:
-        """Remove units, given by their places among those left and as a boolean tensor of what stays."""
+    def remove(self, places: Tensor) -> None:
+        """Remove units, given by their places among those left."""
         remove_units(self._state, places)
 
 
@@ -94,7 +93,8 @@ class _Unfitted:
         """As for fitted layers; a cost may be negative, where errors cancel."""
         return torch.where(self._total > 0, (self._form.diagonal() + 2.0 * self._with_gone) / self._total, 0.0)
 
-    def remove(self, places: Tensor, stays: Tensor) -> None:
+    def remove(self, places: Tensor) -> None:
         """As for fitted layers."""
-        self._with_gone = (self._with_gone + self._form[:, places].sum(1))[stays]
-        self._form = self._form[stays][:, stays]
+        stay = without(torch.arange(len(self._form), device=places.device), places)
+        self._with_gone = (self._with_gone + self._form[:, places].sum(1))[stay]
+        self._form = self._form[stay][:, stay]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maskopt.problems.refit import Refit
-from maskopt.structured.backward import remove_cheapest
+from maskopt.structured.backward import remove_cheapest, without
 
 __all__ = ["Search"]
 
@@ -92,7 +92,7 @@ class Search:
         if bool((start.loss() - better.loss()) <= inner.least):
             return None
         units = torch.cat((state.kept[leaving], others[entering]))
-        return torch.cat((_without(state.kept, leaving), units[better.kept]))
+        return torch.cat((without(state.kept, leaving), units[better.kept]))
 
     def _best(self, state: Refit, others: Tensor) -> tuple[Tensor, Tensor]:
         """Return the best change of a swap for each of the other units, and the place of the one that leaves."""
@@ -170,10 +170,6 @@ class _Swaps:
         remove_cheapest(state, size, torch.zeros(state.blocks.number, dtype=torch.bool, device=state.kept.device))
         state.kept = torch.cat((state.kept, state.most_gaining(state.missing(), size)))
         state.refresh()
-
-
-def _without(units: Tensor, places: Tensor) -> Tensor:
-    return units[torch.ones_like(units, dtype=torch.bool).index_fill_(0, places, False)]
 
 
 def _parts(state: Refit, units: Tensor) -> Sequence[Tensor]:
