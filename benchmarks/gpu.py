@@ -16,18 +16,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import report
 import torch
-from study import words
+from iteration import seconds
+from large_models import random_llama
+from study import numbers, split_pattern, words
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from maskopt.demo.corpus import training_text
-from maskopt.demo.run import MODEL
 from maskopt.models import model_class, pruning_cost
 from maskopt.models.sums import add_square, full_precision, mirror, multipliable
 from maskopt.oracles import parse_masks
@@ -39,22 +40,9 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("wanda", "continuation")  # solvers that leave weights as they are
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(call: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+def usual_seconds(call: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
     """Return the median time of a call, after one that does not count."""
-    times = []
-    for _ in range(repeats + 1):
-        synchronize(device)
-        began = time.perf_counter()
-        call()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return median(times[1:])
+    return median([seconds(call, device) for _ in range(repeats + 1)][1:])
 
 
 def inputs(d: int, tokens: int, device: torch.device) -> Tensor:
@@ -76,7 +64,7 @@ def products(widths: list[int], tokens: int, device: torch.device) -> list[dict[
         for name, given in (("float32", x.float()), ("bfloat16", x)):
             total = torch.zeros(d, d, device=device)
             with full_precision():
-                took = seconds(lambda total=total, given=given: add_square(total.zero_(), multipliable(given)), device)
+                took = usual_seconds(partial(_add_anew, total, given), device)
             mirror(total)
             error = ((total.double() - exact) / scale / scale.unsqueeze(1)).abs().max().item()
             figures[name] = {"seconds": took, "flop_per_second": 2.0 * tokens * d * d / took, "error": error}
@@ -85,6 +73,10 @@ def products(widths: list[int], tokens: int, device: torch.device) -> list[dict[
         rows.append(figures)
         print(json.dumps(figures), flush=True)
     return rows
+
+
+def _add_anew(total: Tensor, rows: Tensor) -> None:
+    add_square(total.zero_(), multipliable(rows))
 
 
 def layers(shapes: list[str], patterns: list[str], methods: list[str], memory: int, device: torch.device) -> list[Any]:
@@ -97,8 +89,7 @@ def layers(shapes: list[str], patterns: list[str], methods: list[str], memory: i
         del x
         weight = torch.randn(height, d, device=device) / d**0.5
         for pattern in patterns:
-            name, _, sparsity = pattern.partition(":") if pattern.startswith("per-row") else (pattern, "", "0.5")
-            masks = parse_masks(name, float(sparsity))
+            masks = parse_masks(*split_pattern(pattern))
             row: dict[str, Any] = {"shape": shape, "masks": repr(masks), "methods": {}}
             for method in methods:
                 solver = make_solver(method) if method in KEPT else make_weights(method)
@@ -117,24 +108,12 @@ def model(hidden: int, blocks: int, samples: int, length: int, memory: str, devi
     """Return what pruning the first blocks of a random Llama of 7 billion parameters takes, and what is counted."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            intermediate_size=hidden * 11008 // 4096,
-            num_hidden_layers=blocks,
-            num_attention_heads=hidden // 128,
-            max_position_embeddings=length,
-            dtype=torch.bfloat16,
-        )
-        torch.manual_seed(0)
-        with torch.device(device):
-            made = LlamaForCausalLM(config).to(torch.bfloat16)
-        made.save_pretrained(folder / "model")
-        del made
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        tokenizer.save_pretrained(folder / "model")
+        shape = {
+            "hidden_size": hidden,
+            "intermediate_size": hidden * 11008 // 4096,
+            "num_attention_heads": hidden // 128,
+        }
+        random_llama(folder / "model", blocks, max_position_embeddings=length, **shape)
         (folder / "text.txt").write_text(training_text(800_000))
         command = [sys.executable, "-m", "maskopt", "prune", str(folder / "model"), str(folder / "out")]
         command += ["--calibration", str(folder / "text.txt"), "--pattern", "2:4", "--samples", str(samples)]
@@ -210,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", type=words, default=["products", "layers", "model"])
-    parser.add_argument("--widths", type=words, default=["4096", "11008"])
+    parser.add_argument("--widths", type=numbers, default=[4096, 11008])
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--layers", type=words, default=["4096x4096", "11008x4096", "4096x11008"])
     parser.add_argument("--patterns", type=words, default=["2:4", "per-row:0.6"])
@@ -226,7 +205,7 @@ def main() -> None:
     figures = json.loads(earlier.read_text())["figures"] if earlier.exists() else {}
     figures["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     if "products" in options.only:
-        figures["products"] = products([int(width) for width in options.widths], options.tokens, device)
+        figures["products"] = products(options.widths, options.tokens, device)
     if "layers" in options.only:
         memory = int(options.memory)
         figures["layers"] = layers(options.layers, options.patterns, options.methods, memory, device)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from tests.cli.test_ranks import content, start
 from tests.cli.test_resume import interrupt, named, weights
+from tests.devices.gpu import needs_gpu
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = needs_gpu
 
 __all__ = ["interrupt"]  # a fixture
 DATA = ("--samples", 16, "--seqlen", 32, "--device", "cuda")

@@ -17,22 +17,19 @@ from maskopt.problems import ColumnSubset, LayerReconstruction, Problem, Quadrat
 from maskopt.solvers import FrankWolfe, Solver, Status, make_solver, solve
 from maskopt.structured import STRUCTURED, make_structured
 from maskopt.weights import WEIGHTS, make_weights
+from tests.devices.gpu import CUDA, needs_gpu
+from tests.devices.test_solvers import elsewhere, pairs
 from tests.helpers import ALL_SETS, EXACT, FRANK_WOLFE, SOLVERS
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = needs_gpu
 
-CUDA = torch.device("cuda", 0)
 SHAPE, TINY = (12, 24), (2, 6)
 LAYER = synthetic("correlated", *SHAPE, seed=3).problem()
 METHODS: dict[str, Solver] = {**SOLVERS, **{name: make_weights(name) for name in WEIGHTS if name != "keep"}}
 
 
 def there(layer: LayerReconstruction) -> LayerReconstruction:
-    target = layer.target.to(CUDA) if layer.aims_elsewhere else None
-    return LayerReconstruction(layer.weight.to(CUDA), layer.gram.to(CUDA), target=target)
+    return elsewhere(layer, CUDA)
 
 
 def compare(layer: LayerReconstruction, masks: MaskSet, solver: Solver, within: float = 0.02) -> None:
@@ -44,23 +41,18 @@ def compare(layer: LayerReconstruction, masks: MaskSet, solver: Solver, within: 
     assert found.total == pytest.approx(here.total, rel=within)
 
 
-def _pairs(solvers: dict[str, Solver], names: list[str], layer: LayerReconstruction) -> list[tuple[str, str]]:
-    made = {name: ALL_SETS[name](layer.shape, 0.5) for name in names}
-    return [(one, name) for one in solvers for name in names if solvers[one].requirements.met(layer, made[name])]
-
-
-@pytest.mark.parametrize(("name", "kind"), _pairs(METHODS, list(ALL_SETS), LAYER))
+@pytest.mark.parametrize(("name", "kind"), pairs(METHODS, list(ALL_SETS), LAYER))
 def test_methods_agree_with_the_cpu(name: str, kind: str) -> None:
     compare(LAYER, ALL_SETS[kind](SHAPE, 0.5), METHODS[name])
 
 
-@pytest.mark.parametrize(("name", "kind"), _pairs(FRANK_WOLFE, ["per-row", "unstructured", "units"], LAYER))
+@pytest.mark.parametrize(("name", "kind"), pairs(FRANK_WOLFE, ["per-row", "unstructured", "units"], LAYER))
 def test_directions_agree_with_the_cpu(name: str, kind: str) -> None:
     compare(LAYER, ALL_SETS[kind](SHAPE, 0.5), replace(FRANK_WOLFE[name], iterations=60))
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), _pairs(EXACT, ["per-row", "restricted at most blocks"], synthetic(rows=2, d=6).problem())
+    ("name", "kind"), pairs(EXACT, ["per-row", "restricted at most blocks"], synthetic(rows=2, d=6).problem())
 )
 def test_exact_solvers_find_the_same_optimum(name: str, kind: str) -> None:
     compare(synthetic("correlated", *TINY, seed=2).problem(), ALL_SETS[kind](TINY, 0.5), EXACT[name], within=1e-5)

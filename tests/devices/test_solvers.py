@@ -43,15 +43,15 @@ RULES: dict[str, Solver] = {
 }
 
 
-def _pairs(solvers: dict[str, Solver], sets: list[str], problem: LayerReconstruction) -> list[tuple[str, str]]:
+def pairs(solvers: dict[str, Solver], sets: list[str], problem: LayerReconstruction) -> list[tuple[str, str]]:
     """Return the names of solvers and of sets that they work on."""
     made = {name: ALL_SETS[name](problem.shape, 0.5) for name in sets}
     return [(one, name) for one in solvers for name in sets if solvers[one].requirements.met(problem, made[name])]
 
 
-def elsewhere(layer: LayerReconstruction) -> LayerReconstruction:
-    target = layer.target.to(DEVICE) if layer.aims_elsewhere else None
-    return LayerReconstruction(layer.weight.to(DEVICE), layer.gram.to(DEVICE), target=target)
+def elsewhere(layer: LayerReconstruction, device: torch.device = DEVICE) -> LayerReconstruction:
+    target = layer.target.to(device) if layer.aims_elsewhere else None
+    return LayerReconstruction(layer.weight.to(device), layer.gram.to(device), target=target)
 
 
 def assert_same(here: Result, there: Result) -> None:
@@ -76,17 +76,17 @@ def compare(layer: LayerReconstruction, masks: MaskSet, solver: Solver, start: T
         assert_same(here, solve(elsewhere(layer), masks, solver, start=start))
 
 
-@pytest.mark.parametrize(("name", "kind"), _pairs(METHODS, list(ALL_SETS), LAYER))
+@pytest.mark.parametrize(("name", "kind"), pairs(METHODS, list(ALL_SETS), LAYER))
 def test_methods_agree_with_the_cpu_on_every_set(name: str, kind: str) -> None:
     compare(LAYER, ALL_SETS[kind](SHAPE, 0.5), METHODS[name])
 
 
-@pytest.mark.parametrize(("name", "kind"), _pairs(RULES, SOME_SETS, LAYER))
+@pytest.mark.parametrize(("name", "kind"), pairs(RULES, SOME_SETS, LAYER))
 def test_directions_and_steps_agree_with_the_cpu(name: str, kind: str) -> None:
     compare(LAYER, ALL_SETS[kind](SHAPE, 0.5), RULES[name])
 
 
-@pytest.mark.parametrize(("name", "kind"), _pairs(EXACT, ["per-row", "restricted at most blocks"], LAYER))
+@pytest.mark.parametrize(("name", "kind"), pairs(EXACT, ["per-row", "restricted at most blocks"], LAYER))
 def test_exact_solvers_agree_with_the_cpu(name: str, kind: str) -> None:
     compare(synthetic("correlated", *TINY, seed=2).problem(), ALL_SETS[kind](TINY, 0.5), EXACT[name])
 

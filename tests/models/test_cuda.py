@@ -10,14 +10,11 @@ from maskopt.models import load_masks, load_model, prune, save_pruned, select_la
 from maskopt.recovery import RULES, Recovery
 from maskopt.shrinking import shrink
 from maskopt.weights import ConditionalADMM
+from tests.devices.gpu import CUDA, needs_gpu
 from tests.models.conftest import ARCHITECTURES, MIXTURES, VOCABULARY
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = needs_gpu
 
-CUDA = torch.device("cuda", 0)
 MASKS = maskopt.NM(keep=2, group=4)
 SOLVER = ConditionalADMM(iterations=8, stages=2)
 
