@@ -55,6 +55,7 @@ format: $(VENV)/dev.stamp  ## Format and fix what can be fixed
 
 # The settings of the committed results.
 comma := ,
+FOLDERS = $(foreach model,$(MODELS) $(SMOLLM),$(firstword $(subst $(comma), ,$(model))))
 JOINT := --weights keep,lsq,sparsegpt,admm,fista,alps,best
 MASKS_STUDY := --solvers wanda,sparsefw,one-swap,continuation --tune sparsefw --sets per-row:0.5,per-row:0.6,2:4 \
 	--samples 32 --seeds 0,1
@@ -94,7 +95,8 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOL
 	$(BIN)/python benchmarks/recovery.py $(MODELS) $(RECOVERY_STUDY)
 	$(if $(MODELS),$(BIN)/python benchmarks/recovery.py $(MODELS) $(RULES_STUDY))
 	$(BIN)/python benchmarks/shrinking.py $(MODELS) --characters 60000 --seeds 0,1,2
-	$(BIN)/python benchmarks/speed.py $(foreach model,$(MODELS) $(SMOLLM),$(firstword $(subst $(comma), ,$(model))))
+	$(BIN)/python benchmarks/speed.py $(FOLDERS)
+	$(BIN)/python benchmarks/checkpointing.py $(FOLDERS)
 	$(if $(SMOLLM),$(BIN)/python benchmarks/allocation.py $(SMOLLM) $(SMOLLM_ALLOCATION))
 	$(BIN)/python benchmarks/large_models.py $(SMOLLM)
 	$(BIN)/python benchmarks/kills.py

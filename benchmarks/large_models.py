@@ -66,12 +66,13 @@ def pruned(checkout: Path, model: Path, text: Path, folder: Path, options: Seque
         "calibration_seconds": figures["calibration_seconds"],
         "solve_seconds": figures["solve_seconds"],
         "processor_seconds": used.ru_utime + used.ru_stime,
-        "resident_bytes": _bytes(used),
+        "resident_bytes": resident_bytes(used),
         "mean_relative_error": figures["mean_relative_error"],
     }
 
 
-def _bytes(used: resource.struct_rusage) -> float:
+def resident_bytes(used: resource.struct_rusage) -> float:
+    """Return what was in memory of a process at most."""
     return used.ru_maxrss if sys.platform == "darwin" else 1024.0 * used.ru_maxrss
 
 
