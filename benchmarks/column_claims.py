@@ -135,8 +135,8 @@ def main() -> None:
     number = sum(map(len, wrong.values()))
     text = (
         f"{number} of {options.instances} x {len(KINDS) + 2} claims were false: the three bounds, the choice that "
-        f"`best` calls optimal, and the optimum, which regressions on the inputs find as well. Seed {options.seed}, {seconds:.0f} s. Median of bound over optimum, where the latter "
-        "is more than rounding:\n\n"
+        f"`best` calls optimal, and the optimum, which regressions on the inputs find as well. Seed "
+        f"{options.seed}, {seconds:.0f} s. Median of bound over optimum, where the latter is more than rounding:\n\n"
     )
     rows = [[scaling, *(f"{median(parts[kind, scaling]):.3f}" for kind in KINDS)] for scaling in SCALINGS]
     text += report.table(["scaling", *KINDS], rows)
