@@ -18,7 +18,7 @@ from maskopt.models.layers import Layer, swapped
 from maskopt.models.store import replaced
 from maskopt.oracles import Counts
 from maskopt.problems import LayerReconstruction
-from maskopt.solvers import Result, Solver, solve
+from maskopt.solvers import Result, Solver, solve_sets
 
 __all__ = ["Database"]
 
@@ -84,18 +84,18 @@ class Database:
         """Store a result, and solve the layer's problem at its other levels; an `Observer`."""
         counts = self.counts[layer]
         done = int(result.mask.sum()) // counts.step
-        for count in dict.fromkeys((done, *self.levels[layer])):
+        others = sorted({*self.levels[layer]} - {done}, reverse=True)
+        found = solve_sets(problem, [counts.masks(count) for count in others], self._solver, memory=self._memory)
+        for count, solved in zip((done, *others), (result, *found), strict=True):
             if count == counts.most:
                 continue
-            if count != done:
-                result = solve(problem, counts.masks(count), self._solver, memory=self._memory)
-            mask = layer.oriented(result.mask).cpu().contiguous()
+            mask = layer.oriented(solved.mask).cpu().contiguous()
             values = None
-            if result.weight is not None:
-                new = layer.oriented(result.weight).to(self.dense[layer].dtype)
+            if solved.weight is not None:
+                new = layer.oriented(solved.weight).to(self.dense[layer].dtype)
                 values = new.cpu().masked_select(mask)
             self._stored[layer][count] = _Pruned(np.packbits(mask.numpy()), values)
-            self.errors[layer][count] = result.total
+            self.errors[layer][count] = solved.total
 
     def weight(self, layer: Layer, count: int) -> Tensor:
         """Return a layer's weight with a count of entries, one of its levels or all."""

@@ -14,7 +14,7 @@ from maskopt.models.batches import Batch
 from maskopt.models.selection import select_layers
 from maskopt.models.trials import AllocationProgress, Trials
 from maskopt.shrinking.units import Site
-from maskopt.solvers import Solver
+from maskopt.structured import Structured
 
 __all__ = ["free_widths"]
 
@@ -25,7 +25,7 @@ def free_widths(
     model: PreTrainedModel,
     batches: Sequence[Batch],
     counts: Mapping[Site, int],
-    solver: Solver,
+    solver: Structured,
     *,
     memory: int,
     seed: int = 0,
@@ -40,8 +40,8 @@ def free_widths(
     batches : sequence of Batch
     counts : mapping of Site to int
         Units that stay where all blocks are treated alike. Sites of several matrices (experts) keep theirs.
-    solver : Solver
-        Chooses the units.
+    solver : Structured
+        Its draft chooses the units of the models that are compared.
     memory : int
         Bytes of working memory.
     seed : int
@@ -79,7 +79,7 @@ def free_widths(
         batches,
         {name: f"columns-{site.role.width}" for name, site in layers.items()},
         0.5,
-        solver,
+        solver.draft,
         {name: 1 - counts[site] / site.role.number for name, site in layers.items() if site.name in fixed},
         options,
         progress,

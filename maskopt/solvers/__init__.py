@@ -19,7 +19,7 @@ from maskopt.solvers.requirements import Requirements
 from maskopt.solvers.rules import DirectionRule, IterationState, RowBlocks, SearchDirection, StepRule
 from maskopt.solvers.scip import Scip
 from maskopt.solvers.scores import RIA, Magnitude, Wanda
-from maskopt.solvers.solve import check_compatible, solve, solve_parts
+from maskopt.solvers.solve import check_compatible, solve, solve_parts, solve_sets
 from maskopt.solvers.sparsefw import SparseFW
 from maskopt.solvers.steps import (
     AdaptiveStep,
@@ -93,4 +93,5 @@ __all__ = [
     "random_per_block",
     "solve",
     "solve_parts",
+    "solve_sets",
 ]

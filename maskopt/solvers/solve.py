@@ -22,7 +22,9 @@ from maskopt.solvers.outcome import GapKind, Outcome, Result, Status, weakest
 from maskopt.solvers.rules import RowBlocks, row_block_of
 from maskopt.threads import sized_threads
 
-__all__ = ["check_compatible", "solve", "solve_parts"]
+__all__ = ["check_compatible", "solve", "solve_parts", "solve_sets"]
+
+_HELD = 2  # arrays of shape (rows, d) that a solve may hold of each set at a time
 
 
 def solve(
@@ -128,12 +130,52 @@ def solve_parts(
         As of `solve`.
     """
     solver = ContinuationFrankWolfe() if solver is None else solver
-    check_compatible(problem, masks, solver)
-    masks.check(problem.shape)  # raises here, before any work, where the set does not fit
     monitor = Monitor(type(solver).__name__, callback, time_limit, memory)
+    pieces = [(masks, part) for part in parts]
+    return _solve(problem, pieces, solver, start, monitor, solver.record if record is None else record)
+
+
+def solve_sets(
+    problem: Problem, sets: Sequence[MaskSet], solver: Solver | None = None, *, memory: int = 2**30
+) -> list[Result]:
+    """Choose a mask of each of several sets; what a solver has in common for them, it does once: factorisations.
+
+    Parameters
+    ----------
+    problem : Problem
+    sets : sequence of MaskSet
+        Of whole units (`Columns`) those that keep more first: greedy removal then goes on from one to the next.
+    solver, memory
+        As for `solve`.
+
+    Returns
+    -------
+    list of Result
+        As of `solve`, up to choices between units that cost the same or nearly so. Seconds are in equal parts, and
+        counters, of all sets that were solved together, those of the first one.
+
+    Raises
+    ------
+    MaskoptError
+        As of `solve`.
+
+    Examples
+    --------
+    >>> import maskopt
+    >>> layer = maskopt.synthetic("correlated", rows=4, d=16).problem()
+    >>> half, quarter = solve_sets(layer, [maskopt.PerRow(0.5), maskopt.PerRow(0.25)])
+    >>> half.sparsity, quarter.sparsity
+    (0.5, 0.75)
+    """
+    solver = ContinuationFrankWolfe() if solver is None else solver
     rows, columns = problem.shape
-    with ordinary_torch(problem.device), sized_threads(rows * columns * columns):
-        return _solve(problem, masks, solver, start, monitor, solver.record if record is None else record, parts)
+    together = max(1, int(memory / (_HELD * rows * columns * torch.finfo(problem.dtype).bits / 8)))
+    results = list[Result]()
+    for first in range(0, len(sets), together):
+        monitor = Monitor(type(solver).__name__, None, None, memory)
+        pieces = [(masks, slice(0, rows)) for masks in sets[first : first + together]]
+        results += _solve(problem, pieces, solver, None, monitor, solver.record)
+    return results
 
 
 def check_compatible(problem: Problem, masks: MaskSet, solver: Solver) -> None:
@@ -155,23 +197,41 @@ def check_compatible(problem: Problem, masks: MaskSet, solver: Solver) -> None:
 
 def _solve(
     problem: Problem,
-    masks: MaskSet,
+    pieces: Sequence[tuple[MaskSet, slice]],
     solver: Solver,
     start: Tensor | Solver | None,
     monitor: Monitor,
     record: Record,
-    parts: Sequence[slice],
 ) -> list[Result]:
-    first = _start_mask(problem, masks, solver.start if start is None else start)
-    if first is None and solver.needs_start:
-        raise MaskoptError(f"{solver.name} needs a mask to start from; give solve(..., start=...) a mask or a solver.")
+    """Return the results of rows of the problem, each with the masks of its set."""
+    for masks in _different(pieces):
+        check_compatible(problem, masks, solver)
+        masks.check(problem.shape)  # raises here, before any work, where the set does not fit
+    rows, columns = problem.shape
+    with ordinary_torch(problem.device), sized_threads(rows * columns * columns):
+        return _carried_out(problem, pieces, solver, solver.start if start is None else start, monitor, record)
+
+
+def _carried_out(
+    problem: Problem,
+    pieces: Sequence[tuple[MaskSet, slice]],
+    solver: Solver,
+    start: Tensor | Solver | None,
+    monitor: Monitor,
+    record: Record,
+) -> list[Result]:
     rows = problem.shape[0]
     everything = slice(0, rows)
     seen = problem if solver.relaxes else problem.unshifted()
-    row_block = row_block_of(problem, masks)
-    apart = solver.solves_rows_apart(masks) or (solver.row_wise and solver.blockwise)
-    chunks, counts, total, done = list[Chunk](), list[int](), sum(part.stop - part.start for part in parts), 0
-    for part in parts:
+    starts = {id(masks): _start_mask(problem, masks, start) for masks in _different(pieces)}
+    chunks, counts, total, done = list[Chunk](), list[int](), sum(part.stop - part.start for _, part in pieces), 0
+    for masks, part in pieces:
+        first, row_block = starts[id(masks)], row_block_of(problem, masks)
+        if first is None and solver.needs_start:
+            raise MaskoptError(
+                f"{solver.name} needs a mask to start from; give solve(..., start=...) a mask or a solver."
+            )
+        apart = solver.solves_rows_apart(masks) or (solver.row_wise and solver.blockwise)
         spans = list(row_chunks(seen, solver.arrays, monitor.memory, row_block, part)) if apart else [part]
         counts.append(len(spans))
         for index in spans:
@@ -183,7 +243,7 @@ def _solve(
             chunks.append(Chunk(own, own_masks, start_mask, (before / total, done / total), recorder))
     outcomes = solver.run_chunks(chunks, monitor)
     results, chunk = list[Result](), 0
-    for part, count in zip(parts, counts, strict=True):
+    for (masks, part), count in zip(pieces, counts, strict=True):
         own, own_masks = (
             (problem, masks) if part == everything else (problem.rows(part), masks.rows(part, problem.shape))
         )
@@ -194,6 +254,11 @@ def _solve(
         results.append(replace(result, seconds=seconds, counters={} if results else dict(monitor.counters)))
         chunk += count
     return results
+
+
+def _different(pieces: Sequence[tuple[MaskSet, slice]]) -> list[MaskSet]:
+    """Return every set once; anybody's sets need not be hashable."""
+    return list({id(masks): masks for masks, _ in pieces}.values())
 
 
 def _evaluated(

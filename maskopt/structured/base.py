@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -13,12 +15,56 @@ from maskopt.checks import check_settings, real, truth
 from maskopt.errors import MaskoptError
 from maskopt.oracles import Units
 from maskopt.problems import ColumnSubset, LayerReconstruction
-from maskopt.solvers.base import Monitor, Outcome, Status
+from maskopt.problems.refit import Refit
+from maskopt.solvers.base import Monitor, Outcome, Status, run_each
+from maskopt.solvers.chunks import Chunk
 from maskopt.solvers.requirements import Requirements
+from maskopt.structured.backward import remove_cheapest
 from maskopt.threads import factor_threads
 from maskopt.weights.base import Joint
 
 __all__ = ["Selection", "Structured", "bias_change"]
+
+
+class Shared:
+    """What choices of different numbers of units from one layer have in common.
+
+    Attributes
+    ----------
+    subset : ColumnSubset or None
+        Of the layer that was asked for last.
+    """
+
+    def __init__(self) -> None:
+        self.subset: ColumnSubset | None = None
+        self._of: tuple[LayerReconstruction, int] | None = None
+        self._path: tuple[Tensor, Tensor, Refit] | None = None
+
+    def problem(self, layer: LayerReconstruction, width: int, ridge: float) -> ColumnSubset:
+        """Return the column subset problem of a layer with units of some columns each."""
+        if self.subset is None or self._of is None or self._of[0] is not layer or self._of[1] != width:
+            numbers = torch.arange(layer.shape[1], device=layer.device) // width
+            self.subset, self._of = ColumnSubset.of(layer, numbers, ridge=ridge), (layer, width)
+            self._path = None
+        return self.subset
+
+    def removed(self, selection: Selection, stops: Callable[[int], bool]) -> tuple[Refit, int]:
+        """Return what greedy removal leaves, fitted anew, and how many units it took now.
+
+        It goes on from where it ended before, if that was with more units and the same ones fixed.
+        """
+        must, may = selection.must, selection.may
+        path = self._path
+        if (
+            path is None
+            or len(path[2].kept) < selection.keep
+            or not (torch.equal(path[0], must) and torch.equal(path[1], may))
+        ):
+            path = self._path = must, may, Refit(selection.subset.blocks, may.nonzero().flatten())
+        state = path[2]
+        number = len(state.kept) - selection.keep
+        remove_cheapest(state, number, must, stops)
+        return Refit(state.blocks, state.kept), number
 
 
 @dataclass(frozen=True)
@@ -36,6 +82,7 @@ class Selection:
     must, may : Tensor
         Units that have to be kept, and that can be, boolean, shape (units,).
     monitor : Monitor
+    shared : Shared
     """
 
     layer: LayerReconstruction
@@ -45,6 +92,7 @@ class Selection:
     must: Tensor
     may: Tensor
     monitor: Monitor
+    shared: Shared
 
     def stops(self, iteration: int, iterations: int) -> bool:
         """Report an iteration; True if the method has to return what it has."""
@@ -102,11 +150,24 @@ class Structured(Joint):
     def __post_init__(self) -> None:
         check_settings(self, ridge=real(0), refit=truth())
 
+    @property
+    def draft(self) -> Structured:
+        """A faster method whose errors are nearly the same, for models that are only compared; itself by default."""
+        return self
+
     @abstractmethod
     def choose(self, selection: Selection) -> tuple[Tensor, Status]:
         """Return which units to keep, boolean, shape (units,), and what is claimed about them."""
 
     def run(self, problem: LayerReconstruction, masks: Units, start: Tensor | None, monitor: Monitor) -> Outcome:
+        return self._run(problem, masks, start, monitor, Shared())
+
+    def run_chunks(self, chunks: Sequence[Chunk], monitor: Monitor) -> list[Outcome]:
+        return run_each(chunks, monitor, partial(self._run, shared=Shared()))
+
+    def _run(
+        self, problem: LayerReconstruction, masks: Units, start: Tensor | None, monitor: Monitor, shared: Shared
+    ) -> Outcome:
         width, keep = _counted(self.name, problem, masks)
         units = problem.shape[1] // width
         must, may = _fixed(masks.protected, width, units, problem), ~_fixed(masks.forbidden, width, units, problem)
@@ -118,9 +179,8 @@ class Structured(Joint):
             nothing = torch.zeros_like(problem.weight)
             return Outcome(nothing.bool(), Status.OPTIMAL, 0, weight=nothing)
         with factor_threads(problem.shape[1]):
-            numbers = torch.arange(problem.shape[1], device=problem.device) // width
-            subset = ColumnSubset.of(problem, numbers, ridge=self.ridge)
-            kept, status = self.choose(Selection(problem, masks, subset, keep, must, may, monitor))
+            subset = shared.problem(problem, width, self.ridge)
+            kept, status = self.choose(Selection(problem, masks, subset, keep, must, may, monitor, shared))
             mask = kept.repeat_interleave(width).expand(problem.shape).contiguous()
             if not self.refit:
                 return Outcome(mask, status, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch import Tensor
 from maskopt.checks import check_settings, whole
 from maskopt.problems.refit import Refit
 from maskopt.solvers.base import Status
-from maskopt.structured.backward import remove_cheapest
 from maskopt.structured.base import Selection, Structured
 from maskopt.structured.swaps import Search
 
@@ -66,16 +65,18 @@ class ExactSwaps(Structured):
         super().__post_init__()
         check_settings(self, enumerate=whole(0), rounds=whole(0), exchange=whole(0))
 
+    @property
+    def draft(self) -> ExactSwaps:
+        """Greedy removal without swaps: they take most of the time, and gain about as much at any number of units."""
+        return replace(self, rounds=0)
+
     def choose(self, selection: Selection) -> tuple[Tensor, Status]:
         if self._few(selection):
             return _best_of_all(selection)
-        state = Refit(selection.subset.blocks, selection.may.nonzero().flatten())
-        number = len(state.kept) - selection.keep
-        planned = number + self.rounds
-        remove_cheapest(state, number, selection.must, lambda done: selection.stops(done, planned))
+        planned = int(selection.may.sum()) - selection.keep + self.rounds
+        state, number = selection.shared.removed(selection, lambda done: selection.stops(done, planned))
         count = selection.monitor.counters
         count["removals"] += number
-        state.refresh()
 
         def stops(rounds: int) -> bool:
             return selection.stops(number + rounds, planned)

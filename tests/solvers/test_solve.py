@@ -28,6 +28,7 @@ from maskopt.solvers import (
     make_solver,
     solve,
     solve_parts,
+    solve_sets,
 )
 from maskopt.solvers import (
     SOLVERS as NAMES,
@@ -308,6 +309,26 @@ def test_parts_are_what_they_are_alone(name: str) -> None:
         joined = Result.joined(parts)
         assert torch.equal(joined.mask[16:26], parts[1].mask)
         assert joined.counters == parts[0].counters
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_several_sets_are_solved_as_each_alone(name: str) -> None:
+    problem, solver = layer(24, 24), SOLVERS[name]
+    sets = [PerRow(0.25), NM(keep=2, group=4), PerRow(0.5)]
+    for memory in (24 * 24 * 4 * 2 * 2, 2**30):  # two of them at a time, and all
+        results = solve_sets(problem, sets, solver, memory=memory)
+        for masks, result in zip(sets, results, strict=True):
+            alone = solve(problem, masks, solver, memory=memory)
+            assert torch.equal(result.mask, alone.mask)
+            assert result.weight is None or torch.equal(result.weight, alone.weight)
+            assert (result.status, result.iterations) == (alone.status, alone.iterations)
+            torch.testing.assert_close(result.objective, alone.objective, rtol=0, atol=0)
+
+
+def test_each_of_several_sets_has_to_fit() -> None:
+    assert solve_sets(layer(4, 6), []) == []
+    with pytest.raises(MaskoptError, match="divisible by 4"):
+        solve_sets(layer(4, 6), [PerRow(0.5), NM(keep=2, group=4)])
 
 
 def test_many_rows_take_little_memory_each() -> None:

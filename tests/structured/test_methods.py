@@ -13,7 +13,7 @@ from torch import Tensor
 import maskopt
 from maskopt.errors import MaskoptError
 from maskopt.problems import LayerReconstruction
-from maskopt.solvers import Status, Stop
+from maskopt.solvers import Status, Stop, solve_sets
 from maskopt.structured import STRUCTURED, ExactSwaps, Structured, bias_change, make_structured
 from tests.helpers import Layer, examples, layers
 from tests.structured.test_best import random_layer, ridged
@@ -44,6 +44,36 @@ def test_results_are_what_they_say(name: str, data: st.DataObject, layer: Layer)
     assert bool((result.objective <= result.kept_objective).all() if result.kept_objective is not None else True)
     if keep == units:
         assert result.total <= 1e-20 * size
+
+
+@pytest.mark.parametrize("name", [*NAMES, "draft"])
+@pytest.mark.parametrize("counts", [(9, 7, 4), (4, 9, 7)])
+def test_several_numbers_of_units_are_solved_as_each_alone(name: str, counts: tuple[int, ...]) -> None:
+    layer = random_layer(4, 5, 24)
+    solver = ExactSwaps(enumerate=0).draft if name == "draft" else make_structured(name)
+    sets = [maskopt.Units(maskopt.Unstructured(count), (None, 2)) for count in counts]
+    for masks, result in zip(sets, solve_sets(layer, sets, solver), strict=True):
+        alone = maskopt.solve(layer, masks, solver)
+        assert torch.equal(result.mask, alone.mask)
+        torch.testing.assert_close(result.objective, alone.objective, rtol=1e-9, atol=0)
+
+
+def test_several_sets_with_other_fixed_units_or_widths_are_solved_as_each_alone() -> None:
+    layer, solver = random_layer(4, 5, 24), ExactSwaps(enumerate=0)
+    plain, wide = maskopt.Columns(12), maskopt.Units(maskopt.Unstructured(5), (None, 2))
+    first = maskopt.solve(layer, plain, solver).mask
+    sets = [plain, maskopt.Columns(14).restrict(kept=~first), wide, maskopt.Columns(10).restrict(pruned=first)]
+    for masks, result in zip(sets, solve_sets(layer, sets, solver), strict=True):
+        assert torch.equal(result.mask, maskopt.solve(layer, masks, solver).mask)
+
+
+def test_greedy_removal_goes_on_from_one_number_of_units_to_the_next() -> None:
+    layer = random_layer(4, 5, 24)
+    sets = [maskopt.Columns(count) for count in (20, 12, 6)]
+    first, second, third = solve_sets(layer, sets, ExactSwaps(enumerate=0).draft)
+    assert first.counters["removals"] == 18, "not 4 + 12 + 18"
+    for more, fewer in ((first, second), (second, third)):
+        assert bool((more.mask | ~fewer.mask).all())
 
 
 @pytest.mark.parametrize("name", NAMES)
