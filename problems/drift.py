@@ -14,8 +14,8 @@ __all__ = ["drift_step"]
 _BLOCK = 1024  # rows converted to float64 at a time, so that no second float64 copy of a large Gram exists
 
 
-def drift_step(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """Return W (C - G) G^-1, float64, shape (rows, d): what `LayerReconstruction.towards` adds to the weights.
+def drift_step(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float, lost: Tensor | None = None) -> Tensor:
+    """Return (W (C - G) + R) G^-1, float64, shape (rows, d): what `LayerReconstruction.towards` adds to the weights.
 
     Parameters
     ----------
@@ -25,6 +25,8 @@ def drift_step(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> Ten
         G and C, shape (d, d).
     ridge : float
         Added to the diagonal of G that is inverted, relative to its mean.
+    lost : Tensor, optional
+        R, shape (rows, d); zero by default.
     """
     scaled = _symmetric_double(gram)
     diagonal = scaled.diagonal()
@@ -38,7 +40,10 @@ def drift_step(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> Ten
     del scaled, diagonal
     drift = cross.to(torch.float64, copy=True)
     drift.sub_(gram).div_(size)
-    step: Tensor = torch.cholesky_solve((weight.double() @ drift).T, factor).T / size
+    right = weight.double() @ drift
+    if lost is not None:
+        right.add_(lost / size)
+    step: Tensor = torch.cholesky_solve(right.T, factor).T / size
     return step
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from maskopt.checks import matrix
+from maskopt.errors import MaskoptError
 from maskopt.exact import WIDEST, ExactMatrix, condition, exact_difference, nearest_float
 from maskopt.problems.base import Direction, Point, Quadratic, shift_convexity_error
 from maskopt.problems.checks import (
@@ -119,11 +120,16 @@ class LayerReconstruction(Quadratic):
         ridge: float = 0.01,
         strength: float = 1.0,
         mean: Tensor | None = None,
+        lost: Tensor | None = None,
     ) -> "LayerReconstruction":
         """Return the problem of a layer whose inputs Y come from pruned layers, where the dense model's were X.
 
         Up to a constant, ||W X - V Y||^2 is ||(T - V) Y||^2, where T = W + W (C - G) G^-1, C = X Y^T and G = Y Y^T: the
         best weights without a mask. A ridge on the inverse draws T towards W, and so does a strength below one.
+
+        A layer whose output is added to the residual stream can make up for what that stream has lost before, too. With
+        E the dense model's stream minus the pruned model's, ||E + W X - V Y||^2 has T = W + (W (C - G) + R) G^-1, where
+        R = E Y^T.
 
         Parameters
         ----------
@@ -137,10 +143,12 @@ class LayerReconstruction(Quadratic):
         ridge : float
             Relative to the mean of the diagonal of G.
         strength : float
-            T = W + strength * W (C - G) G^-1. Layer by layer 1 leaves the smallest error, also on other tokens; a model
-            whose layers all correct in full predicts worse than one whose layers correct in part, see `prune`.
+            T = W + strength * (W (C - G) + R) G^-1. Layer by layer 1 leaves the smallest error, also on other tokens; a
+            model whose layers all correct in full predicts worse than one whose layers correct in part, see `prune`.
         mean : Tensor, optional
             Means of Y, shape (d,).
+        lost : Tensor, optional
+            R, the sum of e y^T over the same tokens, shape (rows, d); zero by default.
 
         Notes
         -----
@@ -149,7 +157,14 @@ class LayerReconstruction(Quadratic):
         weight, gram, cross = matrix("weight", weight), matrix("Gram", gram), matrix("cross term", cross)
         for name, data in (("weight", weight), ("Gram", gram), ("cross term", cross)):
             check_finite(name, data)
-        step = drift_step(weight, gram, cross, ridge)
+        if lost is not None:
+            lost = matrix("lost", lost)
+            check_finite("lost", lost)
+            if lost.shape != weight.shape:
+                raise MaskoptError(
+                    f"lost needs the shape of the weight, {tuple(weight.shape)}; got {tuple(lost.shape)}."
+                )
+        step = drift_step(weight, gram, cross, ridge, lost)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         target = (weight.double() + strength * step).to(dtype)
         check_finite("target", target)

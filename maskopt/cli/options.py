@@ -50,6 +50,8 @@ __all__ = [
     "SolverOption",
     "SparsityOption",
     "StatesOption",
+    "Target",
+    "TargetOption",
     "WeightsOption",
     "check_device",
     "check_seqlen",
@@ -219,6 +221,23 @@ CorrectionOption = Annotated[
         "--correction",
         metavar="S",
         help="With corrected: how far the target moves from the layer's own output (0) to the dense model's (1).",
+    ),
+]
+
+
+class Target(StrEnum):
+    """What layers that add to the residual stream aim at."""
+
+    STREAM = "stream"
+    LAYER = "layer"
+
+
+TargetOption = Annotated[
+    Target,
+    typer.Option(
+        "--target",
+        help="With corrected, what layers aim at whose output is added to the residual stream: the dense model's "
+        "stream behind them, or their own outputs alone.",
     ),
 ]
 RULE_NAMES = ("uniform", "auto", "owl", "dlp", "alpha", "lsa", "atp", "evo", "kl", "fisher")

@@ -22,6 +22,7 @@ from maskopt.models.database import Database
 from maskopt.models.prune import CORRECTION, Propagate
 from maskopt.models.published import BLOCK_RULES, atp_counts, block_counts, evolved_counts, measure_blocks
 from maskopt.models.replay import evaluation_mode
+from maskopt.models.residual import Target
 from maskopt.models.selection import select_layers
 from maskopt.models.store import Store
 from maskopt.models.trials import AllocationProgress, Candidate, Trials, nearest
@@ -56,6 +57,7 @@ def allocate(
     fixed: Mapping[str, float] | None = None,
     propagate: Propagate | None = None,
     correction: float = CORRECTION,
+    target: Target = "stream",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     seed: int = 0,
@@ -90,7 +92,7 @@ def allocate(
         (2502.14770), "evo" (EvoPress, 2410.14649).
     fixed : mapping of str to float, optional
         Sparsity by pattern of `fnmatch` on layer names; `sparsity` is then the mean of all other layers.
-    propagate, correction, include, exclude, device, memory
+    propagate, correction, target, include, exclude, device, memory
         As for `prune`.
     seed : int
         Of the labels that expansions draw, and of "evo".
@@ -143,6 +145,7 @@ def allocate(
     options = {
         "propagate": propagate,
         "correction": correction,
+        "target": target,
         "include": include,
         "exclude": exclude,
         "memory": memory,

@@ -28,6 +28,7 @@ __all__ = ["Cost", "product_speed", "pruning_cost"]
 
 _HELD_OUT = 8  # calibration windows for each one that is held out
 _RUNS = 2  # of a block: in the dense and in the pruned model, whose parts run once
+_STREAMS = 2  # hidden states that wait inside a block: what is lost, and what attention adds in the dense model
 _HALF = 0.625  # of a symmetric product that is computed, in four panels
 _DOUBLE = 2.0  # cost of a float64 operation, in float32 ones, where they are vectorised
 
@@ -145,11 +146,14 @@ def pruning_cost(
     # Errors before and after, of pruning everything, and two on held-out windows.
     evaluations = 5 * _HALF * _DOUBLE
     grams = targets = solving = 0.0
+    stream = getattr(config.get_text_config(), "hidden_size", 0)
     for group in groups:
         d, rows = group[0].shape[1], sum(layer.shape[0] for layer in group)
         share = _share(model, group[0])
         paired = not isinstance(group[0], StackedLayer)
         grams += 2 * d**2 * share * (_HALF * all_tokens + (tokens if paired else 0))
+        if paired and len(group) == 1 and rows == stream:  # makes up for what the residual stream has lost
+            grams += 2 * rows * d * tokens
         targets += _DOUBLE * (d**3 / 3 + 4 * rows * d**2) if paired else 0.0
         solving += (method.stages + 1) * d**3 + 2 * rows * d**2 * (products + evaluations)
     size = (getattr(config, "dtype", None) or model.dtype).itemsize
@@ -174,7 +178,7 @@ def pruning_cost(
         block_bytes=size * max(sizes),
         rest_bytes=size * (model.num_parameters() - sum(sizes)),
         states_bytes=states_bytes(model, size, all_tokens),
-        inside_bytes=size * tokens * inside,
+        inside_bytes=size * tokens * (inside + _STREAMS * stream),
         gram_bytes=gram_bytes(selection.layers),
         layer_bytes=layer_bytes(groups),
     )

@@ -15,6 +15,7 @@ from maskopt.models.experts import Products, Stack
 from maskopt.models.layers import Layer
 from maskopt.models.moments import Gram, Moments, Sums, inseparable, not_finite
 from maskopt.models.ranks import Ranks
+from maskopt.models.residual import Lost
 from maskopt.models.states import States
 from maskopt.models.sums import add_product, add_square, full_precision, multipliable
 
@@ -105,6 +106,8 @@ class GramCollector(Inputs):
         The parts of the batches (`Batch.part`) that run here; other processes run the others.
     total : bool
         Whether the inputs themselves are summed, too.
+    lost : Lost, optional
+        What the residual stream has lost before layers that add to it.
     """
 
     def __init__(
@@ -114,9 +117,10 @@ class GramCollector(Inputs):
         parts: range = range(1),
         *,
         total: bool = False,
+        lost: Lost | None = None,
     ) -> None:
         super().__init__(layers)
-        self._dense = dense
+        self._dense, self._lost = dense, lost
         self._moments = Moments(layers, self._stacked, parts, total)
         # The references keep the addresses of a batch's tensors from being used again.
         self._seen: dict[tuple[object, ...], tuple[Tensor, Layer]] = {}
@@ -172,16 +176,20 @@ class GramCollector(Inputs):
         if key in self._seen:
             common = self._seen[key][1]
             if moments.leaders.setdefault(layer, common) is common:
+                moments.sums[common].kinds.pop("lost", None)  # it is of one layer's rows
                 return
         leader = moments.leaders.setdefault(layer, layer)
         if leader is not layer:
             raise inseparable(layer, leader)
-        sums = moments.begun(layer, layer, cross=self._dense is not None)
+        lost = self._lost if self._lost is not None and layer in self._lost else None
+        sums = moments.begun(layer, layer, cross=self._dense is not None, lost=lost is not None)
         rows = multipliable(self._token_rows(layer, x))
         self._add(sums, rows)
         assert self._batch is not None
         if "cross" in sums.kinds and not self._batch.held_out:
             self._pair(sums, layer, before, x, rows)
+            if lost is not None:
+                self._pair_lost(sums, layer, lost.before(layer), x, rows)
         self._seen[key] = x, layer
 
     def _observe(self) -> Products | None:
@@ -257,6 +265,19 @@ class GramCollector(Inputs):
         cross = sums.kinds["cross"].part(self._batch.part, (rows.shape[-1],) * 2, rows.device)
         with full_precision():
             add_product(cross, self._token_rows(layer, before), rows)
+
+    def _pair_lost(self, sums: Sums, layer: Layer, lost: Tensor | None, x: Tensor, rows: Tensor) -> None:
+        """Add this call's part of the sum with what is lost; drop it where that has other tokens."""
+        assert self._batch is not None
+        if lost is None or "cross" not in sums.kinds or lost.shape[:-1].numel() != x.shape[:-1].numel():
+            sums.kinds.pop("lost", None)
+            return
+        if "lost" not in sums.kinds:
+            return
+        missing = multipliable(self._token_rows(layer, lost.view(*x.shape[:-1], -1).to(rows.device)))
+        total = sums.kinds["lost"].part(self._batch.part, (missing.shape[-1], rows.shape[-1]), rows.device)
+        with full_precision():
+            add_product(total, missing, rows)
 
     def _token_rows(self, layer: Layer, x: Tensor) -> Tensor:
         """Return the inputs at the positions that are not padding, shape (tokens, d)."""

@@ -182,12 +182,13 @@ def gram_bytes(layers: Iterable[Layer]) -> int:
     layers : iterable of Layer
         To prune.
     """
-    widest, stacks = 0, Counter[object]()
+    most, stacks = 0, Counter[object]()
     for layer in layers:
-        widest = max(widest, layer.shape[1])
+        rows, width = layer.shape
+        most = max(most, 4 * (_GRAM_ARRAYS * width + rows) * width)  # beside them a sum with what the stream has lost
         if isinstance(layer, StackedLayer):
             stacks[layer.stack] += 4 * layer.shape[1] ** 2
-    return max([4 * _GRAM_ARRAYS * widest**2, *stacks.values()])
+    return max([most, *stacks.values()])
 
 
 def layer_bytes(groups: Iterable[Sequence[Layer]]) -> int:

@@ -17,7 +17,7 @@ from maskopt.models.sums import OrderedSum, mirror
 
 __all__ = ["Gram", "Moments", "Sums", "inseparable", "not_finite"]
 
-_KINDS = ("matrix", "held_out", "total", "cross")  # the last may be dropped on the way
+_KINDS = ("matrix", "held_out", "total", "cross", "lost")  # the last two may be dropped on the way
 
 
 @dataclass(eq=False)
@@ -41,6 +41,9 @@ class Gram:
         Whether the matrix contains tokens of other experts, in place of missing ones (`GramCollector`).
     total : Tensor, optional
         Sum of the inputs, float32, shape (d,); None where not asked for.
+    lost : Tensor, optional
+        Sum of e y^T, where e is what the leader would have to add to make up for all that the residual stream has lost
+        before it, float32, shape (rows, d); None for layers that do not add to the stream.
     """
 
     matrix: Tensor
@@ -50,6 +53,7 @@ class Gram:
     held_out: Tensor | None = None
     pooled: bool = False
     total: Tensor | None = None
+    lost: Tensor | None = None
 
     @property
     def mean(self) -> Tensor | None:
@@ -66,19 +70,19 @@ class Sums:
         See `Gram`.
     first : int
         This process's first part of the batches.
-    cross, total : bool
-        Whether there are cross terms, and sums of the inputs.
+    cross, total, lost : bool
+        Whether there are cross terms, sums of the inputs, and sums with what is lost.
 
     Attributes
     ----------
     kinds : dict of str to OrderedSum
-        By attribute of `Gram`; "cross" is missing where there are no cross terms, or no longer.
+        By attribute of `Gram`; "cross" and "lost" are missing where there are none, or no longer.
     tokens : int
     """
 
-    def __init__(self, leader: Layer, first: int, *, cross: bool, total: bool) -> None:
+    def __init__(self, leader: Layer, first: int, *, cross: bool, total: bool, lost: bool) -> None:
         self.leader, self.tokens = leader, 0
-        optional = {"cross": cross, "total": total}
+        optional = {"cross": cross, "total": total, "lost": lost}
         self.kinds = {kind: OrderedSum(first) for kind in _KINDS if optional.get(kind, True)}
 
 
@@ -151,7 +155,7 @@ class Moments:
         self.calls = dict.fromkeys(self.layers, 0)
         self._keys: list[Layer | Stack] = [*self.layers, *self.stacked]
 
-    def begun(self, key: Layer | Stack, leader: Layer, *, cross: bool = False) -> Sums:
+    def begun(self, key: Layer | Stack, leader: Layer, *, cross: bool = False, lost: bool = False) -> Sums:
         """Return the sums of a leader or a stack, which begin with the first call.
 
         Parameters
@@ -159,11 +163,11 @@ class Moments:
         key : Layer or Stack
         leader : Layer
             What messages call them.
-        cross : bool
-            Whether there are cross terms.
+        cross, lost : bool
+            Whether there are cross terms, and sums with what is lost.
         """
         if key not in self.sums:
-            self.sums[key] = Sums(leader, self.parts.start, cross=cross, total=self.total)
+            self.sums[key] = Sums(leader, self.parts.start, cross=cross, total=self.total, lost=lost)
         return self.sums[key]
 
     @property
@@ -270,10 +274,10 @@ class Moments:
         number, leader = self._keys.index(key), self._leader_of(key)
         assert self._accounts is not None, "agree() comes first"
         accounts = [known.sums.get(number) for known in self._accounts]
-        paired = all(account is None or "cross" in account.pieces for account in accounts)
+        kinds = [kind for kind in _KINDS if all(account is None or kind in account.pieces for account in accounts)]
         totals: dict[str, Tensor | None] = {}
         sums = self.sums.pop(key, None)
-        for kind in self._summed(paired):
+        for kind in kinds:
             total = OrderedSum()
             for source, account in enumerate(accounts):
                 own = iter([] if sums is None else sums.kinds[kind].pieces)
@@ -296,14 +300,11 @@ class Moments:
             self._empty(leader).zero_() if matrix is None else matrix,
             leader,
             self._tokens[key],
-            self._empty(leader).zero_() if cross is None and paired else cross,
+            self._empty(leader).zero_() if cross is None and "cross" in kinds else cross,
             held_out,
             total=totals.get("total"),
+            lost=totals.get("lost"),
         )
-
-    def _summed(self, paired: bool) -> list[str]:
-        optional = {"cross": paired, "total": self.total}
-        return [kind for kind in _KINDS if optional.get(kind, True)]
 
     def _fill(self, pool: _Pool, ranks: Ranks, wanted: Mapping[Layer, Sequence[int]]) -> None:
         """Give matrices of a stack that saw fewer tokens than they have inputs the missing ones of all."""
@@ -345,6 +346,7 @@ class Moments:
                 matrices["held_out"],
                 bool(pooled),
                 matrices["total"],
+                matrices["lost"],
             )
 
     def _leader_of(self, key: Layer | Stack) -> Layer:
@@ -352,9 +354,8 @@ class Moments:
 
     def _empty(self, leader: Layer, kind: str = "matrix") -> Tensor:
         size = leader.shape[1]
-        return torch.empty(
-            (size,) if kind == "total" else (size, size), device=leader.parameter.device, dtype=torch.float32
-        )
+        shape = {"total": (size,), "lost": leader.shape}.get(kind, (size, size))
+        return torch.empty(shape, device=leader.parameter.device, dtype=torch.float32)
 
 
 def _place(key: Layer | Stack, wanted: Mapping[Layer, Sequence[int]]) -> int:

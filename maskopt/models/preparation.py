@@ -20,6 +20,7 @@ from maskopt.models.layers import Layer
 from maskopt.models.offload import offload_of
 from maskopt.models.propagation import Accompanied, Corrected, Dense, Propagation, Pruned, Stage, last_uses
 from maskopt.models.replay import Replay
+from maskopt.models.residual import Target
 from maskopt.models.selection import LeftDense, Selection
 from maskopt.models.states import Place
 from maskopt.oracles import MaskSet
@@ -49,6 +50,7 @@ def check_arguments(
     solver: object,
     propagate: object,
     correction: object,
+    target: object,
     on_error: object,
     progress: object,
     memory: object,
@@ -64,6 +66,7 @@ def check_arguments(
     check_solver(solver)
     for name, value, options, optional in (
         ("propagate", propagate, get_args(Propagate), True),
+        ("target", target, get_args(Target), False),
         ("on_error", on_error, get_args(OnError), False),
         ("states", states, get_args(Place), True),
     ):
@@ -180,6 +183,7 @@ def propagation_of(
     order: CallOrder,
     stages: Sequence[Stage],
     memory: int,
+    target: Target,
 ) -> Propagation:
     """Return what runs the blocks; with `by_block` it knows the dense model's states, too."""
     if kind == "dense":
@@ -199,5 +203,7 @@ def propagation_of(
             f"lost once blocks are pruned; use {'recover at the level ' if by_block else 'propagate='}"
             f"{'model' if by_block else 'pruned'!r}."
         )
-    chosen = Corrected if kind == "corrected" else Accompanied
-    return chosen(replay, edits, order, last_uses(model, replay, stages), memory)
+    uses = last_uses(model, replay, stages)
+    if kind == "corrected":
+        return Corrected(replay, edits, order, uses, memory, target)
+    return Accompanied(replay, edits, order, uses, memory)

@@ -6,7 +6,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from maskopt.models.experts import in_groups
 from maskopt.models.gram import DenseInputs, GramCollector
 from maskopt.models.layers import Layer, swapped
 from maskopt.models.replay import Replay
+from maskopt.models.residual import Lost, Target
 from maskopt.models.reuse import Reuse
 
 __all__ = ["Accompanied", "Corrected", "Dense", "Propagation", "Pruned", "Stage", "last_uses"]
@@ -200,18 +201,30 @@ class Corrected(Pruned):
         Of the layers.
     uses : mapping of Layer to int
         The position of the last stage that uses a layer's weight, where that is later than the layer's own.
+    target : {"stream", "layer"}
+        As for `prune`.
     """
 
     apart: ClassVar[bool] = True
 
-    def __init__(self, replay: Replay, edits: Edits, order: CallOrder, uses: Mapping[Layer, int], memory: int) -> None:
+    def __init__(
+        self,
+        replay: Replay,
+        edits: Edits,
+        order: CallOrder,
+        uses: Mapping[Layer, int],
+        memory: int,
+        target: Target = "layer",
+    ) -> None:
         super().__init__(replay, edits, memory)
+        self._target = target
         self._dense = replay.dense_copy()
         self._order, self._uses = order, uses
         self._originals: dict[Layer, Tensor] = {}
         """Dense weights of pruned layers that the dense stream still needs."""
         self._inputs = DenseInputs(())
         self._reuse: Reuse | None = None
+        self._lost: Lost | None = None
 
     def turns(self, stage: Stage) -> list[tuple[Layer, ...]]:
         """Return a stage's layers in the order of their calls; one turn has those with one input or of one kind.
@@ -230,14 +243,19 @@ class Corrected(Pruned):
         turn = self._turns.index(tuple(layers))
         if turn == 0:
             self._inputs = DenseInputs(stage.layers, self._replay.keeping(self._order.size(stage.layers)))
-            self._reuse = None if stage.position is None else self._replay.reuse(stage.position, self._turns)
+            self._reuse = self._lost = None
+            if stage.position is not None:
+                self._reuse = self._replay.reuse(stage.position, self._turns)
+                if self._target == "stream":
+                    self._lost = self._replay.lost(stage.position, stage.layers)
         later = [layer for others in self._turns[turn + 1 :] for layer in others]
-        grams = GramCollector(layers, self._inputs, self._replay.parts, total=self.means)
+        grams = GramCollector(layers, self._inputs, self._replay.parts, total=self.means, lost=self._lost)
         for index in self._replay.own:
             if turn == 0:  # the first turn's inputs need not wait
                 self._run_dense(stage, index)
             self._inputs.begin(index)
-            with grams, self._reusing(index, layers, later):
+            losing = nullcontext() if self._lost is None else self._lost.pruned(index, layers, first=turn == 0)
+            with grams, self._reusing(index, layers, later), losing:
                 self._run(self._replay, stage, before=grams.begin, indices=[index], until=layers)
         return grams
 
@@ -256,7 +274,7 @@ class Corrected(Pruned):
                 self._run(self._replay, stage, store=True, indices=[index])
         if not stage.layers:
             self._pass_dense(stage)
-        self._reuse = None
+        self._reuse = self._lost = None
         self._inputs = DenseInputs(())
         assert stage.position is not None, "the stage outside the blocks is the last"
         position = stage.position
@@ -278,8 +296,12 @@ class Corrected(Pruned):
     def _run_dense(self, stage: Stage, index: int) -> None:
         """Run the dense block on a batch, and keep its output and the inputs of its layers."""
         self._inputs.begin(index)
-        # Of held-out batches no cross terms are summed.
-        with self._as_it_was(), nullcontext() if self._replay.held_out(index) else self._inputs:
+        with ExitStack() as undo:
+            undo.enter_context(self._as_it_was())
+            if not self._replay.held_out(index):  # of those no cross terms are summed
+                undo.enter_context(self._inputs)
+                if self._lost is not None:
+                    undo.enter_context(self._lost.dense(index))
             self._run(self._dense, stage, store=True, indices=[index])
 
     def _pass_dense(self, stage: Stage) -> None:

@@ -42,6 +42,7 @@ from maskopt.models.recovering import RecoveryOfRun
 from maskopt.models.recovery import divided
 from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.report import PruneReport, circumstances
+from maskopt.models.residual import Target
 from maskopt.models.selection import select_layers
 from maskopt.models.solving import Observer, Progress, Work
 from maskopt.models.states import Place, Storage
@@ -83,6 +84,7 @@ def prune(
     *,
     propagate: Propagate | None = None,
     correction: float = CORRECTION,
+    target: Target = "stream",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     start: Mapping[str, Tensor] | None = None,
@@ -132,6 +134,10 @@ def prune(
     correction : float
         With "corrected", how far the target moves from the layer's own output on its inputs (0) to the output in the
         dense model (1). In full, each layer spends its weights on making up for all before it.
+    target : {"stream", "layer"}
+        With "corrected", what layers aim at whose output is added to the residual stream: the dense model's stream
+        behind them, so that they make up for what others before them have lost of it, or their own outputs alone. Which
+        layers those are is found by running a block; where outputs are normed on their way there are none.
     include, exclude : sequence of str
         Patterns of `fnmatch` on full layer names, see `select_layers`. By default all linear layers inside the
         blocks are pruned. Layers outside the blocks come last.
@@ -200,6 +206,7 @@ def prune(
         solver,
         propagate=propagate,
         correction=correction,
+        target=target,
         include=include,
         exclude=exclude,
         start=start,
@@ -224,6 +231,7 @@ def prune_layers(
     *,
     propagate: Propagate | None = None,
     correction: float = CORRECTION,
+    target: Target = "stream",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     start: Mapping[str, Tensor] | None = None,
@@ -243,7 +251,7 @@ def prune_layers(
 
     Parameters
     ----------
-    model, batches, masks, solver, propagate, correction, include, exclude, start, certify, certify_seconds
+    model, batches, masks, solver, propagate, correction, target, include, exclude, start, certify, certify_seconds
         As for `prune`.
     device, memory, states, progress, on_error, recover, held_out, further
         As for `prune`; `masks` may also be a set for each layer to prune, by name.
@@ -255,7 +263,7 @@ def prune_layers(
     PruneReport
     """
     solver = ContinuationFrankWolfe() if solver is None else solver
-    check_arguments(masks, solver, propagate, correction, on_error, progress, memory, recover, states)
+    check_arguments(masks, solver, propagate, correction, target, on_error, progress, memory, recover, states)
     check_model(model)
     ranks = current()
     if ranks.count > 1 and (certify is not None or recover is not None or observe is not None):
@@ -287,8 +295,14 @@ def prune_layers(
         began = time.perf_counter()
         order = CallOrder(selection.blocks, selection.outside)
         with order:
+            corrects = propagate == "corrected" or (propagate is None and solver.corrects and certify is None)
             replay = Replay(
-                model, list(selection.blocks), prepared, storage, share(prepared, ranks.number, ranks.count)
+                model,
+                list(selection.blocks),
+                prepared,
+                storage,
+                share(prepared, ranks.number, ranks.count),
+                writing=corrects and target == "stream",
             )
             selection = selection.without(order.elsewise)
             stages = stages_of(replay, selection)
@@ -298,17 +312,16 @@ def prune_layers(
         # Oriented only now: the batches may have shown that stacked matrices are transposed.
         starts = {layer: layer.oriented(mask) for layer, mask in starts.items()}
         if propagate is None:
-            corrects = solver.corrects and certify is None and replay.shortcut
-            propagate = "corrected" if corrects else "pruned"
+            propagate = "corrected" if corrects and replay.shortcut else "pruned"
         edits = Edits(on_error == "restore" and offload is None)
         by_block = recover is not None and (recover.level == "block" or (replay.shortcut and propagate != "dense"))
-        propagation = propagation_of(propagate, by_block, model, replay, edits, order, stages, memory)
+        propagation = propagation_of(propagate, by_block, model, replay, edits, order, stages, memory, target)
         report = PruneReport()
         report.settings = {
             "masks": masks_setting(masks),
             "solver": repr(solver),
             "propagate": propagate,
-            **({"correction": correction} if propagate == "corrected" else {}),
+            **({"correction": correction, "target": target} if propagate == "corrected" else {}),
             **({} if recover is None else {"recover": repr(recover)}),
             **({} if last is None or further is None else {"further_tokens": last.tokens}),
             "include": list(include),

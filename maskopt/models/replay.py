@@ -25,6 +25,7 @@ from maskopt.files import first_line
 from maskopt.models.batches import Batch, opening
 from maskopt.models.blocks import Block
 from maskopt.models.layers import Layer, is_linear
+from maskopt.models.residual import Lost, writers
 from maskopt.models.reuse import Course, Reuse, answering
 from maskopt.models.states import States, Storage, copied
 from maskopt.solvers.arguments import without_autocast
@@ -118,6 +119,8 @@ class Replay:
         Where the states of all batches are kept; on the device by default.
     own : range, optional
         Indices of the batches that run in this process (`share`); all by default.
+    writing : bool
+        Whether to find the layers that add to the residual stream, by a few runs of each kind of block.
 
     Attributes
     ----------
@@ -139,8 +142,10 @@ class Replay:
         batches: Sequence[Batch],
         storage: Storage | None = None,
         own: Sequence[int] | None = None,
+        *,
+        writing: bool = False,
     ) -> None:
-        self._model = model
+        self._model, self._writing = model, writing
         # Which blocks run, and when, two sequences tell as well as many.
         self._batches: Sequence[Batch] = [opening(batch) for batch in batches[:2]]
         self.own: Sequence[int] = range(len(self._batches))
@@ -184,6 +189,23 @@ class Replay:
         reuse = Reuse(block, self.course)
         reuse.states = self.keeping(reuse.size(turns))
         return reuse
+
+    def lost(self, position: int, layers: Sequence[Layer]) -> Lost | None:
+        """Return what collects the losses of the residual stream inside a block; None where no layer aims at them.
+
+        Parameters
+        ----------
+        position : int
+            Of the block in the order of execution.
+        layers : sequence of Layer
+            Those of the block that are chosen.
+        """
+        block, course = self.order[position], self.course
+        if not self.shortcut:
+            return None
+        lost = Lost(block, course.writers, layers, course.entered, course.left)
+        lost.states = self.keeping(lost.tensors * course.outputs[block.module])
+        return lost if lost else None
 
     def keeping(self, size: int) -> States:
         """Return a place for tensors of all batches.
@@ -337,7 +359,10 @@ class Replay:
     def _reproduces(self, finals: dict[str, Tensor]) -> bool:
         """Whether running the blocks one by one ends in the states of the model's own forward."""
         try:
+            known: dict[object, dict[str, float]] = {}
             for position in range(len(self.order)):
+                if self._writing:
+                    self._find_writers(position, known)
                 # The second batch overwrites states that a model may have kept of the first one.
                 self.run(position, store=True)
             return all(_close(first_tensor(self._states.get((stack, 0))), final) for stack, final in finals.items())
@@ -346,6 +371,19 @@ class Replay:
             return False
         finally:
             self._states.clear()
+
+    def _find_writers(self, position: int, known: dict[object, dict[str, float]]) -> None:
+        """Record the layers that add to the residual stream; blocks of one kind have those of the first one."""
+        block = self.order[position]
+        modules = dict(block.module.named_modules())
+        names = {module: name for name, module in modules.items()}
+        kind = type(block.module), tuple(name for name, module in modules.items() if is_linear(module))
+        if kind not in known:
+            found = writers(block, lambda: first_tensor(self.output(position, 0)))
+            known[kind] = {names[module]: factor for module, factor in found.items()}
+        for name, factor in known[kind].items():
+            if self.course.calls.get(modules[name]) == 1:
+                self.course.writers[modules[name]] = factor
 
 
 class _Reached(Exception):  # noqa: N818 - control flow, not an error

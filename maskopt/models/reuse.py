@@ -40,6 +40,8 @@ class Course:
         Bytes of tensors in positional arguments, and in what was returned.
     ends : dict of Module to Module
         The linear layer whose output a module returned as it was.
+    writers : dict of Module to float
+        Linear layers whose output is added to the residual stream, and the factor, see `residual.writers`.
     """
 
     entered: dict[nn.Module, int] = field(default_factory=dict)
@@ -48,6 +50,7 @@ class Course:
     inputs: dict[nn.Module, int] = field(default_factory=dict)
     outputs: dict[nn.Module, int] = field(default_factory=dict)
     ends: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    writers: dict[nn.Module, float] = field(default_factory=dict)
     _shapes: dict[nn.Module, Callable[[Tensor], Any]] = field(default_factory=dict)
 
     @contextmanager

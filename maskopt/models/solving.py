@@ -215,8 +215,16 @@ class Work:
         if gram.cross is None:
             problem = LayerReconstruction(weight, matrix, gram.tokens, mean=mean, check=False)
         else:
-            cross, strength = gram.cross.to(weight.device), self.correction
-            problem = LayerReconstruction.towards(weight, matrix, cross, gram.tokens, strength=strength, mean=mean)
+            lost = None if gram.lost is None else gram.lost.to(weight.device)
+            problem = LayerReconstruction.towards(
+                weight,
+                matrix,
+                gram.cross.to(weight.device),
+                gram.tokens,
+                strength=self.correction,
+                mean=mean,
+                lost=lost,
+            )
         starts = [self.starts[layer] for layer in layers if layer in self.starts]
 
         def tell(state: State) -> None:

@@ -107,7 +107,7 @@ class Trials:
     fixed : mapping of str to float
         Sparsity of the layers that are not free, by name.
     options : mapping
-        `propagate`, `correction`, `include`, `exclude` and `memory` of `prune`.
+        `propagate`, `correction`, `target`, `include`, `exclude` and `memory` of `prune`.
     progress : callable or None
     uniform : mapping of str to int, optional
         Counts that others are compared with, in place of those at the mean sparsity; they set the budget.
@@ -300,6 +300,7 @@ class Trials:
             "layers": sorted(self.counts),
             "propagate": self._options["propagate"],
             "correction": self._options["correction"],
+            "target": self._options["target"],
         }
 
     def observe_dense(self, what: str, masks: MaskSet, solver: Solver, observe: Observer) -> None:

@@ -69,6 +69,7 @@ def free_widths(
     options: dict[str, Any] = {
         "propagate": "pruned",
         "correction": 0.0,
+        "target": "layer",
         "include": list(layers),
         "exclude": (),
         "memory": memory,

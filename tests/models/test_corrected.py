@@ -11,13 +11,29 @@ from maskopt.problems import LayerReconstruction
 from maskopt.solvers import ContinuationFrankWolfe, Wanda
 from maskopt.weights import ALPS, ConditionalADMM, FISTAPruner, LeastSquares
 
+STREAMS = {
+    "self_attn.o_proj": "input_layernorm",
+    "mlp.down_proj": "post_attention_layernorm",
+    "attn.c_proj": "ln_1",
+    "mlp.c_proj": "ln_2",
+}
+"""Layers that add to the residual stream, and the module that reads the stream before they do."""
+
+
+def stream_of(layer: str) -> str | None:
+    """The name of the module that reads the residual stream to which a layer adds."""
+    return next((layer.replace(end, reader) for end, reader in STREAMS.items() if layer.endswith(end)), None)
+
 
 @pytest.mark.parametrize("options", [{}, {"correction": 1.0}])
 @pytest.mark.parametrize("padded", [False, True])
 def test_inputs_are_those_of_the_pruned_model_and_targets_those_of_the_dense(
     build, make_batches, inputs_of, recorder, padded, options
 ):
-    """Every layer is calibrated on its final inputs: all layers before it have their final weights."""
+    """Every layer is calibrated on its final inputs: all layers before it have their final weights.
+
+    What adds to the residual stream makes up for what that has lost, too.
+    """
     for name in ("llama", "gpt2"):
         recorder.problems.clear()
         model, dense, batches = build(name), build(name), make_batches(padded)
@@ -26,7 +42,8 @@ def test_inputs_are_those_of_the_pruned_model_and_targets_those_of_the_dense(
         strength = options.get("correction", 0.7)
         assert report.settings["correction"] == strength
         names = [record.name for record in report.layers]
-        now, before = inputs_of(model, batches, names), inputs_of(dense, batches, names)
+        read = [*names, *filter(None, map(stream_of, names))]
+        now, before = inputs_of(model, batches, read), inputs_of(dense, batches, read)
         for layer, problem in zip(names, recorder.problems, strict=True):
             y, x = now[layer], before[layer]
             gram, cross = y.T @ y, x.T @ y
@@ -35,7 +52,9 @@ def test_inputs_are_those_of_the_pruned_model_and_targets_those_of_the_dense(
             weight = dense.get_submodule(layer).weight.detach()
             weight = weight.T if name == "gpt2" else weight
             torch.testing.assert_close(problem.weight, weight.float())
-            aim = LayerReconstruction.towards(weight.double(), gram, cross, strength=strength).scaled_target
+            stream = stream_of(layer)
+            lost = None if stream is None else (before[stream] - now[stream]).T @ y
+            aim = LayerReconstruction.towards(weight.double(), gram, cross, strength=strength, lost=lost).scaled_target
             torch.testing.assert_close(problem.scaled_target.double(), aim, rtol=0, atol=2e-3 * float(aim.abs().max()))
 
 

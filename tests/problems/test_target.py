@@ -129,6 +129,28 @@ def test_towards_aims_at_the_best_weights_on_the_new_inputs(layer, seed):
     torch.testing.assert_close(same.scaled_target, layer.weight, rtol=0, atol=1e-12)
 
 
+@given(layers(rows=(1, 3), d=(1, 6)), st.integers(0, 99))
+@examples(40)
+def test_towards_makes_up_for_what_was_lost_before(layer, seed):
+    random = np.random.default_rng(seed)
+    new = layer.x + torch.from_numpy(random.standard_normal(layer.x.shape))
+    size = float((layer.weight @ layer.x).square().mean().sqrt()) + 1e-300
+    missing = size * torch.from_numpy(random.standard_normal((layer.shape[0], layer.x.shape[1])))
+    gram, cross, wanted = new @ new.T, layer.x @ new.T, missing + layer.weight @ layer.x
+    aim = LayerReconstruction.towards(layer.weight, gram, cross, ridge=1e-9, lost=missing @ new.T).target
+    best = torch.from_numpy(np.linalg.lstsq(new.T.numpy(), wanted.T.numpy(), rcond=None)[0].T)
+    minimum = float((wanted - best @ new).square().sum())
+    whole = float(wanted.square().sum()) + float((layer.weight @ new).square().sum())
+    assert float((wanted - aim @ new).square().sum()) <= minimum + 1e-5 * (whole + 1e-300)
+
+
+def test_what_was_lost_has_the_shape_of_the_weight():
+    with pytest.raises(MaskoptError, match=r"lost needs the shape of the weight, \(2, 3\); got \(3, 2\)"):
+        LayerReconstruction.towards(torch.ones(2, 3), torch.eye(3), torch.eye(3), lost=torch.ones(3, 2))
+    with pytest.raises(MaskoptError, match="lost"):
+        LayerReconstruction.towards(torch.ones(1, 1), torch.eye(1), torch.eye(1), lost=torch.tensor([[float("nan")]]))
+
+
 def test_a_large_ridge_draws_the_target_towards_the_weight():
     random = np.random.default_rng(5)
     weight, x, new = (torch.from_numpy(random.standard_normal(shape)) for shape in ((2, 5), (5, 40), (5, 40)))
