@@ -162,7 +162,7 @@ class Lost:
             own = self.states.pop((self._names[module], index))
             self._add(index, own - output, self._factors[module])
 
-        begins = min(self._entered[layer.module] for layer in turn)
+        begins = min(self._entered.get(layer.module, 0) for layer in turn)  # an expert may not have been called
         with ExitStack() as undo:
             if first:
                 undo.callback(self._block.register_forward_pre_hook(enter, with_kwargs=True).remove)
