@@ -1,5 +1,6 @@
 """One thread per worker, one hypothesis profile, and the selection that `make quick` runs."""
 
+import gc
 import os
 import zlib
 
@@ -46,3 +47,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = {id(item) for item in chosen.values()}
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
     items[:] = [item for item in items if id(item) in kept]
+
+
+def pytest_collection_finish() -> None:
+    """Leave what collection made out of every later garbage collection: thousands of tests, torch and transformers."""
+    gc.collect()
+    gc.freeze()
