@@ -56,8 +56,8 @@ __all__ = ["CORRECTION", "Progress", "Propagate", "PruningError", "prune", "prun
 CORRECTION = 0.7
 """Strength of the correction of errors upstream.
 
-Measured (benchmarks/correction.py): perplexity is lowest between .5 and .85, least where windows are few and models lose
-much. Errors of single layers against the dense outputs say 1, on held-out windows, too: only the model shows it.
+Measured (benchmarks/correction.py): perplexity is lowest between .5 and .85. Errors of single layers against the dense
+outputs say 1, on held-out windows, too: only the model shows it.
 """
 
 
