@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -209,22 +210,25 @@ def _solve(
         masks.check(problem.shape)  # raises here, before any work, where the set does not fit
     rows, columns = problem.shape
     with ordinary_torch(problem.device), sized_threads(rows * columns * columns):
-        return _carried_out(problem, pieces, solver, solver.start if start is None else start, monitor, record)
+        start = solver.start if start is None else start
+        starts = {id(masks): _start_mask(problem, masks, start) for masks in _different(pieces)}
+        chunks = _chunks(problem, pieces, starts, solver, monitor.memory, record)
+        outcomes = iter(solver.run_chunks([chunk for part in chunks for chunk in part], monitor))
+        return _results(problem, pieces, solver, chunks, outcomes, monitor)
 
 
-def _carried_out(
+def _chunks(
     problem: Problem,
     pieces: Sequence[tuple[MaskSet, slice]],
+    starts: Mapping[int, Tensor | None],
     solver: Solver,
-    start: Tensor | Solver | None,
-    monitor: Monitor,
+    memory: int,
     record: Record,
-) -> list[Result]:
-    rows = problem.shape[0]
-    everything = slice(0, rows)
+) -> list[list[Chunk]]:
+    """Return what is solved at a time, of each piece; starting masks are by the identity of the set."""
     seen = problem if solver.relaxes else problem.unshifted()
-    starts = {id(masks): _start_mask(problem, masks, start) for masks in _different(pieces)}
-    chunks, counts, total, done = list[Chunk](), list[int](), sum(part.stop - part.start for _, part in pieces), 0
+    everything, total, done = slice(0, problem.shape[0]), _rows_of(pieces), 0
+    chunks = list[list[Chunk]]()
     for masks, part in pieces:
         first, row_block = starts[id(masks)], row_block_of(problem, masks)
         if first is None and solver.needs_start:
@@ -232,28 +236,41 @@ def _carried_out(
                 f"{solver.name} needs a mask to start from; give solve(..., start=...) a mask or a solver."
             )
         apart = solver.solves_rows_apart(masks) or (solver.row_wise and solver.blockwise)
-        spans = list(row_chunks(seen, solver.arrays, monitor.memory, row_block, part)) if apart else [part]
-        counts.append(len(spans))
-        for index in spans:
+        chunks.append([])
+        for index in row_chunks(seen, solver.arrays, memory, row_block, part) if apart else [part]:
             own = seen if index == everything else seen.rows(index)
             own_masks = masks if index == everything else masks.rows(index, problem.shape)
             recorder = None if record == 0 else Recorder(own, own_masks, RowBlocks(row_block), record)
             before, done = done, done + index.stop - index.start
             start_mask = None if first is None else first[index]
-            chunks.append(Chunk(own, own_masks, start_mask, (before / total, done / total), recorder))
-    outcomes = solver.run_chunks(chunks, monitor)
-    results, chunk = list[Result](), 0
-    for (masks, part), count in zip(pieces, counts, strict=True):
-        own, own_masks = (
-            (problem, masks) if part == everything else (problem.rows(part), masks.rows(part, problem.shape))
-        )
-        mine = slice(chunk, chunk + count)
-        recorders = [chunk.recorder for chunk in chunks[mine] if chunk.recorder is not None]
-        result = _evaluated(own, own_masks, solver, outcomes[mine], recorders, monitor.ended)
+            chunks[-1].append(Chunk(own, own_masks, start_mask, (before / total, done / total), recorder))
+    return chunks
+
+
+def _results(
+    problem: Problem,
+    pieces: Sequence[tuple[MaskSet, slice]],
+    solver: Solver,
+    chunks: Sequence[Sequence[Chunk]],
+    outcomes: Iterator[Outcome],
+    monitor: Monitor,
+) -> list[Result]:
+    """Return the result of each piece, from the outcomes of its chunks."""
+    everything, total = slice(0, problem.shape[0]), _rows_of(pieces)
+    results = list[Result]()
+    for (masks, part), mine in zip(pieces, chunks, strict=True):
+        whole = part == everything
+        own, own_masks = (problem, masks) if whole else (problem.rows(part), masks.rows(part, problem.shape))
+        recorders = [chunk.recorder for chunk in mine if chunk.recorder is not None]
+        found = list(itertools.islice(outcomes, len(mine)))
+        result = _evaluated(own, own_masks, solver, found, recorders, monitor.ended)
         seconds = monitor.seconds * (part.stop - part.start) / total
         results.append(replace(result, seconds=seconds, counters={} if results else dict(monitor.counters)))
-        chunk += count
     return results
+
+
+def _rows_of(pieces: Sequence[tuple[MaskSet, slice]]) -> int:
+    return sum(part.stop - part.start for _, part in pieces)
 
 
 def _different(pieces: Sequence[tuple[MaskSet, slice]]) -> list[MaskSet]:
