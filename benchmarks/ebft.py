@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from maskopt.models.batches import prepare_batches, with_held_out
 from maskopt.models.recovery import divided
-from maskopt.models.replay import Replay, evaluation_mode, first_tensor
+from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.selection import select_layers
+from maskopt.models.states import first_tensor
 
 __all__ = ["ebft"]
 

@@ -17,9 +17,9 @@ from maskopt.models.experts import StackedLayer
 from maskopt.models.heap import resident_bytes
 from maskopt.models.layers import Layer
 from maskopt.models.recovery import Recoverer, divided
-from maskopt.models.replay import Replay, evaluation_mode, first_tensor
+from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.selection import select_layers
-from maskopt.models.states import stays
+from maskopt.models.states import first_tensor, stays
 from maskopt.oracles import Unstructured
 from maskopt.recovery import MaskRule, Recovery
 

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from maskopt.models.divergence import Divergence
-from maskopt.models.replay import Replay, first_tensor
+from maskopt.models.replay import Replay
 from maskopt.models.reuse import answering
+from maskopt.models.states import first_tensor
 from maskopt.models.windows import Data
 from maskopt.recovery import Objective
 

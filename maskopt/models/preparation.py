@@ -183,7 +183,6 @@ def propagation_of(
     order: CallOrder,
     stages: Sequence[Stage],
     memory: int,
-    target: Target,
 ) -> Propagation:
     """Return what runs the blocks; with `by_block` it knows the dense model's states, too."""
     if kind == "dense":
@@ -203,7 +202,5 @@ def propagation_of(
             f"lost once blocks are pruned; use {'recover at the level ' if by_block else 'propagate='}"
             f"{'model' if by_block else 'pruned'!r}."
         )
-    uses = last_uses(model, replay, stages)
-    if kind == "corrected":
-        return Corrected(replay, edits, order, uses, memory, target)
-    return Accompanied(replay, edits, order, uses, memory)
+    chosen = Corrected if kind == "corrected" else Accompanied
+    return chosen(replay, edits, order, last_uses(model, replay, stages), memory)

@@ -18,7 +18,7 @@ from maskopt.models.experts import in_groups
 from maskopt.models.gram import DenseInputs, GramCollector
 from maskopt.models.layers import Layer, swapped
 from maskopt.models.replay import Replay
-from maskopt.models.residual import Lost, Target
+from maskopt.models.residual import Lost
 from maskopt.models.reuse import Reuse
 
 __all__ = ["Accompanied", "Corrected", "Dense", "Propagation", "Pruned", "Stage", "last_uses"]
@@ -201,23 +201,12 @@ class Corrected(Pruned):
         Of the layers.
     uses : mapping of Layer to int
         The position of the last stage that uses a layer's weight, where that is later than the layer's own.
-    target : {"stream", "layer"}
-        As for `prune`.
     """
 
     apart: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        replay: Replay,
-        edits: Edits,
-        order: CallOrder,
-        uses: Mapping[Layer, int],
-        memory: int,
-        target: Target = "layer",
-    ) -> None:
+    def __init__(self, replay: Replay, edits: Edits, order: CallOrder, uses: Mapping[Layer, int], memory: int) -> None:
         super().__init__(replay, edits, memory)
-        self._target = target
         self._dense = replay.dense_copy()
         self._order, self._uses = order, uses
         self._originals: dict[Layer, Tensor] = {}
@@ -246,8 +235,7 @@ class Corrected(Pruned):
             self._reuse = self._lost = None
             if stage.position is not None:
                 self._reuse = self._replay.reuse(stage.position, self._turns)
-                if self._target == "stream":
-                    self._lost = self._replay.lost(stage.position, stage.layers)
+                self._lost = self._replay.lost(stage.position, stage.layers)
         later = [layer for others in self._turns[turn + 1 :] for layer in others]
         grams = GramCollector(layers, self._inputs, self._replay.parts, total=self.means, lost=self._lost)
         for index in self._replay.own:

@@ -314,7 +314,7 @@ def prune_layers(
             propagate = "corrected" if corrects and replay.shortcut else "pruned"
         edits = Edits(on_error == "restore" and offload is None)
         by_block = recover is not None and (recover.level == "block" or (replay.shortcut and propagate != "dense"))
-        propagation = propagation_of(propagate, by_block, model, replay, edits, order, stages, memory, target)
+        propagation = propagation_of(propagate, by_block, model, replay, edits, order, stages, memory)
         report = PruneReport()
         report.settings = {
             "masks": masks_setting(masks),

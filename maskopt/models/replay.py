@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from maskopt.errors import MaskoptError, is_memory_failure
 from maskopt.files import first_line
@@ -27,11 +26,11 @@ from maskopt.models.blocks import Block
 from maskopt.models.layers import Layer, is_linear
 from maskopt.models.residual import Lost, writers
 from maskopt.models.reuse import Course, Reuse, answering
-from maskopt.models.states import States, Storage, copied
+from maskopt.models.states import States, Storage, copied, first_tensor
 from maskopt.solvers.arguments import without_autocast
 from maskopt.threads import sized_threads
 
-__all__ = ["Replay", "evaluation_mode", "first_tensor", "run_model"]
+__all__ = ["Replay", "evaluation_mode", "run_model"]
 
 
 @contextmanager
@@ -200,12 +199,12 @@ class Replay:
         layers : sequence of Layer
             Those of the block that are chosen.
         """
-        block, course = self.order[position], self.course
-        if not self.shortcut:
+        if not self.shortcut or not any(layer.module in self.course.writers for layer in layers):
             return None
-        lost = Lost(block, course.writers, layers, course.entered, course.left)
-        lost.states = self.keeping(lost.tensors * course.outputs[block.module])
-        return lost if lost else None
+        block = self.order[position]
+        lost = Lost(block, self.course, layers)
+        lost.states = self.keeping(lost.tensors * self.course.outputs[block.module])
+        return lost
 
     def keeping(self, size: int) -> States:
         """Return a place for tensors of all batches.
@@ -357,7 +356,10 @@ class Replay:
         return list(calls), calls, finals
 
     def _reproduces(self, finals: dict[str, Tensor]) -> bool:
-        """Whether running the blocks one by one ends in the states of the model's own forward."""
+        """Whether running the blocks one by one ends in the states of the model's own forward.
+
+        Where layers that add to the residual stream are wanted, they are found on the way: blocks have their inputs.
+        """
         try:
             known: dict[object, dict[str, float]] = {}
             for position in range(len(self.order)):
@@ -411,17 +413,6 @@ def _ending_before(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 def _returned(answer: Any, *args: Any, **kwargs: Any) -> Any:
     return answer
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return the hidden states of a block's output: the tensor itself, or the first one of a tuple.
-
-    Parameters
-    ----------
-    output : object
-        What a block returned.
-    """
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 
 def _close(state: Tensor, expected: Tensor) -> bool:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from maskopt.models.blocks import Block
 from maskopt.models.layers import Layer, is_linear
-from maskopt.models.states import States
+from maskopt.models.reuse import Course
+from maskopt.models.states import States, first_tensor
 
 __all__ = ["Lost", "Target", "writers"]
 
@@ -38,38 +39,35 @@ def writers(block: Block, run: Callable[[], Tensor]) -> dict[nn.Module, float]:
     """
     modules = list(block.module.modules())
     shapes: dict[nn.Module, torch.Size] = {}
-    seen: list[Tensor] = []
-    probe: dict[nn.Module, Tensor] = {}
+    state = numbers = torch.empty(0)
+    tried: nn.Module | None = None
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(_states(args, kwargs).clone())
+        nonlocal state
+        state = first_tensor((args, kwargs)).clone()
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        if module is tried:
+            return numbers.view(output.shape)
         if isinstance(output, Tensor):
             shapes[module] = output.shape
-            if module in probe:
-                return probe[module].view(output.shape)
-        width = seen[-1].shape[-1]
-        return tree_map_only(
-            Tensor, lambda leaf: torch.zeros_like(leaf) if leaf.shape[-1:] == (width,) else leaf, output
-        )
+        width = state.shape[-1:]
+        return tree_map_only(Tensor, lambda leaf: torch.zeros_like(leaf) if leaf.shape[-1:] == width else leaf, output)
 
     with ExitStack() as undo:
         undo.callback(block.module.register_forward_pre_hook(enter, with_kwargs=True).remove)
         for module in [m for m in modules if is_linear(m) or _has_stacks(m)]:
             undo.callback(module.register_forward_hook(leave).remove)
         try:
-            base, state = run(), seen[0]
+            base = run()
             if base.shape != state.shape or not torch.equal(base, state):
                 return {}
             numbers = _numbers_like(state)
             found = {}
-            for module in [m for m in modules if is_linear(m) and _fits(shapes.get(m), state.shape)]:
-                probe[module] = numbers
+            for tried in [m for m in modules if is_linear(m) and _fits(shapes.get(m), state.shape)]:
                 factor = _factor(run(), state, numbers)
-                del probe[module]
                 if factor is not None:
-                    found[module] = factor
+                    found[tried] = factor
             return found
         except Exception:
             return {}  # a block that cannot be run with zeros is calibrated without
@@ -84,33 +82,21 @@ class Lost:
     Parameters
     ----------
     block : Block
-    factors : mapping of Module to float
-        See `writers`; of all of the block's.
+    course : Course
+        Its `writers` are all of the block's.
     layers : sequence of Layer
-        Those that are chosen.
-    entered, left : mapping of Module to int
-        When modules are called and return, see `Course`.
+        Those that are chosen; one of them at least adds to the stream.
     """
 
-    def __init__(
-        self,
-        block: Block,
-        factors: Mapping[nn.Module, float],
-        layers: Sequence[Layer],
-        entered: Mapping[nn.Module, int],
-        left: Mapping[nn.Module, int],
-    ) -> None:
-        self._block, self._entered, self._left = block.module, entered, left
-        own = {module: factors[module] for module in block.module.modules() if module in factors}
+    def __init__(self, block: Block, course: Course, layers: Sequence[Layer]) -> None:
+        self._block, self._course = block.module, course
+        own = {module: course.writers[module] for module in block.module.modules() if module in course.writers}
         self._aiming = {layer: own[layer.module] for layer in layers if layer.module in own}
-        last = max((entered[layer.module] for layer in self._aiming), default=-1)
-        self._factors = {module: factor for module, factor in own.items() if left[module] < last}
+        last = max(course.entered[layer.module] for layer in self._aiming)
+        self._factors = {module: factor for module, factor in own.items() if course.left[module] < last}
         self._names = {module: name for name, module in block.module.named_modules()}
         self.states = States()
         self._index = 0
-
-    def __bool__(self) -> bool:
-        return bool(self._aiming)
 
     def __contains__(self, layer: Layer) -> bool:
         """Whether a layer that is chosen adds to the stream."""
@@ -126,7 +112,7 @@ class Lost:
         """Keep the dense model's part while its block runs on a batch."""
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.states.put(("stream", index), _states(args, kwargs), copy=True)
+            self.states.put(("stream", index), first_tensor((args, kwargs)), copy=True)
 
         def leave(module: nn.Module, args: Any, output: Tensor) -> None:
             self.states.put((self._names[module], index), output, copy=True)
@@ -156,19 +142,19 @@ class Lost:
             return
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._add(index, _states(args, kwargs), -1.0)
+            self._add(index, first_tensor((args, kwargs)), -1.0)
 
         def leave(module: nn.Module, args: Any, output: Tensor) -> None:
             own = self.states.pop((self._names[module], index))
             self._add(index, own - output, self._factors[module])
 
-        begins = min(self._entered.get(layer.module, 0) for layer in turn)  # an expert may not have been called
+        begins = min(self._course.entered.get(layer.module, 0) for layer in turn)  # an expert may not have been called
         with ExitStack() as undo:
             if first:
                 undo.callback(self._block.register_forward_pre_hook(enter, with_kwargs=True).remove)
             for module in self._factors:
                 # Before the turn's layers all have been chosen, so that this output is final.
-                if self._left[module] < begins and (self._names[module], index) in self.states:
+                if self._course.left[module] < begins and (self._names[module], index) in self.states:
                     undo.callback(module.register_forward_hook(leave).remove)
             yield
 
@@ -196,11 +182,6 @@ class Lost:
         key = "stream", index
         before: Tensor = self.states.get(key)
         self.states.put(key, before + factor * change.view(before.shape))
-
-
-def _states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the hidden states among a block's arguments."""
-    return next(leaf for leaf in tree_leaves((tuple(args), dict(kwargs))) if isinstance(leaf, Tensor))
 
 
 def _has_stacks(module: nn.Module) -> bool:

@@ -14,9 +14,9 @@ from typing import Any, Literal, Self
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-__all__ = ["SHARE", "Place", "States", "Storage", "copied", "stays", "tensor_bytes"]
+__all__ = ["SHARE", "Place", "States", "Storage", "copied", "first_tensor", "stays", "tensor_bytes"]
 
 SHARE = 8
 """Tensors that are kept for one purpose stay on the device up to this part of the working memory."""
@@ -180,6 +180,17 @@ def copied(value: Any) -> Any:
         Tensors in tuples, lists and dicts.
     """
     return tree_map_only(Tensor, Tensor.clone, value)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the hidden states in a block's output or arguments: the tensor itself, or the first one of tuples.
+
+    Parameters
+    ----------
+    output : object
+        What a block returned, or was given.
+    """
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 
 def tensor_bytes(value: Any) -> int:

@@ -27,26 +27,20 @@ __all__ = ["Selection", "Structured", "bias_change"]
 
 
 class Shared:
-    """What choices of different numbers of units from one layer have in common.
-
-    Attributes
-    ----------
-    subset : ColumnSubset or None
-        Of the layer that was asked for last.
-    """
+    """What choices of different numbers of units from one layer have in common, as long as the units are the same."""
 
     def __init__(self) -> None:
-        self.subset: ColumnSubset | None = None
-        self._of: tuple[LayerReconstruction, int] | None = None
+        self._problem: tuple[LayerReconstruction, int, ColumnSubset] | None = None
         self._path: tuple[Tensor, Tensor, Refit] | None = None
 
     def problem(self, layer: LayerReconstruction, width: int, ridge: float) -> ColumnSubset:
         """Return the column subset problem of a layer with units of some columns each."""
-        if self.subset is None or self._of is None or self._of[0] is not layer or self._of[1] != width:
+        known = self._problem
+        if known is None or known[0] is not layer or known[1] != width:
             numbers = torch.arange(layer.shape[1], device=layer.device) // width
-            self.subset, self._of = ColumnSubset.of(layer, numbers, ridge=ridge), (layer, width)
+            known = self._problem = layer, width, ColumnSubset.of(layer, numbers, ridge=ridge)
             self._path = None
-        return self.subset
+        return known[2]
 
     def removed(self, selection: Selection, stops: Callable[[int], bool]) -> tuple[Refit, int]:
         """Return what greedy removal leaves, fitted anew, and how many units it took now.
