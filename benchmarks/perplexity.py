@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, get_args
 
 import joblib
 import report
@@ -54,6 +54,7 @@ from maskopt.models import (
     select_layers,
     tokenize,
 )
+from maskopt.models.residual import Target
 from maskopt.oracles import PartitionMatroid, parse_masks
 from maskopt.solvers import Solver, SparseFW
 
@@ -85,6 +86,8 @@ class Settings:
     """Windows that settings are chosen on."""
     correction: float
     """Of errors upstream, where a method corrects them."""
+    target: Target
+    """Likewise, as for `maskopt.prune`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +98,7 @@ class Opened:
     tokenizer: PreTrainedTokenizerBase
     calibrations: dict[int, Calibration]
     """By seed."""
-    correction: float
-    """As in `Settings`."""
+    settings: Settings
     held_out: Tensor
     """Windows of the calibration text that overlap no calibration window, shape (windows, seqlen)."""
     text: str
@@ -128,7 +130,7 @@ def opened(job: Job, settings: Settings) -> Opened:
     }
     used = torch.cat([window for draw in draws.values() for window in draw])
     held = held_out_windows(tokenize(tokenizer, job.calibration).ids, used, settings.validation)
-    return Opened(dense, tokenizer, draws, settings.correction, held, text, seqlen, before.perplexity, before.tokens)
+    return Opened(dense, tokenizer, draws, settings, held, text, seqlen, before.perplexity, before.tokens)
 
 
 def held_out_windows(ids: Tensor, used: Tensor, count: int) -> Tensor:
@@ -184,8 +186,15 @@ def pruned(data: Opened, masks: Set, solver: Solver, propagate: str | None, seed
     """Prune a copy of a model."""
     model = copy.deepcopy(data.dense)
     began = time.process_time()
-    calibration, correction = data.calibrations[seed], data.correction
-    done = prune(model, calibration, parse_masks(*masks), solver, propagate=propagate, correction=correction)
+    done = prune(
+        model,
+        data.calibrations[seed],
+        parse_masks(*masks),
+        solver,
+        propagate=propagate,
+        correction=data.settings.correction,
+        target=data.settings.target,
+    )
     return Pruned(model, done, time.process_time() - began)
 
 
@@ -478,6 +487,7 @@ def main() -> None:
     parser.add_argument("--weights", default="keep")
     parser.add_argument("--propagate", type=lambda text: text.split(","), default=["pruned"])
     parser.add_argument("--correction", type=float, default=CORRECTION, help="strength, where errors are corrected")
+    parser.add_argument("--target", choices=get_args(Target), default="stream", help="likewise, what layers aim at")
     parser.add_argument("--tune", type=parse_tuned, default=[], metavar="METHOD,...", help=f"of {', '.join(GRIDS)}")
     parser.add_argument("--tune-once", action="store_true", help="on the first set; the others use what was chosen")
     parser.add_argument("--validation", type=int, default=16, help="windows that --tune chooses on")
@@ -502,6 +512,7 @@ def main() -> None:
         options.characters,
         options.validation,
         options.correction,
+        options.target,
     )
     before: list[Record] = []
     earlier = report.RESULTS / f"{options.name}.json"

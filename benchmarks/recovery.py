@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import report
 from allocation import solver_of
@@ -27,6 +27,7 @@ from study import Opened, Record, carry_out, numbers, parse, split_pattern, word
 
 from maskopt.cli.recover_options import further_windows, parse_recovery
 from maskopt.models import calibration_batches, prune
+from maskopt.models.residual import Target
 from maskopt.oracles import parse_masks
 
 BEST = "ebft, best"
@@ -80,7 +81,16 @@ def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: A
         model = copy.deepcopy(data.model)
         began = time.process_time()
         held_out, further = further_windows(batches, None, settings)
-        done = prune(model, batches, masks, solver_of(method), recover=settings, held_out=held_out, further=further)
+        done = prune(
+            model,
+            batches,
+            masks,
+            solver_of(method),
+            target=options.target,
+            recover=settings,
+            held_out=held_out,
+            further=further,
+        )
         if recipe:
             passes = 4 if options.epochs is None else round(options.epochs)
             ebft(model, data.model, batches, held_out, done.masks, float(rule), passes, seed)
@@ -195,6 +205,7 @@ def main() -> None:
     parser.add_argument("--patterns", type=words, default=["per-row:0.6", "2:4"])
     parser.add_argument("--methods", type=words, default=["best"])
     parser.add_argument("--recoveries", type=words, default=["none", "block:fixed", "block", "model"])
+    parser.add_argument("--target", choices=get_args(Target), default="stream", help="what corrected layers aim at")
     parser.add_argument("--epochs", type=float, help="passes; the default of `maskopt prune` otherwise")
     parser.add_argument("--foreign", type=Path, help="another text on which perplexity is measured")
     carry_out("recovery", parse(parser, "recovery"), cells, run, write, key)
