@@ -4,8 +4,9 @@
 
 Products: tokens in float32 against bfloat16, the former on the ordinary units, the latter on tensor cores; errors are
 relative to the two inputs' own sizes, against float64. Layers: correlated inputs with a power-law spectrum, 8 d tokens.
-Model: random weights in the shape of Llama-2-7B, so that only seconds and bytes count. Writes
-benchmarks/results/gpu.{md,json}; parts that do not run keep their earlier figures.
+Model: random weights in the shape of Llama-2-7B, so that only seconds and bytes count; --blocks 32 is all of it.
+Writes benchmarks/results/gpu.{md,json} after every part. Parts that do not run keep their earlier figures, and a model
+replaces the one with as many blocks and states in the same place.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -30,8 +31,9 @@ from torch import Tensor
 
 from maskopt.demo.corpus import training_text
 from maskopt.models import model_class, pruning_cost
-from maskopt.models.sums import add_square, full_precision, mirror, multipliable
+from maskopt.models.sums import add_square, mirror, multipliable
 from maskopt.oracles import parse_masks
+from maskopt.precision import full_precision
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers import make_solver, solve
 from maskopt.weights import make_weights
@@ -79,9 +81,10 @@ def _add_anew(total: Tensor, rows: Tensor) -> None:
     add_square(total.zero_(), multipliable(rows))
 
 
-def layers(shapes: list[str], patterns: list[str], methods: list[str], memory: int, device: torch.device) -> list[Any]:
-    """Return error, seconds and memory of every method on every layer."""
-    rows = []
+def layers(
+    shapes: list[str], patterns: list[str], methods: list[str], memory: int, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Yield error, seconds and memory of every method on every layer."""
     for shape in shapes:
         height, d = map(int, shape.split("x"))
         x = inputs(d, 8 * d, device)
@@ -100,11 +103,12 @@ def layers(shapes: list[str], patterns: list[str], methods: list[str], memory: i
                 peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
                 row["methods"][method] = {"error": found.relative_error, "seconds": found.seconds, "bytes": peak}
                 print(shape, masks, method, row["methods"][method], flush=True)
-            rows.append(row)
-    return rows
+            yield row
 
 
-def model(hidden: int, blocks: int, samples: int, length: int, memory: str, device: torch.device) -> dict[str, Any]:
+def model(
+    hidden: int, blocks: int, states: str, samples: int, length: int, memory: str, device: torch.device
+) -> dict[str, Any]:
     """Return what pruning the first blocks of a random Llama of 7 billion parameters takes, and what is counted."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -113,11 +117,11 @@ def model(hidden: int, blocks: int, samples: int, length: int, memory: str, devi
             "intermediate_size": hidden * 11008 // 4096,
             "num_attention_heads": hidden // 128,
         }
-        random_llama(folder / "model", blocks, max_position_embeddings=length, **shape)
+        random_llama(folder / "model", blocks, device.type, max_position_embeddings=length, **shape)
         (folder / "text.txt").write_text(training_text(800_000))
         command = [sys.executable, "-m", "maskopt", "prune", str(folder / "model"), str(folder / "out")]
         command += ["--calibration", str(folder / "text.txt"), "--pattern", "2:4", "--samples", str(samples)]
-        command += ["--seqlen", str(length), "--memory", memory, "--device", device.type, "--quiet"]
+        command += ["--seqlen", str(length), "--memory", memory, "--device", device.type, "--states", states, "--quiet"]
         began = time.perf_counter()
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         command += ["--json", str(folder / "figures.json")]
@@ -128,12 +132,14 @@ def model(hidden: int, blocks: int, samples: int, length: int, memory: str, devi
     found = {
         "hidden": hidden,
         "blocks": blocks,
+        "states": states,
         "windows": samples,
         "tokens": samples * length,
         "command_seconds": took,
         "calibration_seconds": figures["calibration_seconds"],
         "solve_seconds": figures["solve_seconds"],
         "peak_bytes": figures["memory_bytes"]["peak"],
+        "mean_relative_error": figures["mean_relative_error"],
         "counted": {part: getattr(cost, part) for part in ("running", "grams", "targets", "solving")},
     }
     print(json.dumps(found), flush=True)
@@ -169,7 +175,11 @@ def text(figures: dict[str, Any]) -> str:
         parts += [
             "",
             report.table(
-                [f"Llama, hidden {found['hidden']}, {found['blocks']} blocks, {found['tokens']} tokens, 2:4", ""],
+                [
+                    f"Llama, hidden {found['hidden']}, {found['blocks']} blocks, {found['tokens']} tokens, 2:4, "
+                    f"states on {found['states']}",
+                    "",
+                ],
                 [
                     ["running blocks and Gram matrices, s", f"{found['calibration_seconds']:.1f}"],
                     ["masks and weights, s", f"{found['solve_seconds']:.1f}"],
@@ -196,7 +206,8 @@ def main() -> None:
     parser.add_argument("--methods", type=words, default=["wanda", "continuation", "sparsegpt", "admm", "alps", "best"])
     parser.add_argument("--memory", type=float, default=4e9, help="bytes of working memory of the solvers")
     parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--blocks", type=numbers, default=[2])
+    parser.add_argument("--states", type=words, default=["device", "host"])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
     options = parser.parse_args()
@@ -204,15 +215,28 @@ def main() -> None:
     earlier = report.RESULTS / "gpu.json"
     figures = json.loads(earlier.read_text())["figures"] if earlier.exists() else {}
     figures["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+    def write() -> None:
+        report.write("gpu", f"On a GPU: {figures['device']}", text(figures), {"figures": figures})
+
     if "products" in options.only:
         figures["products"] = products(options.widths, options.tokens, device)
+        write()
     if "layers" in options.only:
-        memory = int(options.memory)
-        figures["layers"] = layers(options.layers, options.patterns, options.methods, memory, device)
+        figures["layers"] = []
+        for row in layers(options.layers, options.patterns, options.methods, int(options.memory), device):
+            figures["layers"].append(row)
+            write()
     if "model" in options.only:
-        memory = f"{int(options.memory)}"
-        figures["models"] = [model(options.hidden, options.blocks, options.samples, options.seqlen, memory, device)]
-    report.write("gpu", f"On a GPU: {figures['device']}", text(figures), {"figures": figures})
+        shape = (options.samples, options.seqlen, f"{int(options.memory)}", device)
+        for blocks in options.blocks:
+            for states in options.states:
+                found = model(options.hidden, blocks, states, *shape)
+                others = [
+                    one for one in figures.get("models", []) if (one["blocks"], one["states"]) != (blocks, states)
+                ]
+                figures["models"] = [*others, found]
+                write()
 
 
 if __name__ == "__main__":

@@ -34,13 +34,15 @@ SMALL = ("--pattern", "per-row", "--sparsity", "0.5", "--samples", "16", "--seql
 FEW = ("--option", "iterations=8")  # the memory of a solver does not depend on its iterations
 
 
-def random_llama(folder: Path, depth: int, **changes: int) -> Path:
+def random_llama(folder: Path, depth: int, device: str = "cpu", **changes: int) -> Path:
     """Save a random Llama in bfloat16 with the demo model's tokenizer; changes are settings of its configuration."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "max_position_embeddings": 1024}
     config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=depth, **{**sizes, **changes})
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

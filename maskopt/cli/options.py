@@ -146,7 +146,7 @@ StatesOption = Annotated[
     typer.Option(
         "--states",
         help="Where the states of all windows wait between blocks; by default on the device up to an eighth of "
-        "--memory, and beyond that in the main memory (of a GPU) or in temporary files.",
+        "--memory (a sixth of what is free on a GPU), beyond that in the main memory (of a GPU) or in temporary files.",
     ),
 ]
 ResumeOption = Annotated[

@@ -18,7 +18,7 @@ from maskopt.models.blocks import find_blocks
 from maskopt.models.context import context_length
 from maskopt.models.experts import StackedLayer
 from maskopt.models.layers import Layer
-from maskopt.models.memory import gram_bytes, layer_bytes, states_bytes
+from maskopt.models.memory import gram_bytes, inside_bytes, layer_bytes, states_bytes
 from maskopt.models.offload import parameters_in, set_aside
 from maskopt.models.selection import Selection, select_layers
 from maskopt.models.states import stays
@@ -28,7 +28,6 @@ __all__ = ["Cost", "product_speed", "pruning_cost"]
 
 _HELD_OUT = 8  # calibration windows for each one that is held out
 _RUNS = 2  # of a block: in the dense and in the pruned model, whose parts run once
-_STREAMS = 2  # hidden states that wait inside a block: what is lost, and what attention adds in the dense model
 _HALF = 0.625  # of a symmetric product that is computed, in four panels
 _DOUBLE = 2.0  # cost of a float64 operation, in float32 ones, where they are vectorised
 
@@ -158,14 +157,6 @@ def pruning_cost(
         solving += (method.stages + 1) * d**3 + 2 * rows * d**2 * (products + evaluations)
     size = (getattr(config, "dtype", None) or model.dtype).itemsize
     sizes = [sum(p.numel() for p in block.module.parameters()) for block in blocks]
-    inside = max(
-        sum(
-            group[0].shape[1]
-            for group in groups
-            if group[0].name.startswith(f"{block.name}.") and _share(model, group[0]) == 1
-        )
-        for block in blocks
-    )
     return Cost(
         parameters=model.num_parameters(),
         pruned=sum(math.prod(layer.shape) for layer in selection.layers),
@@ -178,7 +169,7 @@ def pruning_cost(
         block_bytes=size * max(sizes),
         rest_bytes=size * (model.num_parameters() - sum(sizes)),
         states_bytes=states_bytes(model, size, all_tokens),
-        inside_bytes=size * tokens * (inside + _STREAMS * stream),
+        inside_bytes=inside_bytes(model, blocks, groups, size, tokens),
         gram_bytes=gram_bytes(selection.layers),
         layer_bytes=layer_bytes(groups),
     )

@@ -17,7 +17,8 @@ from maskopt.models.moments import Gram, Moments, Sums, inseparable, not_finite
 from maskopt.models.ranks import Ranks
 from maskopt.models.residual import Lost
 from maskopt.models.states import States
-from maskopt.models.sums import add_product, add_square, full_precision, multipliable
+from maskopt.models.sums import add_product, add_square, multipliable
+from maskopt.precision import full_precision
 
 __all__ = ["DenseInputs", "Gram", "GramCollector"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from maskopt.models.batches import prepare_batches, vocabulary_size, with_held_out
-from maskopt.models.blocks import find_blocks
+from maskopt.models.blocks import Block, find_blocks
 from maskopt.models.checks import check_model
 from maskopt.models.experts import StackedLayer
 from maskopt.models.heap import resident_bytes
@@ -23,10 +23,12 @@ from maskopt.models.states import first_tensor, stays
 from maskopt.oracles import Unstructured
 from maskopt.recovery import MaskRule, Recovery
 
-__all__ = ["gram_bytes", "layer_bytes", "pruning_bytes", "recovery_bytes", "states_bytes"]
+__all__ = ["gram_bytes", "inside_bytes", "layer_bytes", "pruning_bytes", "recovery_bytes", "states_bytes"]
 
 _LAYER_ARRAYS = 8  # of a layer in float32: weight, target, their difference, the result, and residuals in float64
 _GRAM_ARRAYS = 7  # of d x d in float32: three sums, and what targets or a solution need beside them
+
+_STREAMS = 2  # hidden states that wait inside a block: what is lost, and what attention adds in the dense model
 
 _ADAM, _MASTER, _GRADIENT = 8, 4, 4  # bytes for each parameter
 _LOGITS = 16  # bytes for each logit of a micro-batch: float32 values, their logarithms, and gradients of both
@@ -145,7 +147,7 @@ def pruning_bytes(model: PreTrainedModel, layers: Sequence[Layer], tokens: int, 
     """Return about how many bytes pruning an offloaded model takes at most.
 
     Counted are the largest block, the Gram matrices of the widest layer, the largest group of layers with one input,
-    the solver's memory, and states that stay on the device.
+    the solver's memory, and states and tensors inside a block that stay on the device.
 
     Parameters
     ----------
@@ -162,16 +164,18 @@ def pruning_bytes(model: PreTrainedModel, layers: Sequence[Layer], tokens: int, 
     int
         On a CPU with what the process has now.
     """
-    blocks = (sum(p.numel() * p.element_size() for p in block.module.parameters()) for block in find_blocks(model))
+    found = find_blocks(model)
+    blocks = (sum(p.numel() * p.element_size() for p in block.module.parameters()) for block in found)
     groups: dict[object, list[Layer]] = {}
     for layer in layers:
         # Layers beside each other with inputs of one width mostly have the same.
         stacked = isinstance(layer, StackedLayer)
         groups.setdefault(layer if stacked else (layer.name.rpartition(".")[0], layer.shape[1]), []).append(layer)
-    states = states_bytes(model, model.dtype.itemsize, tokens)
+    size = model.dtype.itemsize
+    kept = states_bytes(model, size, tokens), inside_bytes(model, found, groups.values(), size, tokens)
     now = resident_bytes() if model.device.type == "cpu" else 0
     solution = gram_bytes(layers) + layer_bytes(groups.values()) + memory
-    return now + max(blocks) + solution + (states if stays(states, memory) else 0)
+    return now + max(blocks) + solution + sum(bytes for bytes in kept if stays(bytes, memory, model.device))
 
 
 def gram_bytes(layers: Iterable[Layer]) -> int:
@@ -213,5 +217,30 @@ def states_bytes(model: PreTrainedModel, itemsize: int, tokens: int) -> int:
     tokens : int
         Of all windows, held-out ones included.
     """
+    return 2 * itemsize * tokens * _stream_width(model)
+
+
+def inside_bytes(
+    model: PreTrainedModel, blocks: Sequence[Block], groups: Iterable[Sequence[Layer]], itemsize: int, tokens: int
+) -> int:
+    """Return the bytes of the inputs and outputs inside a block that wait for a later turn, at most.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    blocks : sequence of Block
+    groups : iterable of sequence of Layer
+        Layers with one input. Of experts nothing waits.
+    itemsize : int
+        Bytes of a number.
+    tokens : int
+        Of the calibration windows.
+    """
+    waiting = [group[0] for group in groups if not isinstance(group[0], StackedLayer)]
+    widths = (sum(one.shape[1] for one in waiting if one.name.startswith(f"{block.name}.")) for block in blocks)
+    return itemsize * tokens * (max(widths) + _STREAMS * _stream_width(model))
+
+
+def _stream_width(model: PreTrainedModel) -> int:
     width = getattr(model.config.get_text_config(), "hidden_size", 0)
-    return 2 * itemsize * tokens * (width if isinstance(width, int) else 0)
+    return width if isinstance(width, int) else 0

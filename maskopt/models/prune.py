@@ -155,8 +155,8 @@ def prune(
         stacked layers (experts) that are calibrated at a time, as far as one fits.
     states : {"device", "host", "disk"}, optional
         Where the states of all batches wait, with the inputs and outputs inside a block that its later turns need. By
-        default those that exceed an eighth of `memory` move from an accelerator to the main memory, and from there to
-        temporary files.
+        default those that exceed an eighth of `memory`, and a sixth of what is free on an accelerator, move from there
+        to the main memory, and from a CPU to temporary files.
     progress : callable, optional
         Called with a `Progress` before every batch and about once per iteration of a solver.
     on_error : {"restore", "keep"}

@@ -27,7 +27,7 @@ from maskopt.models.layers import Layer, is_linear
 from maskopt.models.residual import Lost, writers
 from maskopt.models.reuse import Course, Reuse, answering
 from maskopt.models.states import States, Storage, copied, first_tensor
-from maskopt.solvers.arguments import without_autocast
+from maskopt.precision import without_autocast
 from maskopt.threads import sized_threads
 
 __all__ = ["Replay", "evaluation_mode", "run_model"]

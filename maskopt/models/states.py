@@ -21,6 +21,11 @@ __all__ = ["SHARE", "Place", "States", "Storage", "copied", "first_tensor", "sta
 SHARE = 8
 """Tensors that are kept for one purpose stay on the device up to this part of the working memory."""
 
+_FREE_SHARE = 6
+"""And up to this part of what is free on an accelerator: half of that for the three purposes that there are."""
+
+_PIECE = 2**26  # bytes; torch rounds page-locked memory up to powers of two
+
 Place = Literal["device", "host", "disk"]
 
 
@@ -30,7 +35,8 @@ class States:
     Parameters
     ----------
     place : {"device", "host", "disk"}
-        "device" keeps tensors as they are; "host" copies them to the main memory; "disk" writes a file for each key.
+        "device" keeps tensors as they are; "host" copies them to the main memory, which is page-locked for tensors of
+        CUDA devices; "disk" writes a file for each key.
     storage : Storage, optional
         Owns the files of "disk".
     """
@@ -60,7 +66,7 @@ class States:
         leaves, structure = tree_flatten(value)
         places = [leaf.device if isinstance(leaf, Tensor) else None for leaf in leaves]
         if self.place == "host":
-            leaves = [leaf.to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            leaves = [_on_host(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             self._kept[key] = leaves, structure, places
             return
         tensors = {str(index): leaf.contiguous() for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
@@ -110,8 +116,9 @@ class Storage:
     Parameters
     ----------
     memory : int
-        Bytes of working memory: tensors that are kept for one purpose stay on the device up to an eighth of them
-        (`stays`). There are three purposes (states, inputs and outputs inside a block), and solvers work beside them.
+        Bytes of working memory: tensors that are kept for one purpose stay on the device up to an eighth of them, or
+        up to a sixth of what is free on an accelerator (`stays`). There are three purposes (states, inputs and outputs
+        inside a block), and solvers work beside them.
     place : {"device", "host", "disk"}, optional
         Where they are kept however large they are. By default they move to the main memory, or to files where that is
         the device, if they exceed that.
@@ -137,7 +144,7 @@ class Storage:
         """
         if self.place is not None:
             return States(self.place, self)
-        if stays(size, self.memory):
+        if stays(size, self.memory, device):
             return States()
         return States("disk" if device.type == "cpu" else "host", self)
 
@@ -158,7 +165,7 @@ class Storage:
             self._files = None
 
 
-def stays(size: int, memory: int) -> bool:
+def stays(size: int, memory: int, device: torch.device | None = None) -> bool:
     """Return whether tensors stay on the device by default.
 
     Parameters
@@ -167,8 +174,20 @@ def stays(size: int, memory: int) -> bool:
         Bytes of all that are kept for one purpose.
     memory : int
         Bytes of working memory.
+    device : torch.device, optional
+        Where they are computed; without it only the working memory counts.
     """
-    return size * SHARE <= memory
+    return size * SHARE <= memory or size * _FREE_SHARE <= _free_bytes(device)
+
+
+def _free_bytes(device: torch.device | None) -> int:
+    """Return what is free on an accelerator, including what torch holds there and does not use; 0 for other devices."""
+    if device is None or device.type == "cpu":
+        return 0
+    module = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return 0
+    return int(module.mem_get_info(device)[0] + module.memory_reserved(device) - module.memory_allocated(device))
 
 
 def copied(value: Any) -> Any:
@@ -201,6 +220,39 @@ def tensor_bytes(value: Any) -> int:
     value : object
     """
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor))
+
+
+@dataclass(frozen=True)
+class _Pinned:
+    """A tensor of a CUDA device in page-locked memory, which is copied at the speed of the bus and behind the work.
+
+    Copies are in the order of the device's stream, so that what is read was written before.
+    """
+
+    pieces: tuple[Tensor, ...]
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def to(self, device: torch.device, *, copy: bool = True) -> Tensor:
+        """Return a new tensor on the device."""
+        there = torch.empty(self.shape, dtype=self.dtype, device=device)
+        rows = torch.split(there.view(-1).view(torch.uint8), _PIECE)
+        for row, piece in zip(rows, self.pieces, strict=True):
+            row.copy_(piece, non_blocking=True)
+        return there
+
+
+def _on_host(tensor: Tensor) -> Tensor | _Pinned:
+    if not tensor.is_cuda or tensor.numel() == 0:
+        return tensor.to("cpu", copy=True)
+    pieces = []
+    try:
+        for row in torch.split(tensor.contiguous().view(-1).view(torch.uint8), _PIECE):
+            pieces.append(torch.empty(len(row), dtype=torch.uint8, pin_memory=True))
+            pieces[-1].copy_(row, non_blocking=True)
+    except RuntimeError:  # no more memory may be locked
+        return tensor.to("cpu", copy=True)
+    return _Pinned(tuple(pieces), tensor.shape, tensor.dtype)
 
 
 def _placed(leaves: list[Any], structure: TreeSpec, places: list[torch.device | None], *, copy: bool) -> Any:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor
 
-__all__ = ["PARTS", "OrderedSum", "add_product", "add_square", "full_precision", "mirror", "multipliable"]
+__all__ = ["PARTS", "OrderedSum", "add_product", "add_square", "mirror", "multipliable"]
 
 PARTS = 16
 """Parts in which the calibration batches are summed, at most: that many processes can have batches of their own."""
@@ -197,21 +193,3 @@ def mirror(total: Tensor) -> None:
         total[last:, first:last] = total[first:last, last:].T
         tile = total[first:last, first:last]
         tile.copy_(tile.triu() + tile.triu(1).T)
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Multiply float32 matrices in float32 and add in float32, even where the caller has allowed TF32, bf16 or fp16."""
-    cuda: Any = torch.backends.cuda.matmul
-    backends: list[Any] = [cuda, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]  # torch >= 2.9
-    before = [backend.fp32_precision for backend in backends]
-    accumulation = cuda.allow_fp16_accumulation
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    cuda.allow_fp16_accumulation = False
-    try:
-        yield
-    finally:
-        cuda.allow_fp16_accumulation = accumulation
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision

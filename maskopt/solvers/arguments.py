@@ -1,11 +1,7 @@
-"""What `solve` is handed, checked in one place before any work, and the torch settings it computes under."""
+"""What `solve` is handed, checked in one place before any work."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-
-import torch
 from torch import Tensor
 
 from maskopt.checks import check_time_limit, shown, whole
@@ -14,7 +10,7 @@ from maskopt.oracles import MaskSet
 from maskopt.problems import Instance, Problem
 from maskopt.solvers.base import Solver
 
-__all__ = ["check_arguments", "check_masks", "check_memory", "check_solver", "ordinary_torch", "without_autocast"]
+__all__ = ["check_arguments", "check_masks", "check_memory", "check_solver"]
 
 
 _LONG = 2**63 - 1
@@ -75,38 +71,3 @@ def check_memory(memory: object) -> None:
     """Raise MaskoptError if this is no number of bytes."""
     if not whole(1, _LONG).fits(memory):
         raise MaskoptError(f"The memory must be a positive whole number of bytes; got {shown(memory)}.")
-
-
-@contextmanager
-def ordinary_torch(device: torch.device) -> Iterator[None]:
-    """Compute in the precision that the code says, whatever the caller has set: defaults, autocast, gradients.
-
-    Proofs depend on it: under autocast a product of float32 matrices has three digits.
-    """
-    default_type, default_device = torch.get_default_dtype(), torch.get_default_device()
-    with ExitStack() as settings:
-        settings.enter_context(torch.inference_mode(False))
-        settings.enter_context(torch.no_grad())
-        settings.enter_context(without_autocast((device.type, "cpu")))
-        if default_device.type != "cpu":
-            settings.enter_context(torch.device("cpu"))
-        if default_type != torch.float32:
-            torch.set_default_dtype(torch.float32)
-            settings.callback(torch.set_default_dtype, default_type)
-        yield
-
-
-@contextmanager
-def without_autocast(kinds: Iterable[str]) -> Iterator[None]:
-    """Compute without the caller's autocast inside the block.
-
-    Parameters
-    ----------
-    kinds : iterable of str
-        Types of devices; those that have no autocast, which torch refuses to switch off, may be among them.
-    """
-    with ExitStack() as settings:
-        for kind in set(kinds):
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                settings.enter_context(torch.autocast(kind, enabled=False))
-        yield

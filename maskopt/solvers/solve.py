@@ -12,8 +12,9 @@ from torch import Tensor
 
 from maskopt.errors import MaskoptError
 from maskopt.oracles import MaskSet
+from maskopt.precision import ordinary_torch
 from maskopt.problems import LayerReconstruction, Problem
-from maskopt.solvers.arguments import check_arguments, ordinary_torch
+from maskopt.solvers.arguments import check_arguments
 from maskopt.solvers.base import Solver
 from maskopt.solvers.chunks import Chunk, row_chunks
 from maskopt.solvers.continuation import ContinuationFrankWolfe
