@@ -48,6 +48,8 @@ def shrink_page(report: Mapping[str, Any], folder: str) -> Page:
     if widths:
         rows = [_width(width) for width in widths]
         sections.append(Section("Layers that lost units", head=_HEAD, rows=rows, counted="layers"))
+    if report.get("experts"):
+        sections.append(_experts(report["experts"]["blocks"]))
     refused = [(each["name"], f"{each['kind']}: {each['reason']}") for each in report.get("refused") or ()]
     sections += [Section("Left as they were", rows=refused, counted="layers", open_up_to=0)] if refused else []
     sections.append(usage(folder, "Its matrices are smaller, which every runtime turns into speed."))
@@ -69,6 +71,15 @@ def shrink_page(report: Mapping[str, Any], folder: str) -> Page:
     name = command.get("model") or folder
     summary = f"{len(widths)} layers lost units; method {command.get('method') or 'of the caller'}"
     return Page(f"{Path(str(name)).name or name}, smaller", summary, tiles, sections)
+
+
+def _experts(blocks: Sequence[Mapping[str, Any]]) -> Section:
+    rows = [
+        [each["name"], str(each["before"]), ", ".join(map(str, each["dropped"])), number(each["error"])]
+        for each in blocks
+    ]
+    head = ("experts of", "before", "dropped", "error")
+    return Section("Experts that were dropped", head=head, rows=rows, counted="blocks")
 
 
 def _width(width: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`maskopt shrink`: make a language model smaller by removing neurons and attention heads."""
+"""`maskopt shrink`: make a language model smaller by removing neurons, attention heads, experts and blocks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from maskopt.errors import MaskoptError
 if TYPE_CHECKING:
     from maskopt.allocation import Plan
     from maskopt.models import Perplexity
-    from maskopt.shrinking import ShrinkReport, UnitProof
+    from maskopt.shrinking import ExpertsReport, ShrinkReport, UnitProof
 
 __all__ = ["shrink"]
 
@@ -76,6 +76,13 @@ def shrink(
         float | None,
         typer.Option("--params", help="Fraction of the blocks' parameters to remove, in place of both."),
     ] = None,
+    experts: Annotated[
+        float,
+        typer.Option(
+            "--experts",
+            help="Fraction of each block's experts to drop whole, before units of those that stay go.",
+        ),
+    ] = 0.0,
     drop_blocks: Annotated[
         int,
         typer.Option(
@@ -166,6 +173,7 @@ def shrink(
         "neurons": neurons,
         "heads": heads,
         "params": params,
+        "experts": experts,
         "drop_blocks": drop_blocks,
         "method": method,
         "widths": widths,
@@ -183,7 +191,8 @@ def shrink(
         "memory": working,
     }
     # What looks at the whole model at once needs it in memory; proofs and biases (flap) are not kept for a later run.
-    whole = widths == "free" or refit == "model" or drop_blocks > 0 or certify or method == "flap"
+    units, first = bool(neurons or heads or params), bool(experts or drop_blocks)
+    whole = widths == "free" or refit == "model" or first or certify or method == "flap"
     work = WorkFolder(out, resume, not whole)
     earlier = work.completed_before(command)
     if earlier is not None:
@@ -198,9 +207,12 @@ def shrink(
     require_transformers()
     from maskopt import models, shrinking
     from maskopt.models.checks import is_causal
+    from maskopt.shrinking.experts import check_fraction
     from maskopt.shrinking.shrink import check_arguments
 
-    if not drop_blocks or neurons or heads or params or plan:
+    if experts:
+        check_fraction(experts)
+    if not first or units or plan:
         check_arguments(
             neurons,
             heads,
@@ -256,13 +268,22 @@ def shrink(
                 layer = event.fraction if event.stage in ("solve", "certify", "recover") else 0.0
                 bar.tell(f"{event.stage} {event.name}", (event.done + layer) / max(1, event.total))
 
-        depth, caches = None, shrinking.cache_bytes(network) if drop_blocks else None
+        depth, fewer, caches = None, None, shrinking.cache_bytes(network) if first else None
         if drop_blocks:
             depth = shrinking.drop_blocks(
                 network, batches, drop_blocks, progress=lambda name, done: bar.tell(f"depth: {name}", done)
             )
+        if experts:
+            fewer = shrinking.drop_experts(
+                network,
+                batches,
+                experts,
+                method="random" if method == "random" else "best",
+                seed=seed,
+                progress=lambda name, done: bar.tell(f"experts: {name}", done),
+            )
         result = None
-        if depth is None or neurons or heads or params or plan:
+        if not first or units or plan:
             result = shrinking.shrink(
                 network,
                 batches,
@@ -282,10 +303,10 @@ def shrink(
                 progress=show if bar.visible else None,
                 held_out=others,
             )
-        if depth is not None:
+        if first:
             now = shrinking.cache_bytes(network)
             both = None if caches is None or now is None else (caches, now)
-            result = shrinking.ShrinkReport.of_depth(depth, both, result)
+            result = shrinking.ShrinkReport.of_steps(depth, fewer, both, result)
         assert result is not None
         after, faster = perplexities("after"), speeds("after")
         result.speeds = {batch: {"before": fast[batch], "after": faster[batch]} for batch in fast}
@@ -306,6 +327,14 @@ def shrink(
     console.print(facts({**_lines(result, dense, after), "saved in": str(out)}))
     if network.can_generate():
         show_evaluation(console, out, evaluate[0] if evaluate else None)
+
+
+def _experts(report: ExpertsReport) -> str:
+    """Return how many experts of each block were dropped, and what their outputs lost."""
+    before = _range([each.before for each in report.blocks])
+    left = _range([each.before - len(each.dropped) for each in report.blocks])
+    errors = [each.error for each in report.blocks]
+    return f"{before} before, {left} after, in {len(report.blocks)} blocks; error of their outputs {fmean(errors):.4f}"
 
 
 def _plan(path: str) -> Plan:
@@ -351,6 +380,8 @@ def _lines(result: ShrinkReport, dense: Mapping[str, Perplexity], after: Mapping
     if result.depth is not None:
         lines["blocks dropped"] = ", ".join(result.depth.dropped)
         lines["divergence"] = f"{result.depth.divergence[-1]:.4f} a token without them, before anything is fitted"
+    if result.experts is not None:
+        lines["experts"] = _experts(result.experts)
     if result.cache_bytes is not None:
         old, new = result.cache_bytes
         lines["KV cache"] = f"{old:g} bytes a token before, {new:g} after"

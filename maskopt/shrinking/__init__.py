@@ -1,7 +1,8 @@
-"""Models that become smaller: neurons and attention heads are removed, and the folder loads as before."""
+"""Models that become smaller: neurons, attention heads and experts are removed, and the folder loads as before."""
 
 from maskopt.shrinking.cut import Cut, cut_model
 from maskopt.shrinking.depth import DepthReport, drop_blocks
+from maskopt.shrinking.experts import DroppedExperts, ExpertMethod, ExpertsReport, drop_experts
 from maskopt.shrinking.proofs import UnitProof
 from maskopt.shrinking.report import ShrinkReport, Width
 from maskopt.shrinking.saving import save_shrunk
@@ -12,6 +13,9 @@ from maskopt.shrinking.units import Refused, Role, Site, Structure, find_units
 __all__ = [
     "Cut",
     "DepthReport",
+    "DroppedExperts",
+    "ExpertMethod",
+    "ExpertsReport",
     "Refit",
     "Refused",
     "Role",
@@ -25,6 +29,7 @@ __all__ = [
     "cache_bytes",
     "cut_model",
     "drop_blocks",
+    "drop_experts",
     "find_units",
     "measure_speed",
     "save_shrunk",

@@ -21,7 +21,7 @@ from maskopt.shrinking.configuration import Skeletons, block_of
 from maskopt.shrinking.siblings import allowed, sibling_of
 from maskopt.shrinking.units import Site
 
-__all__ = ["Cut", "check_cut", "cut_model", "take_over"]
+__all__ = ["Cut", "check_cut", "cut_model", "share_configuration", "take_over"]
 
 
 @dataclass
@@ -94,6 +94,9 @@ def cut_model(model: PreTrainedModel, kept: Mapping[Site, Tensor]) -> Cut:
     if offload is not None:
         offload.renewed(model, stored)
     _configure(model, skeletons, cut)
+    if cut.uniform:
+        for _, _, twin, _ in made:
+            share_configuration(model, twin)
     return cut
 
 
@@ -176,6 +179,21 @@ def take_over(twin: nn.Module, old: nn.Module, tensors: Mapping[str, Tensor]) ->
     for name, tensor in tensors.items():
         set_parameter(twin, name, tensor, gradients[name])
     twin.train(old.training)
+
+
+def share_configuration(model: PreTrainedModel, block: nn.Module) -> None:
+    """Let the modules of a block that was made for another configuration read that of their model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Its configuration says of the block what the other one said.
+    block : nn.Module
+    """
+    text = model.config.get_text_config()
+    for module in block.modules():
+        if getattr(module, "config", None) is not None:
+            module.config = text
 
 
 def _configure(model: PreTrainedModel, skeletons: Skeletons, cut: Cut) -> None:

@@ -69,9 +69,12 @@ class Probe:
     call : BlockCall
         Its first tensor argument is replaced by random numbers.
     seed : int
+    positive : bool
+        Whether the random numbers that replace the argument are positive.
     """
 
-    def __init__(self, block: nn.Module, call: BlockCall, seed: int = 0) -> None:
+    def __init__(self, block: nn.Module, call: BlockCall, seed: int = 0, *, positive: bool = False) -> None:
+        self._positive = positive
         self._generator = torch.Generator().manual_seed(seed)
         self._block = skeleton_copy(block)
         self._shapes = {name: parameter.shape for name, parameter in self._block.named_parameters()}
@@ -97,7 +100,7 @@ class Probe:
                 return value.cpu()
             if not replaced:
                 replaced = True
-                return self._normal(value.shape)
+                return self._normal(value.shape).abs() if self._positive else self._normal(value.shape)
             return value.detach().float().cpu()
 
         self._args, self._kwargs = tree_map(prepare, (self._call.args, self._call.kwargs))
@@ -135,6 +138,11 @@ class Probe:
     def parameters(self) -> dict[str, Tensor]:
         """The random weights, by name within the block."""
         return dict(self._parameters)
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Copies of the block's buffers, by name within it."""
+        return dict(self._block.named_buffers())
 
     def owned(self, consumer: str, column_axis: int, units: Tensor) -> list[Owned]:
         """Return the slices of parameters that serve single units of a consumer's input.

@@ -21,7 +21,7 @@ from maskopt.models.offload import offload_of
 from maskopt.models.replay import evaluation_mode
 from maskopt.packed.shrunk import take_buffers
 from maskopt.shrinking.configuration import Skeletons
-from maskopt.shrinking.cut import take_over
+from maskopt.shrinking.cut import share_configuration, take_over
 
 __all__ = ["DepthReport", "drop_blocks"]
 
@@ -249,9 +249,7 @@ class _Shorter:
             if take_buffers(twin.module, old) is not None:
                 raise MaskoptError(f"{self._blocks[index].name} has buffers that depend on the number of blocks.")
             take_over(twin.module, old, {name: parameter.data for name, parameter in old.named_parameters()})
-            for module in twin.module.modules():
-                if getattr(module, "config", None) is not None:
-                    module.config = text
+            share_configuration(model, twin.module)
         owner, _, key = self._stack.rpartition(".")
         parent, before = model.get_submodule(owner), model.get_submodule(self._stack)
         settings = {name: getattr(text, name) for name in entries}

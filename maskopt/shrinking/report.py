@@ -12,6 +12,7 @@ from maskopt.allocation import Plan
 from maskopt.models.report import PruneReport
 from maskopt.shrinking.cut import Cut
 from maskopt.shrinking.depth import DepthReport
+from maskopt.shrinking.experts import ExpertsReport
 from maskopt.shrinking.proofs import UnitProof
 from maskopt.shrinking.speed import Speed
 from maskopt.shrinking.units import Kind, Refused
@@ -76,6 +77,8 @@ class ShrinkReport:
         With a method that changes biases (FLAP): by name the layers whose bias "changed", and those "without" one.
     depth : DepthReport, optional
         Where whole blocks were dropped before: `parameters` and `cache_bytes` count those too.
+    experts : ExpertsReport, optional
+        Where whole experts were dropped before: likewise.
     seconds : float
     """
 
@@ -90,27 +93,40 @@ class ShrinkReport:
     speeds: dict[str, dict[str, Speed]] = field(default_factory=dict)
     biases: dict[str, list[str]] | None = None
     depth: DepthReport | None = None
+    experts: ExpertsReport | None = None
     seconds: float = 0.0
 
     @classmethod
-    def of_depth(
-        cls, depth: DepthReport, caches: tuple[float, float] | None, rest: ShrinkReport | None
+    def of_steps(
+        cls,
+        depth: DepthReport | None,
+        experts: ExpertsReport | None,
+        caches: tuple[float, float] | None,
+        rest: ShrinkReport | None,
     ) -> ShrinkReport:
-        """Return the report of dropping blocks, and then removing units where that was done.
+        """Return the report of dropping blocks, then experts, and then removing units, where that was done.
 
         Parameters
         ----------
-        depth : DepthReport
+        depth : DepthReport or None
+        experts : ExpertsReport or None
         caches : (float, float) or None
             See `cache_bytes`.
         rest : ShrinkReport or None
             Of what came after.
         """
+        steps = [each for each in (depth, experts, rest) if each is not None]
         if rest is None:
-            rest = cls([], [], depth.parameters, caches, Cut(), PruneReport(), {})
-        parameters = depth.parameters[0], rest.parameters[1]
-        seconds = depth.seconds + rest.seconds
-        return replace(rest, parameters=parameters, cache_bytes=caches, depth=depth, seconds=seconds)
+            cut = Cut() if experts is None else experts.cut
+            rest = cls([], [], (0, 0), caches, cut, PruneReport(), {})
+        return replace(
+            rest,
+            parameters=(steps[0].parameters[0], steps[-1].parameters[1]),
+            cache_bytes=caches,
+            depth=depth,
+            experts=experts,
+            seconds=sum(each.seconds for each in steps),
+        )
 
     @property
     def loads_with(self) -> str:
@@ -140,6 +156,7 @@ class ShrinkReport:
             **({} if self.plan is None else {"plan": self.plan.to_json()}),
             **({} if self.biases is None else {"biases": self.biases}),
             **({} if self.depth is None else {"depth": self.depth.to_json()}),
+            **({} if self.experts is None else {"experts": self.experts.to_json()}),
             "seconds": self.seconds,
         }
 

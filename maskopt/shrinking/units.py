@@ -19,7 +19,7 @@ from maskopt.shrinking.dependence import BlockCall, Owned, Probe
 
 __all__ = ["Kind", "Refused", "Role", "Site", "Structure", "find_units"]
 
-Kind = Literal["neurons", "heads"]
+Kind = Literal["neurons", "heads", "experts"]
 _POSITIONS = 16  # of the call that shows what depends on what
 
 
@@ -31,7 +31,8 @@ class Role:
     ----------
     consumer : str
         Name of the consumer's weight within the block.
-    kind : {"neurons", "heads"}
+    kind : {"neurons", "heads", "experts"}
+        Whole experts (`drop_experts`) are no inputs of a consumer; theirs is one of the parameters that hold them.
     column_axis : int
         The axis of the weight that its inputs are on.
     units : Tensor

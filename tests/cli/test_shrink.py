@@ -109,6 +109,7 @@ def test_speed_and_every_layer_are_shown_when_asked_for(
 WRONG = {
     "nothing": ((), "nothing to remove"),
     "too much": (("--neurons", 1.5), "neurons must be a fraction"),
+    "experts": (("--experts", 1.5), "fraction of the experts must lie"),
     "both": (("--neurons", 0.5, "--params", 0.5), "leave those out"),
     "method": (("--neurons", 0.5, "--method", "lottery"), "lottery"),
     "widths": (("--neurons", 0.5, "--widths", "wide"), "widths must be uniform, free or the file of a plan"),
@@ -228,6 +229,25 @@ def test_blocks_that_lie_on_disk_become_what_they_become_in_memory(grouped: Path
     assert (parameters, cache) == (others, other_cache)
     assert whole.keys() == streamed.keys()
     assert all(torch.equal(tensor, streamed[name]) for name, tensor in whole.items())
+
+
+def test_experts_are_dropped_before_neurons(run: Any, text: Path, tmp_path: Path, read: Any) -> None:
+    mixture = _save(tmp_path / "mixture", "Mixtral", num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=2)
+    out, figures = tmp_path / "out", tmp_path / "figures.json"
+    command = ("shrink", mixture, out, "--calibration", text, "--experts", 0.5, "--neurons", 0.5, *DATA)
+    result = run(*command, "--json", figures)
+    assert "4 before, 2 after" in result.stdout
+    report = read(figures)
+    smaller = AutoModelForCausalLM.from_pretrained(out)
+    assert smaller.config.num_local_experts == 2
+    assert smaller.num_parameters() == report["parameters"]["after"]
+    assert load_model(mixture)[0].num_parameters() == report["parameters"]["before"]
+    assert [each["before"] for each in report["experts"]["blocks"]] == [4, 4]
+    assert {width["kind"] for width in report["widths"]} == {"neurons"}
+    assert "Experts that were dropped" in (out / "report.html").read_text()
+    alone = run("shrink", mixture, tmp_path / "alone", "--calibration", text, "--experts", 0.5, *DATA)
+    assert "loads with" in alone.stdout
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "alone").config.num_local_experts == 2
 
 
 def test_a_page_lies_beside_the_model(run: Any, grouped: Path, text: Path, tmp_path: Path) -> None:
