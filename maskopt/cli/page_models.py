@@ -116,7 +116,9 @@ def recover_page(report: Mapping[str, Any], folder: str) -> Page:
     """Return the page of report.json of `maskopt recover`, whose model is in `folder`."""
     command, records = report.get("command") or {}, report["recovery"]
     perplexities = report.get("perplexity") or {}
-    tiles = [(f"{100 * report['sparsity']:.1f} %", "of the pruned layers' weights are zero")]
+    tiles = (
+        [(f"{100 * report['sparsity']:.1f} %", "of the pruned layers' weights are zero")] if report["sparsity"] else []
+    )
     values = {when: each["perplexity"] for when, each in perplexities.items()}
     if values.get("before") and values.get("after"):
         tiles.append((f"{values['before']:.4g} → {values['after']:.4g}", "perplexity, before and after"))

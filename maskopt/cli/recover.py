@@ -63,7 +63,9 @@ __all__ = ["recover", "recovery_lines"]
 
 
 def recover(
-    pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="Folder of the pruned model, ours or not.")],
+    pruned: Annotated[
+        str, typer.Argument(metavar="PRUNED", help="Folder of the pruned or narrower (shrink) model, ours or not.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the recovered model.")],
     against: Annotated[
         str, typer.Option("--against", metavar="DENSE", help="Folder or hub id of the model it was made of.")
@@ -101,7 +103,7 @@ def recover(
     compress: CompressOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Fit a pruned language model to the dense one without losing its zeros, and save it."""
+    """Fit a pruned or narrower language model to the dense one without losing zeros, and save it."""
     began = time.perf_counter()
     check_outputs(json, out)
     check_packing(packed, compress, pruned)
@@ -193,7 +195,7 @@ def recover(
         later |= {} if sizes is None else {"packed": sizes.to_json()}
     console = tables(json)
     console.print(_table(report.recovery, console.width))
-    lines = {"sparsity": f"{100 * report.sparsity:.2f} % in {len(report.masks)} layers"}
+    lines = {"sparsity": f"{100 * report.sparsity:.2f} % in {len(report.masks)} layers"} if report.masks else {}
     lines |= recovery_lines(report.recovery)
     if perplexities:
         lines["perplexity"] = ", ".join(f"{value.perplexity:.3f} {when}" for when, value in perplexities.items())

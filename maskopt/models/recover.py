@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from maskopt.checks import shown
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import data_settings, prepare_batches, with_held_out
+from maskopt.models.blocks import find_blocks
 from maskopt.models.calls import CallOrder
 from maskopt.models.checks import check_model
 from maskopt.models.experts import eager_experts
@@ -54,7 +56,8 @@ def recover(
     Parameters
     ----------
     model : PreTrainedModel
-        Pruned; **its weights are modified**.
+        Pruned, or with blocks that have become narrower (`maskopt.shrink`, `drop_experts`); **its weights are
+        modified**.
     dense : PreTrainedModel
         What it was made of.
     batches : iterable of dict or Tensor
@@ -81,7 +84,8 @@ def recover(
     Raises
     ------
     MaskoptError
-        If the models have different parameters, no layer has a zero, a mask does not fit, or the data does not.
+        If the models differ in more than narrower blocks, no layer of one as wide has a zero, a mask does not fit, or
+        the data does not.
 
     Examples
     --------
@@ -98,9 +102,9 @@ def recover(
     check_memory(memory)
     check_model(model)
     check_model(dense)
-    _check_same(model, dense)
+    narrower = _is_narrower(model, dense)
     selection = select_layers(model, include, exclude)
-    chosen = _masks({layer.name: layer for layer in selection.layers}, masks)
+    chosen = _masks({layer.name: layer for layer in selection.layers}, masks, needed=not narrower)
     data = divided(with_held_out(model, prepare_batches(model, batches), held_out))
     last = data if further is None else data.instead(prepare_batches(model, further, "further"))
     report = RecoveryReport(masks=chosen)
@@ -183,25 +187,38 @@ def recognised(mask: Tensor) -> MaskSet:
     return Unstructured(int(mask.sum()))
 
 
-def _check_same(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+def _is_narrower(model: PreTrainedModel, dense: PreTrainedModel) -> bool:
+    """Whether a model's blocks have smaller matrices than those of the dense one, which it must otherwise equal.
+
+    Raises
+    ------
+    MaskoptError
+        If the models differ in another way.
+    """
     if model is dense:
         raise MaskoptError("The pruned and the dense model are one object; load the dense one beside it.")
     own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     other = {name: tuple(parameter.shape) for name, parameter in dense.named_parameters()}
-    if own != other:
-        name = next(name for name in (*own, *other) if own.get(name) != other.get(name))
-        raise MaskoptError(
-            f"The pruned and the dense model differ: {name} has the shape {own.get(name, 'of no parameter')} in the "
-            f"first and {other.get(name, 'of no parameter')} in the second."
-        )
+    if own == other:
+        return False
+    inside = tuple(f"{block.name}." for block in find_blocks(model))
+    for name in (*own, *other):
+        one, two = own.get(name, ()), other.get(name, ())
+        narrower = name.startswith(inside) and len(one) == len(two) > 0 and all(map(operator.le, one, two))
+        if one != two and not narrower:
+            raise MaskoptError(
+                f"The pruned and the dense model differ: {name} has the shape {one or 'of no parameter'} in the first "
+                f"and {two or 'of no parameter'} in the second."
+            )
+    return True
 
 
-def _masks(layers: Mapping[str, Layer], given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Return the masks of the layers that have one, on the CPU."""
+def _masks(layers: Mapping[str, Layer], given: Mapping[str, Tensor] | None, *, needed: bool) -> dict[str, Tensor]:
+    """Return the masks of the layers that have one, on the CPU; `needed` if there must be any."""
     if given is None:
         kept = {name: (layer.weight.detach() != 0).cpu() for name, layer in layers.items()}
         found = {name: mask for name, mask in kept.items() if not bool(mask.all())}
-        if not found:
+        if not found and needed:
             raise MaskoptError("No layer of the model has a zero, so there is nothing to recover from.")
         return found
     for name, mask in given.items():

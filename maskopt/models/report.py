@@ -189,8 +189,9 @@ class RecoveryReport:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the weights of the pruned layers that is pruned."""
-        return 1.0 - sum(int(mask.sum()) for mask in self.masks.values()) / sum(m.numel() for m in self.masks.values())
+        """Fraction of the weights of the pruned layers that is pruned; 0 where none is, as in narrower models."""
+        weights = sum(mask.numel() for mask in self.masks.values())
+        return 1.0 - sum(int(mask.sum()) for mask in self.masks.values()) / weights if weights else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the masks as a dictionary that `json.dump` takes."""

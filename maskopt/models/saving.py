@@ -36,7 +36,7 @@ def save_pruned(
     packed: bool = False,
     compress: bool = False,
 ) -> PackReport | None:
-    """Write a folder that `from_pretrained` loads, with ``masks.safetensors`` and ``report.json``.
+    """Write a folder that `from_pretrained` loads, with ``report.json``, and ``masks.safetensors`` if there are masks.
 
     The folder is written under a temporary name and renamed at the end, so that a full disk or an interrupt leaves no
     partial output.
@@ -73,7 +73,8 @@ def save_pruned(
     with atomic_path(path) as aside:
         folder = aside.parent.with_name("dense") if packed else aside  # both are removed with what contains them
         write_model(folder, model, tokenizer, path)
-        save_masks(folder / "masks.safetensors", report.masks)
+        if report.masks:
+            save_masks(folder / "masks.safetensors", report.masks)
         write_report(folder, {**report.to_json(), **(extra or {})}, page)
         if not packed:
             return None

@@ -248,6 +248,10 @@ def test_experts_are_dropped_before_neurons(run: Any, text: Path, tmp_path: Path
     alone = run("shrink", mixture, tmp_path / "alone", "--calibration", text, "--experts", 0.5, *DATA)
     assert "loads with" in alone.stdout
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "alone").config.num_local_experts == 2
+    back = tmp_path / "recovered"
+    run("recover", out, back, "--against", mixture, "--calibration", text, "--samples", 8, "--recover-epochs", 1)
+    assert AutoModelForCausalLM.from_pretrained(back).num_parameters() == smaller.num_parameters()
+    assert not (back / "masks.safetensors").exists()
 
 
 def test_a_page_lies_beside_the_model(run: Any, grouped: Path, text: Path, tmp_path: Path) -> None:
