@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+gc.disable()  # until all tests are collected: nothing that collection makes goes before
+
 # Several workers run at once; more threads than cores would make them many times slower.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for programs that tests start
@@ -50,6 +52,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Leave what collection made out of every later garbage collection: thousands of tests, torch and transformers."""
+    """Leave what collection made out of every later garbage collection: thousands of tests, torch and transformers.
+
+    Later ones are rare: tests make millions of short-lived objects, nearly all of which go without it.
+    """
     gc.collect()
     gc.freeze()
+    gc.enable()
+    gc.set_threshold(50_000, 20, 20)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -65,6 +68,7 @@ __all__ = [
     "belong",
     "best_swaps",
     "cheapest",
+    "combinations",
     "costs",
     "counts_of",
     "errors_of",
@@ -79,6 +83,7 @@ __all__ = [
     "minimum_errors",
     "sets",
     "shapes",
+    "thinned",
     "without_seconds",
 ]
 
@@ -97,6 +102,27 @@ def examples(count: int) -> settings:
     if _EXPLORE:
         return settings(max_examples=count * _EXPLORE, deadline=None, suppress_health_check=_HEALTH, print_blob=True)
     return settings(max_examples=count, deadline=None, suppress_health_check=_HEALTH, derandomize=True, database=None)
+
+
+def thinned(one_in: int, *values: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Return one in `one_in` of all combinations of values, all of them with MASKOPT_EXPLORE.
+
+    They are those whose positions add up to a multiple of `one_in`: a value of one list meets one in `one_in` of those
+    of another, and of three lists every two values meet if the third has that many.
+    """
+    places = itertools.product(*map(enumerate, values))
+    return [
+        tuple(value for _, value in place)
+        for place in places
+        if _EXPLORE or sum(position for position, _ in place) % one_in == 0
+    ]
+
+
+def combinations(
+    one_in: int, *, ids: Callable[[Any], str] | None = None, **values: Iterable[Any]
+) -> pytest.MarkDecorator:
+    """Run a test on the `thinned` combinations of its parameters."""
+    return pytest.mark.parametrize(tuple(values), thinned(one_in, *values.values()), ids=ids)
 
 
 # Edge-case inputs

@@ -1,5 +1,6 @@
 """Sparsities of layers, found by measuring what the model loses."""
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -443,6 +444,12 @@ def test_the_reference_of_the_divergence_is_torch():
 # The cache
 
 
+@functools.cache
+def uninterrupted(solver):
+    """The plan of a call that nothing interrupts and that keeps nothing."""
+    return allocate(ARCHITECTURES["llama"].build(), windows(), "per-row", 0.5, solver)
+
+
 @pytest.mark.parametrize("solver", [Wanda(), FAST], ids=["wanda", "best"])
 @pytest.mark.parametrize(
     "stage", ["layers at several levels", "losses of layers, expanded", "trial of uniform", "trial of fisher"]
@@ -450,7 +457,7 @@ def test_the_reference_of_the_divergence_is_torch():
 def test_an_interrupted_allocation_goes_on(tmp_path, monkeypatch, solver, stage):
     """The plan is that of an uninterrupted call, and what was finished is not done again."""
     options = {"pattern": "per-row", "sparsity": 0.5, "solver": solver, "cache": tmp_path / "cache"}
-    whole = allocate(ARCHITECTURES["llama"].build(), windows(), **{**options, "cache": None})
+    whole = uninterrupted(solver)
 
     def fail(event):
         if event.stage == stage and event.fraction > 0:

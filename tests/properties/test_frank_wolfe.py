@@ -29,7 +29,19 @@ from maskopt.solvers import (
     solve,
 )
 from maskopt.solvers.rules import row_block_of
-from tests.helpers import ALL_SETS, FRANK_WOLFE, SETS, SOLVERS, Layer, cheapest, examples, feasible, layers, sets
+from tests.helpers import (
+    ALL_SETS,
+    FRANK_WOLFE,
+    SETS,
+    SOLVERS,
+    Layer,
+    cheapest,
+    combinations,
+    examples,
+    feasible,
+    layers,
+    sets,
+)
 from tests.loop_runs import CONVEX, WAVY, Bowl, Case, Diary, Steady, function_case, layer_case, normal, plain_layer
 
 SHAPE = (4, 8)
@@ -73,9 +85,7 @@ def member(masks: MaskSet, mask: Tensor) -> bool:
 # All combinations
 
 
-@pytest.mark.parametrize("kind", cases())
-@pytest.mark.parametrize("set_name", ALL_SETS)
-@EVERY
+@combinations(3, name=DIRECTIONS, set_name=ALL_SETS, kind=cases())
 def test_every_direction_runs_or_is_refused_on_every_set_and_objective(name: str, set_name: str, kind: str) -> None:
     case, masks, solver = cases()[kind], ALL_SETS[set_name](SHAPE, 0.5), FrankWolfe(direction=name, iterations=3)
     for seen, needs in ((case.problem, NEEDS_OF_PROBLEM), (masks, NEEDS_OF_SET)):
