@@ -36,7 +36,7 @@ def optimum(layer: Layer, masks: PartitionMatroid) -> float:
 
 @given(layers(rows=(1, 3), d=(1, 8)), fractions)
 @pytest.mark.parametrize("name", MATROIDS)
-@examples(60)
+@examples(30)
 def test_proves_the_optimum(name: str, layer: Layer, fraction: float) -> None:
     assume(layer.weight.numel() <= 14)
     masks = ALL_SETS[name](layer.shape, fraction)
@@ -52,7 +52,7 @@ def test_proves_the_optimum(name: str, layer: Layer, fraction: float) -> None:
 
 
 @given(layers(rows=(1, 2), d=(4, 8)), fractions, st.integers(0, 6))
-@examples(400)
+@examples(200)
 def test_bounds_hold_whenever_it_is_stopped(layer: Layer, fraction: float, batches: int) -> None:
     masks = ALL_SETS["per-row"](layer.shape, fraction)
     seen = 0
@@ -72,7 +72,7 @@ def test_bounds_hold_whenever_it_is_stopped(layer: Layer, fraction: float, batch
 
 @given(st.data(), st.integers(0, 2**16), st.sampled_from([0.0, 1.0, -1e3, 1e6]))
 @pytest.mark.parametrize("name", MATROIDS)
-@examples(120)
+@examples(60)
 def test_fixing_never_cuts_off_an_optimum(name: str, data: st.DataObject, seed: int, constant: float) -> None:
     """The bound is the linear model of a convex quadratic at a random point; a constant is added to its linear term."""
     shape = data.draw(st.sampled_from([(1, 6), (2, 4), (2, 6), (1, 9), (3, 4)]))
