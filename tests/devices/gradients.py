@@ -67,7 +67,7 @@ def minimised(device: torch.device) -> Found:
 
 CASES: dict[str, Callable[[torch.device], Found]] = {
     "blocks": lambda device: recovered(device, Recovery("block", epochs=1, rule=Continuation())),
-    "model": lambda device: recovered(device, Recovery("model", epochs=1)),
+    "model": lambda device: recovered(device, Recovery("model", epochs=1, step_size=1e-3)),
     "allocation": allocated,
     "function": minimised,
 }
