@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for programs that tests start
 
 # `make test` must give the same answer twice, so examples are derived from the test itself. To look for new
-# counterexamples, ten times as many: MASKOPT_EXPLORE=10 python -m pytest tests
+# counterexamples, ten times as many, and in all combinations of parameters: MASKOPT_EXPLORE=10 python -m pytest tests
 settings.register_profile(
     "ci",
     derandomize=True,

@@ -89,7 +89,7 @@ __all__ = [
 
 
 # `make test` must give the same answer twice, so examples are derived from the tests. To look for new ones:
-# MASKOPT_EXPLORE=10 python -m pytest tests/properties     (random ones, ten times as many)
+# MASKOPT_EXPLORE=10 python -m pytest tests/properties     (random ones, ten times as many, in all combinations)
 _EXPLORE = int(os.environ.get("MASKOPT_EXPLORE", "0"))
 _QUICK = "MASKOPT_QUICK" in os.environ  # `make quick`
 _HEALTH = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
