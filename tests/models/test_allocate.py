@@ -22,6 +22,7 @@ from maskopt.oracles import Counts, PerRow
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers import Magnitude, Wanda, solve
 from maskopt.weights import ConditionalADMM
+from tests.helpers import combinations
 from tests.models.conftest import ARCHITECTURES, VOCABULARY, weights_of
 
 CAUSAL = [name for name in ARCHITECTURES if name != "bert"]
@@ -227,8 +228,7 @@ def test_sequences_are_cut_and_put_together_again():
 # Plans
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("solver", [Wanda(), FAST], ids=["wanda", "best"])
+@combinations(2, rule=RULES, solver=[Wanda(), FAST], ids=str)
 def test_every_rule_meets_the_budget_and_leaves_the_model_as_it_was(rule, solver):
     model = ARCHITECTURES["llama"].build()
     before, seen = weights_of(model), []

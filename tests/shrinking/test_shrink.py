@@ -15,6 +15,7 @@ import maskopt
 from maskopt.errors import MaskoptError
 from maskopt.shrinking import cache_bytes, cut_model, find_units
 from maskopt.structured import STRUCTURED, ColumnMagnitude
+from tests.helpers import combinations
 from tests.models.conftest import ARCHITECTURES, ENCODER_DECODERS, weights_of
 from tests.shrinking.made import NEURONS, computed, data, made
 
@@ -89,8 +90,7 @@ def test_experts_keep_multiples_of_eight_and_run_in_half_precision() -> None:
     assert bool(found.isfinite().all())
 
 
-@pytest.mark.parametrize("method", [*STRUCTURED, ColumnMagnitude()], ids=str)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@combinations(2, method=[*STRUCTURED, ColumnMagnitude()], family=["llama", "gpt2"], ids=str)
 def test_every_method_chooses_units_and_the_rest_of_the_model_stays(family: str, method: Any) -> None:
     model = made(family)
     report = maskopt.shrink(model, data(), neurons=0.3, method=method, refit="units")
@@ -104,8 +104,7 @@ def test_every_method_chooses_units_and_the_rest_of_the_model_stays(family: str,
             assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("refit", ["units", "layers", "block", "model"])
-@pytest.mark.parametrize("family", ["llama", "mixtral", "opt"])
+@combinations(2, refit=["units", "layers", "block", "model"], family=["llama", "mixtral", "opt"])
 def test_every_fit_leaves_a_model_of_the_same_widths(family: str, refit: str) -> None:
     model = made(family)
     report = maskopt.shrink(model, data(), neurons=0.3, refit=refit, epochs=1 if refit in ("block", "model") else None)

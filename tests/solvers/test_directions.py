@@ -74,7 +74,7 @@ def problems(seed: int, shape: tuple[int, int] = SHAPE) -> list[Problem]:
 # Directions
 
 
-@combinations(2, name=DIRECTIONS, set_name=ALL_SETS)
+@combinations(3, name=DIRECTIONS, set_name=ALL_SETS)
 def test_points_stay_in_the_hull_up_to_the_maximal_step(name: str, set_name: str) -> None:
     masks = ALL_SETS[set_name](SHAPE, 0.5)
     if not fits(name, masks):

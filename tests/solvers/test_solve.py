@@ -33,7 +33,7 @@ from maskopt.solvers import (
 from maskopt.solvers import (
     SOLVERS as NAMES,
 )
-from tests.helpers import EXACT, FRANK_WOLFE, ITERATIVE, SETS, SOLVER_ENTRIES, SOLVERS, feasible, thinned
+from tests.helpers import EXACT, FRANK_WOLFE, ITERATIVE, SETS, SOLVER_ENTRIES, SOLVERS, combinations, feasible, thinned
 
 SHAPE = (6, 24)
 STARTED = [name for name in ITERATIVE if SOLVERS[name].start is not None and SOLVER_ENTRIES[name].keeps_start]
@@ -272,8 +272,7 @@ def test_an_exception_in_a_callback_comes_out() -> None:
 # Chunks of rows
 
 
-@pytest.mark.parametrize("set_name", ["per-row", "n:m", "row counts", "protected rows"])
-@pytest.mark.parametrize("name", SOLVERS)
+@combinations(2, name=SOLVERS, set_name=["per-row", "n:m", "row counts", "protected rows"])
 def test_solving_in_chunks_gives_the_same(name: str, set_name: str) -> None:
     shape = (11, 24)
     problem, masks = layer(*shape), SETS[set_name](shape, 0.5)

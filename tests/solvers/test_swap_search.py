@@ -80,7 +80,7 @@ def test_rows_that_are_clean_are_left_alone(family: str) -> None:
 
 @pytest.mark.usefixtures("sizes")
 @combinations(
-    2,
+    3,
     ids=lambda value: str(value.tile) if isinstance(value, PartitionMatroid) else str(value),
     masks=[
         Unstructured(0.5),
