@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -216,6 +217,7 @@ def layers(draw: st.DrawFn, rows: Shape = (1, 4), d: Shape = (1, 8), exact: bool
     return Layer(weight, x, ", ".join(["integers" if whole else "normal", *edge]))
 
 
+@functools.cache
 def shapes(rows: int = 4, columns: int = 6) -> st.SearchStrategy[Shape]:
     return st.tuples(st.integers(1, rows), st.integers(1, columns))
 
@@ -233,6 +235,7 @@ def sets(shape: Shape, names: list[str] | None = None) -> st.SearchStrategy[Part
 _SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.0, 1e30, -1e30, 1e-30, -1e-30]
 
 
+@functools.cache
 def costs(shape: Shape, dtype: torch.dtype = torch.float64, infinite: bool = True) -> st.SearchStrategy[Tensor]:
     """Costs with ties, signed zeros, huge and tiny sizes and infinities, without NaN."""
     special = [*_SPECIAL, math.inf, -math.inf] if infinite else _SPECIAL

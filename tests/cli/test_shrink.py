@@ -91,8 +91,9 @@ def test_the_folder_and_the_figures(run: Any, grouped: Path, text: Path, tmp_pat
 
 
 def test_speed_and_every_layer_are_shown_when_asked_for(
-    run: Any, grouped: Path, text: Path, tmp_path: Path, read: Any
+    run: Any, grouped: Path, text: Path, tmp_path: Path, read: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys.modules["maskopt.shrinking.speed"], "_SECONDS", 0.0)  # as few repetitions as there may be
     command = ("shrink", grouped, tmp_path / "out", "--calibration", text, "--params", 0.2, *DATA[:-1])
     result = run(*command, "--report", "--json", tmp_path / "figures.json")
     speed = read(tmp_path / "figures.json")["speed"]

@@ -450,9 +450,11 @@ def uninterrupted(solver):
     return allocate(ARCHITECTURES["llama"].build(), windows(), "per-row", 0.5, solver)
 
 
-@pytest.mark.parametrize("solver", [Wanda(), FAST], ids=["wanda", "best"])
-@pytest.mark.parametrize(
-    "stage", ["layers at several levels", "losses of layers, expanded", "trial of uniform", "trial of fisher"]
+@combinations(
+    2,
+    solver=[Wanda(), FAST],
+    stage=["layers at several levels", "losses of layers, expanded", "trial of uniform", "trial of fisher"],
+    ids=str,
 )
 def test_an_interrupted_allocation_goes_on(tmp_path, monkeypatch, solver, stage):
     """The plan is that of an uninterrupted call, and what was finished is not done again."""

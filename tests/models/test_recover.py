@@ -56,7 +56,7 @@ def block_errors(model, dense, batches, prefix):
 )
 def test_blocks_come_nearer_and_masks_stay_in_their_set(build, batches, name, rule):
     model, dense, plain = build(name), build(name), build(name)
-    recovery = Recovery("block", epochs=4, rule=rule)
+    recovery = Recovery("block", epochs=3, rule=rule)
     report = prune(model, batches, PerRow(0.5), ConditionalADMM(), recover=recovery)
     prune(plain, batches, PerRow(0.5), ConditionalADMM())
     assert all(record.after <= record.before for record in report.recovery)

@@ -32,7 +32,7 @@ def test_better_masks_give_better_language_models(folder, tmp_path):
     batches = calibration_batches(tokenizer, calibration, samples=16, seqlen=default_seqlen(original, tokenizer))
     dense = measure(original, tokenizer)
     reached, errors = {}, {}
-    for solver in (Magnitude(), Wanda(), ContinuationFrankWolfe(iterations=50)):
+    for solver in (Magnitude(), Wanda(), ContinuationFrankWolfe(iterations=25)):
         model = deepcopy(original)
         report = prune(model, batches, PerRow(0.4), solver)
         name = type(solver).__name__

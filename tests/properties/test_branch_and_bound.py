@@ -36,7 +36,7 @@ def optimum(layer: Layer, masks: PartitionMatroid) -> float:
 
 @given(layers(rows=(1, 3), d=(1, 8)), fractions)
 @pytest.mark.parametrize("name", MATROIDS)
-@examples(30)
+@examples(20)
 def test_proves_the_optimum(name: str, layer: Layer, fraction: float) -> None:
     assume(layer.weight.numel() <= 14)
     masks = ALL_SETS[name](layer.shape, fraction)

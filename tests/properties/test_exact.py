@@ -55,7 +55,7 @@ def holds(problem: Problem, masks: MaskSet, result: Result, best: Tensor, loss: 
 
 @given(st.data(), layers(rows=(1, 4), d=(1, 6)), fractions, st.sampled_from([torch.float64, torch.float32]))
 @pytest.mark.parametrize("name", ALL_SETS)
-@examples(15)
+@examples(12)
 def test_brute_force_finds_the_optimum(
     name: str, data: st.DataObject, layer: Layer, fraction: float, dtype: torch.dtype
 ) -> None:

@@ -85,7 +85,7 @@ def member(masks: MaskSet, mask: Tensor) -> bool:
 # All combinations
 
 
-@combinations(3, name=DIRECTIONS, set_name=ALL_SETS, kind=cases())
+@combinations(6, name=DIRECTIONS, set_name=ALL_SETS, kind=cases())
 def test_every_direction_runs_or_is_refused_on_every_set_and_objective(name: str, set_name: str, kind: str) -> None:
     case, masks, solver = cases()[kind], ALL_SETS[set_name](SHAPE, 0.5), FrankWolfe(direction=name, iterations=3)
     for seen, needs in ((case.problem, NEEDS_OF_PROBLEM), (masks, NEEDS_OF_SET)):

@@ -52,7 +52,7 @@ def problems(
 @given(st.data())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MATROIDS)
-@examples(15)
+@examples(12)
 def test_lmo_is_the_sorted_answer(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
     masks, cost = data.draw(problems([name], dtype, rows=6, columns=24, infinite=True))
     chosen = masks.lmo_mask(cost)
@@ -83,7 +83,7 @@ def ranked(cost: Tensor) -> Tensor:
 
 @given(st.data())
 @pytest.mark.parametrize("name", EVERY)
-@examples(30)
+@examples(20)
 def test_lmo_against_enumeration(name: str, data: st.DataObject) -> None:
     masks, cost = data.draw(problems([name], rows=3, columns=4))
     if name not in MATROIDS:
@@ -100,7 +100,7 @@ def test_lmo_against_enumeration(name: str, data: st.DataObject) -> None:
 
 @given(st.data())
 @pytest.mark.parametrize("name", INTEGRAL_SETS)
-@examples(15)
+@examples(12)
 def test_lmo_against_linear_programming(name: str, data: st.DataObject) -> None:
     masks, cost = data.draw(problems([name]))
     # HiGHS has absolute tolerances, so costs are ranked: numbers stay ordinary, ties stay ties.
@@ -200,7 +200,7 @@ def test_round_is_the_identity_on_masks(dtype: torch.dtype, case: tuple[Partitio
 
 @given(st.data())
 @pytest.mark.parametrize("name", EVERY)
-@examples(20)
+@examples(15)
 def test_round_is_the_projection(name: str, data: st.DataObject) -> None:
     shape = data.draw(shapes(3, 4))
     masks = data.draw(sets(shape, [name]))
@@ -216,7 +216,7 @@ def test_round_is_the_projection(name: str, data: st.DataObject) -> None:
 
 @given(st.data())
 @pytest.mark.parametrize("name", EVERY)
-@examples(25)
+@examples(16)
 def test_contains_agrees_with_enumeration(name: str, data: st.DataObject) -> None:
     shape = data.draw(shapes(3, 5))
     masks = data.draw(sets(shape, [name]))

@@ -55,7 +55,7 @@ def checked(layer: Layer, masks: PartitionMatroid, result: Result, dtype: torch.
 @given(st.data(), layers())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SOLVERS)
-@examples(15)
+@examples(12)
 def test_feasible_evaluated_and_never_below_the_optimum(
     name: str, dtype: torch.dtype, data: st.DataObject, layer: Layer
 ) -> None:
@@ -166,7 +166,7 @@ def test_a_batch_is_a_loop_over_rows(name: str, data: st.DataObject, rows: int, 
 
 @given(st.data(), layers(rows=(1, 4), d=(1, 12)))
 @pytest.mark.parametrize("name", SOLVERS)
-@examples(15)
+@examples(8)
 def test_solvers_are_deterministic(name: str, data: st.DataObject, layer: Layer) -> None:
     masks = data.draw(sets(layer.shape))
     for dtype in DTYPES:

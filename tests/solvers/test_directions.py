@@ -151,7 +151,7 @@ class AtomsChecked(Diary):
         self.ends.append((state.point.x.clone(), atoms.active.clone(), atoms.take(torch.arange(atoms.blocks))))
 
 
-@combinations(2, name=ACTIVE, set_name=ALL_SETS)
+@combinations(3, name=ACTIVE, set_name=ALL_SETS)
 def test_points_are_combinations_of_their_atoms(name: str, set_name: str) -> None:
     masks = ALL_SETS[set_name](SHAPE, 0.5)
     for problem in problems(2):
