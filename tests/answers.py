@@ -133,7 +133,7 @@ def best_swaps(problem: LayerReconstruction, masks: PartitionMatroid, mask: Tens
     pruned, steps = np.where(kept, 0.0, weight), np.eye(d)
 
     def error(vectors: np.ndarray) -> np.ndarray:
-        return np.einsum("...i,ij,...j->...", vectors, gram, vectors)
+        return ((vectors @ gram) * vectors).sum(-1)
 
     within = np.full(rows, np.inf)
     add, drop = np.full((rows, d), np.inf), np.full((rows, d), np.inf)

@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+gc.disable()  # until all tests are collected: nothing that collection makes goes before
+
 # Several workers run at once; more threads than cores would make them many times slower.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for programs that tests start
 
 # `make test` must give the same answer twice, so examples are derived from the test itself. To look for new
-# counterexamples, ten times as many: MASKOPT_EXPLORE=10 python -m pytest tests
+# counterexamples, ten times as many, and in all combinations of parameters: MASKOPT_EXPLORE=10 python -m pytest tests
 settings.register_profile(
     "ci",
     derandomize=True,
@@ -50,6 +52,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Leave what collection made out of every later garbage collection: thousands of tests, torch and transformers."""
+    """Leave what collection made out of every later garbage collection: thousands of tests, torch and transformers.
+
+    Later ones are rare: tests make millions of short-lived objects, nearly all of which go without it.
+    """
     gc.collect()
     gc.freeze()
+    gc.enable()
+    gc.set_threshold(50_000, 20, 20)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -65,6 +69,7 @@ __all__ = [
     "belong",
     "best_swaps",
     "cheapest",
+    "combinations",
     "costs",
     "counts_of",
     "errors_of",
@@ -79,12 +84,13 @@ __all__ = [
     "minimum_errors",
     "sets",
     "shapes",
+    "thinned",
     "without_seconds",
 ]
 
 
 # `make test` must give the same answer twice, so examples are derived from the tests. To look for new ones:
-# MASKOPT_EXPLORE=10 python -m pytest tests/properties     (random ones, ten times as many)
+# MASKOPT_EXPLORE=10 python -m pytest tests/properties     (random ones, ten times as many, in all combinations)
 _EXPLORE = int(os.environ.get("MASKOPT_EXPLORE", "0"))
 _QUICK = "MASKOPT_QUICK" in os.environ  # `make quick`
 _HEALTH = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
@@ -97,6 +103,27 @@ def examples(count: int) -> settings:
     if _EXPLORE:
         return settings(max_examples=count * _EXPLORE, deadline=None, suppress_health_check=_HEALTH, print_blob=True)
     return settings(max_examples=count, deadline=None, suppress_health_check=_HEALTH, derandomize=True, database=None)
+
+
+def thinned(one_in: int, *values: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Return one in `one_in` of all combinations of values, all of them with MASKOPT_EXPLORE.
+
+    They are those whose positions add up to a multiple of `one_in`: a value of one list meets one in `one_in` of those
+    of another, and of three lists every two values meet if the third has that many.
+    """
+    places = itertools.product(*map(enumerate, values))
+    return [
+        tuple(value for _, value in place)
+        for place in places
+        if _EXPLORE or sum(position for position, _ in place) % one_in == 0
+    ]
+
+
+def combinations(
+    one_in: int, *, ids: Callable[[Any], str] | None = None, **values: Iterable[Any]
+) -> pytest.MarkDecorator:
+    """Run a test on the `thinned` combinations of its parameters."""
+    return pytest.mark.parametrize(tuple(values), thinned(one_in, *values.values()), ids=ids)
 
 
 # Edge-case inputs
@@ -190,6 +217,7 @@ def layers(draw: st.DrawFn, rows: Shape = (1, 4), d: Shape = (1, 8), exact: bool
     return Layer(weight, x, ", ".join(["integers" if whole else "normal", *edge]))
 
 
+@functools.cache
 def shapes(rows: int = 4, columns: int = 6) -> st.SearchStrategy[Shape]:
     return st.tuples(st.integers(1, rows), st.integers(1, columns))
 
@@ -207,6 +235,7 @@ def sets(shape: Shape, names: list[str] | None = None) -> st.SearchStrategy[Part
 _SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.0, 1e30, -1e30, 1e-30, -1e-30]
 
 
+@functools.cache
 def costs(shape: Shape, dtype: torch.dtype = torch.float64, infinite: bool = True) -> st.SearchStrategy[Tensor]:
     """Costs with ties, signed zeros, huge and tiny sizes and infinities, without NaN."""
     special = [*_SPECIAL, math.inf, -math.inf] if infinite else _SPECIAL

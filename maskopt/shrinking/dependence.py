@@ -173,7 +173,7 @@ class Probe:
             for columns in served.trials:
                 served.add(self._gradients(consumer, column_axis, columns, private))
             found = served.owned()
-            if matrices <= {each.name for each in found}:
+            if matrices <= {each.name for each in found} or not any(map(served.undecided, matrices)):
                 break
         return found if matrices & {each.name for each in found} else []
 
@@ -264,6 +264,19 @@ class _Served:
                 known = self._hits.setdefault((name, axis), [torch.zeros_like(hit) for _ in self.trials])
                 known[self._next] |= hit
         self._next = (self._next + 1) % len(self.trials)
+
+    def undecided(self, name: str) -> bool:
+        """Whether a parameter may have a slice of its own for every unit.
+
+        No other weights change that a slice serves several units; that it serves none they may.
+        """
+        for (each, _), hits in self._hits.items():
+            several = torch.zeros_like(hits[0])
+            for zero, one in zip(hits[::2], hits[1::2], strict=True):
+                several |= zero & one
+            if each == name and int((~several).sum()) >= self._number:
+                return True
+        return False
 
     def owned(self) -> list[Owned]:
         """Return the slices that serve a single unit each, of parameters of which every unit has as many."""

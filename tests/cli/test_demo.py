@@ -75,8 +75,8 @@ def test_better_solvers_reach_lower_perplexity_on_the_shipped_model(monkeypatch)
     monkeypatch.setattr(demo, "SETS", (("per-row", 0.6),))
     monkeypatch.setattr(demo, "WEIGHTS", {"best": 1, "alps": 1})
     monkeypatch.setattr(demo, "SOLVERS", {"magnitude": 1, "wanda": 1, "continuation": 1})
-    monkeypatch.setattr(demo, "_WINDOWS", 8)
-    monkeypatch.setattr(demo, "_EVALUATION_CHARACTERS", 20_000)
+    monkeypatch.setattr(demo, "_WINDOWS", 4)
+    monkeypatch.setattr(demo, "_EVALUATION_CHARACTERS", 10_000)
     result = demo.run_demo()
     perplexities = {row.solver: row.perplexity for row in result.rows}
     assert result.dense_perplexity < perplexities["best"] < perplexities["alps"] < perplexities["continuation"]

@@ -66,8 +66,8 @@ def minimised(device: torch.device) -> Found:
 
 
 CASES: dict[str, Callable[[torch.device], Found]] = {
-    "blocks": lambda device: recovered(device, Recovery("block", epochs=3, rule=Continuation())),
-    "model": lambda device: recovered(device, Recovery("model", epochs=2)),
+    "blocks": lambda device: recovered(device, Recovery("block", epochs=1, rule=Continuation(), step_size=1e-2)),
+    "model": lambda device: recovered(device, Recovery("model", epochs=1)),
     "allocation": allocated,
     "function": minimised,
 }

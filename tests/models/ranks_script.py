@@ -37,7 +37,7 @@ def outcomes():
     found = {}
     jobs._LEAST = 1  # so that tiny layers are cut into several jobs
     for name, (kind, masks, solver, propagate, count) in RUNS.items():
-        model = {**ARCHITECTURES, **MIXTURES}[kind].build()
+        model = {**ARCHITECTURES, **MIXTURES}[kind].build(**{"n_layer" if kind == "gpt2" else "num_hidden_layers": 2})
         data = batches(count + 2)
         report = prune(model, data[:count], masks, solver, propagate=propagate, held_out=data[count:])
         records = [vars(record) | {"seconds": 0} for record in report.layers]

@@ -1,5 +1,6 @@
 """Sparsities of layers, found by measuring what the model loses."""
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -21,6 +22,7 @@ from maskopt.oracles import Counts, PerRow
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers import Magnitude, Wanda, solve
 from maskopt.weights import ConditionalADMM
+from tests.helpers import combinations
 from tests.models.conftest import ARCHITECTURES, VOCABULARY, weights_of
 
 CAUSAL = [name for name in ARCHITECTURES if name != "bert"]
@@ -226,8 +228,7 @@ def test_sequences_are_cut_and_put_together_again():
 # Plans
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("solver", [Wanda(), FAST], ids=["wanda", "best"])
+@combinations(2, rule=RULES, solver=[Wanda(), FAST], ids=str)
 def test_every_rule_meets_the_budget_and_leaves_the_model_as_it_was(rule, solver):
     model = ARCHITECTURES["llama"].build()
     before, seen = weights_of(model), []
@@ -443,14 +444,22 @@ def test_the_reference_of_the_divergence_is_torch():
 # The cache
 
 
-@pytest.mark.parametrize("solver", [Wanda(), FAST], ids=["wanda", "best"])
-@pytest.mark.parametrize(
-    "stage", ["layers at several levels", "losses of layers, expanded", "trial of uniform", "trial of fisher"]
+@functools.cache
+def uninterrupted(solver):
+    """The plan of a call that nothing interrupts and that keeps nothing."""
+    return allocate(ARCHITECTURES["llama"].build(), windows(), "per-row", 0.5, solver)
+
+
+@combinations(
+    2,
+    solver=[Wanda(), FAST],
+    stage=["layers at several levels", "losses of layers, expanded", "trial of uniform", "trial of fisher"],
+    ids=str,
 )
 def test_an_interrupted_allocation_goes_on(tmp_path, monkeypatch, solver, stage):
     """The plan is that of an uninterrupted call, and what was finished is not done again."""
     options = {"pattern": "per-row", "sparsity": 0.5, "solver": solver, "cache": tmp_path / "cache"}
-    whole = allocate(ARCHITECTURES["llama"].build(), windows(), **{**options, "cache": None})
+    whole = uninterrupted(solver)
 
     def fail(event):
         if event.stage == stage and event.fraction > 0:

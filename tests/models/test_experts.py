@@ -19,6 +19,7 @@ from maskopt.models.layers import LinearLayer
 from maskopt.oracles import NM, PerRow
 from maskopt.solvers import Magnitude, Wanda
 from maskopt.weights import ConditionalADMM, SparseGPT
+from tests.helpers import combinations
 
 SMALL = {
     "vocab_size": 61,
@@ -130,8 +131,7 @@ def layers_of(model, report, exclude):
     return layers
 
 
-@pytest.mark.parametrize("masks", [PerRow(0.5), NM(keep=2, group=4)], ids=["per row", "2:4"])
-@pytest.mark.parametrize("family", list(FAMILIES))
+@combinations(2, family=FAMILIES, masks=[PerRow(0.5), NM(keep=2, group=4)], ids=str)
 def test_every_expert_is_pruned_and_stays_so(family, masks, tmp_path, tokenizer):
     dense = made(family)
     model, worse = copy.deepcopy(dense), copy.deepcopy(dense)
@@ -627,7 +627,7 @@ def test_recovery_fits_experts_and_keeps_their_pattern(family):
     exclude = ["*.experts.*.1"]
     first = prune(model, token_batches(), masks, Wanda(), exclude=exclude)
     changed = copy.deepcopy(model)
-    report = recover(model, dense, token_batches(8), Recovery("block", epochs=6), exclude=exclude)
+    report = recover(model, dense, token_batches(8), Recovery("block", epochs=3), exclude=exclude)
     assert any(record.accepted for record in report.recovery)
     layers = layers_of(model, first, exclude)
     assert report.masks.keys() == first.masks.keys() == layers.keys()

@@ -19,7 +19,7 @@ from maskopt.solvers import Wanda
 from maskopt.weights import ConditionalADMM
 from tests.models.conftest import VOCABULARY, weights_of
 
-SHORT = Recovery("block", epochs=6)
+SHORT = Recovery("block", epochs=2)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def block_errors(model, dense, batches, prefix):
 )
 def test_blocks_come_nearer_and_masks_stay_in_their_set(build, batches, name, rule):
     model, dense, plain = build(name), build(name), build(name)
-    recovery = Recovery("block", epochs=6, rule=rule)
+    recovery = Recovery("block", epochs=3, rule=rule)
     report = prune(model, batches, PerRow(0.5), ConditionalADMM(), recover=recovery)
     prune(plain, batches, PerRow(0.5), ConditionalADMM())
     assert all(record.after <= record.before for record in report.recovery)
@@ -88,7 +88,7 @@ def test_recorded_losses_are_those_of_the_models(build, batches):
 
 def test_predictions_come_nearer(build, batches):
     model, dense = build("llama"), build("llama")
-    report = prune(model, batches, PerRow(0.5), ConditionalADMM(), recover=Recovery("model", epochs=4))
+    report = prune(model, batches, PerRow(0.5), ConditionalADMM(), recover=Recovery("model", epochs=2))
     assert [record.level for record in report.recovery] == ["block"] * 3 + ["model"]
     last = report.recovery[-1]
     assert last.after < last.before
@@ -165,7 +165,7 @@ def test_a_failure_restores_all_parameters(build, batches, where):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prune(model, batches, PerRow(0.5), Wanda(), recover=Recovery("model", epochs=4), progress=fail)
+        prune(model, batches, PerRow(0.5), Wanda(), recover=Recovery("model", epochs=2), progress=fail)
     after = weights_of(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
@@ -179,12 +179,12 @@ def test_what_is_fitted(build, batches):
         ("vectors", (False, True)),
         ("lora", (True, True)),
     )
+    plain = build("llama")
+    prune(plain, batches[:-1], PerRow(0.5), Wanda())
     for parameters, changed in cases:
         model = build("llama")
-        plain = build("llama")
-        recovery = Recovery("block", epochs=3, parameters=parameters)
+        recovery = Recovery("block", epochs=2, parameters=parameters)
         report = prune(model, batches[:-1], PerRow(0.5), Wanda(), recover=recovery, held_out=batches[-1:])
-        prune(plain, batches[:-1], PerRow(0.5), Wanda())
         # The first block is pruned alike in both.
         own, other = weights_of(model), weights_of(plain)
         differs = {name: not torch.equal(own[name], other[name]) for name in own}
@@ -202,7 +202,7 @@ def test_changes_of_low_rank_keep_every_zero(build, batches, name):
     before = prune(model, batches, NM(keep=2, group=4), Wanda())
     zeros = {layer: ~mask for layer, mask in before.masks.items()}
     old = weights_of(model)
-    report = recover(model, dense, batches, Recovery("model", epochs=3, parameters="lora", rank=2), masks=before.masks)
+    report = recover(model, dense, batches, Recovery("model", epochs=2, parameters="lora", rank=2), masks=before.masks)
     assert any(record.accepted for record in report.recovery)
     new = weights_of(model)
     for layer, zero in zeros.items():
@@ -231,7 +231,7 @@ def test_pruned_models_recover_beside_the_dense_one(build, batches):
         model,
         dense,
         batches,
-        Recovery("model", epochs=4, rule=FixedMasks()),
+        Recovery("model", epochs=2, rule=FixedMasks()),
         progress=lambda name, fraction: told.append(fraction),
     )
     assert all(record.after <= record.before for record in report.recovery)
@@ -368,7 +368,7 @@ def test_blocks_that_share_weights_keep_what_is_shared(build, batches):
     model = build("llama")
     model.model.layers[2].mlp = model.model.layers[0].mlp
     shared = copy.deepcopy(model.model.layers[0].mlp)
-    report = prune(model, batches, PerRow(0.5), Wanda(), recover=Recovery("block", epochs=4), exclude=["*.mlp.*"])
+    report = prune(model, batches, PerRow(0.5), Wanda(), recover=Recovery("block", epochs=2), exclude=["*.mlp.*"])
     assert any(record.accepted for record in report.recovery)
     for own, other in zip(model.model.layers[0].mlp.parameters(), shared.parameters(), strict=True):
         assert torch.equal(own, other)

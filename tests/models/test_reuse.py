@@ -10,11 +10,8 @@ from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.reuse import Reuse
 from maskopt.models.states import States, Storage
 from maskopt.weights import ConditionalADMM
-
-
-@pytest.fixture(params=[False, True], ids=["whole", "padded"])
-def batches(request, make_batches):
-    return make_batches(request.param)
+from tests.helpers import combinations
+from tests.models.conftest import ARCHITECTURES
 
 
 def pruned(model, batches, solver, **options):
@@ -22,14 +19,17 @@ def pruned(model, batches, solver, **options):
     return report, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("solver", [Wanda(), ConditionalADMM(iterations=8)], ids=["masks", "weights"])
-def test_masks_and_weights_are_those_of_blocks_that_run_as_a_whole(architecture, batches, solver, monkeypatch):
-    kept = pruned(architecture.build(), batches, solver)
+@combinations(2, name=ARCHITECTURES, padded=[False, True], solver=[Wanda(), ConditionalADMM(iterations=8)], ids=str)
+def test_masks_and_weights_are_those_of_blocks_that_run_as_a_whole(
+    build, make_batches, name, padded, solver, monkeypatch
+):
+    batches = make_batches(padded)
+    kept = pruned(build(name), batches, solver)
     monkeypatch.setattr(Replay, "reuse", lambda self, position, turns: None)
-    whole = pruned(architecture.build(), batches, solver)
+    whole = pruned(build(name), batches, solver)
     assert kept[0].masks.keys() == whole[0].masks.keys()
-    for name, weight in whole[1].items():
-        torch.testing.assert_close(kept[1][name], weight, rtol=1e-5, atol=1e-6)
+    for key, weight in whole[1].items():
+        torch.testing.assert_close(kept[1][key], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_both_stacks_of_an_encoder_decoder_reuse(encoder_decoder, make_batches, monkeypatch):

@@ -27,9 +27,11 @@ def ties(rows: int, size: int, dtype: torch.dtype, levels: int = 5) -> Tensor:
     return torch.randint(-levels, levels, (rows, size), generator=random).to(dtype)
 
 
-@pytest.fixture(params=["quickselect", "topk"])
+@pytest.fixture(params=["quickselect", "topk", "ranks"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both algorithms for the k-th entry; the second is used on accelerators."""
+    """Both algorithms for the k-th entry, of which the second is used on accelerators; and ranks, as of many rows."""
+    if request.param == "ranks":
+        monkeypatch.setattr(select, "_FEW", 0)
     if request.param == "topk":
 
         def forbidden(*_: object, **__: object) -> None:

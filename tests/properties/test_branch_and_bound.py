@@ -36,7 +36,7 @@ def optimum(layer: Layer, masks: PartitionMatroid) -> float:
 
 @given(layers(rows=(1, 3), d=(1, 8)), fractions)
 @pytest.mark.parametrize("name", MATROIDS)
-@examples(60)
+@examples(20)
 def test_proves_the_optimum(name: str, layer: Layer, fraction: float) -> None:
     assume(layer.weight.numel() <= 14)
     masks = ALL_SETS[name](layer.shape, fraction)
@@ -52,7 +52,7 @@ def test_proves_the_optimum(name: str, layer: Layer, fraction: float) -> None:
 
 
 @given(layers(rows=(1, 2), d=(4, 8)), fractions, st.integers(0, 6))
-@examples(400)
+@examples(200)
 def test_bounds_hold_whenever_it_is_stopped(layer: Layer, fraction: float, batches: int) -> None:
     masks = ALL_SETS["per-row"](layer.shape, fraction)
     seen = 0
@@ -72,7 +72,7 @@ def test_bounds_hold_whenever_it_is_stopped(layer: Layer, fraction: float, batch
 
 @given(st.data(), st.integers(0, 2**16), st.sampled_from([0.0, 1.0, -1e3, 1e6]))
 @pytest.mark.parametrize("name", MATROIDS)
-@examples(120)
+@examples(60)
 def test_fixing_never_cuts_off_an_optimum(name: str, data: st.DataObject, seed: int, constant: float) -> None:
     """The bound is the linear model of a convex quadratic at a random point; a constant is added to its linear term."""
     shape = data.draw(st.sampled_from([(1, 6), (2, 4), (2, 6), (1, 9), (3, 4)]))
@@ -103,7 +103,9 @@ def test_fixing_never_cuts_off_an_optimum(name: str, data: st.DataObject, seed: 
     gradient = problem.gradient(point)
     vertex = fixed.lmo(gradient)
     bound = per_block(problem.value(point) + (gradient * (vertex - x)).sum(1))
-    errors = torch.stack([per_block(problem.objective(mask)) for mask in members])
+    every = members.double()
+    values = torch.einsum("nri,ij,nrj->nr", every, problem.quadratic, every) + (every * problem.linear).sum(2)
+    errors = values.view(len(members), -1, height).sum(2)
     best = errors.amin(0)
     # The incumbent may have any error between the optimum and the worst mask.
     known = best + data.draw(st.sampled_from([0.0, 0.1, 1.0])) * (errors.amax(0) - best)
@@ -179,7 +181,7 @@ def outlier_layer(seed: int, kind: str, size: float) -> LayerReconstruction:
 @pytest.mark.parametrize("kind", ["weight", "input", "several", "cancelling"])
 def test_weights_far_larger_than_the_others_hide_no_optimum(kind: str, size: float) -> None:
     masks = PerRow(5)
-    for seed in range(6):
+    for seed in range(4):
         problem = outlier_layer(seed, kind, size)
         best = solve(problem, masks, BruteForce()).total
         for start in (Magnitude(), Wanda()):

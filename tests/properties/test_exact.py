@@ -55,7 +55,7 @@ def holds(problem: Problem, masks: MaskSet, result: Result, best: Tensor, loss: 
 
 @given(st.data(), layers(rows=(1, 4), d=(1, 6)), fractions, st.sampled_from([torch.float64, torch.float32]))
 @pytest.mark.parametrize("name", ALL_SETS)
-@examples(25)
+@examples(12)
 def test_brute_force_finds_the_optimum(
     name: str, data: st.DataObject, layer: Layer, fraction: float, dtype: torch.dtype
 ) -> None:
@@ -83,7 +83,7 @@ def test_of_equal_masks_brute_force_takes_the_one_with_lower_indices(
 @given(st.data(), layers(rows=(1, 2), d=(1, 7)), fractions)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ALL_SETS)
-@examples(10)
+@examples(6)
 def test_scip_finds_the_optimum(name: str, form: str, data: st.DataObject, layer: Layer, fraction: float) -> None:
     assume(layer.weight.numel() <= SMALL)
     masks, problem = ALL_SETS[name](layer.shape, fraction), layer.problem()

@@ -29,7 +29,19 @@ from maskopt.solvers import (
     solve,
 )
 from maskopt.solvers.rules import row_block_of
-from tests.helpers import ALL_SETS, FRANK_WOLFE, SETS, SOLVERS, Layer, cheapest, examples, feasible, layers, sets
+from tests.helpers import (
+    ALL_SETS,
+    FRANK_WOLFE,
+    SETS,
+    SOLVERS,
+    Layer,
+    cheapest,
+    combinations,
+    examples,
+    feasible,
+    layers,
+    sets,
+)
 from tests.loop_runs import CONVEX, WAVY, Bowl, Case, Diary, Steady, function_case, layer_case, normal, plain_layer
 
 SHAPE = (4, 8)
@@ -73,9 +85,7 @@ def member(masks: MaskSet, mask: Tensor) -> bool:
 # All combinations
 
 
-@pytest.mark.parametrize("kind", cases())
-@pytest.mark.parametrize("set_name", ALL_SETS)
-@EVERY
+@combinations(6, name=DIRECTIONS, set_name=ALL_SETS, kind=cases())
 def test_every_direction_runs_or_is_refused_on_every_set_and_objective(name: str, set_name: str, kind: str) -> None:
     case, masks, solver = cases()[kind], ALL_SETS[set_name](SHAPE, 0.5), FrankWolfe(direction=name, iterations=3)
     for seen, needs in ((case.problem, NEEDS_OF_PROBLEM), (masks, NEEDS_OF_SET)):
@@ -219,7 +229,7 @@ def checked_history(case: Case, masks: MaskSet, solver: FrankWolfe, tolerance: f
 @given(
     st.data(), layers(rows=(1, 3), d=(1, 6), exact=True), st.sampled_from([0.0, 0.0, 0.3, 1.0, 4.0, -0.5, -3.0, -1e7])
 )
-@examples(25)
+@examples(15)
 def test_bounds_hold_at_every_iteration(
     name: str, dtype: torch.dtype, data: st.DataObject, layer: Layer, shift: float
 ) -> None:
@@ -232,7 +242,7 @@ def test_bounds_hold_at_every_iteration(
 @DTYPES
 @EVERY
 @given(st.data(), layers(rows=(1, 3), d=(1, 6), exact=False), st.sampled_from([0.0, 0.0, 0.3, 1.0, -0.5, -1e4]))
-@examples(20)
+@examples(12)
 def test_bounds_hold_at_every_iteration_on_real_data(
     name: str, dtype: torch.dtype, data: st.DataObject, layer: Layer, shift: float
 ) -> None:
@@ -252,7 +262,7 @@ def test_bounds_hold_at_every_iteration_on_real_data(
     st.sampled_from([True, True, False]),
     st.integers(0, 9999),
 )
-@examples(30)
+@examples(18)
 def test_bounds_of_functions_hold_at_every_iteration(
     name: str,
     data: st.DataObject,
@@ -338,7 +348,7 @@ def test_a_constant_in_the_gradient_shifts_values_and_bounds(
 
 @EVERY
 @given(st.integers(0, 999), st.sampled_from(["per-row", "n:m", "row counts", "protected rows"]))
-@examples(10)
+@examples(6)
 def test_reordering_rows_reorders_the_mask(name: str, seed: int, set_name: str) -> None:
     masks, order = SETS[set_name](SHAPE, 0.5), torch.randperm(4, generator=torch.Generator().manual_seed(seed))
     root = normal(8, 8, seed=seed)

@@ -52,7 +52,7 @@ def problems(
 @given(st.data())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MATROIDS)
-@examples(30)
+@examples(12)
 def test_lmo_is_the_sorted_answer(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
     masks, cost = data.draw(problems([name], dtype, rows=6, columns=24, infinite=True))
     chosen = masks.lmo_mask(cost)
@@ -83,7 +83,7 @@ def ranked(cost: Tensor) -> Tensor:
 
 @given(st.data())
 @pytest.mark.parametrize("name", EVERY)
-@examples(60)
+@examples(20)
 def test_lmo_against_enumeration(name: str, data: st.DataObject) -> None:
     masks, cost = data.draw(problems([name], rows=3, columns=4))
     if name not in MATROIDS:
@@ -100,7 +100,7 @@ def test_lmo_against_enumeration(name: str, data: st.DataObject) -> None:
 
 @given(st.data())
 @pytest.mark.parametrize("name", INTEGRAL_SETS)
-@examples(25)
+@examples(12)
 def test_lmo_against_linear_programming(name: str, data: st.DataObject) -> None:
     masks, cost = data.draw(problems([name]))
     # HiGHS has absolute tolerances, so costs are ranked: numbers stay ordinary, ties stay ties.
@@ -113,7 +113,7 @@ def test_lmo_against_linear_programming(name: str, data: st.DataObject) -> None:
 
 @given(st.data())
 @pytest.mark.parametrize("name", EVERY)
-@examples(15)
+@examples(10)
 def test_lmo_against_integer_programming(name: str, data: st.DataObject) -> None:
     masks, cost = data.draw(problems([name]))
     cost = ranked(cost)
@@ -129,7 +129,7 @@ def test_lmo_against_integer_programming(name: str, data: st.DataObject) -> None
 
 @given(st.data())
 @pytest.mark.parametrize("name", EVERY)
-@examples(20)
+@examples(12)
 def test_formulation_has_the_same_members(name: str, data: st.DataObject) -> None:
     shape = data.draw(shapes(3, 4))
     masks = data.draw(sets(shape, [name]))
@@ -200,7 +200,7 @@ def test_round_is_the_identity_on_masks(dtype: torch.dtype, case: tuple[Partitio
 
 @given(st.data())
 @pytest.mark.parametrize("name", EVERY)
-@examples(30)
+@examples(15)
 def test_round_is_the_projection(name: str, data: st.DataObject) -> None:
     shape = data.draw(shapes(3, 4))
     masks = data.draw(sets(shape, [name]))
@@ -216,7 +216,7 @@ def test_round_is_the_projection(name: str, data: st.DataObject) -> None:
 
 @given(st.data())
 @pytest.mark.parametrize("name", EVERY)
-@examples(50)
+@examples(16)
 def test_contains_agrees_with_enumeration(name: str, data: st.DataObject) -> None:
     shape = data.draw(shapes(3, 5))
     masks = data.draw(sets(shape, [name]))
@@ -237,7 +237,7 @@ def test_contains_refuses_other_types_than_bool(name: str, dtype: torch.dtype) -
 
 @given(st.data())
 @pytest.mark.parametrize("name", EVERY)
-@examples(20)
+@examples(12)
 def test_enumerate_and_count_agree_with_all_patterns(name: str, data: st.DataObject) -> None:
     shape = data.draw(shapes(3, 4))
     masks = data.draw(sets(shape, [name]))
@@ -314,7 +314,7 @@ def test_ungroup_inverts_groups(name: str, data: st.DataObject) -> None:
 
 @given(st.data())
 @pytest.mark.parametrize("name", EVERY)
-@examples(20)
+@examples(12)
 def test_rows_are_slices(name: str, data: st.DataObject) -> None:
     shape = data.draw(shapes(6, 5))
     masks = data.draw(sets(shape, [name]))

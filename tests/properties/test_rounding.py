@@ -88,7 +88,7 @@ def roundings(
 @given(st.data(), layers(rows=(1, 5), d=(1, 12)), kinds, seeds)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SETS)
-@examples(12)
+@examples(8)
 def test_roundings_are_members_reproducible_and_polish_helps(
     name: str, dtype: torch.dtype, data: st.DataObject, layer: object, kind: str, seed: int
 ) -> None:

@@ -86,7 +86,7 @@ def test_protocols_tell_the_sets_apart() -> None:
 @given(st.data())
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", able("inface"))
-@examples(40)
+@examples(15)
 def test_inface_is_the_best_of_the_smallest_face(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
     masks, shape, members = data.draw(cases(name))
     at = data.draw(st.one_of(points(members), st.just(masks.center(shape, torch.float64, torch.device("cpu")))))
@@ -107,7 +107,7 @@ def test_inface_is_the_best_of_the_smallest_face(name: str, dtype: torch.dtype, 
 @given(st.data())
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", able("max_step"))
-@examples(40)
+@examples(15)
 def test_max_step_goes_to_the_boundary(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
     masks, shape, members = data.draw(cases(name))
     at = data.draw(points(members)).to(dtype)
@@ -159,7 +159,7 @@ def _matrix(data: st.DataObject, shape: Shape) -> Tensor:
 @given(st.data())
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", able("project"))
-@examples(60)
+@examples(18)
 def test_projection_is_the_nearest_point(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
     masks, shape, members = data.draw(cases(name))
     x = _matrix(data, shape).to(dtype)
@@ -178,7 +178,7 @@ def test_projection_is_the_nearest_point(name: str, dtype: torch.dtype, data: st
 
 @given(st.data())
 @pytest.mark.parametrize("name", able("project"))
-@examples(20)
+@examples(12)
 def test_projection_of_points_of_the_hull_is_the_identity(name: str, data: st.DataObject) -> None:
     masks, _, members = data.draw(cases(name))
     at = data.draw(points(members))
@@ -188,7 +188,7 @@ def test_projection_of_points_of_the_hull_is_the_identity(name: str, data: st.Da
 @given(st.data())
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", able("project"))
-@examples(20)
+@examples(10)
 def test_projection_of_huge_points_is_feasible(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
     masks, shape, _ = data.draw(cases(name))
     point = masks.project(data.draw(costs(shape, dtype, infinite=False)))
@@ -198,7 +198,7 @@ def test_projection_of_huge_points_is_feasible(name: str, dtype: torch.dtype, da
 
 @given(st.data())
 @pytest.mark.parametrize("name", able("restrict"))
-@examples(60)
+@examples(20)
 def test_restrict_keeps_the_members_that_fit(name: str, data: st.DataObject) -> None:
     masks, shape, members = data.draw(cases(name))
     size = shape[0] * shape[1]

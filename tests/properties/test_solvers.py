@@ -55,7 +55,7 @@ def checked(layer: Layer, masks: PartitionMatroid, result: Result, dtype: torch.
 @given(st.data(), layers())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SOLVERS)
-@examples(25)
+@examples(12)
 def test_feasible_evaluated_and_never_below_the_optimum(
     name: str, dtype: torch.dtype, data: st.DataObject, layer: Layer
 ) -> None:
@@ -104,7 +104,7 @@ def test_proven_bounds_need_no_tolerance(dtype: torch.dtype, layer: Layer, fract
 @given(st.data(), layers(rows=(1, 6), d=(1, 24)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SWAPPED)
-@examples(40)
+@examples(20)
 def test_never_worse_than_wanda(name: str, dtype: torch.dtype, data: st.DataObject, layer: Layer) -> None:
     masks, problem = data.draw(sets(layer.shape)), layer.problem(dtype)
     result, wanda = solve(problem, masks, SOLVERS[name]), solve(problem, masks, Wanda())
@@ -115,7 +115,7 @@ def test_never_worse_than_wanda(name: str, dtype: torch.dtype, data: st.DataObje
 @given(st.data(), layers(rows=(1, 6), d=(1, 40)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SWAPPED)
-@examples(40)
+@examples(20)
 def test_no_swap_improves(name: str, dtype: torch.dtype, data: st.DataObject, layer: Layer) -> None:
     masks, problem = data.draw(sets(layer.shape)), layer.problem(dtype)
     result = solve(problem, masks, SOLVERS[name])
@@ -147,7 +147,7 @@ def test_swaps_never_increase_the_error(dtype: torch.dtype, data: st.DataObject,
 
 @given(st.data(), st.integers(2, 6), st.integers(2, 20), st.integers(0, 999))
 @pytest.mark.parametrize("name", [name for name in SOLVERS if SOLVERS[name].solves_rows_apart(PerRow(0.5))])
-@examples(15)
+@examples(8)
 def test_a_batch_is_a_loop_over_rows(name: str, data: st.DataObject, rows: int, d: int, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)  # without ties, so that rounding cannot matter
     weight, x = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in ((rows, d), (d, 2 * d)))
@@ -166,7 +166,7 @@ def test_a_batch_is_a_loop_over_rows(name: str, data: st.DataObject, rows: int, 
 
 @given(st.data(), layers(rows=(1, 4), d=(1, 12)))
 @pytest.mark.parametrize("name", SOLVERS)
-@examples(15)
+@examples(8)
 def test_solvers_are_deterministic(name: str, data: st.DataObject, layer: Layer) -> None:
     masks = data.draw(sets(layer.shape))
     for dtype in DTYPES:

@@ -16,7 +16,7 @@ METHODS = {
     "wanda": make_solver("wanda"),
     "one-swap": make_solver("one-swap", max_steps=5),
     "sparsefw": make_solver("sparsefw", iterations=20),
-    "continuation": make_solver("continuation", iterations=10),
+    "continuation": make_solver("continuation", iterations=10, polish=False),  # swaps are those of "one-swap"
     "lsq": LeastSquares(solver=make_solver("wanda")),
     "sparsegpt": make_weights("sparsegpt"),
     "admm": make_weights("admm", iterations=5),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -14,6 +15,7 @@ import maskopt
 from maskopt.errors import MaskoptError
 from maskopt.shrinking import cache_bytes, cut_model, find_units
 from maskopt.structured import STRUCTURED, ColumnMagnitude
+from tests.helpers import combinations
 from tests.models.conftest import ARCHITECTURES, ENCODER_DECODERS, weights_of
 from tests.shrinking.made import NEURONS, computed, data, made
 
@@ -88,8 +90,7 @@ def test_experts_keep_multiples_of_eight_and_run_in_half_precision() -> None:
     assert bool(found.isfinite().all())
 
 
-@pytest.mark.parametrize("method", [*STRUCTURED, ColumnMagnitude()], ids=str)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@combinations(2, method=[*STRUCTURED, ColumnMagnitude()], family=["llama", "gpt2"], ids=str)
 def test_every_method_chooses_units_and_the_rest_of_the_model_stays(family: str, method: Any) -> None:
     model = made(family)
     report = maskopt.shrink(model, data(), neurons=0.3, method=method, refit="units")
@@ -103,8 +104,7 @@ def test_every_method_chooses_units_and_the_rest_of_the_model_stays(family: str,
             assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("refit", ["units", "layers", "block", "model"])
-@pytest.mark.parametrize("family", ["llama", "mixtral", "opt"])
+@combinations(2, refit=["units", "layers", "block", "model"], family=["llama", "mixtral", "opt"])
 def test_every_fit_leaves_a_model_of_the_same_widths(family: str, refit: str) -> None:
     model = made(family)
     report = maskopt.shrink(model, data(), neurons=0.3, refit=refit, epochs=1 if refit in ("block", "model") else None)
@@ -181,25 +181,32 @@ STAGES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def belongs(event: Any, stage: str) -> bool:
+    return type(event).__name__ == stage or getattr(event, "stage", None) == stage
+
+
+@functools.cache
+def calls_of(case: str) -> int:
+    """How often a run that nothing interrupts reports progress of its stage."""
+    options, stage = STAGES[case]
+    events: list[Any] = []
+    maskopt.shrink(made("llama"), data(), neurons=0.3, heads=0.5, progress=events.append, **options)
+    return sum(belongs(event, stage) for event in events)
+
+
 @pytest.mark.parametrize(("error", "late"), [(RuntimeError, False), (KeyboardInterrupt, True)])
-@pytest.mark.parametrize(("options", "stage"), STAGES.values(), ids=STAGES)
-def test_the_model_is_as_it_was_after_a_failure(options: dict[str, Any], stage: str, error: Any, late: bool) -> None:
-    calls = 0
-
-    def count(event: Any) -> None:
-        nonlocal calls
-        calls += type(event).__name__ == stage or getattr(event, "stage", None) == stage
-
-    maskopt.shrink(made("llama"), data(), neurons=0.3, heads=0.5, progress=count, **options)
-    assert calls > 1
-    last = calls - 1 if late else 1
+@pytest.mark.parametrize("case", STAGES)
+def test_the_model_is_as_it_was_after_a_failure(case: str, error: Any, late: bool) -> None:
+    options, stage = STAGES[case]
+    assert calls_of(case) > 1
+    last, calls = calls_of(case) - 1 if late else 1, 0
 
     def fail(event: Any) -> None:
-        count(event)
+        nonlocal calls
+        calls += belongs(event, stage)
         if calls > last:
             raise error("as asked")
 
-    calls = 0
     model = made("llama")
     before, config, form = weights_of(model), model.config.to_dict(), str(model)
     flags = [each.requires_grad for each in model.parameters()]

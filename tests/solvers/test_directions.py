@@ -38,7 +38,7 @@ from maskopt.solvers import (
     solve,
 )
 from maskopt.solvers.atoms import Atoms
-from tests.helpers import ALL_SETS, FREE_SETS, SETS, Layer, every_mask, examples, layers
+from tests.helpers import ALL_SETS, FREE_SETS, SETS, Layer, combinations, every_mask, examples, layers
 from tests.loop_runs import (
     CPU,
     Bowl,
@@ -74,8 +74,7 @@ def problems(seed: int, shape: tuple[int, int] = SHAPE) -> list[Problem]:
 # Directions
 
 
-@pytest.mark.parametrize("set_name", ALL_SETS)
-@pytest.mark.parametrize("name", DIRECTIONS)
+@combinations(3, name=DIRECTIONS, set_name=ALL_SETS)
 def test_points_stay_in_the_hull_up_to_the_maximal_step(name: str, set_name: str) -> None:
     masks = ALL_SETS[set_name](SHAPE, 0.5)
     if not fits(name, masks):
@@ -152,8 +151,7 @@ class AtomsChecked(Diary):
         self.ends.append((state.point.x.clone(), atoms.active.clone(), atoms.take(torch.arange(atoms.blocks))))
 
 
-@pytest.mark.parametrize("set_name", ALL_SETS)
-@pytest.mark.parametrize("name", ACTIVE)
+@combinations(3, name=ACTIVE, set_name=ALL_SETS)
 def test_points_are_combinations_of_their_atoms(name: str, set_name: str) -> None:
     masks = ALL_SETS[set_name](SHAPE, 0.5)
     for problem in problems(2):

@@ -27,7 +27,7 @@ from maskopt.solvers import (
     frank_wolfe,
     solve,
 )
-from tests.helpers import FREE_SETS, SETS, Layer
+from tests.helpers import FREE_SETS, SETS, Layer, combinations
 from tests.loop_runs import (
     CPU,
     Diary,
@@ -82,8 +82,7 @@ def best_of_function(kind: str, set_name: str, coupled: bool) -> float:
 # Points
 
 
-@pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "blocks"])
-@pytest.mark.parametrize("name", DIRECTIONS)
+@combinations(2, name=DIRECTIONS, set_name=["per-row", "unstructured", "n:m", "blocks"])
 def test_every_direction_approaches_the_relaxed_optimum(name: str, set_name: str) -> None:
     accuracy = {"momentum": 1e-2, "stochastic": 6e-2, "vanilla": 3e-3, "lazy": 3e-3, "boosted": 2e-3}
     problem, masks = plain_layer(1).problem(), SETS[set_name](SHAPE, 0.5)
@@ -308,8 +307,7 @@ def alone(problem: Problem, masks: object, blocks: int, row_block: int) -> list[
     return parts
 
 
-@pytest.mark.parametrize("set_name", ["per-row", "n:m", "blocks", "row blocks", "protected rows"])
-@pytest.mark.parametrize("name", DIRECTIONS)
+@combinations(2, name=DIRECTIONS, set_name=["per-row", "n:m", "blocks", "row blocks", "protected rows"])
 def test_a_batch_gives_the_points_of_its_rows_alone(name: str, set_name: str) -> None:
     """Row blocks stop independently, do not change from then on, and leave the batch."""
     problem, masks = steady(), SETS[set_name]((8, 12), 0.5)

@@ -6,18 +6,17 @@ import torch
 from maskopt.oracles import NM, PerRow, Unstructured
 from maskopt.problems import FAMILIES, LayerReconstruction, synthetic
 from maskopt.solvers import solve
-from tests.helpers import SETS, SOLVER_ENTRIES, SOLVERS, feasible
+from tests.helpers import SETS, SOLVER_ENTRIES, SOLVERS, combinations, feasible
 
 SHAPE = (6, 24)
 
 
-@pytest.mark.parametrize(
-    ("weight_unit", "gram_unit"),
-    [(1e20, 1.0), (1e-20, 1.0), (1.0, 1e25), (1.0, 1e-25), (1e30, 1e30), (1e-30, 1e-30), (1e-30, 1e30), (3.7, 0.2)],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", SOLVERS)
-def test_units_change_no_mask(name: str, dtype: torch.dtype, weight_unit: float, gram_unit: float) -> None:
+UNITS = [(1e20, 1.0), (1e-20, 1.0), (1.0, 1e25), (1.0, 1e-25), (1e30, 1e30), (1e-30, 1e-30), (1e-30, 1e30), (3.7, 0.2)]
+
+
+@combinations(2, name=SOLVERS, dtype=[torch.float32, torch.float64], units=UNITS, ids=str)
+def test_units_change_no_mask(name: str, dtype: torch.dtype, units: tuple[float, float]) -> None:
+    weight_unit, gram_unit = units
     instance = synthetic(rows=SHAPE[0], d=SHAPE[1])
     weight, gram = instance.weight.double(), instance.gram.double()
     plain = LayerReconstruction(weight.to(dtype), gram.to(dtype))
@@ -93,9 +92,7 @@ def test_float32_is_as_good_as_float64_on_outlier_channels(
         assert narrow.total <= 1.2 * wide.total
 
 
-@pytest.mark.parametrize("set_name", ["per-row", "unstructured", "n:m", "blocks", "columns"])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", SOLVERS)
+@combinations(2, name=SOLVERS, family=FAMILIES, set_name=["per-row", "unstructured", "n:m", "blocks", "columns"])
 def test_float32_is_as_good_as_float64(name: str, family: str, set_name: str) -> None:
     instance, masks = synthetic(family, *SHAPE, seed=3), SETS[set_name](SHAPE, 0.5)
     narrow = solve(instance.problem(), masks, SOLVERS[name])

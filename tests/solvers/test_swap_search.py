@@ -8,7 +8,7 @@ from maskopt.oracles import NM, PartitionMatroid, PerRow, Unstructured
 from maskopt.problems import LayerReconstruction, synthetic
 from maskopt.solvers import Magnitude, OneSwap, Status, solve, swap_search
 from maskopt.solvers.swap_search import SwapSearch
-from tests.helpers import best_swaps, feasible
+from tests.helpers import best_swaps, combinations, feasible
 from tests.scales import improving_swap
 
 FAMILY = ["independent", "correlated", "outliers", "rank-deficient", "dead"]
@@ -41,13 +41,15 @@ def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("sizes")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("family", FAMILY)
-@pytest.mark.parametrize(
-    ("d", "width"),
-    [(2, 2), (5, 5), (16, 16), (17, 17), (20, 20), (40, 40), (64, 64), (48, 4), (32, 16), (51, 17), (60, 20)],
+@combinations(
+    2,
+    ids=str,
+    size=[(2, 2), (5, 5), (16, 16), (17, 17), (20, 20), (40, 40), (64, 64), (48, 4), (32, 16), (51, 17), (60, 20)],
+    family=FAMILY,
+    dtype=[torch.float64, torch.float32],
 )
-def test_the_best_swap_of_every_row_is_found(d: int, width: int, family: str, dtype: torch.dtype) -> None:
+def test_the_best_swap_of_every_row_is_found(size: tuple[int, int], family: str, dtype: torch.dtype) -> None:
+    d, width = size
     for keep in KEEP:
         masks = PerRow(keep) if width == d else NM(keep=round(keep * width), group=width)
         problem, kept, carried, dirty = setting(family, 9, d, masks, dtype)
@@ -77,11 +79,10 @@ def test_rows_that_are_clean_are_left_alone(family: str) -> None:
 
 
 @pytest.mark.usefixtures("sizes")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("family", FAMILY)
-@pytest.mark.parametrize(
-    "masks",
-    [
+@combinations(
+    3,
+    ids=lambda value: str(value.tile) if isinstance(value, PartitionMatroid) else str(value),
+    masks=[
         Unstructured(0.5),
         PartitionMatroid(0.5, (2, None)),
         PartitionMatroid(0.5, (3, 8)),
@@ -91,7 +92,8 @@ def test_rows_that_are_clean_are_left_alone(family: str) -> None:
         PartitionMatroid(1, (2, 1)),
         PartitionMatroid(0.5, (None, 24)),
     ],
-    ids=lambda masks: str(masks.tile),
+    family=FAMILY,
+    dtype=[torch.float64, torch.float32],
 )
 def test_swaps_across_rows_are_feasible_and_lower_the_error(
     masks: PartitionMatroid, family: str, dtype: torch.dtype
