@@ -11,7 +11,7 @@ from torch import Tensor
 from maskopt.bounds import mask_bound
 from maskopt.oracles import MaskSet, PartitionMatroid, PerRow
 from maskopt.problems import LayerReconstruction, Problem, QuadraticForm, Saliency, synthetic
-from maskopt.solvers import ContinuationFrankWolfe, FrankWolfe, Result, Solver, Wanda, solve
+from maskopt.solvers import ContinuationFrankWolfe, FrankWolfe, OneSwap, Result, Solver, Wanda, solve
 from maskopt.weights import WEIGHTS, LeastSquares, conditional_deviations, make_weights
 from tests.devices.pretend import DEVICE, pretend_device
 from tests.helpers import ALL_SETS, EXACT, FRANK_WOLFE, SOLVERS, thinned
@@ -101,15 +101,16 @@ def test_a_start_may_lie_on_the_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["per-row", "row counts", "block counts", "protected rows", "at most counts"])
-def test_sets_that_were_made_on_the_device_work_there(kind: str) -> None:
+@pytest.mark.parametrize("solver", [ContinuationFrankWolfe(iterations=10), OneSwap()], ids=["continuation", "one-swap"])
+def test_sets_that_were_made_on_the_device_work_there(kind: str, solver: Solver) -> None:
     masks = ALL_SETS[kind](SHAPE, 0.5)
     assert isinstance(masks, PartitionMatroid)
-    here = solve(LAYER, masks, ContinuationFrankWolfe(iterations=10))
+    here = solve(LAYER, masks, solver)
     with pretend_device():
         keep = masks.keep.to(DEVICE) if isinstance(masks.keep, Tensor) else masks.keep
         own = PartitionMatroid(keep, masks.tile, masks.name, at_most=masks.at_most)
         fixed = None if masks.protected is None else masks.protected.to(DEVICE)
-        assert_same(here, solve(elsewhere(LAYER), own.restrict(fixed), ContinuationFrankWolfe(iterations=10)))
+        assert_same(here, solve(elsewhere(LAYER), own.restrict(fixed), solver))
 
 
 @pytest.mark.parametrize("name", ["continuation", "one-swap", "best", "lsq", "fista"])
