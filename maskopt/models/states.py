@@ -182,10 +182,8 @@ def stays(size: int, memory: int, device: torch.device | None = None) -> bool:
 
 def _free_bytes(device: torch.device | None) -> int:
     """Return what is free on an accelerator, including what torch holds there and does not use; 0 for other devices."""
-    if device is None or device.type == "cpu":
-        return 0
-    module = torch.get_device_module(device)
-    if not hasattr(module, "mem_get_info"):
+    module: Any = None if device is None else getattr(torch, device.type, None)
+    if not hasattr(module, "mem_get_info"):  # such as torch.cpu, which counts nothing
         return 0
     return int(module.mem_get_info(device)[0] + module.memory_reserved(device) - module.memory_allocated(device))
 

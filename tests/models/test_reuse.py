@@ -98,3 +98,15 @@ def test_what_exceeds_the_memory_goes_to_files_and_they_are_removed(llama, make_
         assert storage.states(10, torch.device("cpu")).place == "device"
         assert storage.states(11, torch.device("cpu")).place == "disk"
         assert storage.states(11, torch.device("meta")).place == "host"
+
+
+def test_what_fits_a_part_of_what_is_free_on_an_accelerator_stays_there(monkeypatch):
+    class Accelerator:  # 600 bytes are free, and 60 of what torch holds are not used
+        mem_get_info = staticmethod(lambda device: (540, 1000))
+        memory_reserved = staticmethod(lambda device: 100)
+        memory_allocated = staticmethod(lambda device: 40)
+
+    monkeypatch.setattr(torch, "xpu", Accelerator)
+    with Storage(80) as storage:
+        for size, place in ((10, "device"), (100, "device"), (101, "host")):
+            assert storage.states(size, torch.device("xpu")).place == place
