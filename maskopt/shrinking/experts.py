@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from maskopt.checks import SEEDS, choice, real, shown, whole
 from maskopt.errors import MaskoptError
-from maskopt.models.batches import Batch, prepare_batches
+from maskopt.models.batches import Batch, prepare_batches, sequences
 from maskopt.models.blocks import find_blocks
 from maskopt.models.checks import check_model
 from maskopt.models.experts import eager_experts, stacks
@@ -202,12 +202,13 @@ def check_fraction(fraction: object) -> None:
 
 
 def _first(batches: Sequence[Batch]) -> list[Batch]:
-    """Return the first batches that have enough tokens."""
-    found = list[Batch]()
-    for batch in batches:
-        if sum(each.tokens for each in found) >= _TOKENS:
+    """Return the first sequences that have enough tokens together, one by one."""
+    found, tokens = list[Batch](), 0
+    for sequence in sequences(batches):
+        found.append(sequence)
+        tokens += sequence.tokens
+        if tokens >= _TOKENS:
             break
-        found.append(batch)
     return found
 
 

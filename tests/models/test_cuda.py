@@ -8,7 +8,7 @@ import torch
 import maskopt
 from maskopt.models import load_masks, load_model, prune, save_pruned, select_layers
 from maskopt.recovery import RULES, Recovery
-from maskopt.shrinking import shrink
+from maskopt.shrinking import drop_experts, shrink
 from maskopt.weights import ConditionalADMM
 from tests.devices.gpu import CUDA, needs_gpu
 from tests.models.conftest import ARCHITECTURES, MIXTURES, VOCABULARY
@@ -117,3 +117,13 @@ def test_models_shrink(build, name, widths):
     assert {parameter.device for parameter in model.parameters()} == {CUDA}
     assert torch.isfinite(model(many()[0].to(CUDA)).logits).all()
     assert reports["cuda"].parameters == reports["cpu"].parameters
+
+
+def test_experts_that_are_dropped_are_those_of_the_cpu(build):
+    here, there = build("mixtral"), build("mixtral").to(CUDA)
+    expected = drop_experts(here, many(), 0.5)
+    found = drop_experts(there, [batch.to(CUDA) for batch in many()], 0.5)
+    assert {tensor.device for tensor in there.state_dict().values()} == {CUDA}
+    for one, other in zip(found.blocks, expected.blocks, strict=True):
+        assert one.dropped == other.dropped
+        assert one.error == pytest.approx(other.error, rel=1e-3)
