@@ -139,10 +139,14 @@ def test_damaged_packed_folders_are_refused_in_a_sentence(run, fails, text, prun
     run("pack", pruned, packed)
     (file,) = packed.glob("packed-*.safetensors")
     whole = file.read_bytes()
-    file.write_bytes(whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:])
-    assert "is not what was packed" in fails("evaluate", packed, "--text", text)
-    file.write_bytes(whole[:-8])
-    assert "is damaged or cannot be read" in fails("evaluate", packed, "--text", text)
+    for content, words in (
+        (whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:], "is not what was packed"),
+        (whole[:-8], "is damaged or cannot be read"),
+    ):
+        # A file of its own: threads of transformers may still read the one before, which is mapped into memory.
+        file.unlink()
+        file.write_bytes(content)
+        assert words in fails("evaluate", packed, "--text", text)
     file.unlink()
     assert f"{file.name} is damaged or cannot be read" in fails("evaluate", packed, "--text", text)
     (packed / "packed.json").write_text("{}")
