@@ -191,7 +191,7 @@ def shrink(
         "memory": working,
     }
     # What looks at the whole model at once needs it in memory; proofs and biases (flap) are not kept for a later run.
-    units, first = bool(neurons or heads or params), bool(experts or drop_blocks)
+    first = bool(experts or drop_blocks)
     whole = widths == "free" or refit == "model" or first or certify or method == "flap"
     work = WorkFolder(out, resume, not whole)
     earlier = work.completed_before(command)
@@ -200,6 +200,7 @@ def shrink(
         return
     check_outputs(json, out)
     plan = None if widths in ("uniform", "free") else _plan(widths)
+    units = bool(neurons or heads or params or plan) or not first
     require_file("calibration text", calibration)
     for text in evaluate or ():
         require_file("evaluation text", text)
@@ -212,7 +213,7 @@ def shrink(
 
     if experts:
         check_fraction(experts)
-    if not first or units or plan:
+    if units:
         check_arguments(
             neurons,
             heads,
@@ -283,7 +284,7 @@ def shrink(
                 progress=lambda name, done: bar.tell(f"experts: {name}", done),
             )
         result = None
-        if not first or units or plan:
+        if units:
             result = shrinking.shrink(
                 network,
                 batches,

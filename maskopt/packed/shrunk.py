@@ -187,15 +187,14 @@ def _like(block: Any, old: Any) -> Any:
     block = copy.deepcopy(block)
     for name, parameter in list(block.named_parameters()):
         set_parameter(block, name, torch.empty(parameter.shape, device=first.device, dtype=parameter.dtype))
-    misfit = take_buffers(block, old)
+    misfit = take_buffers(block, dict(old.named_buffers()))
     if misfit is not None:
         raise PackedError(f"The shrunk model cannot be made: its blocks have buffers ({misfit}) of another shape.")
     return block
 
 
-def take_buffers(block: Any, old: Any) -> str | None:
-    """Give a block the buffers of another one; return the name of the first that does not fit, if there is one."""
-    buffers = dict(old.named_buffers())
+def take_buffers(block: Any, buffers: Any) -> str | None:
+    """Give a block buffers by name within it; return the name of the first that does not fit, if there is one."""
     for name, buffer in list(block.named_buffers()):
         owner, _, key = name.rpartition(".")
         if name not in buffers or buffers[name].shape != buffer.shape:

@@ -21,14 +21,13 @@ from transformers import PreTrainedModel
 from maskopt.models.blocks import Block, find_blocks
 from maskopt.models.quiet import without_bars
 from maskopt.packed.shrunk import WIDTHS, listed_widths, take_buffers
-from maskopt.shrinking.dependence import Probe, skeleton_copy
+from maskopt.shrinking.dependence import Probe, agree, skeleton_copy
 
 if TYPE_CHECKING:
     from maskopt.shrinking.units import Role
 
 __all__ = ["Fields", "Skeletons", "block_of", "fields_for", "fields_together", "works_narrower"]
 
-_TOLERANCE = 1e-3  # relative, of float32 sums in another order, with random weights
 _SUBSETS = 4  # fields that count heads, of which all subsets are tried
 
 
@@ -132,11 +131,11 @@ def fields_for(skeletons: Skeletons, probe: Probe, block: Block, role: Role) -> 
     """
     if role.number < 2:
         return None
-    trial = _Trial(probe, {role: 1})
+    trial, buffers = _Trial(probe, {role: 1}), dict(block.module.named_buffers())
     for fields in _guesses(skeletons.values(block.name), role):
         model = skeletons.make(fields.entries(role.number - 1))
         twin = None if model is None else block_of(model, block.name)
-        if model is None or twin is None or not trial.fits(twin) or take_buffers(twin, block.module) is not None:
+        if model is None or twin is None or not trial.fits(twin) or take_buffers(twin, buffers) is not None:
             continue
         if trial.succeeds(twin) and skeletons.reads_on(model):
             return fields
@@ -176,7 +175,7 @@ def fields_together(skeletons: Skeletons, probe: Probe, block: Block, roles: Seq
             if roles[number].consumer in shapes
         }
         lost = {number: count for number, count in lost.items() if 0 < count < roles[number].number}
-        if len(lost) < 2 or take_buffers(twin, block.module) is not None:
+        if len(lost) < 2 or take_buffers(twin, dict(block.module.named_buffers())) is not None:
             continue
         trial = _Trial(probe, {roles[number]: count for number, count in lost.items()})
         if model is not None and trial.fits(twin) and trial.succeeds(twin) and skeletons.reads_on(model):
@@ -241,13 +240,7 @@ class _Trial:
 
     def succeeds(self, twin: nn.Module) -> bool:
         """Whether another block computes with the narrower weights what the block does without the unit."""
-        try:
-            found = self._probe.output(twin, self._narrow)
-        except (RuntimeError, ValueError, IndexError, TypeError):  # shapes that fit nothing
-            return False
-        if found.shape != self._expected.shape:
-            return False
-        return bool((found - self._expected).norm() <= _TOLERANCE * self._expected.norm())
+        return agree(self._probe.tried(twin, self._narrow), self._expected)
 
 
 def block_of(model: nn.Module, name: str) -> nn.Module | None:

@@ -71,9 +71,8 @@ def cut_model(model: PreTrainedModel, kept: Mapping[Site, Tensor]) -> Cut:
     for site, units in kept.items():
         if not bool(units.any(-1).all()):
             raise MaskoptError(f"No unit of {site.name} would stay; keep at least one.")
-    counts = {site: int(units.sum(-1).reshape(-1)[0]) for site, units in kept.items()}
     skeletons = Skeletons(model)
-    made = _twins(model, counts, skeletons)  # all of them before the model changes
+    made = _twins(model, kept, skeletons)  # all of them before the model changes
     cut = Cut()
     for block, _, _, entries in made:
         if entries:
@@ -114,14 +113,16 @@ def check_cut(model: PreTrainedModel, counts: Mapping[Site, int]) -> None:
     MaskoptError
         If the configuration cannot be changed so.
     """
-    _twins(model, counts, Skeletons(model))
+    some = {site: torch.arange(site.role.number) < count for site, count in counts.items()}
+    _twins(model, some, Skeletons(model))
 
 
 _Twin = tuple[Block, list[Site], nn.Module, dict[str, int]]
 
 
-def _twins(model: PreTrainedModel, counts: Mapping[Site, int], skeletons: Skeletons) -> list[_Twin]:
-    """Return for each block that loses units a narrower one without data, and the configuration's entries for it."""
+def _twins(model: PreTrainedModel, kept: Mapping[Site, Tensor], skeletons: Skeletons) -> list[_Twin]:
+    """Return for each block that loses units a narrower one with buffers only, and its entries of the configuration."""
+    counts = {site: int(units.sum(-1).reshape(-1)[0]) for site, units in kept.items()}
     by_block: dict[Block, list[Site]] = {}
     for site, count in counts.items():
         if count < site.role.number:
@@ -140,7 +141,10 @@ def _twins(model: PreTrainedModel, counts: Mapping[Site, int], skeletons: Skelet
                 models[key] = skeletons.make(entries)
             whole = models[key]
             twin = None if whole is None else block_of(whole, block.name)
-            if twin is None or take_buffers(twin, block.module) is not None:
+            buffers = dict(block.module.named_buffers())
+            for site in sites:
+                buffers |= site.role.cut_buffers(buffers, kept[site])
+            if twin is None or take_buffers(twin, buffers) is not None:
                 raise MaskoptError(f"The configuration of {type(model).__name__} cannot be changed to {entries}.")
         assert twin is not None
         made.append((block, sites, twin, entries))

@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
-__all__ = ["BlockCall", "Owned", "Probe", "skeleton_copy"]
+from maskopt.models.states import first_tensor
 
+__all__ = ["BlockCall", "Owned", "Probe", "agree", "skeleton_copy"]
+
+_TOLERANCE = 1e-3  # relative, of float32 sums in another order, with random weights
 _ROUNDING = 1e-5  # relative, of float32 sums
 _DRAWS = 8  # of weights and inputs: neurons of a ReLU that never fire have no gradient in one of them
 
@@ -131,8 +134,20 @@ class Probe:
         """
         used = dict(self._parameters if parameters is None else parameters)
         found = functional_call(self._block if block is None else block, used, self._args, self._kwargs)
-        first: Tensor = next(each for each in tree_flatten(found)[0] if isinstance(each, Tensor))
-        return first
+        return first_tensor(found)
+
+    def tried(self, block: nn.Module | None = None, parameters: Mapping[str, Tensor] | None = None) -> Tensor | None:
+        """Return what `output` does, or None where the block cannot compute with such weights.
+
+        Parameters
+        ----------
+        block, parameters
+            As for `output`.
+        """
+        try:
+            return self.output(block, parameters)
+        except (RuntimeError, ValueError, IndexError, TypeError):  # shapes that fit nothing
+            return None
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -298,6 +313,19 @@ def _along(gradient: Tensor, axis: int) -> Tensor:
     """Whether each slice along an axis has a gradient."""
     others = [each for each in range(gradient.ndim) if each != axis]
     return (gradient != 0).any(dim=others) if others else gradient != 0
+
+
+def agree(found: Tensor | None, expected: Tensor | None) -> bool:
+    """Whether outputs of blocks with random weights are there and the same.
+
+    Parameters
+    ----------
+    found, expected : Tensor or None
+        See `Probe.tried`.
+    """
+    if found is None or expected is None or found.shape != expected.shape:
+        return False
+    return bool((found - expected).norm() <= _TOLERANCE * expected.norm())
 
 
 def skeleton_copy(block: nn.Module) -> nn.Module:

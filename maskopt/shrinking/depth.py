@@ -246,7 +246,7 @@ class _Shorter:
         twins = find_blocks(made)
         for twin, index in zip(twins, kept, strict=True):
             old = self._blocks[index].module
-            if take_buffers(twin.module, old) is not None:
+            if take_buffers(twin.module, dict(old.named_buffers())) is not None:
                 raise MaskoptError(f"{self._blocks[index].name} has buffers that depend on the number of blocks.")
             take_over(twin.module, old, {name: parameter.data for name, parameter in old.named_parameters()})
             share_configuration(model, twin.module)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from maskopt.checks import SEEDS, choice, real, shown, whole
@@ -24,6 +24,7 @@ from maskopt.models.checks import check_model
 from maskopt.models.experts import eager_experts, stacks
 from maskopt.models.offload import offload_of
 from maskopt.models.replay import Replay, evaluation_mode
+from maskopt.models.states import first_tensor
 from maskopt.shrinking.cut import Cut, cut_model
 from maskopt.shrinking.dependence import BlockCall
 from maskopt.shrinking.mixtures import Mixture, Mixtures
@@ -168,19 +169,19 @@ def drop_experts(
         replay = Replay(model, every, prepared)
         for position in range(len(replay.order)):
             found = mixtures.of(replay, position, keep)
-            calls = _Calls(None if found is None else found[0].module, prepared)
-            with calls.watching():
-                replay.run(position, store=True)
             if found is None:
+                replay.run(position, store=True)
                 continue
             mixture, groups = found
             if keep(mixture.number) == mixture.number:
                 raise MaskoptError(f"{fraction:g} of the {mixture.number} experts of {mixture.name} is less than one.")
             if progress is not None:
                 progress(mixture.name, position / len(replay.order))
+            calls = _Calls(mixture.module, prepared)
+            with calls.watching():
+                replay.run(position, store=True)
             dropped, error = _Choice(mixture, calls, keep(mixture.number), groups).by(method, random)
-            chosen[mixture] = torch.ones(mixture.number, dtype=torch.bool)
-            chosen[mixture][list(dropped)] = False
+            chosen[mixture] = _kept(mixture, dropped)
             report.append(DroppedExperts(mixture.name, mixture.number, dropped, error))
     if not chosen:
         raise MaskoptError(
@@ -190,8 +191,7 @@ def drop_experts(
             else f"{type(model).__name__} has no experts to drop; its blocks can lose neurons and heads."
         )
     before = model.num_parameters()
-    with _buffers_cut(chosen):
-        cut = cut_model(model, {mixture.site: kept for mixture, kept in chosen.items()})
+    cut = cut_model(model, {mixture.site: kept for mixture, kept in chosen.items()})
     return ExpertsReport(report, (before, model.num_parameters()), cut, time.perf_counter() - began)
 
 
@@ -215,7 +215,7 @@ def _first(batches: Sequence[Batch]) -> list[Batch]:
 class _Calls:
     """The arguments and the outputs of a module on calibration tokens."""
 
-    def __init__(self, module: nn.Module | None, batches: Sequence[Batch]) -> None:
+    def __init__(self, module: nn.Module, batches: Sequence[Batch]) -> None:
         self._module, self._batches = module, batches
         self._calls: list[BlockCall] = []
         self._outputs: list[Tensor] = []
@@ -223,9 +223,6 @@ class _Calls:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Keep what the module is called with inside the block."""
-        if self._module is None:
-            yield
-            return
 
         def see(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
             copied = tree_map(lambda each: each.detach().clone() if isinstance(each, Tensor) else each, (args, kwargs))
@@ -256,8 +253,15 @@ class _Calls:
 
 def _rows(output: object) -> Tensor:
     """Return the first tensor of an output, shape (tokens, width)."""
-    first: Tensor = next(each for each in tree_flatten(output)[0] if isinstance(each, Tensor))
-    return first.detach().reshape(-1, first.shape[-1])
+    first = first_tensor(output).detach()
+    return first.reshape(-1, first.shape[-1])
+
+
+def _kept(mixture: Mixture, dropped: Iterable[int]) -> Tensor:
+    """Return which experts stay, boolean."""
+    kept = torch.ones(mixture.number, dtype=torch.bool)
+    kept[list(dropped)] = False
+    return kept
 
 
 def _square(rows: Tensor) -> float:
@@ -306,9 +310,7 @@ class _Choice:
         return dropped, self._error(dropped) / max(self._calls.size, torch.finfo(torch.float64).tiny)
 
     def _error(self, dropped: Iterable[int]) -> float:
-        kept = torch.ones(self._mixture.number, dtype=torch.bool)
-        kept[list(dropped)] = False
-        tensors = self._mixture.without(self._tensors, kept)
+        tensors = self._mixture.without(self._tensors, _kept(self._mixture, dropped))
         return sum(map(_square, self._calls.changes(self._twin, tensors)))
 
     def _least(self, scores: Tensor) -> tuple[int, ...]:
@@ -344,23 +346,3 @@ class _Choice:
             seen = max(1, int((lengths > 0).sum()))
             found.append(float(lengths.sum()) / seen if mean else float(lengths.square().sum()))
         return torch.tensor(found, dtype=torch.float64)
-
-
-@contextmanager
-def _buffers_cut(chosen: Mapping[Mixture, Tensor]) -> Iterator[None]:
-    """Cut the buffers of experts, which blocks hand on to those in their place; undo it after an error."""
-    undo = []
-    try:
-        for mixture, kept in chosen.items():
-            for name, owned in mixture.buffers.items():
-                owner, _, key = name.rpartition(".")
-                module = mixture.block.module.get_submodule(owner)
-                whole = module._buffers[key]
-                assert whole is not None
-                undo.append((module, key, whole))
-                module._buffers[key] = mixture.cut_buffer(whole, owned, kept)
-        yield
-    except BaseException:
-        for module, key, whole in undo:
-            module._buffers[key] = whole
-        raise

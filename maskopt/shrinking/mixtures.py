@@ -14,21 +14,21 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from maskopt.models.blocks import Block
 from maskopt.models.experts import Stack, stacks
 from maskopt.models.replay import Replay
+from maskopt.models.states import first_tensor
 from maskopt.shrinking.configuration import Fields, Skeletons, block_of
-from maskopt.shrinking.dependence import BlockCall, Owned, Probe
-from maskopt.shrinking.units import Role, Site
+from maskopt.shrinking.dependence import BlockCall, Owned, Probe, agree
+from maskopt.shrinking.units import Role, Site, signature
 
 __all__ = ["Mixture", "Mixtures"]
 
 _SHORT = 16  # tokens with random weights
 _NEVER = -1e4  # of a router's row, with inputs that are positive: the expert is never chosen
-_TOLERANCE = 1e-3  # relative, of float32 sums in another order, with random weights
 
 _Make = Callable[[str, int], nn.Module | None]
 
@@ -41,8 +41,6 @@ class Mixture:
     block : Block
     role : Role
         An expert is a unit of it.
-    buffers : mapping of str to Owned
-        Of the block, that have a slice for each expert.
     make : callable
         Returns a model without data with an entry of the configuration changed; None where its class refuses.
 
@@ -52,10 +50,9 @@ class Mixture:
         Of the module that has the router and the experts, in the block and in the model.
     """
 
-    def __init__(self, block: Block, role: Role, buffers: Mapping[str, Owned], make: _Make) -> None:
-        self.block, self.role, self.buffers = block, role, buffers
-        self._make = make
-        names = [role.consumer, *(each.name for each in role.owned), *buffers]
+    def __init__(self, block: Block, role: Role, make: _Make) -> None:
+        self.block, self.role, self._make = block, role, make
+        names = [role.consumer, *(each.name for each in (*role.owned, *role.buffers))]
         parts = [name.split(".")[:-1] for name in names]
         shared = [same[0] for same in itertools.takewhile(lambda same: len(set(same)) == 1, zip(*parts, strict=False))]
         self.path = ".".join(shared)
@@ -98,14 +95,8 @@ class Mixture:
             Boolean, shape (experts,).
         """
         whole = self._outside(tensors)
-        changed = self.role.cut(whole, kept)
-        changed |= {name: self.cut_buffer(whole[name], each, kept) for name, each in self.buffers.items()}
+        changed = self.role.cut(whole, kept) | self.role.cut_buffers(whole, kept)
         return {**tensors, **self._inside(changed)}
-
-    @staticmethod
-    def cut_buffer(buffer: Tensor, owned: Owned, kept: Tensor) -> Tensor:
-        """Return the slices of a buffer that stay."""
-        return buffer.index_select(owned.axis, kept[owned.owner].nonzero().flatten().to(buffer.device))
 
     def works(self, call: BlockCall, count: int, groups: int) -> bool:
         """Whether the module computes with fewer experts what it does when the others are never chosen.
@@ -126,16 +117,13 @@ class Mixture:
         kept = (torch.arange(self.number) % (self.number // groups)) < count // groups
         tensors = {**probe.parameters, **probe.buffers}
         never = self._outside(tensors)
-        for each in (*self.role.owned, *self.buffers.values()):
+        for each in (*self.role.owned, *self.role.buffers):
             if never[each.name].ndim < 3 and each.name not in self._matrices:
                 index = (~kept)[each.owner].nonzero().flatten()
                 never[each.name] = never[each.name].index_fill(each.axis, index, _NEVER)
-        try:
-            expected = probe.output(parameters=self._inside(never))
-            found = probe.output(twin, self.without(tensors, kept))
-        except (RuntimeError, ValueError, IndexError, TypeError):  # such as when more are chosen than there are
-            return False
-        return bool((found - expected).norm() <= _TOLERANCE * expected.norm())
+        # Nothing is found where more are chosen than there are.
+        found = probe.tried(twin, self.without(tensors, kept))
+        return agree(found, probe.tried(parameters=self._inside(never)))
 
     def _outside(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {f"{self.path}.{name}" if self.path else name: each for name, each in tensors.items()}
@@ -180,9 +168,7 @@ class Mixtures:
             Returns how many of a number of experts stay.
         """
         block = replay.order[position]
-        shapes = ((name, tuple(each.shape)) for name, each in block.module.named_parameters())
-        kind = (type(block.module), *shapes)
-        candidates = list(self._candidates(block))
+        kind, candidates = signature(block), self._candidates(block)
         if kind not in self._known:
             calls = _calls(candidates, replay, position)
             working = (
@@ -215,8 +201,10 @@ class Mixtures:
                 continue
             others = tuple(each for each in parameters if each is not consumer)
             fields = Fields({entry: Fraction(1)})
-            role = Role(consumer.name, "experts", consumer.axis, consumer.owner, others, value, 0, fields)
-            found.append(Mixture(block, role, {each.name: each for each in buffers}, self._make))
+            role = Role(
+                consumer.name, "experts", consumer.axis, consumer.owner, others, value, 0, fields, tuple(buffers)
+            )
+            found.append(Mixture(block, role, self._make))
         return found
 
 
@@ -263,10 +251,7 @@ def _calls(candidates: Sequence[Mixture], replay: Replay, position: int) -> list
 
 def _short(call: BlockCall) -> BlockCall:
     """Return a call with a few of the tokens."""
-    leaves = [each for each in tree_flatten((call.args, call.kwargs))[0] if isinstance(each, Tensor)]
-    if not leaves:
-        return call
-    first = leaves[0]
+    first = first_tensor((call.args, call.kwargs))
 
     def cut(value: object) -> object:
         if not isinstance(value, Tensor) or value.shape[: first.ndim - 1] != first.shape[:-1]:

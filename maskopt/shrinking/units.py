@@ -17,7 +17,7 @@ from maskopt.models.layers import Layer, linear_layers
 from maskopt.shrinking.configuration import Fields, Skeletons, fields_for, fields_together, works_narrower
 from maskopt.shrinking.dependence import BlockCall, Owned, Probe
 
-__all__ = ["Kind", "Refused", "Role", "Site", "Structure", "find_units"]
+__all__ = ["Kind", "Refused", "Role", "Site", "Structure", "find_units", "signature"]
 
 Kind = Literal["neurons", "heads", "experts"]
 _POSITIONS = 16  # of the call that shows what depends on what
@@ -46,6 +46,8 @@ class Role:
     fields : Fields or None
         What the configuration says about the number of units; None where it cannot, and the block's modules compute
         with narrower weights all the same.
+    buffers : tuple of Owned
+        Slices of buffers that go with a unit.
     """
 
     consumer: str
@@ -56,6 +58,7 @@ class Role:
     number: int
     experts: int
     fields: Fields | None = None
+    buffers: tuple[Owned, ...] = ()
 
     @property
     def width(self) -> int:
@@ -90,10 +93,11 @@ class Role:
             Those that change.
         """
         found = {self.consumer: _selected(tensors[self.consumer], self.column_axis, kept[..., self.units])}
-        for each in self.owned:
-            stays = kept[..., each.owner.clamp_min(0)] | (each.owner < 0)
-            found[each.name] = _selected(tensors[each.name], each.axis, stays)
-        return found
+        return found | _slices(tensors, self.owned, kept)
+
+    def cut_buffers(self, buffers: Mapping[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
+        """Return the narrower buffers of a block, those that change, as `cut` does of parameters."""
+        return _slices(buffers, self.buffers, kept)
 
     def columns(self, kept: Tensor) -> Tensor:
         """Return which columns of the consumer stay, boolean, of a shape that broadcasts to the weight's.
@@ -106,6 +110,14 @@ class Role:
         stays = kept[..., self.units]
         axes = 3 if self.experts else 2
         return stays.unsqueeze(axes - 1 if self.column_axis < axes - 1 else axes - 2)
+
+
+def _slices(tensors: Mapping[str, Tensor], owned: Iterable[Owned], kept: Tensor) -> dict[str, Tensor]:
+    """Return tensors without the slices of units that go."""
+    return {
+        each.name: _selected(tensors[each.name], each.axis, kept[..., each.owner.clamp_min(0)] | (each.owner < 0))
+        for each in owned
+    }
 
 
 def _selected(tensor: Tensor, axis: int, stays: Tensor) -> Tensor:
@@ -213,7 +225,7 @@ def find_units(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Structure:
         for block in blocks:
             if block not in calls:
                 continue
-            key = (_signature(block), tuple(sorted(skeletons.own.get(block.name, {}).items())))
+            key = (signature(block), tuple(sorted(skeletons.own.get(block.name, {}).items())))
             if key not in known:
                 known[key] = list(_roles(block, calls[block], skeletons))
             for found in known[key]:
@@ -304,7 +316,13 @@ def _consumers(block: Block, role: Role) -> tuple[Layer, ...]:
     return (next(layer for layer in linear_layers(block.module, block.name) if layer.name == name),)
 
 
-def _signature(block: Block) -> tuple[object, ...]:
+def signature(block: Block) -> tuple[object, ...]:
+    """Return what blocks that are built alike have in common.
+
+    Parameters
+    ----------
+    block : Block
+    """
     parameters = tuple((name, tuple(each.shape)) for name, each in block.module.named_parameters())
     return (type(block.module), parameters)
 
@@ -328,7 +346,7 @@ def _calls(model: PreTrainedModel, blocks: Iterable[Block], inputs: Mapping[str,
 
     def watch(block: Block) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            calls.setdefault(block, by_kind.setdefault(_signature(block), BlockCall(args, dict(kwargs))))
+            calls.setdefault(block, by_kind.setdefault(signature(block), BlockCall(args, dict(kwargs))))
 
         return hook
 
