@@ -238,6 +238,12 @@ def test_perplexities_of_a_larger_model_are_those_of_the_results() -> None:
     _check_perplexities(_table("SmolLM2-135M, masks"), columns, "smollm2")
 
 
+def test_the_larger_model_has_less_perplexity_than_with_alps() -> None:
+    values = {(r["masks"], r["method"]): r["perplexity"] for r in _figures("smollm2")["records"]}
+    below = [100 * (1 - values[masks, "best"] / values[masks, "alps"]) for masks in ("per-row 50 %", "2:4")]
+    assert f"It is {below[0]:.1f} and {below[1]:.1f} %\nbelow ALPS" in README
+
+
 def test_perplexities_of_updated_weights_are_those_of_the_results() -> None:
     columns = {
         "dense": "dense",
