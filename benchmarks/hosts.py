@@ -1,6 +1,6 @@
 """Prune a model by llm-compressor, with its own modifiers and with ours, and by our own pipeline, side by side.
 
-    python benchmarks/hosts.py MODEL CALIBRATION TEXT [--samples 64] [--seqlen 512]
+    python benchmarks/hosts.py MODEL CALIBRATION TEXT [--samples 64] [--seqlen 512] [--characters 100000]
 
 To be run where llm-compressor is installed: `make hosts` makes such an environment. Every case is a process of its own,
 one after the other, with 2:4 in all layers but embeddings and head; the windows are the same. Perplexity is of TEXT, by
@@ -60,7 +60,8 @@ def run_case(kind: str, method: str, arguments: argparse.Namespace) -> dict[str,
     seconds, processor = time.perf_counter() - began, time.process_time() - used
     layers = [each.weight for name, each in model.named_modules() if name.endswith("_proj")]
     pruned = sum(int((weight == 0).sum()) for weight in layers) / sum(weight.numel() for weight in layers)
-    reached = perplexity(model.to(torch.float32), tokenizer, read_text(arguments.text), seqlen=arguments.seqlen)
+    text = arguments.text.read_text(encoding="utf-8")[: arguments.characters]
+    reached = perplexity(model.to(torch.float32), tokenizer, text, seqlen=arguments.seqlen)
     return {
         "perplexity": reached.perplexity,
         "sparsity": pruned,
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--characters", type=int, help="of TEXT, from its beginning; all by default")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case is not None:
@@ -117,7 +119,11 @@ def main() -> None:
         for case, each in figures.items()
     ]
     head = ["pruned by", "perplexity", "sparsity", "processor seconds", "peak memory, MB"]
-    about = f"{Path(arguments.model).name}, 2:4, {arguments.samples} windows of {arguments.seqlen} tokens, one thread."
+    measured = "all" if arguments.characters is None else f"{arguments.characters:,} characters"
+    about = (
+        f"{Path(arguments.model).name}, 2:4, {arguments.samples} windows of {arguments.seqlen} tokens, one thread; "
+        f"perplexity of {measured} of the text."
+    )
     report.write("hosts", "Pruning by llm-compressor and by us", f"{about}\n\n{report.table(head, rows)}", figures)
 
 

@@ -22,6 +22,7 @@ _SPEED = 2e10
 _SOLVE, _CERTIFY = 500.0, 400.0
 _FIT = 30.0  # per parameter of a block and token
 _RUNS = 6  # of every block on every batch
+_MODEL = 2.0  # fits of all blocks, that one of the model costs: over the same windows it would be one
 
 
 class PruneProgress:
@@ -72,8 +73,7 @@ class PruneProgress:
             "calibrate": float(self._stages * (len(calibration) + len(held_out or ())) * _RUNS),
             "solve": sum(self._costs.values()),
             "certify": sum(self._proofs.values()) if certify else 0.0,
-            # In fits of a block; one of the model is as much work as those of all blocks, and its head's.
-            "recover": 0.0 if recovery is None else self._stages * (1.0 if recovery.level == "block" else 2.0),
+            "recover": 0.0 if recovery is None else self._stages * (1.0 if recovery.level == "block" else 1.0 + _MODEL),
         }
         guess = {
             "perplexity": 2 * size * calibration.seqlen / _SPEED,
@@ -103,7 +103,7 @@ class PruneProgress:
             self._calibrate(event.name)
         elif event.stage == "recover":
             self._finish()
-            self._fits[event.name] = event.fraction * (self._stages if event.name == "model" else 1.0)
+            self._fits[event.name] = event.fraction * (_MODEL * self._stages if event.name == "model" else 1.0)
             self._show(f"recover {event.name}", "recover", sum(self._fits.values()))
         elif event.stage == "done":
             self._finish()

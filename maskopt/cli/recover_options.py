@@ -92,7 +92,7 @@ HeldOutOption = Annotated[
 def further_windows(
     calibration: "Calibration", number: int | None, recovery: "Recovery | None"
 ) -> "tuple[Calibration | None, Calibration | None]":
-    """Return windows that are held out of a calibration, and as many as it has to fit the whole model to, if it is.
+    """Return windows that are held out of a calibration, and as many as it has for the fit of the whole model, if any.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ class Recovery:
         predictions.
     epochs : float, optional
         Passes over the calibration windows, for each block and for the model. By default 4 for each block and 2 for
-        the model, which take about the same time.
+        the model; the two take about the same time over the same windows.
     tokens : int, optional
         Tokens to fit each block on, and the model, in place of `epochs`.
     parameters : {"all", "pruned", "vectors", "lora"}
