@@ -286,6 +286,7 @@ def run_loop(
     monitor: Monitor | None = None,
     tolerance: float | Tensor | None = None,
     refresh: int = 0,
+    rows: Tensor | None = None,
 ) -> LoopResult:
     start = starts(problem, masks, direction) if start is None else start
     before = start.clone()
@@ -301,6 +302,7 @@ def run_loop(
         monitor=monitor or Monitor("test", None, None),
         tolerance=tolerance,
         refresh=refresh,
+        rows=rows,
     )
     assert torch.equal(start, before)
     return end

@@ -8,17 +8,24 @@ from torch import Tensor
 
 from maskopt.checks import check_settings, instance_of, real, truth, whole
 from maskopt.oracles import MaskSet, PartitionMatroid
-from maskopt.problems import LayerReconstruction, Problem
+from maskopt.problems import LayerReconstruction, Point, Problem
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
 from maskopt.solvers.blocks import better_of
 from maskopt.solvers.directions import Conjugate
 from maskopt.solvers.loop import frank_wolfe
 from maskopt.solvers.one_swap import descend
 from maskopt.solvers.requirements import Requirements
+from maskopt.solvers.rules import RowBlocks
 from maskopt.solvers.scores import Wanda
 from maskopt.solvers.steps import ExactStep
 
 __all__ = ["ContinuationFrankWolfe"]
+
+_FAR = 0.1  # of the error, that the added term still has where a run was too short
+_OPEN = 0.1  # of the entries, that are then neither kept nor pruned: a few may stay so between two good masks
+_GAIN = 0.05  # of the error, that twice the iterations have to save
+_UNDECIDED = 0.01  # of x - x^2
+_ROUNDING = 16  # of sums of the data type, relative to the error of pruning everything
 
 
 @dataclass(frozen=True)
@@ -32,10 +39,19 @@ class ContinuationFrankWolfe(Solver):
     midpoint of a row's two best masks, where only the disputed entries are open, improve on both (path
     relinking). One matrix product per iteration, rows independent, deterministic.
 
+    How many iterations it takes to arrive at a mask depends on the layer: wide and ill-conditioned ones need more. With
+    `doublings`, the second run, which is the shorter, comes first. Row blocks in which it ends far from a mask start
+    again with twice the iterations; where that lowers the error, these are what all runs have. Far means that more than
+    a tenth of the entries are undecided and the added term is more than a tenth of the error. Whether a row is far is
+    decided on its way, where float32 rounds by the number of rows that are solved together; so a memory limit may then
+    change the mask of a row, which it does not otherwise.
+
     Parameters
     ----------
     iterations : int
         Of the first run.
+    doublings : int
+        How many times they are doubled at most, where a row block does not arrive; 0: never.
     second : float
         Length of the second run, from halfway between the center of the hull and the mask of `start`, as a fraction of
         `iterations`; 0 skips it and the relinking.
@@ -65,6 +81,7 @@ class ContinuationFrankWolfe(Solver):
     """
 
     iterations: int = 200
+    doublings: int = 0
     second: float = 0.5
     relinks: int = 2
     relink: float = 0.3
@@ -80,6 +97,7 @@ class ContinuationFrankWolfe(Solver):
         check_settings(
             self,
             iterations=whole(1),
+            doublings=whole(0, 16),
             second=real(0, 1),
             relinks=whole(0),
             relink=real(0, 1),
@@ -107,8 +125,10 @@ class _Run:
         self.first = settings.iterations
         self.second = round(settings.second * settings.iterations)
         self.relinking = settings.relinks * max(1, round(settings.relink * settings.iterations))
-        self.planned = self.first + (self.second + self.relinking if self.second else 0)
+        self.planned = self.planned_at_once = self.first + (self.second + self.relinking if self.second else 0)
         self.done = 0
+        self.paces: list[tuple[Tensor | None, int]] = []
+        """Rows, all of them if None, and how many times the iterations they need."""
 
     def outcome(self) -> Outcome:
         masks = self.masks
@@ -124,11 +144,11 @@ class _Run:
     def separable(self) -> Tensor:
         """Follow the homotopy from the center and from halfway to the start, then relink."""
         center = self.center(self.masks)
-        best = self.homotopy(self.masks, center, self.first)
         if not self.second:
-            return best
-        other = self.homotopy(self.masks, torch.lerp(center, self.start.to(center.dtype), 0.5), self.second)
-        return self.relink(self.masks, best, other)
+            return self.paced(self.masks, center, self.first)
+        # The shorter run comes first: where even that arrives, the longer one has iterations to spare.
+        other = self.paced(self.masks, torch.lerp(center, self.start.to(center.dtype), 0.5), self.second)
+        return self.relink(self.masks, self.homotopy(self.masks, center, self.first), other)
 
     def coupled(self, masks: PartitionMatroid) -> Tensor:
         """Find how many entries each row keeps, then solve with these counts.
@@ -138,16 +158,16 @@ class _Run:
         even ones (so that the result is no worse than that of the same set per row).
         """
         problem = self.problem
-        self.planned = 4 * self.first + self.relinking
-        candidates = [self.homotopy(masks, self.center(masks), self.first)]
+        self.planned = self.planned_at_once = 4 * self.first + self.relinking
+        candidates = [self.paced(masks, self.center(masks), self.first)]
         for rowwise in (masks.rowwise(problem.shape, self.start), masks.rowwise(problem.shape)):
-            candidates.append(self.homotopy(rowwise, self.center(rowwise), self.first))
+            candidates.append(self.paced(rowwise, self.center(rowwise), self.first))
         best = min(candidates, key=lambda mask: float(problem.objective(mask).sum()))
         if not self.second:
             return best
         best, _, _ = descend(problem, masks, best, self.monitor)
         rowwise = masks.rowwise(problem.shape, best)
-        return self.relink(rowwise, best, self.homotopy(rowwise, self.center(rowwise), self.first))
+        return self.relink(rowwise, best, self.paced(rowwise, self.center(rowwise), self.first))
 
     def relink(self, masks: MaskSet, one: Tensor, two: Tensor) -> Tensor:
         """Follow the homotopy from the midpoint of each row's two masks; the result replaces the worse of them."""
@@ -163,8 +183,67 @@ class _Run:
     def center(self, masks: MaskSet) -> Tensor:
         return masks.center(self.problem.shape, self.problem.dtype, self.problem.device)
 
+    def paced(self, masks: MaskSet, x: Tensor, iterations: int) -> Tensor:
+        """Follow the homotopy, again with twice the iterations in row blocks that do not arrive, and round."""
+        self.paces, blocks = [(None, 1)], RowBlocks.of(self.problem, masks)
+        point = self.follow(masks, x, iterations, None)
+        found = masks.round(point.x)
+        if self.settings.doublings == 0:
+            return found
+        error = self.error(blocks, found)
+        factor, factors = 1, torch.ones(len(x), dtype=torch.int64, device=x.device)
+        running = self.unfinished(blocks, point.x, error)
+        while factor < 2**self.settings.doublings and self.monitor.ended is None and bool(running.any()):
+            factor *= 2
+            self.planned += factor * self.planned_at_once
+            start = torch.where(running.unsqueeze(1), x, found.to(x.dtype))
+            point = self.follow(masks, start, factor * iterations, _numbers(running))
+            mask = masks.round(point.x)
+            again = self.error(blocks, mask)
+            # What stays between two masks of like errors however slowly it goes gains nothing from that.
+            gained = running & (again < (1.0 - _GAIN) * error)
+            factors.masked_fill_(gained, factor)
+            found, error = better_of(self.problem, masks, found, mask)[0], torch.minimum(error, again)
+            running = gained & self.unfinished(blocks, point.x, again)
+        self.paces = [(_numbers(factors == factor), factor) for factor in sorted(set(factors.tolist()))]
+        return found
+
+    def unfinished(self, blocks: RowBlocks, x: Tensor, error: Tensor) -> Tensor:
+        """Return the rows of the row blocks in which x is far from any mask, boolean.
+
+        The added term sum_i a_i (x_i - x_i^2) is zero at a mask; it is compared with the error of the rounded one.
+        """
+        added = x - x * x
+        undecided = blocks((added > _UNDECIDED).sum(1))
+        left = blocks((self.diagonal * added).sum(1, dtype=torch.float64))
+        far = (left > _FAR * error) & (undecided > _OPEN * x.shape[1] * blocks.row_block)
+        if bool(far.any()):
+            # Where the error is next to nothing, its rounding is no distance.
+            far &= left > _ROUNDING * torch.finfo(x.dtype).eps * self.error(blocks, torch.zeros_like(x))
+        return far
+
+    def error(self, blocks: RowBlocks, mask: Tensor) -> Tensor:
+        """Return the error of each row block, per row, in the units and the precision of the run."""
+        self.monitor.counters["products"] += 1
+        return blocks(self.problem.value(self.problem.evaluate(mask.to(self.problem.dtype))))
+
     def homotopy(self, masks: MaskSet, x: Tensor, iterations: int, since: float = 0.0, power: float = 1.5) -> Tensor:
-        """Follow t from `since` to 1 and round."""
+        """Follow t from `since` to 1, as much slower as the first run showed for each row block, and round."""
+        for rows, factor in self.paces:
+            if self.monitor.ended is None:
+                x = self.follow(masks, x, factor * iterations, rows, since, power).x
+        return masks.round(x)
+
+    def follow(
+        self,
+        masks: MaskSet,
+        x: Tensor,
+        iterations: int,
+        rows: Tensor | None,
+        since: float = 0.0,
+        power: float = 1.5,
+    ) -> Point:
+        """Return where some rows, or all, end that follow t from `since` to 1; others stay."""
 
         def shifted(iteration: int) -> Problem:
             t = since + (1.0 - since) * ((iteration + 1) / iterations) ** power
@@ -179,6 +258,12 @@ class _Run:
             iterations=iterations,
             monitor=self.monitor,
             progress=(self.done, self.planned),
+            rows=rows,
         )
         self.done += loop_result.iterations
-        return masks.round(loop_result.point.x)
+        return loop_result.point
+
+
+def _numbers(rows: Tensor) -> Tensor | None:
+    """Return the numbers of the rows chosen, or None for all of them."""
+    return None if bool(rows.all()) else rows.nonzero().flatten()

@@ -47,6 +47,7 @@ def frank_wolfe(
     progress: tuple[int, int] | None = None,
     tolerance: Tensor | None = None,
     refresh: int = 0,
+    rows: Tensor | None = None,
 ) -> LoopResult:
     """Minimise over the convex hull of `masks`, one `Problem.hvp` per iteration.
 
@@ -71,6 +72,8 @@ def frank_wolfe(
         Row blocks that are done stay as they are, and leave the batch once they are half of it.
     refresh : int
         Iterations after which the carried gradient is computed anew; 0: never.
+    rows : Tensor, optional
+        Numbers of the rows to go on with, whole row blocks; the others stay as they are in `x`.
 
     Raises
     ------
@@ -81,11 +84,11 @@ def frank_wolfe(
     whole = objective_at(0)
     for rule in (direction, step):
         rule.requires.check(whole, masks, type(rule).__name__)
-    run = _Run(whole, masks, x.clone(), direction, step, tolerance, monitor)
+    run = _Run(whole, masks, x.clone(), direction, step, tolerance, monitor, rows)
     for iteration in range(iterations):
         if tolerance is None:
             whole = objective_at(iteration)
-            run.batch.objective = whole
+            run.batch.objective = whole if rows is None else whole.rows(rows)
         if monitor.stops(whole, masks, before + iteration, planned, run.batch.whole):
             return LoopResult(run.batch.whole(), iteration, False)
         if refresh and iteration and iteration % refresh == 0 and run.direction.exact:
@@ -107,10 +110,13 @@ class _Run:
         step: StepRule,
         tolerance: Tensor | None,
         monitor: Monitor,
+        rows: Tensor | None,
     ) -> None:
         self.batch, self.masks = _Batch(objective, objective.evaluate(x)), masks
         self.row_blocks, self.counters = RowBlocks.of(objective, masks), monitor.counters
         self.tolerance, self.ones = tolerance, torch.ones(len(x), dtype=x.dtype, device=x.device)
+        if rows is not None:
+            self._restrict(rows)
         self.running: Tensor | None = None
         """Rows whose gap has not fallen to the tolerance yet; None before any gap is known."""
         self.left = len(x)
@@ -162,10 +168,15 @@ class _Run:
             return
         blocks = self.row_blocks.first(self.running).nonzero().squeeze(1)
         rows = self.row_blocks.rows_of(blocks)
+        self._restrict(rows)
+        self.running = None
+        self.direction, self.step = self.direction.take(rows, blocks), self.step.take(rows, blocks)
+
+    def _restrict(self, rows: Tensor) -> None:
         self.masks = self.masks.rows(rows, self.batch.objective.shape)
         self.batch.shrink(rows)
-        self.tolerance, self.ones, self.running = self.tolerance[rows], self.ones[rows], None
-        self.direction, self.step = self.direction.take(rows, blocks), self.step.take(rows, blocks)
+        self.ones = self.ones[rows]
+        self.tolerance = None if self.tolerance is None else self.tolerance[rows]
 
 
 class _Batch:

@@ -323,6 +323,20 @@ def test_a_batch_gives_the_points_of_its_rows_alone(name: str, set_name: str) ->
     assert any(converged)
 
 
+@combinations(2, name=["vanilla", "conjugate", "pairwise"], set_name=["per-row", "row blocks", "protected rows"])
+def test_chosen_rows_go_on_and_others_stay(name: str, set_name: str) -> None:
+    problem, masks = steady(), SETS[set_name]((8, 12), 0.5)
+    row_block = masks.row_block((8, 12))
+    chosen = torch.arange(8).view(-1, row_block)[::2].flatten()
+    others = torch.arange(8).view(-1, row_block)[1::2].flatten()
+    start = starts(problem, masks, DIRECTIONS[name]())
+    every = run_loop(problem, masks, DIRECTIONS[name](), step_for(name), 30, start=start).point.x
+    found = run_loop(problem, masks, DIRECTIONS[name](), step_for(name), 30, start=start, rows=chosen).point.x
+    torch.testing.assert_close(found[chosen], every[chosen], rtol=0, atol=1e-12)
+    assert torch.equal(found[others], start[others])
+    assert not torch.equal(found, start)
+
+
 @pytest.mark.parametrize("kind", ["softplus", "powers"])
 def test_a_batch_of_functions_gives_the_points_of_its_rows_alone(kind: str) -> None:
     problem, masks = function_case(kind, (6, 8)).problem, SETS["n:m"]((6, 8), 0.5)

@@ -84,6 +84,38 @@ def test_more_iterations_help_in_total() -> None:
     assert errors == sorted(errors, reverse=True)
 
 
+def ill_conditioned(rows: int, d: int) -> LayerReconstruction:
+    """A layer whose inputs have variances that fall by their number to the power of 1.5, in a random basis."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    inputs = torch.randn(8 * d, d, generator=generator, dtype=torch.float64) * torch.arange(1, d + 1) ** -0.75
+    x = inputs @ basis + 0.02 * torch.randn(d, generator=generator, dtype=torch.float64)
+    return LayerReconstruction(torch.randn(rows, d, generator=generator, dtype=torch.float64), x.T @ x)
+
+
+@pytest.mark.parametrize("masks", [PerRow(0.4), NM(keep=2, group=4)], ids=repr)
+def test_rows_that_do_not_arrive_get_more_iterations(masks: PartitionMatroid) -> None:
+    problem = ill_conditioned(12, 256)
+    # So few iterations that runs end far from any mask.
+    short, doubled, long = (
+        solve(problem, masks, ContinuationFrankWolfe(iterations=iterations, doublings=doublings, polish=False))
+        for iterations, doublings in ((60, 0), (60, 2), (240, 0))
+    )
+    assert doubled.total < 0.9 * short.total
+    assert doubled.total < 1.03 * long.total
+    # Each row has its own pace, whatever rows are solved beside it (in float64, see the docstring).
+    for index in (slice(0, 1), slice(5, 9)):
+        alone = solve(problem.rows(index), masks, ContinuationFrankWolfe(iterations=60, doublings=2, polish=False))
+        assert torch.equal(alone.mask, doubled.mask[index])
+
+
+def test_iterations_that_gain_nothing_are_not_doubled() -> None:
+    easy, hard = (synthetic(family, 16, 48).problem() for family in ("independent", "correlated"))
+    assert solve(easy, PerRow(0.4), ContinuationFrankWolfe(doublings=6)).iterations == 420
+    few, many = (solve(hard, PerRow(0.4), ContinuationFrankWolfe(doublings=number)) for number in (2, 6))
+    assert few.iterations == many.iterations
+
+
 @pytest.mark.parametrize(
     ("weight", "x", "optimum"),
     [
