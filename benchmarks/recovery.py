@@ -174,8 +174,8 @@ def write(records: Sequence[Record], options: argparse.Namespace, left: int) -> 
     recoveries = [name for name in (*options.recoveries, BEST) if any(record["recovery"] == name for record in records)]
     parts = [
         "Perplexity on text the model was not calibrated with (lower is better), the median over seeds "
-        f"{options.seeds}. Windows of at most 512 tokens; the fit of the whole model has as many others beside "
-        "them, as `maskopt prune` draws them; an eighth as many are held out."
+        f"{options.seeds}. Windows of at most 512 tokens; twice as many others for the fit of the whole "
+        "model, as `maskopt prune` draws them; an eighth as many are held out."
     ]
     if left:
         parts.append(f"Unfinished: {left} cells are still to be run.")

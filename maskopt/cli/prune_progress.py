@@ -22,7 +22,7 @@ _SPEED = 2e10
 _SOLVE, _CERTIFY = 500.0, 400.0
 _FIT = 30.0  # per parameter of a block and token
 _RUNS = 6  # of every block on every batch
-_MODEL = 2.0  # fits of all blocks, that one of the model costs: over the same windows it would be one
+_MODEL = 2.0  # fits of all blocks, that one of the model costs: it has twice the windows
 
 
 class PruneProgress:

@@ -23,6 +23,8 @@ __all__ = [
     "parse_recovery",
 ]
 
+_FURTHER = 2  # windows for the fit of the whole model, for each of a calibration
+
 RecoverEpochsOption = Annotated[
     float | None,
     typer.Option(
@@ -92,7 +94,7 @@ HeldOutOption = Annotated[
 def further_windows(
     calibration: "Calibration", number: int | None, recovery: "Recovery | None"
 ) -> "tuple[Calibration | None, Calibration | None]":
-    """Return windows that are held out of a calibration, and as many as it has for the fit of the whole model, if any.
+    """Return windows that are held out of a calibration, and twice as many as it has for the fit of the whole model.
 
     Parameters
     ----------
@@ -109,7 +111,7 @@ def further_windows(
     count = max(1, calibration.samples // 8) if number is None else number
     if count < 0:
         raise MaskoptError(f"--held-out must be a number of windows, or 0 for none; got {count}.")
-    fitted = calibration.samples if recovery is not None and recovery.level == "model" else 0
+    fitted = _FURTHER * calibration.samples if recovery is not None and recovery.level == "model" else 0
     if count + fitted == 0:
         return None, None
     others = calibration.apart(count + fitted)

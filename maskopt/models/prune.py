@@ -172,8 +172,8 @@ def prune(
         Batches on which nothing is chosen, such as ``calibration.apart(16)``: the error of every layer is measured on
         them as well, and recovery stops by them.
     further : iterable of dict or Tensor, optional
-        Batches for the fit of the whole model, beside those for the layers and blocks. What layers and blocks were
-        fitted to looks better than it is; with other windows beside them the same number of steps generalises better.
+        Batches for the fit of the whole model, which by default are those for the layers and blocks. To other windows
+        the same fit generalises better, because what layers and blocks were fitted to looks better than it is.
 
     Returns
     -------
@@ -288,7 +288,7 @@ def prune_layers(
     last = None
     if data is not None:
         prepared = data.batches
-        last = data if further is None else data.with_further(prepare_batches(model, further, "further"))
+        last = data if further is None else data.instead(prepare_batches(model, further, "further"))
     prepared = in_parts(prepared)
     with evaluation_mode(model), eager_experts(model, selection.layers), Storage(memory, states) as storage:
         began = time.perf_counter()
@@ -322,7 +322,7 @@ def prune_layers(
             "propagate": propagate,
             **({"correction": correction, "target": target} if propagate == "corrected" else {}),
             **({} if recover is None else {"recover": repr(recover)}),
-            **({} if last is None or further is None else {"further_tokens": last.further_tokens}),
+            **({} if last is None or further is None else {"further_tokens": last.tokens}),
             "include": list(include),
             "exclude": list(exclude),
             "warm_started_layers": sorted(layer.name for layer in starts),

@@ -106,7 +106,7 @@ def recover(
     selection = select_layers(model, include, exclude)
     chosen = _masks({layer.name: layer for layer in selection.layers}, masks, needed=not narrower)
     data = divided(with_held_out(model, prepare_batches(model, batches), held_out))
-    last = data if further is None else data.with_further(prepare_batches(model, further, "further"))
+    last = data if further is None else data.instead(prepare_batches(model, further, "further"))
     report = RecoveryReport(masks=chosen)
     began = time.perf_counter()
     with evaluation_mode(model), evaluation_mode(dense), eager_experts(model, selection.layers):
@@ -122,7 +122,7 @@ def recover(
             raise MaskoptError(
                 f"The blocks of {type(model).__name__} cannot be run one at a time; use the level 'model'."
             )
-        # The model takes about the time of all blocks, and more with further windows.
+        # Over the same windows the model takes about the time of all blocks.
         whole = max(1, len(replay.order)) * last.tokens / data.tokens
         parts = (len(replay.order) if by_block else 0) + (0 if target is None else whole)
         done = 0
@@ -148,7 +148,7 @@ def recover(
     report.seconds = time.perf_counter() - began
     report.settings = {
         "recover": repr(settings),
-        **({} if further is None else {"further_tokens": last.further_tokens}),
+        **({} if further is None else {"further_tokens": last.tokens}),
         **data_settings(data.batches),
         **circumstances(model),
     }

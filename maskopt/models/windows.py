@@ -25,23 +25,21 @@ class Data:
     batches : list of Batch
     fitted, held_out : range
         Indices of the micro-batches to fit and of those that are held out.
-    further_tokens : int
-        Of the windows to fit that blocks and layers are not fitted to.
     """
 
     batches: list[Batch]
     fitted: range
     held_out: range
-    further_tokens: int = 0
 
     @property
     def tokens(self) -> int:
         """Tokens to fit."""
         return sum(self.batches[index].tokens for index in self.fitted)
 
-    def with_further(self, batches: Sequence[Batch]) -> Data:
-        """Return these windows and others to fit, with the same held out."""
-        return replace(divided([*batches, *self.batches]), further_tokens=sum(batch.tokens for batch in batches))
+    def instead(self, batches: Sequence[Batch]) -> Data:
+        """Return other windows to fit, with the same held out."""
+        held_out = [self.batches[index] for index in self.held_out]
+        return divided([*batches, *held_out])
 
 
 def divided(batches: Sequence[Batch]) -> Data:

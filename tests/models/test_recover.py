@@ -272,7 +272,7 @@ def test_the_model_is_fitted_to_further_windows(build, batches, make_batches, mo
     data = {"held_out": batches[24:], "further": further}
     model, dense = build("llama"), build("llama")
     report = prune(model, batches[:24], PerRow(0.5), Wanda(), recover=recovery, **data)
-    wanted = {tuple(row) for batch in (*further, *batches) for row in batch["input_ids"].tolist()}
+    wanted = {tuple(row) for batch in (*further, *batches[24:]) for row in batch["input_ids"].tolist()}
     assert {tuple(row) for ids in seen for row in ids.tolist()} == wanted
     assert report.settings["further_tokens"] == 16 * 2 * 28
     assert report.settings["calibration_tokens"] == 24 * 2 * 28
