@@ -273,7 +273,7 @@ def prune(
                 bar.stage("calibration")
             selection = models.select_layers(network, include or (), exclude or ())
             whole = PruneProgress(
-                bar, network, selection, batches, certify is not None, 2 * len(texts), recovery, others
+                bar, network, selection, batches, certify is not None, 2 * len(texts), recovery, others, further
             )
 
             def perplexities(when: str) -> dict[str, models.Perplexity]:

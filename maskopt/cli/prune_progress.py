@@ -22,7 +22,6 @@ _SPEED = 2e10
 _SOLVE, _CERTIFY = 500.0, 400.0
 _FIT = 30.0  # per parameter of a block and token
 _RUNS = 6  # of every block on every batch
-_MODEL = 2.0  # fits of all blocks, that one of the model costs: it has twice the windows
 
 
 class PruneProgress:
@@ -41,8 +40,8 @@ class PruneProgress:
         Number of perplexities to measure, each on about as many windows as the calibration has.
     recovery : Recovery, optional
         What follows the pruning of blocks.
-    held_out : Calibration, optional
-        Windows that run along.
+    held_out, further : Calibration, optional
+        Windows that run along, and windows for the fit of the whole model if not those of the calibration.
     """
 
     def __init__(
@@ -55,12 +54,15 @@ class PruneProgress:
         measurements: int,
         recovery: Recovery | None = None,
         held_out: Calibration | None = None,
+        further: Calibration | None = None,
     ) -> None:
         self._bar, self._measurements = bar, measurements
         self._costs = {layer.name: float(layer.shape[0]) * layer.shape[1] ** 2 for layer in selection.layers}
         self._short = dict(zip(self._costs, shortened(list(self._costs), 24), strict=True))
         self._proofs = {layer.name: float(layer.shape[0]) * layer.shape[1] ** 3 for layer in selection.layers}
         self._stages = sum(bool(layers) for layers in selection.blocks.values()) + bool(selection.outside)
+        # Over the same windows a fit of the model is as much work as those of all blocks, and its head's.
+        self._model = self._stages * (further or calibration).tokens / calibration.tokens
         self._runs = self._windows = 0
         self._blocks: list[str] = []
         self._fits: dict[str, float] = {}
@@ -73,7 +75,8 @@ class PruneProgress:
             "calibrate": float(self._stages * (len(calibration) + len(held_out or ())) * _RUNS),
             "solve": sum(self._costs.values()),
             "certify": sum(self._proofs.values()) if certify else 0.0,
-            "recover": 0.0 if recovery is None else self._stages * (1.0 if recovery.level == "block" else 1.0 + _MODEL),
+            # In fits of a block.
+            "recover": 0.0 if recovery is None else self._stages + (self._model if recovery.level == "model" else 0.0),
         }
         guess = {
             "perplexity": 2 * size * calibration.seqlen / _SPEED,
@@ -103,7 +106,7 @@ class PruneProgress:
             self._calibrate(event.name)
         elif event.stage == "recover":
             self._finish()
-            self._fits[event.name] = event.fraction * (_MODEL * self._stages if event.name == "model" else 1.0)
+            self._fits[event.name] = event.fraction * (self._model if event.name == "model" else 1.0)
             self._show(f"recover {event.name}", "recover", sum(self._fits.values()))
         elif event.stage == "done":
             self._finish()

@@ -10,7 +10,7 @@ from maskopt.checks import check_settings, instance_of, real, truth, whole
 from maskopt.oracles import MaskSet, PartitionMatroid
 from maskopt.problems import LayerReconstruction, Point, Problem
 from maskopt.solvers.base import Monitor, Outcome, Solver, Status
-from maskopt.solvers.blocks import better_of
+from maskopt.solvers.blocks import better_of, block_errors
 from maskopt.solvers.directions import Conjugate
 from maskopt.solvers.loop import frank_wolfe
 from maskopt.solvers.one_swap import descend
@@ -22,10 +22,7 @@ from maskopt.solvers.steps import ExactStep
 __all__ = ["ContinuationFrankWolfe"]
 
 _FAR = 0.1  # of the error, that the added term still has where a run was too short
-_OPEN = 0.1  # of the entries, that are then neither kept nor pruned: a few may stay so between two good masks
 _GAIN = 0.05  # of the error, that twice the iterations have to save
-_UNDECIDED = 0.01  # of x - x^2
-_ROUNDING = 16  # of sums of the data type, relative to the error of pruning everything
 
 
 @dataclass(frozen=True)
@@ -41,10 +38,10 @@ class ContinuationFrankWolfe(Solver):
 
     How many iterations it takes to arrive at a mask depends on the layer: wide and ill-conditioned ones need more. With
     `doublings`, the second run, which is the shorter, comes first. Row blocks in which it ends far from a mask start
-    again with twice the iterations; where that lowers the error, these are what all runs have. Far means that more than
-    a tenth of the entries are undecided and the added term is more than a tenth of the error. Whether a row is far is
-    decided on its way, where float32 rounds by the number of rows that are solved together; so a memory limit may then
-    change the mask of a row, which it does not otherwise.
+    again with twice the iterations; where that lowers the error, these are what all runs have. Far means that the added
+    term is more than a tenth of the rounded mask's error. Whether a row is far is decided on its way, where float32
+    rounds by the number of rows that are solved together; so a memory limit may then change the mask of a row, which it
+    does not otherwise.
 
     Parameters
     ----------
@@ -186,46 +183,35 @@ class _Run:
     def paced(self, masks: MaskSet, x: Tensor, iterations: int) -> Tensor:
         """Follow the homotopy, again with twice the iterations in row blocks that do not arrive, and round."""
         self.paces, blocks = [(None, 1)], RowBlocks.of(self.problem, masks)
-        point = self.follow(masks, x, iterations, None)
-        found = masks.round(point.x)
+        arrived = self.follow(masks, x, iterations, None).x
+        found = masks.round(arrived)
         if self.settings.doublings == 0:
             return found
-        error = self.error(blocks, found)
-        factor, factors = 1, torch.ones(len(x), dtype=torch.int64, device=x.device)
-        running = self.unfinished(blocks, point.x, error)
+        error = block_errors(self.problem, masks, found)
+        factor, factors = 1, torch.ones_like(error, dtype=torch.int64)
+        running = self.far_from(blocks, arrived, error)
         while factor < 2**self.settings.doublings and self.monitor.ended is None and bool(running.any()):
             factor *= 2
             self.planned += factor * self.planned_at_once
-            start = torch.where(running.unsqueeze(1), x, found.to(x.dtype))
-            point = self.follow(masks, start, factor * iterations, _numbers(running))
-            mask = masks.round(point.x)
-            again = self.error(blocks, mask)
+            rows = blocks.spread(running)
+            start = torch.where(rows.unsqueeze(1), x, found.to(x.dtype))
+            arrived = self.follow(masks, start, factor * iterations, _numbers(rows)).x
+            mask = masks.round(arrived)
+            again = block_errors(self.problem, masks, mask)
             # What stays between two masks of like errors however slowly it goes gains nothing from that.
-            gained = running & (again < (1.0 - _GAIN) * error)
-            factors.masked_fill_(gained, factor)
-            found, error = better_of(self.problem, masks, found, mask)[0], torch.minimum(error, again)
-            running = gained & self.unfinished(blocks, point.x, again)
+            running &= again < (1.0 - _GAIN) * error
+            factors.masked_fill_(running, factor)
+            found = torch.where(blocks.spread(again < error).unsqueeze(1), mask, found)
+            error = torch.minimum(error, again)
+            running &= self.far_from(blocks, arrived, error)
+        factors = blocks.spread(factors)
         self.paces = [(_numbers(factors == factor), factor) for factor in sorted(set(factors.tolist()))]
         return found
 
-    def unfinished(self, blocks: RowBlocks, x: Tensor, error: Tensor) -> Tensor:
-        """Return the rows of the row blocks in which x is far from any mask, boolean.
-
-        The added term sum_i a_i (x_i - x_i^2) is zero at a mask; it is compared with the error of the rounded one.
-        """
-        added = x - x * x
-        undecided = blocks((added > _UNDECIDED).sum(1))
-        left = blocks((self.diagonal * added).sum(1, dtype=torch.float64))
-        far = (left > _FAR * error) & (undecided > _OPEN * x.shape[1] * blocks.row_block)
-        if bool(far.any()):
-            # Where the error is next to nothing, its rounding is no distance.
-            far &= left > _ROUNDING * torch.finfo(x.dtype).eps * self.error(blocks, torch.zeros_like(x))
-        return far
-
-    def error(self, blocks: RowBlocks, mask: Tensor) -> Tensor:
-        """Return the error of each row block, per row, in the units and the precision of the run."""
-        self.monitor.counters["products"] += 1
-        return blocks(self.problem.value(self.problem.evaluate(mask.to(self.problem.dtype))))
+    def far_from(self, blocks: RowBlocks, x: Tensor, error: Tensor) -> Tensor:
+        """Return the row blocks in which x is far from any mask, boolean; `error` is that of the rounded one."""
+        added = blocks.total((self.diagonal * (x - x * x)).sum(1, dtype=torch.float64))
+        return added * self.problem.unit > _FAR * error
 
     def homotopy(self, masks: MaskSet, x: Tensor, iterations: int, since: float = 0.0, power: float = 1.5) -> Tensor:
         """Follow t from `since` to 1, as much slower as the first run showed for each row block, and round."""

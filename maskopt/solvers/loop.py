@@ -173,6 +173,7 @@ class _Run:
         self.direction, self.step = self.direction.take(rows, blocks), self.step.take(rows, blocks)
 
     def _restrict(self, rows: Tensor) -> None:
+        """Go on with some rows of the batch, whole row blocks."""
         self.masks = self.masks.rows(rows, self.batch.objective.shape)
         self.batch.shrink(rows)
         self.ones = self.ones[rows]
