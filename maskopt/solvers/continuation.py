@@ -36,8 +36,8 @@ class ContinuationFrankWolfe(Solver):
     midpoint of a row's two best masks, where only the disputed entries are open, improve on both (path
     relinking). One matrix product per iteration, rows independent, deterministic.
 
-    How many iterations it takes to arrive at a mask depends on the layer: wide and ill-conditioned ones need more. With
-    `doublings`, the second run, which is the shorter, comes first. Row blocks in which it ends far from a mask start
+    How many iterations it takes to arrive at a mask depends on the layer: wide and ill-conditioned ones need more. The
+    second run, which is the shorter, is made first. With `doublings`, row blocks in which it ends far from a mask start
     again with twice the iterations; where that lowers the error, these are what all runs have. Far means that the added
     term is more than a tenth of the rounded mask's error. Whether a row is far is decided on its way, where float32
     rounds by the number of rows that are solved together; so a memory limit may then change the mask of a row, which it
