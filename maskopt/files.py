@@ -44,8 +44,8 @@ _unfinished: set[Path] = set()
 _renamed: list[tuple[Path, tuple[int, int]]] = []
 """Outputs that were renamed or about to be, with device and inode, which identify them."""
 
-resumable = ""
-"""What an interrupted command has kept for another one to go on, as a clause; empty where there is nothing."""
+resumable: Callable[[], str] | None = None
+"""Returns what an interrupted command has kept for another one to go on, as a clause; empty where there is nothing."""
 
 shielded: Callable[[], Any] | None = None
 """Returns a context in which signals are deferred; set by the command line, which turns signals into exceptions."""

@@ -58,7 +58,7 @@ def begin() -> None:
     from maskopt import files
 
     global _first
-    _first, files.shielded, files.resumable = files.renamed(), shield, ""
+    _first, files.shielded, files.resumable = files.renamed(), shield, None
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
@@ -112,8 +112,8 @@ def what_was_written() -> str:
     """Return a clause that says which outputs are complete."""
     files = sys.modules.get("maskopt.files")
     complete = files.written_since(_first) if files is not None and hasattr(files, "written_since") else []
-    kept = "" if files is None else vars(files).get("resumable", "")
-    if not complete and kept:
+    resumable = None if files is None else vars(files).get("resumable")
+    if not complete and resumable is not None and (kept := resumable()):
         return str(kept)
     if not complete:
         return NOTHING

@@ -98,12 +98,10 @@ class WorkFolder:
                 ranks.barrier()
                 yield
             return
-        try:
-            ranks.barrier()
-            yield
-        except BaseException:
-            self._tell()
-            raise
+        # From the beginning: a signal that arrives during an import ends the process without passing here again.
+        files.resumable = self._kept
+        ranks.barrier()
+        yield
 
     def __enter__(self) -> Self:
         if not self._resume and self._number():
@@ -120,6 +118,7 @@ class WorkFolder:
             raise MaskoptError(f"The folder {self.path} cannot be written: {files.reason(error)}.") from error
         if self._lock is None:
             raise MaskoptError(f"Another process is working in {self.path}; wait for it, or write another output.")
+        files.resumable = self._kept
         # What an earlier process, or each of several, needed for itself.
         for own in self.path.glob("weights-*"):
             shutil.rmtree(own, ignore_errors=True)
@@ -131,14 +130,14 @@ class WorkFolder:
         if self._lock is None:
             return
         self._lock.close()
-        if error is not None and self._number() and not self._out.exists():
-            self._tell()
-        else:
+        if error is None or not self._kept():
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _tell(self) -> None:
-        if self._number():
-            files.resumable = f"{self._finished()} kept in {self._folder}, add --resume to the command to go on"
+    def _kept(self) -> str:
+        """Return what there is to go on with, as a clause; empty where there is nothing."""
+        if not self._number() or self._out.exists():
+            return ""
+        return f"{self._finished()} kept in {self._folder}, add --resume to the command to go on"
 
     def _number(self) -> int:
         from maskopt.models.journal import Journal

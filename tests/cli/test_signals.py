@@ -11,11 +11,14 @@ import time
 
 import pytest
 
+from maskopt.cli import signals
 from maskopt.cli.allocate import allocate
 from maskopt.cli.options import SOLVER_NAMES
 from maskopt.cli.prune import prune
 from maskopt.cli.recover_options import RECOVERY_RULES
-from maskopt.models import CORRECTION
+from maskopt.cli.work_folder import WorkFolder
+from maskopt.models import CORRECTION, journal
+from maskopt.models.journal import Journal
 from maskopt.recovery import RULES
 from maskopt.solvers import SOLVERS
 
@@ -183,3 +186,20 @@ def test_names_in_help_are_those_of_the_rules():
 @pytest.mark.parametrize("command", [prune, allocate])
 def test_the_strength_of_the_correction_is_that_of_the_functions(command):
     assert inspect.signature(command).parameters["correction"].default == CORRECTION
+
+
+def test_finished_blocks_are_told_from_wherever_a_run_is_ended(tmp_path):
+    """A signal during an import ends the process at once: nothing that cleans up runs before the sentence."""
+    signals.begin()
+    out = tmp_path / "out"
+    block = Journal.inside(tmp_path / "out.unfinished").folder / "0"
+    try:
+        with WorkFolder(out, resume=True, needed=True):
+            assert signals.what_was_written() == "nothing was written"
+            block.mkdir(parents=True)
+            (block / journal._RECORD).write_text("{}")
+            kept = f"1 finished block kept in {out}.unfinished, add --resume to the command to go on"
+            assert signals.outcome(signal.SIGTERM) == f"Terminated; {kept}."
+        assert signals.what_was_written() == "nothing was written"
+    finally:
+        signals.begin()
