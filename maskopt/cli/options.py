@@ -358,12 +358,13 @@ def require_file(what: str, path: Path) -> Path:
 
 
 def require_transformers() -> None:
-    """Check that transformers, an optional dependency, is installed.
+    """Check that transformers and accelerate, optional dependencies, are installed.
 
     Raises
     ------
     MaskoptError
-        If it is not installed.
+        If one is not installed.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise MaskoptError('Language models need transformers, which is missing: pip install "maskopt[hf]".')
+    for package in ("transformers", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise MaskoptError(f'Language models need {package}, which is missing: pip install "maskopt[hf]".')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 
@@ -246,3 +247,12 @@ def test_the_extra_is_named_where_transformers_is_missing(fails, command, text, 
         "demo": (),
     }
     assert 'pip install "maskopt[hf]"' in fails(command, *arguments[command])
+
+
+@pytest.mark.parametrize("package", ["transformers", "accelerate"])
+def test_missing_packages_are_named(fails, tmp_path, monkeypatch, package):
+    (tmp_path / "text").write_text("a text")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    said = fails("prune", tmp_path / "model", tmp_path / "out", "--calibration", tmp_path / "text", "-s", "0.5")
+    assert said.rstrip() == f'Language models need {package}, which is missing: pip install "maskopt[hf]".'
