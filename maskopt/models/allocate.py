@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
 from transformers import PreTrainedModel
 
 from maskopt.allocation import Plan, allocate_levels, overridden
@@ -17,8 +18,9 @@ from maskopt.checks import SEEDS, choice, real, shown, whole
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import prepare_batches
 from maskopt.models.checks import check_model, move_model
-from maskopt.models.curves import Curves, expanded_losses, measured_losses
+from maskopt.models.curves import DRAWS, Curves, expanded_losses, extended_losses, measured_losses
 from maskopt.models.database import Database
+from maskopt.models.layers import Layer
 from maskopt.models.prune import CORRECTION, Propagate
 from maskopt.models.published import BLOCK_RULES, atp_counts, block_counts, evolved_counts, measure_blocks
 from maskopt.models.replay import evaluation_mode
@@ -36,13 +38,15 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 
 # Levels at which layers are solved, around the mean sparsity. Solvers that correct errors upstream are slow, and models
 # composed of their layers are not what they make of a model; others are composed at any level.
-_COARSE = (-0.5, -0.3, -0.1, 0.1, 0.25, 0.37)
+_COARSE = (-0.35, -0.15, 0.12, 0.25)
 _FINE = tuple(0.05 * step for step in range(-9, 7))
 _DENSEST, _SPARSEST = 0.05, 0.96
 _FEW = 16  # counts of a layer that are all solved
 _PASSES = 9  # runs of a block on every batch where a model is pruned with corrected errors
 _SHARE = 1.2  # forwards for measured losses, at most, over those of pruning
-_WINDOWS = 12  # sequences for measured losses, at most
+_WINDOWS, _FEWEST = 8, 4  # sequences for measured losses, at most, and below which expansions take their place
+_DRAWS = 128  # of labels for expansions that decide by themselves
+_STRONGEST = 3.0  # rate at which later layers make up for what is lost before them: e^-3 of it is left at the end
 _ROUNDS, _RADIUS = 12, 0.2  # of improvements in context, and how far a sparsity moves in one
 
 
@@ -190,25 +194,31 @@ def best_of(work: Trials, seed: int, *, fractions: Sequence[float] = (1.0,)) -> 
         several changes lose together is more than their sum, or less.
     """
     levels = _levels(work)
-    # Each loss takes half of a forward in the mean, from the layer's block on; the model's head makes up for the rest.
-    solved = sum(map(len, levels.values()))
-    windows = min(_WINDOWS, work.sizes["losses"], int(_SHARE * _PASSES * work.sizes["all"] / solved))
     composable = not work.solver.corrects
-    affordable = windows >= 2 and not composable
     work.expect(3 + len(fractions) + 4 * composable)  # trials among them
     work.candidates["uniform"] = Candidate(work.uniform)
     database = work.database(levels)
-    if affordable:
-        solution = _separable(work, _measured(work, database, windows))
-        for fraction in fractions:
-            name = "kl" if fraction == 1.0 else f"{fraction:g} of kl"
-            work.candidates[name] = solution if fraction == 1.0 else _between(work, solution, fraction)
-    else:
-        work.candidates["fisher"] = _separable(work, _expanded(work, database, seed))
     if composable:
+        work.candidates["fisher"] = _separable(work, _expanded(work, database, seed))
         _improve_in_context(work, database, seed)
-    for name in work.candidates:
-        work.try_out(name)
+    else:
+        name, losses = _losses(work, database, seed)
+        work.try_out("uniform")
+        work.notes["attenuation"] = rate = _rate(work, database, losses)
+        behind = _behind(work)
+        attenuated = {
+            layer: {count: loss * math.exp(-rate * behind[layer]) for count, loss in curve.items()}
+            for layer, curve in losses.items()
+        }
+        solution = _separable(work, attenuated)
+        for fraction in fractions:
+            full = fraction == 1.0
+            work.candidates[name if full else f"{fraction:g} of {name}"] = (
+                solution if full else _between(work, solution, fraction)
+            )
+    for name, candidate in work.candidates.items():
+        if candidate.losses is None:
+            work.try_out(name)
     best = min(work.candidates, key=lambda name: work.candidates[name].loss)
     if not work.candidates[best].clearly_better(work.candidates["uniform"]):
         best = "uniform"
@@ -228,24 +238,107 @@ def _levels(work: Trials) -> dict[str, list[int]]:
     return levels
 
 
-def _expanded(work: Trials, database: Database, seed: int) -> Curves:
+def _losses(work: Trials, database: Database, seed: int) -> tuple[str, Curves]:
+    """Return the losses of all levels and the name of how they came about: measured where that is quick."""
+    probes = {}
+    for name in work.counts:
+        known = database.measured(work.layers[name])
+        end = 1 if len(known) > 3 else 0
+        probes[work.layers[name]] = sorted({known[end], known[-1 - end]})
+    # Each loss takes half of a forward in the mean, from the layer's block on; the model's head makes up for the rest.
+    affordable = int(_SHARE * _PASSES * work.sizes["all"] / sum(map(len, probes.values())))
+    windows = min(_WINDOWS, work.sizes["losses"], affordable)
+    if windows >= min(_FEWEST, work.sizes["losses"]):
+        return "kl", extended_losses(_measured(work, database, windows, probes), database)
+    return "fisher", extended_losses(_expanded(work, database, seed, probes, _DRAWS), database)
+
+
+def _behind(work: Trials) -> dict[Layer, float]:
+    """Return the share of the model's blocks behind each free layer: 1 in the first, 0 in the last and outside."""
+    behind = {work.layers[name]: 0.0 for name in work.counts}
+    last = len(work.selection.blocks) - 1
+    for position, layers in enumerate(work.selection.blocks.values()):
+        behind |= {
+            work.layers[layer.name]: 1 - position / last for layer in layers if last and layer.name in work.counts
+        }
+    return behind
+
+
+def _rate(work: Trials, database: Database, losses: Curves) -> float:
+    """Return how fast later blocks make up for what is lost before them, as the uniform trial shows.
+
+    A layer's own loss is that of a model whose other layers are dense. A solver that corrects errors upstream takes
+    a part of it away in every block behind the layer: exp(-a b) of it is taken to be left where a share b of the
+    blocks is behind. The rate a is such that all losses together fall by as much as the uniform trial loses less than
+    the model that is composed of the same levels, which nothing corrects.
+    """
+    uniform = {layer: nearest(database.measured(layer), work.uniform[layer.name]) for layer in losses}
+    with database.composed(uniform):
+        composed = float(work.held_out.each(work.model).mean())
+    behind = _behind(work)
+    return attenuation(
+        np.array([losses[layer][uniform[layer]] for layer in losses]),
+        np.array([behind[layer] for layer in losses]),
+        work.candidates["uniform"].loss / composed if composed > 0 else 1.0,
+    )
+
+
+def attenuation(losses: np.ndarray, behind: np.ndarray, left: float) -> float:
+    """Return the rate a >= 0 with sum_l losses_l exp(-a behind_l) = left * sum_l losses_l.
+
+    Parameters
+    ----------
+    losses : ndarray
+        At least 0.
+    behind : ndarray
+        How much of the model lies behind each layer, in [0, 1].
+    left : float
+        The share of all losses that is left. At 1 or more the rate is 0, and it is 3 at most, so that a share too small
+        to be reached stays finite.
+    """
+
+    def excess(rate: float) -> float:
+        return float((losses * np.exp(-rate * behind)).sum() - left * losses.sum())
+
+    if not excess(0.0) > 0:
+        return 0.0
+    return _STRONGEST if excess(_STRONGEST) >= 0 else float(brentq(excess, 0.0, _STRONGEST))
+
+
+def _expanded(
+    work: Trials,
+    database: Database,
+    seed: int,
+    levels: Mapping[Layer, Sequence[int]] | None = None,
+    draws: int = DRAWS,
+) -> Curves:
     tell = work.part("losses of layers, expanded")
 
     def measure() -> Curves:
         return expanded_losses(
-            work.model, database, work.singles, first_order=False, seed=seed, memory=work.memory, progress=tell
+            work.model,
+            database,
+            work.singles,
+            first_order=False,
+            seed=seed,
+            memory=work.memory,
+            levels=levels,
+            draws=draws,
+            progress=tell,
         )
 
     return work.remembered("losses-expanded", measure)
 
 
-def _measured(work: Trials, database: Database, windows: int) -> Curves:
+def _measured(
+    work: Trials, database: Database, windows: int, levels: Mapping[Layer, Sequence[int]] | None = None
+) -> Curves:
     tell = work.part("losses of layers, measured")
     blocks = {block: [x for x in layers if x.name in work.counts] for block, layers in work.selection.blocks.items()}
     outside = [layer for layer in work.selection.outside if layer.name in work.counts]
 
     def measure() -> Curves:
-        return measured_losses(work.model, blocks, outside, database, work.few(windows), tell)
+        return measured_losses(work.model, blocks, outside, database, work.few(windows), tell, levels)
 
     return work.remembered("losses-measured", measure)
 

@@ -16,9 +16,11 @@ from maskopt.models.divergence import Divergence
 from maskopt.models.layers import Layer
 from maskopt.models.replay import Replay
 
-_DRAWS = 32  # of labels: the relative error of a loss is sqrt(2 / 32) for changes that move all predictions alike
+DRAWS = 32
+"""Of labels, at least: the relative error of a loss is sqrt(2 / 32) for changes that move all predictions alike."""
+_STEEPEST = 3.0  # power of the error with which a loss grows: about 1 where both are small, and noise beyond this
 
-__all__ = ["Curves", "expanded_losses", "measured_losses"]
+__all__ = ["DRAWS", "Curves", "expanded_losses", "extended_losses", "measured_losses"]
 
 Curves = dict[Layer, dict[int, float]]
 """Loss by layer and by the count of a level."""
@@ -31,6 +33,7 @@ def measured_losses(
     database: Database,
     divergence: Divergence,
     progress: Callable[[float], object] | None = None,
+    levels: Mapping[Layer, Sequence[int]] | None = None,
 ) -> Curves:
     """Measure the divergence of the model with one layer pruned and all others dense, for each layer and level.
 
@@ -49,6 +52,8 @@ def measured_losses(
         From this model.
     progress : callable, optional
         Called with the fraction done.
+    levels : mapping of Layer to sequence of int, optional
+        Counts to measure; by default all that are stored.
     """
     replay = Replay(model, list(blocks), divergence.batches)
     total = sum(map(len, blocks.values())) + len(outside)
@@ -57,7 +62,7 @@ def measured_losses(
     def measure(layers: Sequence[Layer], run: Callable[[int], Tensor]) -> None:
         for layer in layers:
             curves[layer] = {}
-            for count in database.measured(layer):
+            for count in database.measured(layer) if levels is None else levels[layer]:
                 with database.composed({layer: count}):
                     curves[layer][count] = float(divergence.each(model, run).mean())
             if progress is not None:
@@ -83,15 +88,16 @@ def expanded_losses(
     seed: int,
     memory: int,
     levels: Mapping[Layer, Sequence[int]] | None = None,
+    draws: int = DRAWS,
     progress: Callable[[float], object] | None = None,
 ) -> Curves:
     """Expand the divergence from the dense model to second order in the change of each layer to each level.
 
     With g the gradient of the divergence and F the Fisher information of the model's predictions, a change D of a
     weight loses <g, D> + <D, F D> / 2. F is the mean of u u^T over labels drawn from the predictions, with u the
-    gradient of their log-likelihood: at least 32 draws, and one for each sequence. The work is a few gradients of the
-    model for each sequence, whatever the number of layers and levels, as long as `memory` holds the changes; otherwise
-    layers are taken in several parts.
+    gradient of their log-likelihood: as many draws as are asked for at least, and one for each sequence. The work is a
+    few gradients of the model for each sequence, whatever the number of layers and levels, as long as `memory` holds
+    the changes; otherwise layers are taken in several parts.
 
     Parameters
     ----------
@@ -109,6 +115,8 @@ def expanded_losses(
         Bytes for the changes of all levels.
     levels : mapping of Layer to sequence of int, optional
         Counts to expand; by default all that are stored.
+    draws : int
+        Of labels, at least. The standard error of a loss is sqrt(2 / draws) of it.
     progress : callable, optional
         Called with the fraction done.
 
@@ -120,7 +128,7 @@ def expanded_losses(
     curves: Curves = {}
     if levels is None:
         levels = {layer: database.measured(layer) for layer in database.counts}
-    draws = math.ceil(_DRAWS / len(divergence.batches))
+    repeats = math.ceil(draws / len(divergence.batches))
     parts = list(_parts(levels, memory))
     for number, part in enumerate(parts):
         changes = {
@@ -135,7 +143,7 @@ def expanded_losses(
             for index in range(len(divergence.batches)):
                 logits = divergence.logits(model, index)
                 logs = logits[0].float().log_softmax(-1)
-                drawn = torch.multinomial(logs.detach().exp().cpu(), draws, True, generator=generator).to(logs.device)
+                drawn = torch.multinomial(logs.detach().exp().cpu(), repeats, True, generator=generator).to(logs.device)
                 likelihoods = logs.gather(1, drawn)
                 real = divergence.batches[index].real
                 likelihoods = (likelihoods if real is None else likelihoods * real[0].unsqueeze(1)).sum(0)
@@ -144,14 +152,52 @@ def expanded_losses(
                     for layer, along in _products(own, weights, changes, keep=True):
                         sums[layer] += along
                 for draw, likelihood in enumerate(likelihoods):
-                    for layer, along in _products(likelihood, weights, changes, keep=draw + 1 < draws):
-                        sums[layer] += 0.5 / draws * along.square()
+                    for layer, along in _products(likelihood, weights, changes, keep=draw + 1 < repeats):
+                        sums[layer] += 0.5 / repeats * along.square()
                 if progress is not None:
                     progress((number + (index + 1) / len(divergence.batches)) / len(parts))
         for layer in part:
             values = (sums[layer] / max(1, divergence.tokens)).tolist()
             curves[layer] = dict(zip(levels[layer], values, strict=True))
     return curves
+
+
+def extended_losses(curves: Mapping[Layer, Mapping[int, float]], database: Database) -> Curves:
+    """Carry losses that are known at one or two levels of each layer over to all levels, by the layer's error there.
+
+    Near the dense model the divergence is quadratic in the change of a layer's output, as the layer's error is. The
+    loss is taken for a multiple of a power of the error; two levels determine both, with one the power is 1.
+
+    Parameters
+    ----------
+    curves : mapping of Layer to mapping of int to float
+        Losses by count; of more than two levels, the lowest and the highest count.
+    database : Database
+        Holds the errors of all levels.
+
+    Returns
+    -------
+    dict
+        Losses at all levels of the database. A layer without a positive loss or error loses nothing at any level.
+    """
+    extended: Curves = {}
+    for layer, known in curves.items():
+        ends = [count for count in dict.fromkeys((min(known), max(known))) if known[count] > 0]
+        errors = database.errors[layer]
+        ends = [count for count in ends if errors[count] > 0]
+        if not ends:
+            extended[layer] = dict.fromkeys(database.measured(layer), 0.0)
+            continue
+        logs = [(math.log(errors[count]), math.log(known[count])) for count in ends]
+        width = logs[0][0] - logs[-1][0]
+        power = 1.0 if width <= 0 else min(_STEEPEST, max(0.0, (logs[0][1] - logs[-1][1]) / width))
+        # Where the power is bounded, the curve passes between both.
+        offset = sum(loss - power * error for error, loss in logs) / len(logs)
+        extended[layer] = {
+            count: math.exp(offset + power * math.log(errors[count])) if errors[count] > 0 else 0.0
+            for count in database.measured(layer)
+        }
+    return extended
 
 
 def _parts(levels: Mapping[Layer, Sequence[int]], memory: int) -> Iterator[list[Layer]]:

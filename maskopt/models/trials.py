@@ -128,6 +128,8 @@ class Trials:
         The sparsities that they stand for, around which others are tried.
     candidates : dict of str to Candidate
         What has been tried.
+    notes : dict
+        More that the details of a plan tell.
     store : Store or None
         Where measurements are kept for the next call.
     """
@@ -165,6 +167,7 @@ class Trials:
             self.budget = self.kept(self.uniform)
             self.centres = {name: each.sparsity(self.uniform[name]) for name, each in self.counts.items()}
         self.candidates: dict[str, Candidate] = {}
+        self.notes: dict[str, Any] = {}
         self.batches, self.memory = list(batches), int(options["memory"])
         self._options, self._progress = dict(options), progress
         self.store: Store | None = None
@@ -374,6 +377,7 @@ class Trials:
             "kept": self.kept(counts),
             "fixed": self.fixed,
             "seconds": time.perf_counter() - self._began,
+            **self.notes,
         }
         tried = {name: one.loss for name, one in self.candidates.items() if one.losses is not None}
         if chosen is not None:

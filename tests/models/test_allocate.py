@@ -5,16 +5,20 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn.functional import kl_div, log_softmax
 from transformers import BertConfig, BertModel
 
 from maskopt.allocation import Plan
 from maskopt.errors import MaskoptError
 from maskopt.models import RULES, allocate, prune, select_layers
+from maskopt.models.allocate import attenuation
 from maskopt.models.batches import gathered, prepare_batches, sequences
-from maskopt.models.curves import expanded_losses, measured_losses
+from maskopt.models.curves import expanded_losses, extended_losses, measured_losses
 from maskopt.models.database import Database
 from maskopt.models.divergence import Divergence
 from maskopt.models.replay import evaluation_mode
@@ -27,6 +31,7 @@ from tests.models.conftest import ARCHITECTURES, VOCABULARY, weights_of
 
 CAUSAL = [name for name in ARCHITECTURES if name != "bert"]
 FAST = ConditionalADMM(iterations=8, stages=2, polish=2)
+_EXPANDED = 11  # sequences with which losses are expanded; with one more they are measured
 
 
 def windows(number=12, length=16, size=4):
@@ -333,13 +338,81 @@ def test_auto_chooses_by_the_divergence_on_other_sequences():
 def test_losses_are_measured_where_layers_and_levels_are_few():
     model = ARCHITECTURES["llama"].build()
     few, many = (
-        allocate(model, windows(), "2:8", 0.5, FAST, include=include).details for include in (["*.down_proj"], ())
+        allocate(model, windows(_EXPANDED), "2:8", 0.5, FAST, include=include).details
+        for include in (["*.down_proj"], ())
     )
     assert set(few["divergence"]) == set(few["separable"]) | {"uniform"} == {"uniform", "kl"}
     assert set(many["divergence"]) == {"uniform", "fisher"}
     for details in (few, many):
         for found in details["separable"].values():
             assert found["lower_bound"] <= found["loss"]
+
+
+def with_errors(errors):
+    """Return a database of one layer of which errors are known at some counts, and the layer."""
+    model = ARCHITECTURES["llama"].build()
+    database = database_of(model, levels=tuple(errors))
+    layer = next(iter(database.counts))
+    database.errors[layer] = dict(errors)
+    return database, layer
+
+
+@combinations(3, power=[0.0, 0.5, 1.0, 2.0, 3.0], scale=[1e-12, 1.0, 1e12], loss=[1e-9, 1.0, 1e9])
+def test_losses_that_grow_with_a_power_of_the_error_are_known_from_two_levels(power, scale, loss):
+    errors = {2: 9.0 * scale, 4: 4.0 * scale, 8: 2.5 * scale, 12: scale}
+    database, layer = with_errors(errors)
+    every = {count: loss * (error / scale) ** power for count, error in errors.items()}
+    for known in ((2, 12), (4, 8), (2, 4, 12)):
+        found = extended_losses({layer: {count: every[count] for count in known}}, database)[layer]
+        assert found == pytest.approx(every, rel=1e-9)
+    one = extended_losses({layer: {4: every[4]}}, database)[layer]
+    assert one == pytest.approx({count: every[4] * error / errors[4] for count, error in errors.items()}, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("known", "errors", "expected"),
+    [
+        ({2: 0.0, 8: 0.0}, {2: 3.0, 4: 2.0, 8: 1.0}, {2: 0.0, 4: 0.0, 8: 0.0}),  # a layer that the model does not need
+        ({2: -1e-9, 8: -1e-8}, {2: 3.0, 4: 2.0, 8: 1.0}, {2: 0.0, 4: 0.0, 8: 0.0}),  # rounding below zero
+        ({2: 0.0, 8: 0.0}, {2: 0.0, 4: 0.0, 8: 0.0}, {2: 0.0, 4: 0.0, 8: 0.0}),  # dead inputs
+        ({2: 6.0, 8: 0.0}, {2: 3.0, 4: 2.0, 8: 0.0}, {2: 6.0, 4: 4.0, 8: 0.0}),  # zero where all that matters is kept
+        ({2: 1.0, 8: 4.0}, {2: 3.0, 4: 2.0, 8: 1.0}, {2: 2.0, 4: 2.0, 8: 2.0}),  # noise: pruning more does not gain
+        ({2: 2.0, 8: 2.0}, {2: 1.0, 4: 1.0, 8: 1.0}, {2: 2.0, 4: 2.0, 8: 2.0}),  # no difference between levels
+    ],
+)
+def test_losses_at_the_edges(known, errors, expected):
+    database, layer = with_errors(errors)
+    assert extended_losses({layer: known}, database)[layer] == pytest.approx(expected)
+
+
+@given(
+    losses=st.lists(st.floats(1e-9, 1e9), min_size=2, max_size=8),
+    rate=st.floats(0.0, 3.0),
+    scale=st.sampled_from([1e-12, 1.0, 1e12]),
+)
+def test_the_rate_of_attenuation_is_found_again(losses, rate, scale):
+    values, behind = scale * np.array(losses), np.linspace(1.0, 0.0, len(losses))
+    left = float((values * np.exp(-rate * behind)).sum() / values.sum())
+    found = attenuation(values, behind, left)
+    assert 0 <= found <= 3
+    assert float((values * np.exp(-found * behind)).sum() / values.sum()) == pytest.approx(left, rel=1e-9)
+
+
+def test_the_rate_of_attenuation_is_bounded():
+    losses, behind = np.array([2.0, 1.0]), np.array([1.0, 0.0])
+    assert attenuation(losses, behind, 1.0) == attenuation(losses, behind, 1.7) == 0.0
+    assert attenuation(losses, behind, 0.1) == attenuation(losses, behind, 0.0) == 3.0
+    assert attenuation(np.zeros(2), behind, 0.5) == 0.0
+    assert attenuation(losses, np.zeros(2), 0.5) == 3.0  # one block: the rate has no effect
+
+
+def test_layers_before_others_lose_less_where_errors_are_corrected():
+    """The plan tells at which rate; solvers that correct nothing have none."""
+    model = ARCHITECTURES["llama"].build()
+    plan = allocate(model, windows(24), "per-row", 0.6, FAST, include=["*.down_proj"])
+    rate = plan.details["attenuation"]
+    assert 0 <= rate <= 3
+    assert "attenuation" not in allocate(model, windows(), "per-row", 0.6, Wanda(), include=["*.down_proj"]).details
 
 
 def test_fixed_layers_keep_their_sparsity_and_the_others_the_mean():
@@ -384,8 +457,16 @@ def test_the_same_seed_gives_the_same_plan():
     assert plans[0] == plans[1]
 
 
-@pytest.mark.parametrize("failing", ["layers at several levels", "trial of uniform", "losses of layers, expanded"])
-def test_after_a_failure_the_model_is_as_it_was(failing):
+@pytest.mark.parametrize(
+    ("number", "failing"),
+    [
+        (12, "layers at several levels"),
+        (12, "trial of uniform"),
+        (12, "losses of layers, measured"),
+        (_EXPANDED, "losses of layers, expanded"),
+    ],
+)
+def test_after_a_failure_the_model_is_as_it_was(number, failing):
     model = ARCHITECTURES["llama"].build()
     before = weights_of(model)
 
@@ -394,7 +475,7 @@ def test_after_a_failure_the_model_is_as_it_was(failing):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        allocate(model, windows(), "per-row", 0.5, FAST, progress=fail)
+        allocate(model, windows(number), "per-row", 0.5, FAST, progress=fail)
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
 
@@ -447,7 +528,7 @@ def test_the_reference_of_the_divergence_is_torch():
 @functools.cache
 def uninterrupted(solver):
     """The plan of a call that nothing interrupts and that keeps nothing."""
-    return allocate(ARCHITECTURES["llama"].build(), windows(), "per-row", 0.5, solver)
+    return allocate(ARCHITECTURES["llama"].build(), windows(_EXPANDED), "per-row", 0.5, solver)
 
 
 @combinations(
@@ -466,15 +547,15 @@ def test_an_interrupted_allocation_goes_on(tmp_path, monkeypatch, solver, stage)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        allocate(ARCHITECTURES["llama"].build(), windows(), **options, progress=fail)
+        allocate(ARCHITECTURES["llama"].build(), windows(_EXPANDED), **options, progress=fail)
     assert not list((tmp_path / "cache").glob(".*"))
-    after = allocate(ARCHITECTURES["llama"].build(), windows(), **options)
+    after = allocate(ARCHITECTURES["llama"].build(), windows(_EXPANDED), **options)
     assert after.sparsities == whole.sparsities
     assert after.details["divergence"] == whole.details["divergence"]
     pruned = []
     monkeypatch.setattr("maskopt.models.trials.prune_layers", lambda *args, **options: pruned.append(args))
     if solver is FAST:
-        again = allocate(ARCHITECTURES["llama"].build(), windows(), **options)
+        again = allocate(ARCHITECTURES["llama"].build(), windows(_EXPANDED), **options)
         assert again.sparsities == whole.sparsities
         assert not pruned
 
