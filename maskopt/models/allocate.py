@@ -181,7 +181,9 @@ def _planned(work: Trials, rule: Rule, seed: int) -> Plan:
     return work.plan(rule, work.candidates[rule].counts)
 
 
-def best_of(work: Trials, seed: int, *, fractions: Sequence[float] = (1.0,)) -> Plan:
+def best_of(
+    work: Trials, seed: int, *, fractions: Sequence[float] = (1.0,), offsets: Sequence[float] | None = None
+) -> Plan:
     """Try uniform sparsity and what the separable problem gives, with measured losses where they are few; choose.
 
     Parameters
@@ -192,8 +194,10 @@ def best_of(work: Trials, seed: int, *, fractions: Sequence[float] = (1.0,)) -> 
     fractions : sequence of float
         How far candidates go from uniform sparsity to the solution of the separable problem with measured losses: what
         several changes lose together is more than their sum, or less.
+    offsets : sequence of float, optional
+        Levels at which layers are solved, less the mean sparsity; by default few where the solver is slow.
     """
-    levels = _levels(work)
+    levels = _levels(work, offsets)
     composable = not work.solver.corrects
     work.expect(3 + len(fractions) + 4 * composable)  # trials among them
     work.candidates["uniform"] = Candidate(work.uniform)
@@ -225,9 +229,10 @@ def best_of(work: Trials, seed: int, *, fractions: Sequence[float] = (1.0,)) -> 
     return work.plan("auto", work.candidates[best].counts, best)
 
 
-def _levels(work: Trials) -> dict[str, list[int]]:
+def _levels(work: Trials, offsets: Sequence[float] | None = None) -> dict[str, list[int]]:
     """Return the counts to solve every free layer for: all if they are few, else some around the mean."""
-    offsets = sorted(_COARSE if work.solver.corrects else _FINE)
+    if offsets is None:
+        offsets = _COARSE if work.solver.corrects else _FINE
     levels = {}
     for name, counts in work.counts.items():
         if counts.most <= _FEW:
