@@ -290,10 +290,11 @@ def test_the_stream_as_a_target_lowers_perplexity() -> None:
     )
 
 
-def test_the_larger_model_kept_uniform_sparsity() -> None:
-    (found,) = [record for record in _figures("allocation-smollm2")["records"] if record["rule"] == "auto"]
-    assert found["details"]["chosen"] == "uniform"
-    assert "the trial kept\nuniform sparsity" in README
+def test_what_allocation_gives_the_larger_model() -> None:
+    found = {record["rule"]: record for record in _figures("allocation-smollm2")["records"]}
+    assert found["auto"]["details"]["chosen"] == "fisher"  # the name of expanded losses
+    before, after = (f"{found[rule]['perplexity']:.2f}" for rule in ("uniform", "auto"))
+    assert f"lowers the perplexity from {before} to {after}" in " ".join(README.split())
 
 
 def test_rules_for_masks_alone_lose_where_weights_move() -> None:
