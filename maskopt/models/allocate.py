@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
 from transformers import PreTrainedModel
 
 from maskopt.allocation import Plan, allocate_levels, overridden
+from maskopt.allocation.attenuation import attenuation
 from maskopt.allocation.budget import interpolated, levels_of, separable_levels
 from maskopt.checks import SEEDS, choice, real, shown, whole
 from maskopt.errors import MaskoptError
@@ -46,7 +46,6 @@ _PASSES = 9  # runs of a block on every batch where a model is pruned with corre
 _SHARE = 1.2  # forwards for measured losses, at most, over those of pruning
 _WINDOWS, _FEWEST = 8, 4  # sequences for measured losses, at most, and below which expansions take their place
 _DRAWS = 128  # of labels for expansions that decide by themselves
-_STRONGEST = 3.0  # rate at which later layers make up for what is lost before them: e^-3 of it is left at the end
 _ROUNDS, _RADIUS = 12, 0.2  # of improvements in context, and how far a sparsity moves in one
 
 
@@ -208,8 +207,8 @@ def best_of(
     else:
         name, losses = _losses(work, database, seed)
         work.try_out("uniform")
-        work.notes["attenuation"] = rate = _rate(work, database, losses)
         behind = _behind(work)
+        work.notes["attenuation"] = rate = _rate(work, database, losses, behind)
         attenuated = {
             layer: {count: loss * math.exp(-rate * behind[layer]) for count, loss in curve.items()}
             for layer, curve in losses.items()
@@ -269,7 +268,7 @@ def _behind(work: Trials) -> dict[Layer, float]:
     return behind
 
 
-def _rate(work: Trials, database: Database, losses: Curves) -> float:
+def _rate(work: Trials, database: Database, losses: Curves, behind: Mapping[Layer, float]) -> float:
     """Return how fast later blocks make up for what is lost before them, as the uniform trial shows.
 
     A layer's own loss is that of a model whose other layers are dense. A solver that corrects errors upstream takes
@@ -280,34 +279,11 @@ def _rate(work: Trials, database: Database, losses: Curves) -> float:
     uniform = {layer: nearest(database.measured(layer), work.uniform[layer.name]) for layer in losses}
     with database.composed(uniform):
         composed = float(work.held_out.each(work.model).mean())
-    behind = _behind(work)
     return attenuation(
         np.array([losses[layer][uniform[layer]] for layer in losses]),
         np.array([behind[layer] for layer in losses]),
         work.candidates["uniform"].loss / composed if composed > 0 else 1.0,
     )
-
-
-def attenuation(losses: np.ndarray, behind: np.ndarray, left: float) -> float:
-    """Return the rate a >= 0 with sum_l losses_l exp(-a behind_l) = left * sum_l losses_l.
-
-    Parameters
-    ----------
-    losses : ndarray
-        At least 0.
-    behind : ndarray
-        How much of the model lies behind each layer, in [0, 1].
-    left : float
-        The share of all losses that is left. At 1 or more the rate is 0, and it is 3 at most, so that a share too small
-        to be reached stays finite.
-    """
-
-    def excess(rate: float) -> float:
-        return float((losses * np.exp(-rate * behind)).sum() - left * losses.sum())
-
-    if not excess(0.0) > 0:
-        return 0.0
-    return _STRONGEST if excess(_STRONGEST) >= 0 else float(brentq(excess, 0.0, _STRONGEST))
 
 
 def _expanded(

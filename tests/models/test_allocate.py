@@ -5,18 +5,14 @@ import itertools
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.nn.functional import kl_div, log_softmax
 from transformers import BertConfig, BertModel
 
 from maskopt.allocation import Plan
 from maskopt.errors import MaskoptError
 from maskopt.models import RULES, allocate, prune, select_layers
-from maskopt.models.allocate import attenuation
 from maskopt.models.batches import gathered, prepare_batches, sequences
 from maskopt.models.curves import expanded_losses, extended_losses, measured_losses
 from maskopt.models.database import Database
@@ -385,29 +381,8 @@ def test_losses_at_the_edges(known, errors, expected):
     assert extended_losses({layer: known}, database)[layer] == pytest.approx(expected)
 
 
-@given(
-    losses=st.lists(st.floats(1e-9, 1e9), min_size=2, max_size=8),
-    rate=st.floats(0.0, 3.0),
-    scale=st.sampled_from([1e-12, 1.0, 1e12]),
-)
-def test_the_rate_of_attenuation_is_found_again(losses, rate, scale):
-    values, behind = scale * np.array(losses), np.linspace(1.0, 0.0, len(losses))
-    left = float((values * np.exp(-rate * behind)).sum() / values.sum())
-    found = attenuation(values, behind, left)
-    assert 0 <= found <= 3
-    assert float((values * np.exp(-found * behind)).sum() / values.sum()) == pytest.approx(left, rel=1e-9)
-
-
-def test_the_rate_of_attenuation_is_bounded():
-    losses, behind = np.array([2.0, 1.0]), np.array([1.0, 0.0])
-    assert attenuation(losses, behind, 1.0) == attenuation(losses, behind, 1.7) == 0.0
-    assert attenuation(losses, behind, 0.1) == attenuation(losses, behind, 0.0) == 3.0
-    assert attenuation(np.zeros(2), behind, 0.5) == 0.0
-    assert attenuation(losses, np.zeros(2), 0.5) == 3.0  # one block: the rate has no effect
-
-
-def test_layers_before_others_lose_less_where_errors_are_corrected():
-    """The plan tells at which rate; solvers that correct nothing have none."""
+def test_the_plan_tells_how_fast_later_blocks_make_up_for_losses():
+    """Solvers that correct nothing have no such rate."""
     model = ARCHITECTURES["llama"].build()
     plan = allocate(model, windows(24), "per-row", 0.6, FAST, include=["*.down_proj"])
     rate = plan.details["attenuation"]
