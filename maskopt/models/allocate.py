@@ -38,7 +38,7 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 
 # Levels at which layers are solved, around the mean sparsity. Solvers that correct errors upstream are slow, and models
 # composed of their layers are not what they make of a model; others are composed at any level.
-_COARSE = (-0.35, -0.15, 0.12, 0.25)
+_COARSE = (-0.35, 0.25)
 _FINE = tuple(0.05 * step for step in range(-9, 7))
 _DENSEST, _SPARSEST = 0.05, 0.96
 _FEW = 16  # counts of a layer that are all solved
@@ -46,6 +46,7 @@ _PASSES = 9  # runs of a block on every batch where a model is pruned with corre
 _SHARE = 1.2  # forwards for measured losses, at most, over those of pruning
 _WINDOWS, _FEWEST = 8, 4  # sequences for measured losses, at most, and below which expansions take their place
 _DRAWS = 128  # of labels for expansions that decide by themselves
+_LEAST = 0.25  # of the way from uniform sparsity to the solution that is still tried, where more is no better
 _ROUNDS, _RADIUS = 12, 0.2  # of improvements in context, and how far a sparsity moves in one
 
 
@@ -205,7 +206,7 @@ def best_of(
         work.candidates["fisher"] = _separable(work, _expanded(work, database, seed))
         _improve_in_context(work, database, seed)
     else:
-        name, losses = _losses(work, database, seed)
+        rule, losses = _losses(work, database, seed)
         work.try_out("uniform")
         behind = _behind(work)
         work.notes["attenuation"] = rate = _rate(work, database, losses, behind)
@@ -215,17 +216,30 @@ def best_of(
         }
         solution = _separable(work, attenuated)
         for fraction in fractions:
-            full = fraction == 1.0
-            work.candidates[name if full else f"{fraction:g} of {name}"] = (
-                solution if full else _between(work, solution, fraction)
-            )
+            work.candidates[_named(rule, fraction)] = _between(work, solution, fraction)
     for name, candidate in work.candidates.items():
         if candidate.losses is None:
             work.try_out(name)
-    best = min(work.candidates, key=lambda name: work.candidates[name].loss)
-    if not work.candidates[best].clearly_better(work.candidates["uniform"]):
-        best = "uniform"
+    best = _best(work)
+    if not composable:
+        # Losses are those of small changes by themselves: where all of them together are no better, some may be.
+        fraction = min(fractions) / 2
+        while best == "uniform" and fraction >= _LEAST:
+            part = _named(rule, fraction)
+            work.candidates[part] = _between(work, solution, fraction)
+            work.try_out(part)
+            best, fraction = _best(work), fraction / 2
     return work.plan("auto", work.candidates[best].counts, best)
+
+
+def _best(work: Trials) -> str:
+    """Return the name of the candidate of least loss; uniform sparsity unless that one is clearly better."""
+    best = min(work.candidates, key=lambda name: work.candidates[name].loss)
+    return best if work.candidates[best].clearly_better(work.candidates["uniform"]) else "uniform"
+
+
+def _named(rule: str, fraction: float) -> str:
+    return rule if fraction == 1.0 else f"{fraction:g} of {rule}"
 
 
 def _levels(work: Trials, offsets: Sequence[float] | None = None) -> dict[str, list[int]]:
@@ -343,6 +357,8 @@ def _separable(work: Trials, losses: Curves) -> Candidate:
 
 def _between(work: Trials, solution: Candidate, fraction: float) -> Candidate:
     """Return counts on the line from uniform sparsity to a candidate, or beyond it."""
+    if fraction == 1.0:
+        return solution
     wished = {name: uniform + fraction * (solution.counts[name] - uniform) for name, uniform in work.uniform.items()}
     return Candidate(
         work.within({name: min(work.counts[name].most, max(1, round(wish))) for name, wish in wished.items()})

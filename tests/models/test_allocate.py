@@ -18,6 +18,7 @@ from maskopt.models.curves import expanded_losses, extended_losses, measured_los
 from maskopt.models.database import Database
 from maskopt.models.divergence import Divergence
 from maskopt.models.replay import evaluation_mode
+from maskopt.models.trials import Trials
 from maskopt.oracles import Counts, PerRow
 from maskopt.problems import LayerReconstruction
 from maskopt.solvers import Magnitude, Wanda, solve
@@ -337,11 +338,43 @@ def test_losses_are_measured_where_layers_and_levels_are_few():
         allocate(model, windows(_EXPANDED), "2:8", 0.5, FAST, include=include).details
         for include in (["*.down_proj"], ())
     )
-    assert set(few["divergence"]) == set(few["separable"]) | {"uniform"} == {"uniform", "kl"}
-    assert set(many["divergence"]) == {"uniform", "fisher"}
+    for details, rule in ((few, "kl"), (many, "fisher")):
+        assert set(details["separable"]) == {rule}
+        assert {"uniform", rule} <= set(details["divergence"]) <= {"uniform", rule, f"0.5 of {rule}", f"0.25 of {rule}"}
     for details in (few, many):
         for found in details["separable"].values():
             assert found["lower_bound"] <= found["loss"]
+
+
+@pytest.mark.parametrize(
+    ("better", "tried"),
+    [
+        ("kl", ["kl"]),
+        ("0.5 of kl", ["kl", "0.5 of kl"]),
+        ("0.25 of kl", ["kl", "0.5 of kl", "0.25 of kl"]),
+        ("uniform", ["kl", "0.5 of kl", "0.25 of kl"]),
+    ],
+)
+def test_smaller_steps_are_tried_where_the_whole_one_is_no_better(monkeypatch, better, tried):
+    """A part of a step lies between the counts of uniform sparsity and of the whole, and keeps the budget."""
+    model, seen = ARCHITECTURES["llama"].build(), {}
+
+    def judged(work, name):
+        seen[name] = dict(work.candidates[name].counts)
+        noise = torch.arange(4, dtype=torch.float64)
+        work.candidates[name].losses = noise + (1.0 if name == better else 2.0)
+
+    monkeypatch.setattr(Trials, "try_out", judged)
+    plan = allocate(model, windows(24), "per-row", 0.6, FAST, include=["*.down_proj"])
+    assert list(seen) == ["uniform", *tried]
+    assert plan.details["chosen"] == better
+    uniform, whole = seen["uniform"], seen["kl"]
+    assert whole != uniform
+    for name in tried[1:]:
+        fraction = float(name.split()[0])
+        for layer, count in seen[name].items():
+            assert count == pytest.approx(uniform[layer] + fraction * (whole[layer] - uniform[layer]), abs=2)
+    assert len({sum(seen[name].values()) for name in tried}) == 1  # rows of one length
 
 
 def with_errors(errors):
