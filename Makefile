@@ -66,7 +66,7 @@ DEMO_STUDY := --name weights-demo --solvers continuation --weights lsq,admm,alps
 SMOLLM_STUDY := --name smollm2 --only-models --solvers wanda --weights sparsegpt,alps,best,keep \
 	--propagate default --tune sparsegpt --tune-once --sets per-row:0.5,per-row:0.6,2:4 --samples 32 --batch-size 2 \
 	--validation 8 --characters 250000
-ALLOCATION_STUDY := --methods best,wanda --sparsities 0.7,0.6 --characters 60000 --rules uniform,auto,owl,dlp
+ALLOCATION_STUDY := --methods best,wanda --sparsities 0.5,0.6,0.7,0.8 --characters 60000 --rules uniform,auto,owl,dlp
 SMOLLM_ALLOCATION := --name allocation-smollm2 --only-models --methods best --sparsities 0.6 --rules uniform,auto --samples 32 \
 	--batch-size 2 --characters 250000
 CORRECTION_STUDY := --patterns per-row:0.6,2:4 --characters 60000

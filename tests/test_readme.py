@@ -297,6 +297,22 @@ def test_what_allocation_gives_the_larger_model() -> None:
     assert f"lowers the perplexity from {before} to {after}" in " ".join(README.split())
 
 
+def test_what_allocation_gives_at_each_sparsity() -> None:
+    values = {
+        (r["model"], r["sparsity"], r["rule"]): r["perplexity"]
+        for r in _figures("allocation")["records"]
+        if r["method"] == "best"
+    }
+    medians = []
+    for sparsity in (0.5, 0.6, 0.7, 0.8):
+        ratios = [v / values[m, s, "uniform"] for (m, s, rule), v in values.items() if (rule, s) == ("auto", sparsity)]
+        assert len(ratios) == 4
+        assert max(ratios) < 1
+        medians.append(f"{median(ratios):.2f}"[1:])
+    text = " ".join(README.split())
+    assert f"at 50, 60, 70 and 80 % it is {', '.join(medians[:3])} and {medians[3]} of uniform sparsity's" in text
+
+
 def test_rules_for_masks_alone_lose_where_weights_move() -> None:
     """What the README says of them with `best`: in the median above uniform, and with denser first blocks."""
     records = _figures("allocation")["records"]
