@@ -267,7 +267,8 @@ def test_perplexities_by_allocation_are_those_of_the_results() -> None:
     }
     found = _table("model, method, mean sparsity")
     records = _figures("allocation")["records"]
-    places = {(record["model"], record["method"], record["sparsity"]) for record in records}
+    # The cells of all these rules; where some of them were not run, only the text speaks of `auto`.
+    places = {(r["model"], r["method"], r["sparsity"]) for r in records if r["rule"] == "dlp"}
     assert len(found.rows) == len(places)
     for model, method, sparsity in places:
         own = [r for r in records if (r["model"], r["method"], r["sparsity"]) == (model, method, sparsity)]
