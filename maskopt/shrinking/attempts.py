@@ -13,6 +13,7 @@ from maskopt.models.batches import Batch
 from maskopt.models.divergence import Divergence
 from maskopt.models.replay import evaluation_mode
 from maskopt.models.report import PruneReport
+from maskopt.recovery import clearly_smaller
 from maskopt.shrinking.biases import BiasChanges
 from maskopt.shrinking.proofs import UnitProver
 from maskopt.shrinking.units import Site
@@ -41,8 +42,11 @@ class Attempt:
 
 def better_of(
     model: PreTrainedModel, batches: Sequence[Batch], attempts: Sequence[Callable[[], Attempt]]
-) -> tuple[Attempt, list[float]]:
+) -> tuple[int, Attempt, list[float]]:
     """Prune a model in several ways and leave it as the best one does.
+
+    A later way has to be better than those before it by more than the standard error of the differences between their
+    losses of the sequences.
 
     Parameters
     ----------
@@ -55,27 +59,26 @@ def better_of(
 
     Returns
     -------
-    (Attempt, list of float)
-        The best one, and the divergence per token of each; of equal ones the first.
+    (int, Attempt, list of float)
+        The number of the best one, that one, and the divergence per token of each.
     """
     dense = _copied(model)
     with evaluation_mode(model):
         divergence = Divergence(model, batches)
-    losses: list[float] = []
-    best: tuple[Attempt, dict[str, Tensor]] | None = None
+    losses: list[Tensor] = []
+    best: tuple[int, Attempt, dict[str, Tensor]] | None = None
     for number, attempt in enumerate(attempts):
         if number:
             _restore(model, dense)
         done = attempt()
         with evaluation_mode(model):
-            loss = float(divergence.each(model).mean())
-        if best is None or loss < min(losses):
-            best = done, _copied(model)
-        losses.append(loss)
+            losses.append(divergence.each(model))
+        if best is None or clearly_smaller(losses[-1], losses[best[0]]):
+            best = number, done, _copied(model)
     assert best is not None, "there are attempts"
-    if losses[-1] > min(losses):
-        _restore(model, best[1])
-    return best[0], losses
+    if best[0] + 1 < len(losses):
+        _restore(model, best[2])
+    return best[0], best[1], [float(each.mean()) for each in losses]
 
 
 def _copied(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ __all__ = ["Refit", "Widths", "check_arguments", "shrink"]
 
 Widths = Literal["uniform", "free"]
 Refit = Literal["units", "layers", "block", "model"]
-_BOTH = ("uniform", "free")
+_BOTH: tuple[Widths, Widths] = ("uniform", "free")
 
 
 def shrink(
@@ -207,8 +207,8 @@ def shrink(
         done = attempt(counts)
     else:
         judged = prepared[-max(1, len(prepared) // 8) :] if held_out is None else prepare_batches(model, held_out)
-        done, losses = better_of(model, judged, [partial(attempt, uniform), partial(attempt, counts)])
-        plan = _made(plan, done, dict(zip(_BOTH, losses, strict=True)))
+        best, done, losses = better_of(model, judged, [partial(attempt, uniform), partial(attempt, counts)])
+        plan = _made(plan, done, _BOTH[best], dict(zip(_BOTH, losses, strict=True)))
     report, prover, biases = done.report, done.prover, done.biases
     kept = {site: _kept(site, report.masks) for site in done.counts}
     removed = {site: _width(site, count, report, prover) for site, count in done.counts.items()}
@@ -321,10 +321,10 @@ def _pruned(
     )
 
 
-def _made(plan: Plan, done: Attempt, losses: Mapping[str, float]) -> Plan:
+def _made(plan: Plan, done: Attempt, widths: Widths, losses: Mapping[str, float]) -> Plan:
     """Return the plan of the widths that a model has in the end."""
     lost = {layer.name: 1 - count / site.role.number for site, count in done.counts.items() for layer in site.layers}
-    chosen = {"chosen": _BOTH[0]} if losses[_BOTH[0]] <= losses[_BOTH[1]] else {}
+    chosen = {"chosen": widths} if widths == "uniform" else {}
     return replace(
         plan,
         sparsities={name: lost.get(name, 0.0) for name in plan.sparsities},
