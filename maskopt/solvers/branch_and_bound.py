@@ -336,7 +336,7 @@ class _Search:
         # Deciding the entry that alone costs most changes the relaxation most: on layers this needs a tenth of the
         # nodes that the most fractional entry does.
         alone = self.relaxation.forms.diagonal(dim1=1, dim2=2)
-        score = torch.where(free, alone, -1.0).flatten(1)
+        score = torch.where(free, alone, -math.inf).flatten(1)
         open_ = free.flatten(1).any(1)
         entry = score.argmax(1)
         kept, pruned = nodes.copied(), nodes.copied()

@@ -77,19 +77,22 @@ def always_kept(problem: LayerReconstruction, kept: Tensor, incumbent: Tensor, e
     With Q = Diag(w) G Diag(w), pruning entry i costs at least Q_ii less what others can make up for, 2 sum |Q_ij| over
     negative Q_ij: what all pruned entries but i lose together is not negative. Entries that are kept for certain make
     up for nothing, so that others may follow. Without such entries the rest of a row is of ordinary size, and so is
-    the rounding of its bounds.
+    the rounding of its bounds. Where the target is not W, what it lacks counts as an entry that is always pruned, so
+    that 2 w_i ((T - W) G)_i is added.
     """
-    weight, gram, sizes = problem.double().scaled_weight, problem.symmetric_gram(), problem.entry_sizes()
+    weight, offset = _weight_and_offset(problem)
+    gram, sizes = problem.symmetric_gram(), problem.entry_sizes()
     forms = weight.unsqueeze(2) * gram * weight.unsqueeze(1)
-    alone = forms.diagonal(dim1=1, dim2=2).clone()
+    alone = forms.diagonal(dim1=1, dim2=2) + 2.0 * weight * (offset @ gram)
     forms.diagonal(dim1=1, dim2=2).zero_()
     helping = forms.clamp_max_(0.0).neg_()
     missing = problem.indefiniteness() + (problem.shape[1] + 8) * 2.0**-50
     bar = error / problem.unit * (1 + 2.0**-40)
+    apart = offset.abs() * sizes
     while True:
         spread = weight.abs() * sizes * ~kept
         # A Gram may be indefinite by rounding, in all rows.
-        lost = missing * (spread.square().sum() + spread * spread.sum(1, keepdim=True))
+        lost = missing * ((spread + apart).square().sum() + spread * (spread + apart).sum(1, keepdim=True))
         help_ = torch.einsum("rij,rj->ri", helping, (~kept).double())
         more = incumbent & ~kept & (alone - 2.0 * help_ - lost > bar)
         if not bool(more.any()):
@@ -101,23 +104,28 @@ class Relaxation(Quadratic):
     """The shifted error of one row block, for any number of copies of it one above the other.
 
     With p = 1 - x and Q = Diag(w) G Diag(w) of each row: p^T (Q - Diag(D)) p + <D, p>, convex among the masks' hull.
-    Entries that every mask in question keeps have no part in it. Objectives are in the unit
-    `problem.unit` * 4^`power`, in which the entries that are left are near one.
+    With b = T - W the error of a mask has the linear part 2 <w * (G b), p>, which is added to the diagonal of Q and to
+    D, as p^2 = p for masks, and the constant b^T G b. Entries that every mask in question keeps have no part in it.
+    Objectives are in the unit `problem.unit` * 4^`power`, in which the entries that are left are near one.
 
     Parameters
     ----------
     forms : Tensor
-        Q of each row of the row block, float64, shape (rows, d, d).
+        Q of each row of the row block, with the linear part, float64, shape (rows, d, d).
     shift : Tensor
-        D, shape (rows, d).
+        D, with the linear part, shape (rows, d).
+    constant : Tensor
+        Shape (rows,).
     copies : int
     lost : float
         How far the sum over the row block may lie below its linear models within the hull, rounding included.
     power : int
     """
 
-    def __init__(self, forms: Tensor, shift: Tensor, copies: int, lost: float, power: int = 0) -> None:
-        self.forms, self.shift, self.copies = forms, shift, copies
+    def __init__(
+        self, forms: Tensor, shift: Tensor, constant: Tensor, copies: int, lost: float, power: int = 0
+    ) -> None:
+        self.forms, self.shift, self.constant, self.copies = forms, shift, constant, copies
         self.lost, self.power = lost, power
         self.known = 0.0
         self._shifted = forms - torch.diag_embed(shift)
@@ -135,10 +143,12 @@ class Relaxation(Quadratic):
         kept : Tensor
             Entries that every better mask keeps, shape (rows, d).
         """
-        weight, gram = problem.double().scaled_weight.masked_fill(kept, 0.0), problem.symmetric_gram()
+        weight, offset = _weight_and_offset(problem)
+        weight, gram = weight.masked_fill(kept, 0.0), problem.symmetric_gram()
         largest = (weight.abs() * gram.diagonal().clamp_min(0.0).sqrt()).amax()
         power = int(torch.frexp(largest).exponent)
-        weight = torch.ldexp(weight, torch.tensor(-power, device=weight.device))
+        by = torch.tensor(-power, device=weight.device)
+        weight, offset = torch.ldexp(weight, by), torch.ldexp(offset, by)
         forms = weight.unsqueeze(2) * gram * weight.unsqueeze(1)
         full, bounds = _shifts(problem, masks, incumbent, kept)
         shift = _in_unit(full, problem.unit, power)
@@ -152,8 +162,17 @@ class Relaxation(Quadratic):
             size = float((form - torch.diag(shift[row])).abs().sum() + shift[row].abs().sum())
             # A step between masks has at most d entries of size one.
             lost += missing * len(form) + (len(form) + 8) * 2.0**-49 * size
-        relaxation = Relaxation(forms, shift, 1, lost, power)
-        if masks.separable and not masks.at_most:
+        constant = torch.zeros_like(shift[:, 0])
+        if problem.aims_elsewhere:
+            product = offset @ gram
+            linear, constant = 2.0 * weight * product, (offset * product).sum(1)
+            forms.diagonal(dim1=1, dim2=2).add_(linear)
+            shift += linear
+            sizes = problem.entry_sizes()
+            reach = ((weight.abs() + offset.abs()) * sizes).sum(1)
+            lost += float((len(sizes) + 8) * 2.0**-48 * reach.square().sum())
+        relaxation = Relaxation(forms, shift, constant, 1, lost, power)
+        if masks.separable and not masks.at_most and not problem.aims_elsewhere:
             # Where every mask keeps as many entries of each row as the incumbent, the bound is one for all of them.
             relaxation.known = max(0.0, float(_in_unit(bounds, problem.unit, power).sum()) * (1 - 2.0**-50))
         return relaxation
@@ -206,7 +225,7 @@ class Relaxation(Quadratic):
     def value(self, point: Point) -> Tensor:
         # f = p^T B p + <D, p> and gradient = -(2 B p + D).
         half = (self.shift - point.gradient.view(-1, *self.shift.shape)).view(point.x.shape)
-        return half.mul_(1.0 - point.x).sum(1).mul_(0.5)
+        return half.mul_(1.0 - point.x).sum(1).mul_(0.5).add_(self.constant.repeat(self.copies))
 
     def diagonal(self) -> Tensor:
         return self._shifted.diagonal(dim1=1, dim2=2).repeat(self.copies, 1)
@@ -220,10 +239,10 @@ class Relaxation(Quadratic):
 
     def objective(self, mask: Tensor) -> Tensor:
         pruned = (~mask).double().view(-1, *self.shift.shape)
-        return (torch.einsum("nrd,rde->nre", pruned, self.forms) * pruned).sum(2).view(-1)
+        return ((torch.einsum("nrd,rde->nre", pruned, self.forms) * pruned).sum(2) + self.constant).view(-1)
 
     def scale(self) -> Tensor:
-        return self.forms.sum((1, 2)).repeat(self.copies)
+        return (self.forms.sum((1, 2)) + self.constant).repeat(self.copies)
 
     def double(self) -> Relaxation:
         return self
@@ -234,6 +253,12 @@ class Relaxation(Quadratic):
         return shift_convexity_error(point, shift) + self.lost / row_block
 
 
+def _weight_and_offset(problem: LayerReconstruction) -> tuple[Tensor, Tensor]:
+    """Return W and T - W in scaled units, float64, shape (rows, d)."""
+    wide = problem.double()
+    return wide.scaled_weight, wide.scaled_target - wide.scaled_weight
+
+
 def _in_unit(value: Tensor, unit: float, power: int) -> Tensor:
     by = torch.tensor(-power, device=value.device)
     return torch.ldexp(torch.ldexp(value / unit, by), by)
@@ -242,7 +267,12 @@ def _in_unit(value: Tensor, unit: float, power: int) -> Tensor:
 def _shifts(
     problem: LayerReconstruction, masks: PartitionMatroid, incumbent: Tensor, kept: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the diagonals of the semidefinite bounds of a row block's rows without `kept`, and the bounds in full."""
+    """Return the diagonals of the semidefinite bounds of a row block's rows without `kept`, and the bounds in full.
+
+    They are those of the layer that aims at its own weights' output: the same diagonals leave the error convex.
+    """
+    if problem.aims_elsewhere:
+        problem = LayerReconstruction(problem.weight, problem.gram, check=False)
     if not bool(kept.any()):
         width = masks.tile_of(problem.shape)[1]
         alike = masks.separable and not masks.at_most and not isinstance(masks.keep, Tensor)

@@ -179,6 +179,6 @@ class _RowBlock:
     def _always_kept(self, mask: Tensor, error: float) -> Tensor:
         problem = self.problem
         nothing = torch.zeros_like(mask)
-        if not isinstance(problem, LayerReconstruction) or problem.aims_elsewhere:
+        if not isinstance(problem, LayerReconstruction):
             return nothing.cpu()
         return always_kept(problem, nothing, mask, error).cpu()

@@ -8,9 +8,20 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from maskopt.errors import MaskoptError
-from maskopt.oracles import PartitionMatroid, PerRow, Restricted
+from maskopt.oracles import AtMost, PartitionMatroid, PerRow, Restricted
 from maskopt.problems import LayerReconstruction, QuadraticForm
-from maskopt.solvers import BranchAndBound, BruteForce, Magnitude, Status, Stop, Wanda, branch_and_bound, solve
+from maskopt.solvers import (
+    BranchAndBound,
+    BruteForce,
+    Magnitude,
+    Scip,
+    Solver,
+    Status,
+    Stop,
+    Wanda,
+    branch_and_bound,
+    solve,
+)
 from maskopt.solvers.fixing import fixable
 from tests.helpers import (
     ALL_SETS,
@@ -49,6 +60,49 @@ def test_proves_the_optimum(name: str, layer: Layer, fraction: float) -> None:
     assert result.lower_bound is not None
     assert float(result.lower_bound.sum()) <= best + 1e-14 * size
     assert float(result.lower_bound.sum()) >= best * (1 - 1e-7) - 1e-9 * size
+
+
+@given(
+    layers(rows=(1, 3), d=(1, 8)), fractions, st.integers(0, 2**16), st.sampled_from([1e-9, 0.1, 0.5, 1.0, 1e3, 1e9])
+)
+@pytest.mark.parametrize("name", MATROIDS)
+@examples(25)
+def test_proves_the_optimum_for_other_targets(
+    name: str, layer: Layer, fraction: float, seed: int, distance: float
+) -> None:
+    """The mask of least error towards weights at some distance, by exact enumeration; no bound lies above it."""
+    assume(layer.weight.numel() <= 14)
+    masks = ALL_SETS[name](layer.shape, fraction)
+    away = torch.randn(layer.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    target = layer.weight.double() + distance * layer.weight.double().abs().mean() * away
+    problem = LayerReconstruction(layer.weight.double(), layer.gram.double(), target=target)
+    members = every_mask(masks, layer.shape)
+    assume(len(members) > 0)
+    best = min(sum(problem.exact_objective(mask)) for mask in members)
+    for solver in (SMALL, BranchAndBound(start=Magnitude())):
+        result = solve(problem, masks, solver)
+        assert feasible(masks, result.mask)
+        assert result.lower_bound is not None
+        # Grams are indefinite by rounding: an error below zero counts as zero.
+        assert float(result.lower_bound.sum()) <= max(0.0, float(best)) * (1 + 1e-14)
+        found = sum(problem.exact_objective(result.mask))
+        if result.status is Status.OPTIMAL:
+            assert float(found - best) <= 2e-9 * abs(float(found))
+        else:
+            assert result.status is Status.COMPLETED
+
+
+@pytest.mark.parametrize("solver", [BranchAndBound(), BranchAndBound(start=Wanda()), Scip()], ids=str)
+def test_a_target_that_made_up_for_kept_entries_is_counted(solver: Solver) -> None:
+    """Once the error towards W decided which entries every better mask keeps, whatever the target was."""
+    weight, size = torch.ones(1, 4, dtype=torch.float64), torch.tensor([2.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    target = torch.tensor([[0.9577, 0.8054, 1.0030, 0.5600]], dtype=torch.float64)
+    problem = LayerReconstruction(weight, size.unsqueeze(1) * size, target=target)
+    masks = AtMost(PerRow(4))
+    best = min(float(problem.objective(mask)) for mask in every_mask(masks, (1, 4)))
+    result = solve(problem, masks, solver)
+    assert result.total == pytest.approx(best, rel=1e-9)
+    assert float(result.lower_bound.sum()) <= best
 
 
 @given(layers(rows=(1, 2), d=(4, 8)), fractions, st.integers(0, 6))
