@@ -32,6 +32,7 @@ __all__ = [
     "require_absent",
     "resumable",
     "shielded",
+    "temporary_folder",
     "written_since",
 ]
 
@@ -201,7 +202,30 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def _private_folder(path: Path) -> Iterator[Path]:
+def temporary_folder(folder: Path, name: str) -> Iterator[Path]:
+    """Yield a new folder for files that are needed during the block only, and remove it afterwards.
+
+    If the process is killed, the next process that makes one in the same place removes it.
+
+    Parameters
+    ----------
+    folder : Path
+        The hidden folder around it is made here.
+    name : str
+        Part of the name of the hidden folder.
+
+    Raises
+    ------
+    MaskoptError
+        If it cannot be made.
+    """
+    remove_stale(folder)
+    with _private_folder(folder / name, f"Temporary files in {folder}") as found:
+        yield found
+
+
+@contextmanager
+def _private_folder(path: Path, what: str = "") -> Iterator[Path]:
     """Yield a new folder in a hidden one next to `path`, which is locked during the block and removed afterwards."""
     hidden = path.absolute().parent / f".{path.name[:40]}.{os.urandom(8).hex()}.tmp"
     lock = None
@@ -212,7 +236,7 @@ def _private_folder(path: Path) -> Iterator[Path]:
             lock = _locked(hidden / "lock")
             (hidden / "new").mkdir()
         except (OSError, ValueError) as error:
-            raise MaskoptError(f"The output {path} cannot be written: {reason(error)}.") from error
+            raise MaskoptError(f"{what or f'The output {path}'} cannot be written: {reason(error)}.") from error
         yield hidden / "new"
     finally:
         with _shield():

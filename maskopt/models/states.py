@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import tempfile
 from collections.abc import Hashable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from maskopt.files import temporary_folder
 
 __all__ = ["SHARE", "Place", "States", "Storage", "copied", "first_tensor", "stays", "tensor_bytes"]
 
@@ -113,6 +115,8 @@ class States:
 class Storage:
     """Decides where tensors wait; a context manager, at whose end all its files are removed.
 
+    What a killed process leaves there is removed by the next one that writes such files.
+
     Parameters
     ----------
     memory : int
@@ -123,13 +127,14 @@ class Storage:
         Where they are kept however large they are. By default they move to the main memory, or to files where that is
         the device, if they exceed that.
     folder : Path, optional
-        Where the folder of the files is made; the system's temporary folder by default.
+        Where the hidden folder of the files is made; the system's temporary folder by default.
     """
 
     memory: int
     place: Place | None = None
     folder: Path | None = None
     _files: Path | None = field(default=None, init=False, repr=False)
+    _opened: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
     _numbers: itertools.count[int] = field(default_factory=itertools.count, init=False, repr=False)
 
     def states(self, size: int, device: torch.device) -> States:
@@ -151,7 +156,8 @@ class Storage:
     def file(self) -> Path:
         """Return a new file name."""
         if self._files is None:
-            self._files = Path(tempfile.mkdtemp(prefix="maskopt-states-", dir=self.folder))
+            place = temporary_folder(self.folder or Path(tempfile.gettempdir()), "maskopt-states")
+            self._files = self._opened.enter_context(place)
         return self._files / f"{next(self._numbers)}.safetensors"
 
     def __enter__(self) -> Self:
@@ -160,9 +166,8 @@ class Storage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._files is not None:
-            shutil.rmtree(self._files, ignore_errors=True)
-            self._files = None
+        self._files = None
+        self._opened.close()
 
 
 def stays(size: int, memory: int, device: torch.device | None = None) -> bool:

@@ -1,9 +1,14 @@
 """What is kept inside a block is what the block would compute."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from maskopt import NM, PerRow, Wanda
+from maskopt.errors import MaskoptError
 from maskopt.models import find_blocks, prune
 from maskopt.models.batches import prepare_batches
 from maskopt.models.replay import Replay, evaluation_mode
@@ -98,6 +103,36 @@ def test_what_exceeds_the_memory_goes_to_files_and_they_are_removed(llama, make_
         assert storage.states(10, torch.device("cpu")).place == "device"
         assert storage.states(11, torch.device("cpu")).place == "disk"
         assert storage.states(11, torch.device("meta")).place == "host"
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path):
+    script = f"""
+import os, signal, torch
+from pathlib import Path
+from maskopt.models.states import Storage
+with Storage(0, "disk", Path({str(tmp_path)!r})) as storage:
+    storage.states(1, torch.device("cpu")).put("a", torch.zeros(1000))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.rglob("*.safetensors")
+    with Storage(0, "disk", tmp_path) as mine, Storage(0, "disk", tmp_path) as other:
+        states = [storage.states(1, torch.device("cpu")) for storage in (mine, other)]
+        for kept in states:
+            kept.put("a", torch.ones(2))
+        assert not left.exists()
+        # Those of processes that live stay.
+        for kept in states:
+            assert torch.equal(kept.get("a"), torch.ones(2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_states_that_cannot_be_written_are_one_sentence(tmp_path):
+    with (
+        Storage(0, "disk", tmp_path / "missing") as storage,
+        pytest.raises(MaskoptError, match=r"Temporary files in .*missing cannot be written: No such file"),
+    ):
+        storage.states(1, torch.device("cpu")).put("a", torch.ones(2))
 
 
 def test_what_fits_a_part_of_what_is_free_on_an_accelerator_stays_there(monkeypatch):
