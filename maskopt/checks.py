@@ -294,7 +294,8 @@ def matrix(name: str, value: Any) -> Tensor:
     if value.layout != torch.strided or value.is_nested:
         raise MaskoptError(f"The {name} must be a dense tensor; got a {value.layout} one, so call to_dense() first.")
     if value.dtype not in FLOATS:
-        hint = " (its scales lie elsewhere, so widen it first)" if value.dtype.itemsize == 1 else ""
+        small = value.dtype.itemsize == 1 and value.dtype != torch.bool
+        hint = " (its scales lie elsewhere, so widen it first)" if small else ""
         raise MaskoptError(f"The {name} must be floating point, of 16, 32 or 64 bits; got {value.dtype}{hint}.")
     if value.device.type == "meta":
         raise MaskoptError(f"The {name} lies on the meta device, where tensors have no data; load it first.")

@@ -169,6 +169,11 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         raise MaskoptError(f"The plan {os.fspath(path)} cannot be read: {reason(error)}.") from error
     if isinstance(content, dict) and isinstance(content.get("plan"), dict):
         content = content["plan"]
+    if isinstance(content, dict) and "command" in content and "sparsities" not in content:
+        raise MaskoptError(
+            f"The report {os.fspath(path)} has no plan, because its run treated all layers alike; repeat that run's "
+            f"options."
+        )
     if not isinstance(content, dict) or not {"pattern", "sparsities"} <= content.keys():
         raise MaskoptError(f"The plan {os.fspath(path)} must have the entries pattern and sparsities.")
     if content.get("maskopt_plan", _VERSION) != _VERSION:

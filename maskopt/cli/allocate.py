@@ -11,6 +11,7 @@ import typer
 
 from maskopt.cli.figure import check_figure, draw_plan
 from maskopt.cli.options import (
+    CORRECTION,
     RULE_NAMES,
     BatchOption,
     CacheOption,
@@ -36,6 +37,7 @@ from maskopt.cli.options import (
     Target,
     TargetOption,
     WeightsOption,
+    check_correction,
     check_device,
     check_seqlen,
     parse_fixed,
@@ -76,7 +78,7 @@ def allocate(
     batch_size: BatchOption = 8,
     seed: SeedOption = 0,
     propagate: PropagateOption = None,
-    correction: CorrectionOption = 0.7,
+    correction: CorrectionOption = CORRECTION,
     target: TargetOption = Target.STREAM,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
@@ -95,6 +97,7 @@ def allocate(
     if allocation not in RULE_NAMES:
         raise MaskoptError(f"There is no rule {allocation!r}; choose one of {', '.join(RULE_NAMES)}.")
     method = parse_weights(weights or ("best" if solver is None else "keep"), solver, option or ())
+    check_correction(propagate, method.corrects, correction, target)
     mean, fixed, working = mean_sparsity(pattern, sparsity), parse_fixed(sparsity_of), parse_memory(memory)
     require_file("calibration text", calibration)
     check_device(device)

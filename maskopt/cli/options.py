@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from maskopt.oracles import MaskSet
 
 __all__ = [
+    "CORRECTION",
     "INSTANCE_HELP",
     "PATTERN_HELP",
     "RULE_NAMES",
@@ -53,8 +55,10 @@ __all__ = [
     "Target",
     "TargetOption",
     "WeightsOption",
+    "check_correction",
     "check_device",
     "check_seqlen",
+    "check_unused",
     "parse_fixed",
     "parse_masks",
     "parse_memory",
@@ -240,6 +244,8 @@ TargetOption = Annotated[
         "stream behind them, or their own outputs alone.",
     ),
 ]
+CORRECTION = 0.7
+"""Of `maskopt.models`, written out because its import takes seconds."""
 RULE_NAMES = ("uniform", "auto", "owl", "dlp", "alpha", "lsa", "atp", "evo", "kl", "fisher")
 """Names of `maskopt.models.RULES`, written out because its import takes seconds."""
 
@@ -291,6 +297,48 @@ def parse_fixed(items: list[str] | None) -> dict[str, float]:
         found.pop(glob, None)
         found[glob] = number
     return found
+
+
+def check_unused(given: Mapping[str, bool], why: str) -> None:
+    """Refuse an option that would have no effect.
+
+    Parameters
+    ----------
+    given : mapping of str to bool
+        Whether each option is given, by its name.
+    why : str
+        What it does, and what it needs for that: a predicate.
+
+    Raises
+    ------
+    MaskoptError
+        If one is given.
+    """
+    for name, there in given.items():
+        if there:
+            raise MaskoptError(f"{name} {why}; leave it out.")
+
+
+def check_correction(propagate: Propagate | None, corrects: bool, correction: float, target: Target) -> None:
+    """Refuse settings of the correction where nothing is corrected.
+
+    Parameters
+    ----------
+    propagate : Propagate, optional
+    corrects : bool
+        Whether the solver corrects errors upstream by default.
+    correction : float
+    target : Target
+
+    Raises
+    ------
+    MaskoptError
+        If they are given and nothing is corrected.
+    """
+    if propagate is Propagate.CORRECTED or (propagate is None and corrects):
+        return
+    given = {"--correction": correction != CORRECTION, "--target": target is not Target.STREAM}
+    check_unused(given, "says how errors upstream are corrected, and only --propagate corrected corrects them here")
 
 
 def check_device(name: str) -> str:

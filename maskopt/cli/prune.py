@@ -14,6 +14,7 @@ from rich.console import Console
 from maskopt.cli.allocate import divergence_lines, mean_sparsity, read_plan, show_allocation
 from maskopt.cli.figure import check_figure, draw_plan
 from maskopt.cli.options import (
+    CORRECTION,
     RULE_NAMES,
     BatchOption,
     CacheOption,
@@ -41,8 +42,10 @@ from maskopt.cli.options import (
     Target,
     TargetOption,
     WeightsOption,
+    check_correction,
     check_device,
     check_seqlen,
+    check_unused,
     parse_fixed,
     parse_masks,
     parse_memory,
@@ -67,6 +70,7 @@ from maskopt.cli.prune_progress import PruneProgress
 from maskopt.cli.prune_tables import layer_table, summary, times
 from maskopt.cli.recover import recovery_lines
 from maskopt.cli.recover_options import (
+    RANK,
     HeldOutOption,
     RecoverCheckpointingOption,
     RecoverEpochsOption,
@@ -123,7 +127,7 @@ def prune(
     seed: SeedOption = 0,
     held_out: HeldOutOption = None,
     propagate: PropagateOption = None,
-    correction: CorrectionOption = 0.7,
+    correction: CorrectionOption = CORRECTION,
     target: TargetOption = Target.STREAM,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
@@ -140,7 +144,8 @@ def prune(
         Certify | None,
         typer.Option(
             "--certify",
-            help="Prove a lower bound on the error of every mask, layer by layer; takes longer than pruning.",
+            help="Prove a lower bound on the error of every mask, layer by layer; takes longer than pruning. The masks "
+            "are then chosen for weights that stay (--weights keep).",
         ),
     ] = None,
     time_limit: Annotated[
@@ -162,7 +167,7 @@ def prune(
     recover_tokens: RecoverTokensOption = None,
     recover_masks: RecoverMasksOption = None,
     recover_parameters: RecoverParametersOption = "all",
-    recover_rank: RecoverRankOption = 16,
+    recover_rank: RecoverRankOption = RANK,
     recover_checkpointing: RecoverCheckpointingOption = False,
     plot: PlotOption = None,
     cache: CacheOption = None,
@@ -231,6 +236,11 @@ def prune(
     given = read_plan(allocation, pattern, sparsity, fixed)
     masks = given or (parse_masks(pattern, sparsity) if allocation == "uniform" and not fixed else None)
     mean = 0.0 if masks is not None else mean_sparsity(pattern, sparsity)
+    check_correction(propagate, method.corrects, correction, target)
+    if masks is not None:
+        check_unused(
+            {"--cache": cache is not None}, "keeps what a rule of --allocation measures, and none is asked for"
+        )
     _check_files(calibration, evaluate, plot)
     require_transformers()
     from maskopt import models

@@ -43,6 +43,7 @@ from maskopt.cli.output import (
 from maskopt.cli.pack import CompressOption, PackedOption, check_packing, pack_lines
 from maskopt.cli.page import page_beside
 from maskopt.cli.recover_options import (
+    RANK,
     HeldOutOption,
     RecoverCheckpointingOption,
     RecoverEpochsOption,
@@ -84,7 +85,7 @@ def recover(
     recover_tokens: RecoverTokensOption = None,
     recover_masks: RecoverMasksOption = None,
     recover_parameters: RecoverParametersOption = "all",
-    recover_rank: RecoverRankOption = 16,
+    recover_rank: RecoverRankOption = RANK,
     recover_checkpointing: RecoverCheckpointingOption = False,
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = None,

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from maskopt.cli.options import check_unused
 from maskopt.errors import MaskoptError
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from maskopt.recovery import Recovery
 
 __all__ = [
+    "RANK",
     "RECOVERY_RULES",
     "HeldOutOption",
     "RecoverCheckpointingOption",
@@ -23,6 +25,8 @@ __all__ = [
     "parse_recovery",
 ]
 
+RANK = 16
+"""Of the changes of --recover-parameters lora, by default."""
 _FURTHER = 2  # windows for the fit of the whole model, for each of a calibration
 
 RecoverEpochsOption = Annotated[
@@ -128,7 +132,7 @@ def parse_recovery(
     masks: str | None,
     parameters: str,
     seed: int,
-    rank: int = 16,
+    rank: int = RANK,
     checkpointing: bool = False,
 ) -> "Recovery | None":
     """Return the settings of a recovery; None where the level is "none".
@@ -136,10 +140,20 @@ def parse_recovery(
     Raises
     ------
     MaskoptError
-        If an option is not one of those there are.
+        If an option is not one of those there are, or has no effect because nothing is recovered.
     """
     if level not in ("none", "block", "model"):
         raise MaskoptError(f"There is no recovery {level!r}; choose none, block or model.")
+    if level == "none":
+        given = {
+            "--recover-epochs": epochs is not None,
+            "--recover-tokens": tokens is not None,
+            "--recover-masks": masks is not None,
+            "--recover-parameters": parameters != "all",
+            "--recover-rank": rank != RANK,
+            "--recover-checkpointing": checkpointing,
+        }
+        check_unused(given, "says how a recovery works, and there is none without --recover block or --recover model")
     from maskopt.recovery import RULES, Recovery
 
     if masks is not None and masks not in RULES:

@@ -23,6 +23,7 @@ from maskopt.cli.options import (
     StatesOption,
     check_device,
     check_seqlen,
+    check_unused,
     parse_memory,
     require_file,
     require_transformers,
@@ -207,6 +208,20 @@ def shrink(
 
     if experts:
         check_fraction(experts)
+    if not units:
+        given = {
+            "--method": method != "best",
+            "--widths": widths != "uniform",
+            "--round-to": round_to != 1,
+            "--refit": refit is not None,
+            "--refit-epochs": epochs is not None,
+            "--certify": certify,
+        }
+        check_unused(given, "is for units that go by --neurons, --heads or --params, and none do")
+    if heads and not (neurons or params or plan):
+        check_unused({"--round-to": round_to != 1}, "is for numbers of neurons, and no neurons go")
+    if time_limit is not None and not certify:
+        raise MaskoptError("--time-limit applies to the proofs of --certify; give both, or leave it out.")
     if units:
         check_arguments(
             neurons,

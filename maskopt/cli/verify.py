@@ -9,7 +9,7 @@ import typer
 from maskopt.cli.layer import load_layer
 from maskopt.cli.options import InstanceArgument, JsonOption, PatternOption, QuietOption, SparsityOption, parse_masks
 from maskopt.cli.output import Bar, check_outputs, environment, json_output, tables
-from maskopt.cli.part import RowsOption, check_row_blocks, parse_rows, part_of, part_settings
+from maskopt.cli.part import check_row_blocks, parse_rows, part_of, part_settings
 from maskopt.cli.pool import Backend, BackendOption, JobsOption, on_workers, open_workers
 from maskopt.cli.solvers import parse_solver
 from maskopt.cli.verify_report import excess_of, percent, show_verdicts, verify_report
@@ -28,12 +28,21 @@ __all__ = ["verify"]
 
 Figures = dict[str, Any]
 
+_FIRST = 8  # rows that are compared where none are named
 _SAME = 1e-12  # relative difference of errors that rounding explains
 
 
 def verify(
     instance: InstanceArgument,
-    rows: RowsOption = "0:8",
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            "--rows",
+            metavar="A:B",
+            help="Range of rows from A up to, but not including, B; : is all.",
+            show_default="the first eight, 0:8, or all of a smaller layer",
+        ),
+    ] = None,
     columns: Annotated[
         int | None,
         typer.Option("--columns", min=1, help="Use only so many first columns: exact solvers need small problems."),
@@ -72,7 +81,7 @@ def verify(
     check_time_limit(time_limit)
     masks, heuristic = parse_masks(pattern, sparsity), parse_solver(solver)
     _, layer = load_layer(instance, "cpu")
-    chosen = parse_rows(rows, layer.shape[0])
+    chosen = slice(0, min(_FIRST, layer.shape[0])) if rows is None else parse_rows(rows, layer.shape[0])
     problem = part_of(layer, chosen, columns)
     settings = part_settings(instance, chosen, (layer.shape[0], problem.shape[1]), pattern, sparsity, masks)
     if settings["row_block"] < layer.shape[0]:  # otherwise the part is a layer of its own, as the report says

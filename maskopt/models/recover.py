@@ -208,9 +208,13 @@ def _is_narrower(model: PreTrainedModel, dense: PreTrainedModel) -> bool:
         one, two = own.get(name, ()), other.get(name, ())
         narrower = name.startswith(inside) and len(one) == len(two) > 0 and all(map(operator.le, one, two))
         if one != two and not narrower:
+            if one and two:
+                how = f"{name} has the shape {one} in the first and {two} in the second"
+            else:
+                how = f"the {'second' if one else 'first'} has no {name}"
             raise MaskoptError(
-                f"The pruned and the dense model differ: {name} has the shape {one or 'of no parameter'} in the first "
-                f"and {two or 'of no parameter'} in the second."
+                f"The pruned and the dense model do not belong together: {how}; what is fitted has the dense model's "
+                f"blocks, with weights pruned or made narrower."
             )
     return True
 

@@ -72,7 +72,8 @@ class Store:
         elif known != wanted:
             other = first_difference(known, wanted)
             raise MaskoptError(
-                f"The cache {self.folder} belongs to another allocation: its {other} differ; choose another folder."
+                f"The cache {self.folder} belongs to another allocation, with another value of: {other}; choose "
+                f"another folder."
             )
 
     def read(self, name: str) -> Any:

@@ -293,8 +293,8 @@ class Trials:
         return {
             "maskopt": version("maskopt"),
             "torch": torch.__version__,
-            "weights": weights.hexdigest(),
-            "data": data.hexdigest(),
+            "weights of the model": weights.hexdigest(),
+            "calibration data": data.hexdigest(),
             "batch size": self.batch_size,
             "pattern": self.pattern if isinstance(self.pattern, str) else dict(self.pattern),
             "sparsity": self.sparsity,

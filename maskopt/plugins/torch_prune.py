@@ -84,7 +84,7 @@ def reconstruct(
     Raises
     ------
     MaskoptError
-        If the set does not fit, or the module saw no data.
+        If the name is another one, the set does not fit, or the module saw no data.
 
     Examples
     --------
@@ -100,6 +100,8 @@ def reconstruct(
     >>> (model[0].weight != 0).sum(1).tolist()
     [4, 4, 4, 4, 4, 4]
     """
+    if name != "weight":
+        raise MaskoptError(f"Only the parameter weight can be pruned by what its module reads; got {name!r}.")
     Reconstruction.apply(module, name, masks, moments, solver)
     return module
 
@@ -111,8 +113,8 @@ def apply(model: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:
     ----------
     model : nn.Module
     masks : mapping of str to Tensor
-        By module name, boolean, True = kept, as the module stores its weight: those of `maskopt.prune(...)`, or of
-        `maskopt.models.load_masks`.
+        By module name, boolean (or 0 and 1), True = kept, as the module stores its weight: those of
+        `maskopt.prune(...)`, or of `maskopt.models.load_masks`.
 
     Returns
     -------
@@ -123,7 +125,7 @@ def apply(model: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:
     Raises
     ------
     MaskoptError
-        If there is no such module, or a mask has another shape; the model is as before.
+        If there is no such module, or a mask has another shape or other entries; the model is as before.
 
     Examples
     --------
@@ -142,6 +144,8 @@ def apply(model: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:
         shape = tuple(modules[name].weight.shape)
         if shape != tuple(mask.shape):
             raise MaskoptError(f"The mask of {name} has shape {tuple(mask.shape)}, but its weight {shape}.")
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise MaskoptError(f"The mask of {name} must be boolean, or 0 and 1; it has other entries.")
     for name, mask in masks.items():
         module: Any = modules[name]
         prune.custom_from_mask(module, "weight", mask.to(module.weight.device))  # type: ignore[no-untyped-call]

@@ -66,8 +66,9 @@ def counts_of_budget(model: PreTrainedModel, structure: Structure, params: float
     fraction = 0.0 if whole_size == 0 else (budget - lost) / whole_size
     if whole_size == 0 or fraction > _MOST:
         raise MaskoptError(
-            f"The blocks cannot lose {params:.0%} of their parameters: neurons and heads that can be removed hold "
-            f"{(whole_size + sum(s.role.number * sizes[s] for s in heads)) / sum(seen.values()):.0%} of them."
+            f"The blocks cannot lose {params:.0%} of their parameters: all neurons and heads hold "
+            f"{(whole_size + sum(s.role.number * sizes[s] for s in heads)) / sum(seen.values()):.0%} of them, and some "
+            f"of each have to stay."
         )
     neurons = {site: _rounded(site, 1 - max(0.0, fraction), round_to) for site in structure.of("neurons")}
     counts = {**heads, **neurons}

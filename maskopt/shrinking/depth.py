@@ -113,7 +113,10 @@ def drop_blocks(
     if len({block.stack for block in blocks}) != 1:
         raise MaskoptError(f"{type(model).__name__} has several stacks of blocks; blocks of one stack can be dropped.")
     if not whole(1, len(blocks) - 1).fits(number):
-        raise MaskoptError(f"The number of blocks to drop must lie in 1 ... {len(blocks) - 1}; got {shown(number)}.")
+        raise MaskoptError(
+            f"The number of blocks to drop must lie in 1 ... {len(blocks) - 1}, so that one of {len(blocks)} stays; "
+            f"got {shown(number)}."
+        )
     if offload_of(model) is not None:
         raise MaskoptError("Dropping blocks needs the whole model in memory; load it without offload.")
     if not whole(1).fits(sequences):

@@ -282,7 +282,9 @@ def check_arguments(
     found: Refit = refit or ("block" if isinstance(solver, ExactSwaps) else "units")
     if epochs is not None:
         if found not in ("block", "model"):
-            raise MaskoptError(f"epochs are those of gradient steps, and {found} are fitted without; leave them out.")
+            raise MaskoptError(
+                f"Epochs are passes of gradient steps, which fit blocks and models, not {found}; leave them out."
+            )
         Recovery(found, epochs=epochs)
     return solver, found
 

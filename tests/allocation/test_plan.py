@@ -214,6 +214,7 @@ GOOD = {"pattern": "per-row", "sparsities": {"a": 0.5}}
         ({"sparsities": {"a": 0.5}}, "must have the entries pattern and sparsities"),
         ({"plan": {"pattern": "per-row"}, **GOOD}, "must have the entries pattern and sparsities"),
         ({"plan": None}, "must have the entries pattern and sparsities"),
+        ({"plan": None, "layers": []}, "must have the entries pattern and sparsities"),
         ({**GOOD, "maskopt_plan": 2}, "is of another version than 1, which this program reads"),
         ({**GOOD, "maskopt_plan": "1"}, "is of another version than 1"),
         ({**GOOD, "maskopt_plan": None}, "is of another version than 1"),
@@ -239,6 +240,13 @@ def test_damaged_files_are_refused(tmp_path: Path, content: Any, sentence: str) 
     data = content if isinstance(content, (str, bytes)) else json.dumps(content)
     path.write_bytes(data.encode() if isinstance(data, str) else data)
     with pytest.raises(MaskoptError, match=rf"The plan {re.escape(str(path))} {sentence}"):
+        load_plan(path)
+
+
+def test_reports_of_runs_without_a_plan_say_so(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"command": {"neurons": 0.5}, "widths": []}))
+    with pytest.raises(MaskoptError, match=r"report\.json has no plan, because its run treated all layers alike"):
         load_plan(path)
 
 

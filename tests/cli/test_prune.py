@@ -108,6 +108,26 @@ def test_options_choose_how_weights_are_updated(run, model, text, tmp_path, read
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (("--recover-epochs", 3), "--recover-epochs says how a recovery works"),
+        (("--recover-tokens", 99), "--recover-tokens says how a recovery works"),
+        (("--recover-masks", "gumbel"), "--recover-masks says how a recovery works"),
+        (("--recover-parameters", "lora"), "--recover-parameters says how a recovery works"),
+        (("--recover-rank", 4), "--recover-rank says how a recovery works"),
+        (("--recover-checkpointing",), "--recover-checkpointing says how a recovery works"),
+        (("--cache", "folder"), "--cache keeps what a rule of --allocation measures"),
+        (("--propagate", "dense", "--correction", 0.3), "--correction says how errors upstream are corrected"),
+        (("--propagate", "pruned", "--target", "layer"), "--target says how errors upstream are corrected"),
+        (("--solver", "wanda", "--correction", 1), "--correction says how errors upstream are corrected"),
+    ],
+)
+def test_options_without_effect_are_refused(fails, model, text, tmp_path, options, words):
+    assert words in fails("prune", model, tmp_path / "out", "--calibration", text, "-s", 0.5, "--samples", 2, *options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
         (("--weights", "obs"), "There is no method 'obs' for weights"),
         (("--weights", "best", "--solver", "wanda"), "The method best chooses the mask itself"),
         (("--weights", "keep", "-o", "polish_steps=1"), "The solver continuation has no setting 'polish_steps'"),

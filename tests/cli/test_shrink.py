@@ -117,6 +117,19 @@ WRONG = {
     "refit": (("--neurons", 0.5, "--refit", "none"), "refit must be one of"),
     "epochs": (("--neurons", 0.5, "--refit-epochs", 0), "epochs"),
     "epochs of nothing": (("--neurons", 0.5, "--refit", "units", "--refit-epochs", 2), "leave them out"),
+    **{
+        f"{name} without units": (("--drop-blocks", 1, name, *value), f"{name} is for units that go by --neurons")
+        for name, *value in (
+            ("--certify",),
+            ("--refit", "model"),
+            ("--refit-epochs", 2),
+            ("--widths", "free"),
+            ("--round-to", 8),
+            ("--method", "fasp"),
+        )
+    },
+    "rounded heads": (("--heads", 0.5, "--round-to", 8), "--round-to is for numbers of neurons"),
+    "time": (("--neurons", 0.5, "--time-limit", 3), "--time-limit applies to the proofs of --certify"),
     "text": (("--neurons", 0.5, "--evaluate", "nowhere.txt"), "evaluation text nowhere.txt"),
     "memory": (("--neurons", 0.5, "--memory", "much"), "much"),
     "device": (("--neurons", 0.5, "--device", "abacus"), "abacus"),
@@ -245,7 +258,8 @@ def test_experts_are_dropped_before_neurons(run: Any, text: Path, tmp_path: Path
     assert [each["before"] for each in report["experts"]["blocks"]] == [4, 4]
     assert {width["kind"] for width in report["widths"]} == {"neurons"}
     assert "Experts that were dropped" in (out / "report.html").read_text()
-    alone = run("shrink", mixture, tmp_path / "alone", "--calibration", text, "--experts", 0.5, *DATA)
+    few = ("--samples", 8, "--no-speed")
+    alone = run("shrink", mixture, tmp_path / "alone", "--calibration", text, "--experts", 0.5, *few)
     assert "loads with" in alone.stdout
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "alone").config.num_local_experts == 2
     back = tmp_path / "recovered"

@@ -115,6 +115,14 @@ def test_zero_rows_are_proven_optimal(run: Run, tmp_path: Path) -> None:
     assert (rows[0]["best"], rows[0]["scale"]) == (0.0, 0.0)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 8, 9])
+def test_the_first_eight_rows_are_verified_or_all(run: Run, tmp_path: Path, rows: int) -> None:
+    path = tmp_path / "layer.safetensors"
+    save_instance(path, Instance(torch.arange(1.0, 1.0 + 2 * rows).view(rows, 2), torch.eye(2)))
+    found = json.loads(run("verify", path, "-s", 0.5, "--json", "-").stdout)["rows"]
+    assert [row["row"] for row in found] == list(range(min(8, rows)))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

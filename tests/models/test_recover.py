@@ -337,7 +337,7 @@ def test_errors_say_what_is_wrong(build, batches, make_batches):
         (lambda: prune(model, batches, PerRow(0.5), recover="block"), "recover"),
         (lambda: recover(model, model, batches), "one object"),
         (lambda: recover(model, build("llama"), batches), "no layer|No layer"),
-        (lambda: recover(build("llama", intermediate_size=32), build("llama"), batches), "differ"),
+        (lambda: recover(build("llama", intermediate_size=32), build("llama"), batches), "do not belong together"),
         (lambda: recover(model, build("llama"), batches, "block"), "Recovery"),
         (lambda: Recovery("layer"), "level"),
         (lambda: Recovery(epochs=0), "epochs"),

@@ -122,6 +122,8 @@ def test_masks_are_handed_over(model):
     [
         ({"0": torch.ones(12, 16), "x": torch.ones(1)}, "no module x with a weight"),
         ({"0": torch.ones(12, 16), "1": torch.ones(1)}, "no module 1 with a weight"),
+        ({"0": torch.full((12, 16), 0.5)}, "must be boolean, or 0 and 1"),
+        ({"0": torch.full((12, 16), torch.nan)}, "must be boolean, or 0 and 1"),
         ({"0": torch.ones(16, 12)}, r"has shape \(16, 12\), but its weight \(12, 16\)"),
     ],
 )
@@ -136,6 +138,8 @@ def test_what_cannot_be_pruned_says_so(model, moments):
         InputMoments(model[1])
     with pytest.raises(MaskoptError, match="saw no input"):
         reconstruct(model[0], "weight", maskopt.PerRow(0.5), InputMoments(model[0]))
+    with pytest.raises(MaskoptError, match=r"Only the parameter weight can be pruned .* got 'bias'"):
+        reconstruct(model[0], "bias", maskopt.PerRow(0.5), moments["0"])
     with pytest.raises(MaskoptError, match="have 3 features, but the module has 16 inputs"):
         moments["0"].add(torch.ones(2, 3))
     moments["0"].add(torch.full((1, 16), 1e30))
