@@ -69,6 +69,8 @@ SMOLLM_STUDY := --name smollm2 --only-models --solvers wanda --weights sparsegpt
 ALLOCATION_STUDY := --methods best,wanda --sparsities 0.5,0.6,0.7,0.8 --characters 60000 --rules uniform,auto,owl,dlp
 SMOLLM_ALLOCATION := --name allocation-smollm2 --only-models --methods best --sparsities 0.6 --rules uniform,auto --samples 32 \
 	--batch-size 2 --characters 250000
+SMOLLM_SHRINKING := --name shrinking-smollm2 --only-models --characters 100000 --losses 0.3/0,0.3/0.25 \
+	--arms fasp,osscar,best:block
 CORRECTION_STUDY := --patterns per-row:0.6,2:4 --characters 60000
 RECOVERY_STUDY := --characters 60000
 RULES_STUDY := --name mask-rules --only-models --samples 32 --characters 60000 \
@@ -98,6 +100,7 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOL
 	$(BIN)/python benchmarks/speed.py $(FOLDERS)
 	$(BIN)/python benchmarks/checkpointing.py $(FOLDERS)
 	$(if $(SMOLLM),$(BIN)/python benchmarks/allocation.py $(SMOLLM) $(SMOLLM_ALLOCATION))
+	$(if $(SMOLLM),$(BIN)/python benchmarks/shrinking.py $(SMOLLM) $(SMOLLM_SHRINKING))
 	$(BIN)/python benchmarks/large_models.py $(SMOLLM)
 	$(BIN)/python benchmarks/kills.py
 	$(BIN)/python benchmarks/packing.py $(MODELS) $(SMOLLM)

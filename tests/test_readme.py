@@ -298,6 +298,16 @@ def test_what_allocation_gives_the_larger_model() -> None:
     assert f"lowers the perplexity from {before} to {after}" in " ".join(README.split())
 
 
+def test_what_the_larger_model_loses_with_its_units() -> None:
+    records = _figures("shrinking-smollm2")["records"]
+    values = {(record["loss"], record["arm"]): f"{record['perplexity']:.1f}" for record in records}
+    one, both = ([values[loss, arm] for arm in ("best:block", "fasp", "osscar")] for loss in ("0.3/0", "0.3/0.25"))
+    text = " ".join(README.split())
+    assert f"perplexity {records[0]['dense']:.1f} when dense" in text
+    assert f"30 % of its neurons: {one[0]}, with FASP {one[1]}, with OSSCAR {one[2]};" in text
+    assert f"a third of its heads, too: {both[0]}, {both[1]} and {both[2]}" in text
+
+
 def test_what_allocation_gives_at_each_sparsity() -> None:
     values = {
         (r["model"], r["sparsity"], r["rule"]): r["perplexity"]
