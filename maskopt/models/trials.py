@@ -222,8 +222,14 @@ class Trials:
         return Divergence(self.model, gathered(self._parts[2], self.batch_size))
 
     def predict(self) -> None:
-        """Let the dense model predict what changed ones are measured against; to be called before any change."""
-        _ = self.singles, self.held_out
+        """Let the dense model predict what changed ones are measured against; to be called before any change.
+
+        Where the solver corrects errors upstream, no composed model is measured on `singles`: that waits until it is
+        asked for, while the model is dense.
+        """
+        _ = self.held_out
+        if not self.solver.corrects:
+            _ = self.singles
 
     def few(self, number: int) -> Divergence:
         """Return the divergence on some of the sequences for losses of layers."""
