@@ -29,7 +29,7 @@ hosts: $(VENV)/made.stamp  ## Test what needs llm-compressor, ModelOpt or lm-eva
 			$$(test $$host = eval && echo tests/cli/test_evaluate.py || echo tests/hosts) || exit 1; \
 	done
 
-quick: $(VENV)/dev.stamp  ## Run one case of every test in less than a minute
+quick: $(VENV)/dev.stamp  ## Run one case of every test, in a quarter of the time
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) --quick tests
 
 check: $(VENV)/dev.stamp docs  ## Lint, types, import rules, documentation
