@@ -57,6 +57,7 @@ __all__ = [
     "WeightsOption",
     "check_correction",
     "check_device",
+    "check_proof_time",
     "check_seqlen",
     "check_unused",
     "parse_fixed",
@@ -339,6 +340,21 @@ def check_correction(propagate: Propagate | None, corrects: bool, correction: fl
         return
     given = {"--correction": correction != CORRECTION, "--target": target is not Target.STREAM}
     check_unused(given, "says how errors upstream are corrected, and only --propagate corrected corrects them here")
+
+
+def check_proof_time(time_limit: float | None, certify: bool) -> None:
+    """Check a time limit for the proofs of --certify.
+
+    Raises
+    ------
+    MaskoptError
+        If it is no time, or nothing is to be proven.
+    """
+    from maskopt.checks import check_time_limit
+
+    check_time_limit(time_limit)
+    if time_limit is not None and not certify:
+        raise MaskoptError("--time-limit applies to the proofs of --certify; give both, or leave it out.")
 
 
 def check_device(name: str) -> str:

@@ -44,6 +44,7 @@ from maskopt.cli.options import (
     WeightsOption,
     check_correction,
     check_device,
+    check_proof_time,
     check_seqlen,
     check_unused,
     parse_fixed,
@@ -220,7 +221,7 @@ def prune(
         tell_complete(json, earlier, out)
         return
     check_outputs(json, out, plot)
-    _check_time_limit(time_limit, certify)
+    check_proof_time(time_limit, certify is not None)
     check_packing(packed, compress, model)
     method = parse_weights(treatment, solver, option or ())
     recovery = parse_recovery(
@@ -375,14 +376,6 @@ def _show(console: Console, report: PruneReport, figures: dict[str, Any], masks:
         lines["memory"] = f"{peak / 1e9:.3g} GB at most"
     lines["saved in"] = figures["command"]["out"]
     console.print(facts(lines))
-
-
-def _check_time_limit(time_limit: float | None, certify: Certify | None) -> None:
-    from maskopt.checks import check_time_limit
-
-    check_time_limit(time_limit)
-    if time_limit is not None and certify is None:
-        raise MaskoptError("--time-limit applies to the proofs of --certify; give both, or leave it out.")
 
 
 def _check_files(calibration: Path, evaluate: Path | None, plot: Path | None) -> None:

@@ -22,6 +22,7 @@ from maskopt.cli.options import (
     SeqlenOption,
     StatesOption,
     check_device,
+    check_proof_time,
     check_seqlen,
     check_unused,
     parse_memory,
@@ -220,8 +221,7 @@ def shrink(
         check_unused(given, "is for units that go by --neurons, --heads or --params, and none do")
     if heads and not (neurons or params or plan):
         check_unused({"--round-to": round_to != 1}, "is for numbers of neurons, and no neurons go")
-    if time_limit is not None and not certify:
-        raise MaskoptError("--time-limit applies to the proofs of --certify; give both, or leave it out.")
+    check_proof_time(time_limit, certify)
     if units:
         check_arguments(
             neurons,
