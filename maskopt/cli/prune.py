@@ -301,13 +301,19 @@ def prune(
 
             estimated = None
             if work.path is not None:
-                tokens = batches.tokens + (0 if others is None else others.tokens)
+                tokens = sum(windows.tokens for windows in (batches, others, further) if windows is not None)
                 estimated = models.pruning_bytes(network, selection.layers, tokens, working)
                 tell_memory("Pruning", estimated, "of memory at most", bar)
             needed = None
             if recovery is not None:
                 needed = models.recovery_bytes(
-                    network, batches, recovery, include=include or (), exclude=exclude or (), held_out=others
+                    network,
+                    batches,
+                    recovery,
+                    include=include or (),
+                    exclude=exclude or (),
+                    held_out=others,
+                    further=further,
                 )
                 tell_memory("Recovery", needed, BESIDE_THE_MODEL, bar)
             dense = perplexities("dense")

@@ -41,7 +41,7 @@ class PruneProgress:
     recovery : Recovery, optional
         What follows the pruning of blocks.
     held_out, further : Calibration, optional
-        Windows that run along, and windows for the fit of the whole model if not those of the calibration.
+        Windows that run along, and windows to fit blocks and the model to if not those of the calibration.
     """
 
     def __init__(
@@ -61,8 +61,9 @@ class PruneProgress:
         self._short = dict(zip(self._costs, shortened(list(self._costs), 24), strict=True))
         self._proofs = {layer.name: float(layer.shape[0]) * layer.shape[1] ** 3 for layer in selection.layers}
         self._stages = sum(bool(layers) for layers in selection.blocks.values()) + bool(selection.outside)
-        # Over the same windows a fit of the model is as much work as those of all blocks, and its head's.
-        self._model = self._stages * (further or calibration).tokens / calibration.tokens
+        # A fit of the model is as much work as those of all blocks, and its head's.
+        self._model = float(self._stages)
+        fitted = further or calibration
         self._runs = self._windows = 0
         self._blocks: list[str] = []
         self._fits: dict[str, float] = {}
@@ -72,7 +73,7 @@ class PruneProgress:
         batch = calibration.tokens / len(calibration)
         planned = {
             "perplexity": float(measurements * calibration.samples),
-            "calibrate": float(self._stages * (len(calibration) + len(held_out or ())) * _RUNS),
+            "calibrate": float(self._stages * (len(calibration) + len(held_out or ()) + len(further or ())) * _RUNS),
             "solve": sum(self._costs.values()),
             "certify": sum(self._proofs.values()) if certify else 0.0,
             # In fits of a block.
@@ -83,7 +84,7 @@ class PruneProgress:
             "calibrate": 2 * size * batch / max(1, self._stages) / _SPEED,
             "solve": _SOLVE / _SPEED,
             "certify": _CERTIFY / _SPEED,
-            "recover": _FIT * size / max(1, self._stages) * calibration.tokens / _SPEED,
+            "recover": _FIT * size / max(1, self._stages) * fitted.tokens / _SPEED,
         }
         self._estimate = Estimate(planned, guess)
 

@@ -134,8 +134,10 @@ def recover(
         network, tokenizer = models.load_model(pruned, device=device)
         dense, _ = models.load_model(against, device=device)
         length = check_seqlen(network, tokenizer, seqlen)
-        batches = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
-        others, further = further_windows(batches, held_out, settings)
+        # Not the windows that prune solves layers on with the same text and seed, where these look better than they are.
+        windows = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
+        others, batches = further_windows(windows, held_out, settings)
+        assert batches is not None  # there is a recovery
         needed = models.recovery_bytes(
             network, batches, settings, include=include or (), exclude=exclude or (), held_out=others
         )
@@ -168,7 +170,6 @@ def recover(
             memory=working,
             progress=show,
             held_out=others,
-            further=further,
         )
         measure("after", network)
     extra: dict[str, Any] = {

@@ -27,7 +27,7 @@ __all__ = [
 
 RANK = 16
 """Of the changes of --recover-parameters lora, by default."""
-_FURTHER = 2  # windows for the fit of the whole model, for each of a calibration
+_FURTHER = 2  # windows to fit blocks and the model to, for each of a calibration
 
 RecoverEpochsOption = Annotated[
     float | None,
@@ -98,7 +98,7 @@ HeldOutOption = Annotated[
 def further_windows(
     calibration: "Calibration", number: int | None, recovery: "Recovery | None"
 ) -> "tuple[Calibration | None, Calibration | None]":
-    """Return windows that are held out of a calibration, and twice as many as it has for the fit of the whole model.
+    """Return windows that are held out of a calibration, and twice as many as it has to fit blocks and the model to.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def further_windows(
     count = max(1, calibration.samples // 8) if number is None else number
     if count < 0:
         raise MaskoptError(f"--held-out must be a number of windows, or 0 for none; got {count}.")
-    fitted = _FURTHER * calibration.samples if recovery is not None and recovery.level == "model" else 0
+    fitted = 0 if recovery is None else _FURTHER * calibration.samples
     if count + fitted == 0:
         return None, None
     others = calibration.apart(count + fitted)

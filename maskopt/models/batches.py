@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +16,11 @@ from maskopt.errors import MaskoptError
 from maskopt.models.context import context_length
 from maskopt.models.sums import PARTS
 
+Purpose = Literal["layers", "recovery", "held out"]
+
 __all__ = [
     "Batch",
+    "Purpose",
     "check_token_ids",
     "data_settings",
     "gathered",
@@ -27,6 +30,7 @@ __all__ = [
     "sequences",
     "share",
     "vocabulary_size",
+    "with_further",
     "with_held_out",
 ]
 
@@ -43,8 +47,8 @@ class Batch:
         (sequences, positions); (images, 1) and the like where the model reads no token ids.
     real : Tensor or None
         True at the positions that are not padding, of shape `shape`; None where nothing is padded.
-    held_out : bool
-        Whether errors are only measured on it.
+    purpose : {"layers", "recovery", "held out"}
+        What it is for: layers are solved on it, blocks and the model are fitted to it, or errors are only measured.
     part : int
         Of the ordered sum to which it adds (`OrderedSum`); parts are consecutive batches.
     """
@@ -52,13 +56,18 @@ class Batch:
     inputs: dict[str, Any]
     shape: tuple[int, int]
     real: Tensor | None = None
-    held_out: bool = False
+    purpose: Purpose = "layers"
     part: int = 0
 
     @property
     def tokens(self) -> int:
         """Positions that are not padding."""
         return self.shape[0] * self.shape[1] if self.real is None else int(self.real.sum())
+
+    @property
+    def held_out(self) -> bool:
+        """Whether errors are only measured on it."""
+        return self.purpose == "held out"
 
 
 def prepare_batches(model: PreTrainedModel, batches: Iterable[Any], kind: str = "calibration") -> list[Batch]:
@@ -98,27 +107,35 @@ def prepare_batches(model: PreTrainedModel, batches: Iterable[Any], kind: str = 
 
 def with_held_out(model: PreTrainedModel, prepared: list[Batch], held_out: Iterable[Any] | None) -> list[Batch]:
     """Add batches on which errors are only measured, checked and marked as such; none where there are none."""
-    if held_out is None:
-        return prepared
-    return [*prepared, *(replace(batch, held_out=True) for batch in prepare_batches(model, held_out, "held-out"))]
+    return [*prepared, *_marked(model, held_out, "held-out", "held out")]
+
+
+def with_further(model: PreTrainedModel, prepared: list[Batch], further: Iterable[Any] | None) -> list[Batch]:
+    """Add batches that only a recovery is fitted to, checked and marked as such; none where there are none."""
+    return [*prepared, *_marked(model, further, "further", "recovery")]
+
+
+def _marked(model: PreTrainedModel, batches: Iterable[Any] | None, kind: str, purpose: Purpose) -> list[Batch]:
+    prepared = [] if batches is None else prepare_batches(model, batches, kind)
+    return [replace(batch, purpose=purpose) for batch in prepared]
 
 
 def in_parts(batches: Sequence[Batch]) -> list[Batch]:
     """Return batches with their parts: as many batches in each, up to one, and at most `PARTS` parts.
 
-    Held-out batches have parts of their own, so that sums over the others do not depend on them.
+    Batches of each purpose have parts of their own, so that sums over the others do not depend on them.
 
     Parameters
     ----------
     batches : sequence of Batch
     """
-    counts = Counter(batch.held_out for batch in batches)
-    seen: Counter[bool] = Counter()
+    counts = Counter(batch.purpose for batch in batches)
+    seen: Counter[Purpose] = Counter()
     found = []
     for batch in batches:
-        number, count = min(PARTS, counts[batch.held_out]), counts[batch.held_out]
-        found.append(replace(batch, part=seen[batch.held_out] * number // count))
-        seen[batch.held_out] += 1
+        number, count = min(PARTS, counts[batch.purpose]), counts[batch.purpose]
+        found.append(replace(batch, part=seen[batch.purpose] * number // count))
+        seen[batch.purpose] += 1
     return found
 
 
@@ -185,7 +202,7 @@ def sequences(batches: Sequence[Batch]) -> list[Batch]:
                 for name, value in batch.inputs.items()
             }
             real = None if batch.real is None else batch.real[part]
-            found.append(Batch(inputs, (1, batch.shape[1]), real, batch.held_out))
+            found.append(Batch(inputs, (1, batch.shape[1]), real, batch.purpose))
     return found
 
 
@@ -202,13 +219,13 @@ def opening(batch: Batch) -> Batch:
     chosen = tokens.argsort(descending=True, stable=True)[:2].sort().values
     real = None if batch.real is None else batch.real[chosen]
     inputs = {name: value[chosen] for name, value in batch.inputs.items()}
-    return Batch(inputs, (len(chosen), batch.shape[1]), real, batch.held_out)
+    return Batch(inputs, (len(chosen), batch.shape[1]), real, batch.purpose)
 
 
 def gathered(parts: Sequence[Batch], size: int) -> list[Batch]:
     """Put sequences of equal length without padding together, `size` in a batch; others stay as they are.
 
-    Either all or none are held out.
+    All have one purpose.
     """
     plain = {batch.shape[1] for batch in parts if batch.real is None and len(batch.inputs) == 1}
     if len(plain) != 1 or any(batch.real is not None or len(batch.inputs) != 1 for batch in parts):
@@ -217,7 +234,7 @@ def gathered(parts: Sequence[Batch], size: int) -> list[Batch]:
     for first in range(0, len(parts), size):
         group = parts[first : first + size]
         inputs = {name: torch.cat([batch.inputs[name] for batch in group]) for name in group[0].inputs}
-        found.append(Batch(inputs, (len(group), group[0].shape[1]), held_out=group[0].held_out))
+        found.append(Batch(inputs, (len(group), group[0].shape[1]), purpose=group[0].purpose))
     return found
 
 
@@ -271,7 +288,7 @@ def data_settings(batches: Sequence[Batch]) -> dict[str, int]:
     ----------
     batches : sequence of Batch
     """
-    used = [batch for batch in batches if not batch.held_out]
+    used = [batch for batch in batches if batch.purpose == "layers"]
     others = sum(batch.shape[0] for batch in batches if batch.held_out)
     return {
         "batches": len(used),

@@ -209,7 +209,7 @@ def data_hash(batches: Sequence[Batch]) -> str:
     ----------
     batches : sequence of Batch
     """
-    return _hash(tensors_hash({**batch.inputs, "held_out": batch.held_out}) for batch in batches)
+    return _hash(tensors_hash({**batch.inputs, "purpose": batch.purpose}) for batch in batches)
 
 
 def tensors_hash(values: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from maskopt.models.batches import prepare_batches, vocabulary_size, with_held_out
+from maskopt.models.batches import prepare_batches, vocabulary_size, with_further, with_held_out
 from maskopt.models.blocks import Block, find_blocks
 from maskopt.models.checks import check_model
 from maskopt.models.experts import StackedLayer
@@ -42,6 +42,7 @@ def recovery_bytes(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     held_out: Iterable[Any] | None = None,
+    further: Iterable[Any] | None = None,
 ) -> int:
     """Return about how many bytes a recovery takes at its peak, beside the model and the states of all windows.
 
@@ -52,7 +53,7 @@ def recovery_bytes(
     Parameters
     ----------
     model : PreTrainedModel
-    batches, recovery, include, exclude, held_out
+    batches, recovery, include, exclude, held_out, further
         As for `prune`.
 
     Returns
@@ -77,7 +78,8 @@ def recovery_bytes(
     """
     check_model(model)
     selection = select_layers(model, include, exclude)
-    data = divided(with_held_out(model, prepare_batches(model, batches), held_out))
+    prepared = with_held_out(model, prepare_batches(model, batches), held_out)
+    data = divided(with_further(model, prepared, further))
     batch = data.batches[data.fitted[0]]
     with evaluation_mode(model):
         replay = Replay(model, list(selection.blocks), [batch])

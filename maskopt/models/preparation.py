@@ -92,8 +92,8 @@ def stages_of(replay: Replay, selection: Selection) -> list[Stage]:
     return stages
 
 
-def require_calls(replay: Replay, order: CallOrder, stages: Sequence[Stage], used: Sequence[bool]) -> None:
-    """Run further batches that are used, which experts may need, until every layer was called; fail if one never is."""
+def require_calls(replay: Replay, order: CallOrder, stages: Sequence[Stage]) -> None:
+    """Run further batches for layers, which experts may need, until every layer was called; fail if one never is."""
 
     def uncalled() -> list[str]:
         return [layer.name for stage in stages for layer in stage.layers if layer not in order]
@@ -101,7 +101,7 @@ def require_calls(replay: Replay, order: CallOrder, stages: Sequence[Stage], use
     for index in range(replay.batches):
         if not uncalled():
             break
-        if used[index]:
+        if replay.purpose(index) == "layers":
             replay.run_whole(index)
     names = uncalled()
     if names:

@@ -115,7 +115,7 @@ class Propagation(ABC):
 
     def _collect(self, stage: Stage, layers: Sequence[Layer], *, store: bool) -> GramCollector:
         with GramCollector(layers, parts=self._replay.parts, total=self.means) as grams:
-            self._run(self._replay, stage, store=store, before=grams.begin, until=layers)
+            self._run(self._replay, stage, self._replay.seen, store=store, before=grams.begin, until=layers)
         return grams
 
 
@@ -241,6 +241,8 @@ class Corrected(Pruned):
         for index in self._replay.own:
             if turn == 0:  # the first turn's inputs need not wait
                 self._run_dense(stage, index)
+            if self._replay.purpose(index) == "recovery":
+                continue  # it waits for the block to be complete
             self._inputs.begin(index)
             losing = nullcontext() if self._lost is None else self._lost.pruned(index, layers, first=turn == 0)
             with grams, self._reusing(index, layers, later), losing:
@@ -286,7 +288,7 @@ class Corrected(Pruned):
         self._inputs.begin(index)
         with ExitStack() as undo:
             undo.enter_context(self._as_it_was())
-            if not self._replay.held_out(index):  # of those no cross terms are summed
+            if self._replay.purpose(index) == "layers":  # of others no cross terms are summed
                 undo.enter_context(self._inputs)
                 if self._lost is not None:
                     undo.enter_context(self._lost.dense(index))

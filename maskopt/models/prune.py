@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from maskopt.allocation import Plan
 from maskopt.bounds import BoundKind
 from maskopt.errors import MaskoptError, RankLostError
-from maskopt.models.batches import data_settings, in_parts, prepare_batches, share, with_held_out
+from maskopt.models.batches import data_settings, in_parts, prepare_batches, share, with_further, with_held_out
 from maskopt.models.calls import CallOrder
 from maskopt.models.checks import check_model, move_model
 from maskopt.models.edits import Edits
@@ -166,14 +166,14 @@ def prune(
         of these layers, and any exception has a note with their names.
     recover : Recovery, optional
         Fit each block to the dense block's output once its layers are pruned, and then the model to the dense model's
-        predictions, see `maskopt.recovery.Recovery`. Without `held_out`, an eighth of the calibration windows is held
-        out of the fits.
+        predictions, see `maskopt.recovery.Recovery`. Without `held_out`, an eighth of the windows to fit is held out.
     held_out : iterable of dict or Tensor, optional
         Batches on which nothing is chosen, such as ``calibration.apart(16)``: the error of every layer is measured on
         them as well, and recovery stops by them.
     further : iterable of dict or Tensor, optional
-        Batches for the fit of the whole model, which by default are those for the layers and blocks. To other windows
-        the same fit generalises better, because what layers and blocks were fitted to looks better than it is.
+        Batches to fit blocks and the model to in place of those for the layers, such as ``calibration.apart(256)``.
+        To windows of its own the same fit generalises better, because on those that layers were fitted to they look
+        better than they are.
 
     Returns
     -------
@@ -284,11 +284,10 @@ def prune_layers(
     check_fit({layer: each for layer, each in sets.items() if not isinstance(layer, StackedLayer)})
     starts = starting_masks(sets, {} if start is None else start)
     prepared = with_held_out(model, prepare_batches(model, batches), held_out)
-    data = None if recover is None else divided(prepared)
-    last = None
-    if data is not None:
+    data = None
+    if recover is not None:
+        data = divided(with_further(model, prepared, further))
         prepared = data.batches
-        last = data if further is None else data.instead(prepare_batches(model, further, "further"))
     prepared = in_parts(prepared)
     with evaluation_mode(model), eager_experts(model, selection.layers), Storage(memory, states) as storage:
         began = time.perf_counter()
@@ -305,7 +304,7 @@ def prune_layers(
             )
             selection = selection.without(order.elsewise)
             stages = stages_of(replay, selection)
-            require_calls(replay, order, stages, [not batch.held_out for batch in prepared])
+            require_calls(replay, order, stages)
         trim()
         check_fit({layer: sets[layer] for layer in selection.layers})
         # Oriented only now: the batches may have shown that stacked matrices are transposed.
@@ -314,6 +313,8 @@ def prune_layers(
             propagate = "corrected" if corrects and replay.shortcut else "pruned"
         edits = Edits(on_error == "restore" and offload is None)
         by_block = recover is not None and (recover.level == "block" or (replay.shortcut and propagate != "dense"))
+        if not by_block:
+            replay.own = replay.seen
         propagation = propagation_of(propagate, by_block, model, replay, edits, order, stages, memory)
         report = PruneReport()
         report.settings = {
@@ -322,7 +323,7 @@ def prune_layers(
             "propagate": propagate,
             **({"correction": correction, "target": target} if propagate == "corrected" else {}),
             **({} if recover is None else {"recover": repr(recover)}),
-            **({} if last is None or further is None else {"further_tokens": last.tokens}),
+            **({} if data is None or further is None else {"further_tokens": data.tokens}),
             "include": list(include),
             "exclude": list(exclude),
             "warm_started_layers": sorted(layer.name for layer in starts),
@@ -348,8 +349,8 @@ def prune_layers(
             observe,
         )
         after = None
-        if recover is not None and data is not None and last is not None:
-            after = RecoveryOfRun(model, replay, data, last, recover, work, edits, memory)
+        if recover is not None and data is not None:
+            after = RecoveryOfRun(model, replay, data, recover, work, edits, memory)
             work.recover = after.block if by_block else None
         report.calibration_seconds = time.perf_counter() - began
         keeping.begin(

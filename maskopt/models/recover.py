@@ -44,7 +44,6 @@ def recover(
     memory: int = 2**30,
     progress: Callable[[str, float], object] | None = None,
     held_out: Iterable[Any] | None = None,
-    further: Iterable[Any] | None = None,
 ) -> RecoveryReport:
     """Fit a pruned model to the dense one, in place, block by block and then as a whole.
 
@@ -61,7 +60,8 @@ def recover(
     dense : PreTrainedModel
         What it was made of.
     batches : iterable of dict or Tensor
-        As for `prune`; at least two windows.
+        As for `prune`; at least two windows. Those that the layers were pruned on serve worse than others, because on
+        them layers look better than they are.
     recovery : Recovery, optional
         Settings.
     masks : mapping of str to Tensor, optional
@@ -74,8 +74,6 @@ def recover(
         Called with what is fitted and the fraction of all work done.
     held_out : iterable of dict or Tensor, optional
         As for `prune`; an eighth of the windows by default.
-    further : iterable of dict or Tensor, optional
-        As for `prune`.
 
     Returns
     -------
@@ -106,7 +104,6 @@ def recover(
     selection = select_layers(model, include, exclude)
     chosen = _masks({layer.name: layer for layer in selection.layers}, masks, needed=not narrower)
     data = divided(with_held_out(model, prepare_batches(model, batches), held_out))
-    last = data if further is None else data.instead(prepare_batches(model, further, "further"))
     report = RecoveryReport(masks=chosen)
     began = time.perf_counter()
     with evaluation_mode(model), evaluation_mode(dense), eager_experts(model, selection.layers):
@@ -116,14 +113,14 @@ def recover(
         layers = [layer for layer in selection.layers if layer.name in chosen]
         sets = {layer: recognised(layer.oriented(chosen[layer.name])) for layer in layers}
         beside = Replay(dense, list(select_layers(dense, include, exclude).blocks), data.batches)
-        target = predictions(dense, last, memory) if settings.level == "model" else None
+        target = predictions(dense, data, memory) if settings.level == "model" else None
         by_block = replay.shortcut and beside.shortcut
         if target is None and not by_block:
             raise MaskoptError(
                 f"The blocks of {type(model).__name__} cannot be run one at a time; use the level 'model'."
             )
         # Over the same windows the model takes about the time of all blocks.
-        whole = max(1, len(replay.order)) * last.tokens / data.tokens
+        whole = max(1, len(replay.order))
         parts = (len(replay.order) if by_block else 0) + (0 if target is None else whole)
         done = 0
 
@@ -144,11 +141,10 @@ def recover(
             replay.run(position, store=True)
             done += 1
         if target is not None:
-            report.recovery += recoverer.fit_model(target, last)
+            report.recovery += recoverer.fit_model(target)
     report.seconds = time.perf_counter() - began
     report.settings = {
         "recover": repr(settings),
-        **({} if further is None else {"further_tokens": last.tokens}),
         **data_settings(data.batches),
         **circumstances(model),
     }

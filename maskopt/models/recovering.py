@@ -25,8 +25,6 @@ class RecoveryOfRun:
     ----------
     model, replay, data
         See `Recoverer`.
-    last : Data
-        To fit the model.
     settings : Recovery
     work : Work
         The pruning; it has pruned nothing yet.
@@ -41,7 +39,6 @@ class RecoveryOfRun:
         model: PreTrainedModel,
         replay: Replay,
         data: Data,
-        last: Data,
         settings: Recovery,
         work: Work,
         edits: Edits,
@@ -50,8 +47,7 @@ class RecoveryOfRun:
         self._replay, self._work, self._edits = replay, work, edits
         tell = None if work.progress is None else work.recovering
         self._recoverer = Recoverer(model, replay, data, settings, work.masks, work.report.masks, tell)
-        self._last = last
-        self._dense = predictions(model, last, memory) if settings.level == "model" else None
+        self._dense = predictions(model, data, memory) if settings.level == "model" else None
         self._records = work.report.recovery
 
     def block(self, stage: Stage, outputs: Callable[[int], Tensor]) -> None:
@@ -65,5 +61,5 @@ class RecoveryOfRun:
         if self._dense is not None:
             began = time.perf_counter()
             self._edits.remember(self._recoverer.all_parameters())
-            self._records.extend(self._recoverer.fit_model(self._dense, self._last))
+            self._records.extend(self._recoverer.fit_model(self._dense))
             self._work.report.recovery_seconds += time.perf_counter() - began

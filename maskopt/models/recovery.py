@@ -40,7 +40,7 @@ class Recoverer:
     replay : Replay
         Of the model on the micro-batches.
     data : Data
-        To fit blocks.
+        To fit.
     recovery : Recovery
     sets : mapping of Layer to MaskSet
         The sets in which masks may move.
@@ -130,17 +130,15 @@ class Recoverer:
         deviations = self._deviations(position, layers) if self._recovery.rule_for("block").moves else {}
         masked = masked_weights(layers, parameters, self._masks, self._sets, deviations)
         objective = BlockOutput(self._replay, position, targets, self._data)
-        return [self._fit("block", block.name, objective, masked, parameters, self._data.tokens)]
+        return [self._fit("block", block.name, objective, masked, parameters)]
 
-    def fit_model(self, divergence: Divergence, data: Data) -> list[RecoveryRecord]:
+    def fit_model(self, divergence: Divergence) -> list[RecoveryRecord]:
         """Fit the whole model to the dense model's predictions.
 
         Parameters
         ----------
         divergence : Divergence
-            From the dense model, on micro-batches.
-        data : Data
-            These.
+            From the dense model, see `predictions`.
 
         Returns
         -------
@@ -159,8 +157,8 @@ class Recoverer:
                 self._replay.run(position, store=True)
         masked = masked_weights(layers, parameters, self._masks, self._sets, deviations)
         blocks = [block.module for block in self._replay.order] if self._recovery.checkpoint else []
-        objective = Predictions(self._model, divergence, data, blocks)
-        return [self._fit("model", "model", objective, masked, parameters, data.tokens)]
+        objective = Predictions(self._model, divergence, self._data.alone, blocks)
+        return [self._fit("model", "model", objective, masked, parameters)]
 
     def _wanted(self, parameter: nn.Parameter, those: set[int]) -> bool:
         pruned, vector = id(parameter) in those, parameter.ndim == 1
@@ -179,7 +177,6 @@ class Recoverer:
         objective: Objective,
         masked: Mapping[Layer, Masked],
         parameters: Sequence[nn.Parameter],
-        tokens: int,
     ) -> RecoveryRecord:
         began = time.perf_counter()
         weights = list(dict.fromkeys(masked.values()))  # that of a stack is several layers'
@@ -199,7 +196,7 @@ class Recoverer:
                     weights,
                     others,
                     settings.rule_for(level),
-                    settings.steps(level, objective.batches, tokens),
+                    settings.steps(level, objective.batches, self._data.tokens),
                     step_size=settings.step_size,
                     largest=_LARGEST[level],
                     seed=settings.seed,
@@ -225,7 +222,7 @@ class Recoverer:
 
 
 def predictions(model: PreTrainedModel, data: Data, memory: int) -> Divergence:
-    """Return the divergence from a model on all micro-batches.
+    """Return the divergence from a model on the micro-batches that are fitted or held out.
 
     Parameters
     ----------
@@ -235,8 +232,9 @@ def predictions(model: PreTrainedModel, data: Data, memory: int) -> Divergence:
     memory : int
         Bytes for its predictions; what does not fit is merged into one.
     """
-    positions = sum(batch.shape[0] * batch.shape[1] for batch in data.batches)
-    return Divergence(model, data.batches, max(_LEAST, min(KEPT, memory // (_BYTES * positions))))
+    batches = data.alone.batches
+    positions = sum(batch.shape[0] * batch.shape[1] for batch in batches)
+    return Divergence(model, batches, max(_LEAST, min(KEPT, memory // (_BYTES * positions))))
 
 
 def _uses(model: nn.Module, order: Sequence[Block]) -> tuple[set[int], set[int]]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from maskopt.errors import MaskoptError, is_memory_failure
 from maskopt.files import first_line
-from maskopt.models.batches import Batch, opening
+from maskopt.models.batches import Batch, Purpose, opening
 from maskopt.models.blocks import Block
 from maskopt.models.layers import Layer, is_linear
 from maskopt.models.residual import Lost, writers
@@ -227,9 +227,14 @@ class Replay:
         parts = [self._batches[index].part for index in self.own]
         return range(min(parts), max(parts) + 1) if parts else range(0)
 
-    def held_out(self, index: int) -> bool:
-        """Return whether the batch of an index is held out."""
-        return self._batches[index].held_out
+    def purpose(self, index: int) -> Purpose:
+        """Return what the batch of an index is for."""
+        return self._batches[index].purpose
+
+    @property
+    def seen(self) -> list[int]:
+        """Indices of this process's batches on which layers are solved, or their errors measured."""
+        return [index for index in self.own if self.purpose(index) != "recovery"]
 
     def run(
         self,

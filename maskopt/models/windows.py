@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from maskopt.errors import MaskoptError
-from maskopt.models.batches import Batch, gathered, sequences
+from maskopt.models.batches import Batch, Purpose, gathered, sequences
 
 __all__ = ["Data", "divided"]
 
@@ -23,6 +23,7 @@ class Data:
     Attributes
     ----------
     batches : list of Batch
+        Those that only layers are solved on, if any, then those that are fitted, then those that are held out.
     fitted, held_out : range
         Indices of the micro-batches to fit and of those that are held out.
     """
@@ -36,17 +37,19 @@ class Data:
         """Tokens to fit."""
         return sum(self.batches[index].tokens for index in self.fitted)
 
-    def instead(self, batches: Sequence[Batch]) -> Data:
-        """Return other windows to fit, with the same held out."""
-        held_out = [self.batches[index] for index in self.held_out]
-        return divided([*batches, *held_out])
+    @property
+    def alone(self) -> Data:
+        """The same windows without those that only layers are solved on."""
+        first = self.fitted.start
+        fitted, held_out = (range(each.start - first, each.stop - first) for each in (self.fitted, self.held_out))
+        return Data(self.batches[first:], fitted, held_out)
 
 
 def divided(batches: Sequence[Batch]) -> Data:
-    """Divide calibration windows into micro-batches, with an eighth of the windows held out unless batches are already.
+    """Divide calibration windows into micro-batches: to fit are those for the recovery, or all where there are none.
 
-    Those windows are held out that have the fewest tokens in common with others, because windows drawn at random from a
-    text may overlap; among equals the last ones.
+    Unless batches are held out already, an eighth of the windows to fit is: those that have the fewest tokens in common
+    with others, because windows drawn at random from a text may overlap; among equals the last ones.
 
     Parameters
     ----------
@@ -62,6 +65,9 @@ def divided(batches: Sequence[Batch]) -> Data:
         If there is a single window.
     """
     single = sequences(batches)
+    purpose: Purpose = "recovery" if any(batch.purpose == "recovery" for batch in single) else "layers"
+    others = [batch for batch in single if batch.purpose not in (purpose, "held out")]
+    single = [batch for batch in single if batch.purpose in (purpose, "held out")]
     number = len(single)
     if number < 2:
         raise MaskoptError("Recovery needs at least two calibration windows, because one of them is held out.")
@@ -70,10 +76,12 @@ def divided(batches: Sequence[Batch]) -> Data:
         count = max(min(2, number // 2), number // _HELD)
         overlap = _overlaps(single)
         out = set(sorted(range(number), key=lambda index: (overlap[index], -index))[:count])
+    held = [replace(batch, purpose="held out") for index, batch in enumerate(single) if index in out]
     size = max(1, min(_TOKENS // single[0].shape[1], number // _STEPS))
-    kept = gathered([batch for index, batch in enumerate(single) if index not in out], size)
-    held = gathered([replace(batch, held_out=True) for index, batch in enumerate(single) if index in out], size)
-    return Data([*kept, *held], range(len(kept)), range(len(kept), len(kept) + len(held)))
+    parts = [others, [batch for index, batch in enumerate(single) if index not in out], held]
+    before, fitted, measured = (gathered(part, size) for part in parts)
+    first, last = len(before), len(before) + len(fitted)
+    return Data([*before, *fitted, *measured], range(first, last), range(last, last + len(measured)))
 
 
 def _overlaps(single: Sequence[Batch]) -> list[int]:

@@ -81,7 +81,7 @@ def test_ranks_have_consecutive_batches_of_their_own():
 
 def test_held_out_batches_change_no_part_of_the_others():
     used = [Batch({}, (1, 1)) for _ in range(PARTS + 5)]
-    held_out = [Batch({}, (1, 1), held_out=True) for _ in range(7)]
+    held_out = [Batch({}, (1, 1), purpose="held out") for _ in range(7)]
     together = in_parts([*used, *held_out])
     assert [batch.part for batch in together[: len(used)]] == [batch.part for batch in in_parts(used)]
     assert [batch.part for batch in together[len(used) :]] == list(range(7))

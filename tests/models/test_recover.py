@@ -1,6 +1,7 @@
 """Recovery of models: blocks fitted to the dense model's blocks, and the model to its predictions."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ import torch
 import maskopt
 from maskopt.errors import MaskoptError
 from maskopt.models import prune, recognised, recover, recovery_bytes
-from maskopt.models.batches import prepare_batches
+from maskopt.models.batches import Batch, prepare_batches
 from maskopt.models.divergence import Divergence
-from maskopt.models.objectives import Predictions
+from maskopt.models.gram import GramCollector
+from maskopt.models.objectives import BlockOutput, Predictions
 from maskopt.models.recovery import divided
 from maskopt.models.replay import evaluation_mode
 from maskopt.oracles import NM, Columns, PerRow, Unstructured
@@ -258,28 +260,59 @@ def test_recovery_within_pruning_and_beside_the_dense_model_agree(build, batches
     assert first.after == pytest.approx(second.after, rel=1e-6)
 
 
-def test_the_model_is_fitted_to_further_windows(build, batches, make_batches, monkeypatch):
-    seen = []
-    logits = Divergence.logits
+@pytest.mark.parametrize("propagate", ["corrected", "pruned"])
+def test_blocks_and_the_model_are_fitted_to_further_windows_and_layers_are_not(build, batches, monkeypatch, propagate):
+    predicted, squared, summed = [], [], []
+    logits, errors, begin = Divergence.logits, BlockOutput._errors, GramCollector.begin
+
+    def rows(batch):
+        return [tuple(row) for row in batch.inputs["input_ids"].tolist()]
 
     def watched(self, model, index, *args, **kwargs):
-        seen.append(self.batches[index].inputs["input_ids"])
+        predicted.extend(rows(self.batches[index]))
         return logits(self, model, index, *args, **kwargs)
 
+    def measured(self, index):
+        squared.extend(rows(self._data.batches[index]))
+        return errors(self, index)
+
+    def collected(self, batch):
+        summed.extend(rows(batch))
+        begin(self, batch)
+
     monkeypatch.setattr(Divergence, "logits", watched)
+    monkeypatch.setattr(BlockOutput, "_errors", measured)
+    monkeypatch.setattr(GramCollector, "begin", collected)
     further = [{"input_ids": batch["input_ids"].flip(1)} for batch in batches[:16]]
-    recovery = Recovery("model", epochs=1, step_size=1e-3)
-    data = {"held_out": batches[24:], "further": further}
-    model, dense = build("llama"), build("llama")
-    report = prune(model, batches[:24], PerRow(0.5), Wanda(), recover=recovery, **data)
-    wanted = {tuple(row) for batch in (*further, *batches[24:]) for row in batch["input_ids"].tolist()}
-    assert {tuple(row) for ids in seen for row in ids.tolist()} == wanted
+    recovery = Recovery("model", epochs=1, step_size=1e-3, rule=FixedMasks())
+    data = {"propagate": propagate, "held_out": batches[24:], "further": further}
+    report = prune(build("llama"), batches[:24], PerRow(0.5), Wanda(), recover=recovery, **data)
+
+    def wanted(chosen):
+        return {tuple(row) for batch in chosen for row in batch["input_ids"].tolist()}
+
+    assert set(predicted) == set(squared) == wanted([*further, *batches[24:]])
+    assert set(summed) == wanted(batches)
     assert report.settings["further_tokens"] == 16 * 2 * 28
     assert report.settings["calibration_tokens"] == 24 * 2 * 28
-    seen.clear()
-    again = recover(model, dense, batches[:24], recovery, **data)
-    assert {tuple(row) for ids in seen for row in ids.tolist()} == wanted
-    assert again.settings["further_tokens"] == 16 * 2 * 28
+    # Layers do not know of the recovery's windows.
+    alone = prune(build("llama"), batches[:24], PerRow(0.5), Wanda(), propagate=propagate, held_out=batches[24:])
+    first = [layer.relative_error for layer in report.layers if ".layers.0." in layer.name]
+    expected = [layer.relative_error for layer in alone.layers if ".layers.0." in layer.name]
+    assert first == pytest.approx(expected, rel=1e-5)  # other micro-batches, other rounding
+
+
+def test_windows_are_held_out_of_those_to_fit(batches):
+    model_batches = [Batch({"input_ids": batch["input_ids"]}, tuple(batch["input_ids"].shape)) for batch in batches[:8]]
+    further = [replace(batch, purpose="recovery") for batch in model_batches[4:]]
+    data = divided([*model_batches[:4], *further])
+    purposes = [batch.purpose for batch in data.batches]
+    assert [purposes[index] for index in data.fitted] == ["recovery"] * len(data.fitted)
+    assert [purposes[index] for index in data.held_out] == ["held out"] * len(data.held_out)
+    assert purposes.count("layers") == data.fitted.start > 0
+    assert sum(batch.shape[0] for batch in data.batches) == 16
+    assert data.alone.batches == data.batches[data.fitted.start :]
+    assert [data.alone.batches[index] for index in data.alone.held_out] == [data.batches[i] for i in data.held_out]
 
 
 def test_patterns_are_recognised():
