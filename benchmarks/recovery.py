@@ -29,6 +29,7 @@ from maskopt.cli.recover_options import further_windows, parse_recovery
 from maskopt.models import calibration_batches, prune
 from maskopt.models.residual import Target
 from maskopt.oracles import parse_masks
+from maskopt.recovery import Recovery
 
 BEST = "ebft, best"
 
@@ -80,7 +81,8 @@ def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: A
         )
         model = copy.deepcopy(data.model)
         began = time.process_time()
-        held_out, further = further_windows(batches, None, settings)
+        # EBFT's recipe has the windows that our fits have.
+        held_out, further = further_windows(batches, None, Recovery() if recipe else settings)
         done = prune(
             model,
             batches,
@@ -93,7 +95,7 @@ def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: A
         )
         if recipe:
             passes = 4 if options.epochs is None else round(options.epochs)
-            ebft(model, data.model, batches, held_out, done.masks, float(rule), passes, seed)
+            ebft(model, data.model, further, held_out, done.masks, float(rule), passes, seed)
         seconds = time.process_time() - began
         values = {what: data.perplexity(model, part) for what, part in texts.items()}
         finished(
@@ -174,8 +176,8 @@ def write(records: Sequence[Record], options: argparse.Namespace, left: int) -> 
     recoveries = [name for name in (*options.recoveries, BEST) if any(record["recovery"] == name for record in records)]
     parts = [
         "Perplexity on text the model was not calibrated with (lower is better), the median over seeds "
-        f"{options.seeds}. Windows of at most 512 tokens; twice as many others for the fit of the whole "
-        "model, as `maskopt prune` draws them; an eighth as many are held out."
+        f"{options.seeds}. Windows of at most 512 tokens; twice as many others for the fits, "
+        "as `maskopt prune` draws them; an eighth as many are held out."
     ]
     if left:
         parts.append(f"Unfinished: {left} cells are still to be run.")

@@ -134,7 +134,7 @@ def recover(
         network, tokenizer = models.load_model(pruned, device=device)
         dense, _ = models.load_model(against, device=device)
         length = check_seqlen(network, tokenizer, seqlen)
-        # Not the windows on which prune solves layers with the same text and seed: there they look better than they are.
+        # Not those on which prune solves layers with the same text and seed, where these look better than they are.
         windows = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
         others, batches = further_windows(windows, held_out, settings)
         assert batches is not None  # there is a recovery

@@ -21,8 +21,8 @@ _BETAS = (0.9, 0.95)
 _ZERO = 1e-12  # of a gradient, relative to loss and weight
 _SIZES = (0.5, 0.24, 0.08, 0.027, 0.009)  # step sizes that are tried, the largest first
 _TRIAL = 12  # a trial has one step for so many of the fit
-# Short trials choose too small a size: for a block of SmolLM2-135M 10 steps chose .24 and 21 steps .5, which is the better
-# one after 128 steps, too.
+# Short trials choose too small a size: for a block of SmolLM2-135M 10 steps chose .24 and 21 steps .5, which is better
+# after 128 steps, too.
 _SHORTEST = 24  # steps of a trial, or all of the fit
 # A trial has no time to average the noise of large steps out: on four objectives (blocks and models) the best size of a
 # whole fit was three times the best of short ones.
