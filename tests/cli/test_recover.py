@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
-from maskopt.models import load_masks, load_model
+from maskopt.cli.recover_options import further_windows
+from maskopt.models import calibration_batches, load_masks, load_model
+from maskopt.models.windows import divided
 from maskopt.oracles import NM, PerRow
+from maskopt.recovery import Recovery
 
 DATA = ("--samples", 24, "--seqlen", 32)
 
@@ -17,6 +22,36 @@ def pruned(run, model, text, tmp_path):
     out = tmp_path / "pruned"
     run("prune", model, out, "--calibration", text, "-s", 0.5, "--solver", "wanda", *DATA)
     return out
+
+
+@pytest.mark.parametrize("level", ["block", "model"])
+def test_fits_have_windows_of_their_own(model, text, level):
+    _, tokenizer = load_model(model)
+    layers = calibration_batches(tokenizer, text, 6, 16)
+    held_out, further = further_windows(layers, None, Recovery(level))
+    starts = [start for windows in (layers, held_out, further) for start in windows.starts.tolist()]
+    assert [windows.samples for windows in (layers, held_out, further)] == [6, 1, 12]
+    assert min(abs(one - other) for one in starts[6:] for other in starts[:6]) >= 16
+    assert further_windows(layers, 0, None) == (None, None)
+
+
+def test_recover_draws_the_windows_that_prune_fits_to(run, model, text, pruned, tmp_path, read, monkeypatch):
+    fitted = []
+
+    def divided_and_seen(batches):
+        data = divided(batches)
+        fitted.append(torch.cat([data.batches[index].inputs["input_ids"] for index in data.fitted]))
+        return data
+
+    for module in ("prune", "recover"):
+        monkeypatch.setattr(sys.modules[f"maskopt.models.{module}"], "divided", divided_and_seen)
+    options = ("--calibration", text, *DATA, "--recover", "block", "--recover-tokens", 64)
+    run("prune", model, tmp_path / "one", "-s", 0.5, *options)
+    run("recover", pruned, tmp_path / "two", "--against", model, *options)
+    assert len(fitted) == 2
+    assert torch.equal(*fitted)
+    assert len(fitted[0]) == 48
+    assert read(tmp_path / "two" / "report.json")["calibration"]["samples"] == 48
 
 
 @pytest.mark.parametrize("level", ["block", "model"])
@@ -101,7 +136,6 @@ def test_outputs_are_not_overwritten_and_options_are_checked(fails, model, text,
     assert "No layer" in fails("recover", model, tmp_path / "new", "--against", model, "--calibration", text)
     command = ("prune", model, tmp_path / "new", "--calibration", text, "-s", 0.5)
     assert "layer" in fails(*command, "--recover", "layer")
-    assert "windows" in fails(*command, "--recover", "block", "--samples", 1, "--held-out", 0)
     assert not (tmp_path / "new").exists()
 
 
