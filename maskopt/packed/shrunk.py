@@ -94,9 +94,19 @@ def _spread_implementations(model: Any) -> None:
         for module in model.get_submodule(name).modules():
             config = getattr(module, "config", None)
             if config is not None and config is not text:
-                for entry in ("_attn_implementation_internal", "_experts_implementation_internal"):
-                    if hasattr(text, entry):
-                        setattr(config, entry, getattr(text, entry))
+                copy_implementations(text, config)
+
+
+def copy_implementations(source: Any, config: Any) -> None:
+    """Let a configuration say what another one says of how attention and experts are computed, which is in no file.
+
+    Parameters
+    ----------
+    source, config : PreTrainedConfig
+    """
+    for entry in ("_attn_implementation_internal", "_experts_implementation_internal"):
+        if hasattr(source, entry):
+            setattr(config, entry, getattr(source, entry))
 
 
 def narrow(model: Any, make: Any) -> None:

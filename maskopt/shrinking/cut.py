@@ -16,7 +16,14 @@ from maskopt.errors import MaskoptError
 from maskopt.models.blocks import Block
 from maskopt.models.offload import Offload, Stored, offload_of
 from maskopt.models.store import replaced
-from maskopt.packed.shrunk import WIDTHS, place_block, set_parameter, shrunk_class, take_buffers
+from maskopt.packed.shrunk import (
+    WIDTHS,
+    copy_implementations,
+    place_block,
+    set_parameter,
+    shrunk_class,
+    take_buffers,
+)
 from maskopt.shrinking.configuration import Skeletons, block_of
 from maskopt.shrinking.siblings import allowed, sibling_of
 from maskopt.shrinking.units import Site
@@ -200,6 +207,16 @@ def share_configuration(model: PreTrainedModel, block: nn.Module) -> None:
             module.config = text
 
 
+def _become(model: PreTrainedModel, kind: type[PreTrainedModel], config: Any) -> None:
+    """Give a model another class that computes the same, and everything in it that class's configuration."""
+    before = model.config.get_text_config()
+    copy_implementations(before, config)  # without one, transformers would leave out the causal mask
+    for module in model.modules():
+        if getattr(module, "config", None) is before:
+            module.config = config
+    model.__class__, model.config = kind, config
+
+
 def _configure(model: PreTrainedModel, skeletons: Skeletons, cut: Cut) -> None:
     """Let the configuration say what it can; otherwise make the model one of different widths."""
     union: dict[str, int] = {}
@@ -220,7 +237,7 @@ def _configure(model: PreTrainedModel, skeletons: Skeletons, cut: Cut) -> None:
                 return
             sibling = sibling_of(type(model), model.config, union)
             if sibling is not None:
-                model.__class__, model.config = sibling
+                _become(model, *sibling)
                 cut.becomes = type(model).__name__
                 return
     cut.uniform = False

@@ -51,6 +51,22 @@ def test_equal_widths_load_with_transformers_alone(tmp_path: Path) -> None:
     assert found == dict.fromkeys(sorted((*HEADS, *NEURONS)), "the same")
 
 
+def test_llama_becomes_the_mistral_that_it_is_and_computes_what_its_folder_does(tmp_path: Path) -> None:
+    """`LlamaConfig` does not allow 6 heads and a hidden size of 16."""
+    model = made("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=4)
+    implementation = model.config._attn_implementation
+    report = maskopt.shrink(model, data(), heads=0.25, refit="units")
+    assert report.cut.becomes == type(model).__name__ == "MistralForCausalLM"
+    assert model.config._attn_implementation == implementation
+    assert {id(module.config) for module in model.modules() if hasattr(module, "config")} == {id(model.config)}
+    ids = data(1, 12, seed=2)[0]["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+        assert torch.allclose(model(input_ids=ids[:, :5], use_cache=False).logits, logits[:, :5], atol=1e-5)
+    keep(tmp_path / "folders" / "llama", model, model.num_parameters())
+    assert fresh("plain", tmp_path / "folders", tmp_path) == {"llama": "the same"}
+
+
 @pytest.mark.parametrize("family", [*NEURONS, "bloom"])
 def test_heads_that_no_configuration_can_say_are_refused(family: str) -> None:
     model = made(family)
