@@ -314,7 +314,8 @@ def numbered(counts, size=6, seed=0):
 def run_collector(layers, calls, held_out=()):
     with torch.no_grad(), GramCollector(layers) as grams:
         for index, x in enumerate(calls):
-            grams.begin(Batch({}, tuple(x.shape[:2]), None, index in held_out))
+            purpose = "held out" if index in held_out else "layers"
+            grams.begin(Batch({}, tuple(x.shape[:2]), purpose=purpose))
             layers[0].module(x)
     return grams
 
