@@ -154,7 +154,7 @@ class Recoverer:
                 # One block's Gram matrices at a time.
                 inner = [layer for layer in layers if layer.name.startswith(f"{block.name}.")]
                 deviations |= self._deviations(position, inner)
-                self._replay.run(position, store=True)
+                self._replay.run(position, store=True, indices=self._data.fitted)
         masked = masked_weights(layers, parameters, self._masks, self._sets, deviations)
         blocks = [block.module for block in self._replay.order] if self._recovery.checkpoint else []
         objective = Predictions(self._model, divergence, self._data.alone, blocks)

@@ -302,6 +302,16 @@ def test_blocks_and_the_model_are_fitted_to_further_windows_and_layers_are_not(b
     assert first == pytest.approx(expected, rel=1e-5)  # other micro-batches, other rounding
 
 
+def test_masks_move_on_further_windows_behind_a_calibration_on_the_dense_model(build, batches):
+    """Its blocks run on the windows for layers alone, and the fit of the model on the others alone."""
+    further = [{"input_ids": batch["input_ids"].flip(1)} for batch in batches[:16]]
+    recovery = Recovery("model", epochs=1, step_size=1e-3, rule=Continuation())
+    data = {"propagate": "dense", "held_out": batches[24:], "further": further}
+    fits = prune(build("llama"), batches[:24], PerRow(0.5), Wanda(), recover=recovery, **data).recovery
+    assert [fit.name for fit in fits] == ["model"]
+    assert fits[0].after <= fits[0].before
+
+
 def test_windows_are_held_out_of_those_to_fit(batches):
     model_batches = [Batch({"input_ids": batch["input_ids"]}, tuple(batch["input_ids"].shape)) for batch in batches[:8]]
     further = [replace(batch, purpose="recovery") for batch in model_batches[4:]]
