@@ -34,7 +34,7 @@ RecoverEpochsOption = Annotated[
     typer.Option(
         "--recover-epochs",
         metavar="N",
-        help="Passes over the calibration windows for each block, and for the model.",
+        help="Passes over the windows to fit, for each block and for the model.",
         show_default="4 for blocks, 2 for the model",
     ),
 ]

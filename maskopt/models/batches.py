@@ -26,12 +26,11 @@ __all__ = [
     "gathered",
     "in_parts",
     "opening",
+    "prepare_all",
     "prepare_batches",
     "sequences",
     "share",
     "vocabulary_size",
-    "with_further",
-    "with_held_out",
 ]
 
 
@@ -105,19 +104,31 @@ def prepare_batches(model: PreTrainedModel, batches: Iterable[Any], kind: str = 
     return prepared
 
 
-def with_held_out(model: PreTrainedModel, prepared: list[Batch], held_out: Iterable[Any] | None) -> list[Batch]:
-    """Add batches on which errors are only measured, checked and marked as such; none where there are none."""
-    return [*prepared, *_marked(model, held_out, "held-out", "held out")]
+def prepare_all(
+    model: PreTrainedModel,
+    batches: Iterable[Any],
+    held_out: Iterable[Any] | None = None,
+    further: Iterable[Any] | None = None,
+) -> list[Batch]:
+    """Check the batches of all purposes, see `prepare_batches`, and mark those that are not for layers.
 
-
-def with_further(model: PreTrainedModel, prepared: list[Batch], further: Iterable[Any] | None) -> list[Batch]:
-    """Add batches that only a recovery is fitted to, checked and marked as such; none where there are none."""
-    return [*prepared, *_marked(model, further, "further", "recovery")]
-
-
-def _marked(model: PreTrainedModel, batches: Iterable[Any] | None, kind: str, purpose: Purpose) -> list[Batch]:
-    prepared = [] if batches is None else prepare_batches(model, batches, kind)
-    return [replace(batch, purpose=purpose) for batch in prepared]
+    Parameters
+    ----------
+    model : PreTrainedModel
+    batches : iterable of dict or Tensor
+        For layers.
+    held_out, further : iterable of dict or Tensor, optional
+        To measure errors on, and to fit a recovery to.
+    """
+    others: list[tuple[Iterable[Any] | None, str, Purpose]] = [
+        (held_out, "held-out", "held out"),
+        (further, "further", "recovery"),
+    ]
+    prepared = prepare_batches(model, batches)
+    for each, kind, purpose in others:
+        if each is not None:
+            prepared += [replace(batch, purpose=purpose) for batch in prepare_batches(model, each, kind)]
+    return prepared
 
 
 def in_parts(batches: Sequence[Batch]) -> list[Batch]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from maskopt.models.batches import prepare_batches, vocabulary_size, with_further, with_held_out
+from maskopt.models.batches import prepare_all, vocabulary_size
 from maskopt.models.blocks import Block, find_blocks
 from maskopt.models.checks import check_model
 from maskopt.models.experts import StackedLayer
@@ -78,8 +78,7 @@ def recovery_bytes(
     """
     check_model(model)
     selection = select_layers(model, include, exclude)
-    prepared = with_held_out(model, prepare_batches(model, batches), held_out)
-    data = divided(with_further(model, prepared, further))
+    data = divided(prepare_all(model, batches, held_out, further))
     batch = data.batches[data.fitted[0]]
     with evaluation_mode(model):
         replay = Replay(model, list(selection.blocks), [batch])

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from maskopt.allocation import Plan
 from maskopt.bounds import BoundKind
 from maskopt.errors import MaskoptError, RankLostError
-from maskopt.models.batches import data_settings, in_parts, prepare_batches, share, with_further, with_held_out
+from maskopt.models.batches import data_settings, in_parts, prepare_all, share
 from maskopt.models.calls import CallOrder
 from maskopt.models.checks import check_model, move_model
 from maskopt.models.edits import Edits
@@ -283,12 +283,9 @@ def prune_layers(
     # What a product of the model shows about stacked matrices comes first.
     check_fit({layer: each for layer, each in sets.items() if not isinstance(layer, StackedLayer)})
     starts = starting_masks(sets, {} if start is None else start)
-    prepared = with_held_out(model, prepare_batches(model, batches), held_out)
-    data = None
-    if recover is not None:
-        data = divided(with_further(model, prepared, further))
-        prepared = data.batches
-    prepared = in_parts(prepared)
+    prepared = prepare_all(model, batches, held_out, None if recover is None else further)
+    data = None if recover is None else divided(prepared)
+    prepared = in_parts(prepared if data is None else data.batches)
     with evaluation_mode(model), eager_experts(model, selection.layers), Storage(memory, states) as storage:
         began = time.perf_counter()
         order = CallOrder(selection.blocks, selection.outside)
@@ -314,7 +311,7 @@ def prune_layers(
         edits = Edits(on_error == "restore" and offload is None)
         by_block = recover is not None and (recover.level == "block" or (replay.shortcut and propagate != "dense"))
         if not by_block:
-            replay.own = replay.seen
+            replay.own = replay.seen  # a fit of the model alone runs the model itself
         propagation = propagation_of(propagate, by_block, model, replay, edits, order, stages, memory)
         report = PruneReport()
         report.settings = {

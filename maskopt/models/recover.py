@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from maskopt.checks import shown
 from maskopt.errors import MaskoptError
-from maskopt.models.batches import data_settings, prepare_batches, with_held_out
+from maskopt.models.batches import data_settings, prepare_all
 from maskopt.models.blocks import find_blocks
 from maskopt.models.calls import CallOrder
 from maskopt.models.checks import check_model
@@ -103,7 +103,7 @@ def recover(
     narrower = _is_narrower(model, dense)
     selection = select_layers(model, include, exclude)
     chosen = _masks({layer.name: layer for layer in selection.layers}, masks, needed=not narrower)
-    data = divided(with_held_out(model, prepare_batches(model, batches), held_out))
+    data = divided(prepare_all(model, batches, held_out))
     report = RecoveryReport(masks=chosen)
     began = time.perf_counter()
     with evaluation_mode(model), evaluation_mode(dense), eager_experts(model, selection.layers):

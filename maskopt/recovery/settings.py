@@ -26,7 +26,7 @@ class Recovery:
         behind the blocks recovered before. "model": the blocks first, then all of them together, to the dense model's
         predictions.
     epochs : float, optional
-        Passes over the calibration windows, for each block and for the model. By default 4 for each block and 2 for
+        Passes over the windows to fit, for each block and for the model. By default 4 for each block and 2 for
         the model; the two take about the same time over the same windows.
     tokens : int, optional
         Tokens to fit each block on, and the model, in place of `epochs`.

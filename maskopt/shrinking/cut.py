@@ -200,6 +200,7 @@ def share_configuration(model: PreTrainedModel, block: nn.Module) -> None:
     model : PreTrainedModel
         Its configuration says of the block what the other one said.
     block : nn.Module
+        Or the whole model, where it has no other parts than those that read text.
     """
     text = model.config.get_text_config()
     for module in block.modules():
@@ -209,12 +210,9 @@ def share_configuration(model: PreTrainedModel, block: nn.Module) -> None:
 
 def _become(model: PreTrainedModel, kind: type[PreTrainedModel], config: Any) -> None:
     """Give a model another class that computes the same, and everything in it that class's configuration."""
-    before = model.config.get_text_config()
-    copy_implementations(before, config)  # without one, transformers would leave out the causal mask
-    for module in model.modules():
-        if getattr(module, "config", None) is before:
-            module.config = config
+    copy_implementations(model.config, config)  # without one, transformers would leave out the causal mask
     model.__class__, model.config = kind, config
+    share_configuration(model, model)
 
 
 def _configure(model: PreTrainedModel, skeletons: Skeletons, cut: Cut) -> None:
