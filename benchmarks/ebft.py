@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from transformers import PreTrainedModel
 
-from maskopt.models.batches import prepare_batches, with_held_out
-from maskopt.models.recovery import divided
+from maskopt.models.batches import prepare_all
 from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.selection import select_layers
 from maskopt.models.states import first_tensor
+from maskopt.models.windows import divided
 
 __all__ = ["ebft"]
 
@@ -49,7 +49,7 @@ def ebft(
     seed : int
         Of their order.
     """
-    data = divided(with_held_out(model, prepare_batches(model, batches), held_out))
+    data = divided(prepare_all(model, batches, held_out))
     selection = select_layers(model, (), ())
     generator = torch.Generator().manual_seed(seed)
     with evaluation_mode(model), evaluation_mode(dense):
