@@ -36,6 +36,7 @@ check: $(VENV)/dev.stamp docs  ## Lint, types, import rules, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks/*.py
 	$(BIN)/lint-imports
 
 docs: $(VENV)/dev.stamp  ## Build the documentation site, build/docs/index.html; warnings are errors

@@ -180,7 +180,7 @@ def depths(records: Sequence[Record], rules: Sequence[str]) -> str:
 
 def write(records: Sequence[Record], options: argparse.Namespace, left: int) -> None:
     """Write the results."""
-    rules = [rule for rule in RULES if any(record["rule"] == rule for record in records)]
+    rules: list[str] = [rule for rule in RULES if any(record["rule"] == rule for record in records)]
     rules = ["uniform", *(rule for rule in rules if rule not in ("uniform", "auto")), *(["auto"] * ("auto" in rules))]
     parts = [
         "Perplexity on text the model was not calibrated with (lower is better), the mean over seeds; best of each row "

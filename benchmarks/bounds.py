@@ -22,11 +22,12 @@ from torch import Tensor
 
 from maskopt import NM, ContinuationFrankWolfe, FrankWolfe, LayerReconstruction, PerRow, load_instance, solve
 from maskopt.bounds import layer_shift, sdp_bound, shifted_bound, smallest_eigenvalue
+from maskopt.oracles import PartitionMatroid
 
 LARGEST_CHECKED = 60  # inputs; a conic solver takes minutes for more
 
 
-def best_known(problem: LayerReconstruction, masks: PerRow) -> Tensor:
+def best_known(problem: LayerReconstruction, masks: PartitionMatroid) -> Tensor:
     """Return each row's smallest error found."""
     found = [solve(problem, masks, ContinuationFrankWolfe(iterations=count)).mask for count in (400, 1600)]
     return torch.stack([problem.objective(mask) for mask in found]).amin(0)

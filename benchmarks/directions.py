@@ -22,6 +22,7 @@ from maskopt.oracles import PerRow
 from maskopt.problems import Problem, QuadraticForm, load_instance, synthetic
 from maskopt.solvers import DIRECTIONS, DirectionRule, ExactStep, FrankWolfe, IterationState, Status, frank_wolfe, solve
 from maskopt.solvers.base import Monitor
+from maskopt.solvers.frank_wolfe import DirectionName
 
 N, KEEP, GAP, LIMIT = 60, 24, 1e-8, 6000
 
@@ -33,7 +34,7 @@ def instance(seed: int) -> QuadraticForm:
     return QuadraticForm(torch.from_numpy(factor.T @ factor / (2 * N)), torch.from_numpy(linear))
 
 
-def experiment(name: str, problem: Problem) -> dict[str, Any]:
+def experiment(name: DirectionName, problem: Problem) -> dict[str, Any]:
     """Run one direction rule until its gap is `GAP`."""
     masks, rule = PerRow(KEEP), DIRECTIONS[name]()
     start = masks.center(problem.shape, problem.dtype, problem.device)
@@ -69,7 +70,7 @@ def experiment(name: str, problem: Problem) -> dict[str, Any]:
     }
 
 
-def relaxation(name: str, problem: Problem, limit: int) -> dict[str, Any]:
+def relaxation(name: DirectionName, problem: Problem, limit: int) -> dict[str, Any]:
     """Solve a layer's relaxation with one direction rule."""
     solver = FrankWolfe(name, iterations=limit, relative_gap=1e-4, polish=False)
     result = solve(problem, PerRow(0.5), solver)

@@ -52,7 +52,8 @@ def inputs(d: int, tokens: int, device: torch.device) -> Tensor:
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(d, d, device=device)).Q
     spectrum = torch.arange(1, d + 1, device=device) ** -0.75
-    return (torch.randn(tokens, d, device=device) * spectrum) @ basis * d**0.5 + 0.5 * torch.randn(d, device=device)
+    found: Tensor = (torch.randn(tokens, d, device=device) * spectrum) @ basis * d**0.5
+    return found + 0.5 * torch.randn(d, device=device)
 
 
 def products(widths: list[int], tokens: int, device: torch.device) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ def run_case(kind: str, method: str, arguments: argparse.Namespace) -> dict[str,
     """Prune by one case, in this process."""
     from maskopt import NM
     from maskopt.models import calibration_batches, load_model, peak_bytes, perplexity, prune, read_text
+    from maskopt.models.preparation import Propagate
     from maskopt.weights import make_weights
 
     torch.set_num_threads(1)
@@ -42,7 +43,7 @@ def run_case(kind: str, method: str, arguments: argparse.Namespace) -> dict[str,
     windows = torch.cat(list(batches))
     began, used = time.perf_counter(), time.process_time()
     if kind == "pipeline":
-        propagate = "corrected" if method == "best" else "pruned"
+        propagate: Propagate = "corrected" if method == "best" else "pruned"
         prune(model, batches, NM(keep=2, group=4), make_weights(method), propagate=propagate)
     else:
         from datasets import Dataset

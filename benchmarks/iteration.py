@@ -20,6 +20,7 @@ from maskopt.oracles import NM, MaskSet, PerRow
 from maskopt.problems import synthetic
 from maskopt.solvers import DIRECTIONS, ExactStep, Momentum, OpenLoopStep, Stochastic, frank_wolfe
 from maskopt.solvers.base import Monitor
+from maskopt.solvers.frank_wolfe import DirectionName
 
 _WARM, _ITERATIONS = 8, 40
 
@@ -35,7 +36,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def ratio(name: str, masks: MaskSet, size: int, device: torch.device, repeats: int) -> tuple[float, float]:
+def ratio(name: DirectionName, masks: MaskSet, size: int, device: torch.device, repeats: int) -> tuple[float, float]:
     """Return seconds per iteration and of the product."""
     problem = synthetic("correlated", rows=size, d=size).problem(str(device))
     rule = DIRECTIONS[name]()

@@ -54,6 +54,7 @@ from maskopt.models import (
     select_layers,
     tokenize,
 )
+from maskopt.models.preparation import Propagate
 from maskopt.models.residual import Target
 from maskopt.oracles import PartitionMatroid, parse_masks
 from maskopt.solvers import Solver, SparseFW
@@ -168,7 +169,7 @@ def held_out_windows(ids: Tensor, used: Tensor, count: int) -> Tensor:
 def window_perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     """Return the perplexity of a model on windows of token ids."""
     with torch.inference_mode():
-        losses = [float(model(input_ids=window, labels=window).loss) for window in windows.split(1)]
+        losses = [float(model(input_ids=window, labels=window).loss) for window in windows.unsqueeze(1)]
     loss = fmean(losses)
     return math.exp(loss) if loss < 700 else math.inf
 
@@ -182,7 +183,7 @@ class Pruned:
     processor_seconds: float
 
 
-def pruned(data: Opened, masks: Set, solver: Solver, propagate: str | None, seed: int) -> Pruned:
+def pruned(data: Opened, masks: Set, solver: Solver, propagate: Propagate | None, seed: int) -> Pruned:
     """Prune a copy of a model."""
     model = copy.deepcopy(data.dense)
     began = time.process_time()
@@ -231,7 +232,7 @@ def distinct(candidates: dict[str, Solver], model: PreTrainedModel, masks: Set) 
 
 
 def best_of(
-    data: Opened, masks: Set, candidates: dict[str, Solver], propagate: str | None, seed: int
+    data: Opened, masks: Set, candidates: dict[str, Solver], propagate: Propagate | None, seed: int
 ) -> tuple[str, Pruned, dict[str, float]]:
     """Return the best setting, what it makes of a model, and the perplexity of each on windows held out."""
     validation: dict[str, float] = {}
@@ -257,7 +258,8 @@ def cell(
         if (propagate, settings.seeds[0]) in records:  # the method's default
             continue
         asked = None if propagate == "default" else propagate
-        left, validation = distinct(every, data.dense, masks), {}
+        left = distinct(every, data.dense, masks)
+        validation: dict[str, float] = {}
         if propagate in known:
             left = {known[propagate]: every[known[propagate]]}
         for seed in settings.seeds:

@@ -195,7 +195,7 @@ def main() -> None:
     for first, columns, form, rows in TABLES:
         fresh = table(first, columns, form, rows())
         head = re.escape(fresh.splitlines()[0])
-        text, count = re.subn(rf"^{head}\n(?:\|.*\n)+", lambda _, fresh=fresh: fresh, text, flags=re.MULTILINE)
+        text, count = re.subn(rf"^{head}\n(?:\|.*\n)+", fresh.replace("\\", r"\\"), text, flags=re.MULTILINE)
         if count != 1:
             raise SystemExit(f"README has {count} tables with the head {fresh.splitlines()[0]}; there should be one.")
     README.write_text(text)

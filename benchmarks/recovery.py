@@ -95,6 +95,7 @@ def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: A
         )
         if recipe:
             passes = 4 if options.epochs is None else round(options.epochs)
+            assert further is not None
             ebft(model, data.model, further, held_out, done.masks, float(rule), passes, seed)
         seconds = time.process_time() - began
         values = {what: data.perplexity(model, part) for what, part in texts.items()}

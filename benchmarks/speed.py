@@ -34,7 +34,8 @@ _TURNS = 2  # of whole models
 def feed_forward(hidden: int, inner: int, dtype: torch.dtype) -> nn.Module:
     """Return the feed-forward part of a Llama-type block."""
     config = LlamaConfig(hidden_size=hidden, intermediate_size=inner)
-    return LlamaMLP(config).to(dtype).eval()
+    layer: nn.Module = LlamaMLP(config).to(dtype).eval()
+    return layer
 
 
 def in_turns(parts: list[nn.Module], inputs: Tensor) -> list[float]:
