@@ -29,7 +29,6 @@ from maskopt.cli.recover_options import further_windows, parse_recovery
 from maskopt.models import calibration_batches, prune
 from maskopt.models.residual import Target
 from maskopt.oracles import parse_masks
-from maskopt.recovery import Recovery
 
 BEST = "ebft, best"
 
@@ -82,7 +81,7 @@ def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: A
         model = copy.deepcopy(data.model)
         began = time.process_time()
         # EBFT's recipe has the windows that our fits have.
-        held_out, further = further_windows(batches, None, Recovery() if recipe else settings)
+        held_out, further = further_windows(batches, None, fits=recipe or settings is not None)
         done = prune(
             model,
             batches,

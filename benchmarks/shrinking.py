@@ -48,9 +48,9 @@ def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: A
     before = {name: data.perplexity(data.model, part) for name, part in texts.items()}
     for name, seed, loss, arm in todo:
         batches = calibration_batches(data.tokenizer, job.calibration, options.samples, data.seqlen, seed=seed)
-        held_out, _ = further_windows(batches, None, None)
         method, refit, widths = (*arm.split(":"), "", "")[:3]
         neurons, heads = map(float, loss.split("/"))
+        held_out, further = further_windows(batches, None, fits=True)  # used where blocks are fitted
         model = copy.deepcopy(data.model)
         began = time.process_time()
         done = shrink(
@@ -63,6 +63,7 @@ def run(job: Job, todo: Sequence[Cell], options: argparse.Namespace, finished: A
             widths=widths or "uniform",  # type: ignore[arg-type]
             seed=seed,
             held_out=held_out,
+            further=further,
         )
         seconds = time.process_time() - began
         finished(
@@ -120,8 +121,8 @@ def write(records: Sequence[Record], options: argparse.Namespace, left: int) -> 
     parts = [
         "Perplexity on text the model was not calibrated with (lower is better), the median over seeds "
         f"{options.seeds}; {options.samples} windows of at most 512 tokens. Behind a colon what is fitted: units, the "
-        "layers that read the remaining units, is what fasp and osscar do as published; and *free* widths at equal "
-        "parameters."
+        "layers that read the remaining units, is what fasp and osscar do as published; blocks, to twice as many other "
+        "windows; and *free* widths at equal parameters."
     ]
     if left:
         parts.append(f"Unfinished: {left} cells are still to be run.")

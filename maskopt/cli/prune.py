@@ -257,7 +257,7 @@ def prune(
             network, tokenizer = models.load_model(model, device=place, offload=work.path)
             length = check_seqlen(network, tokenizer, seqlen)
             batches = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
-            others, further = further_windows(batches, held_out, recovery)
+            others, further = further_windows(batches, held_out, fits=recovery is not None)
             if calibration_perplexity:
                 # As much text as the calibration uses, at four characters a token, and at least one window.
                 texts["calibration"] = corpus.opening(max(4 * samples, 32) * length)

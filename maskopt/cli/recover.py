@@ -136,7 +136,7 @@ def recover(
         length = check_seqlen(network, tokenizer, seqlen)
         # Not those on which prune solves layers with the same text and seed, where these look better than they are.
         windows = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
-        others, batches = further_windows(windows, held_out, settings)
+        others, batches = further_windows(windows, held_out, fits=True)
         assert batches is not None  # there is a recovery
         needed = models.recovery_bytes(
             network, batches, settings, include=include or (), exclude=exclude or (), held_out=others

@@ -96,7 +96,7 @@ HeldOutOption = Annotated[
 
 
 def further_windows(
-    calibration: "Calibration", number: int | None, recovery: "Recovery | None"
+    calibration: "Calibration", number: int | None, fits: bool
 ) -> "tuple[Calibration | None, Calibration | None]":
     """Return windows that are held out of a calibration, and twice as many as it has to fit blocks and the model to.
 
@@ -105,7 +105,8 @@ def further_windows(
     calibration : Calibration
     number : int, optional
         Of windows to hold out: by default an eighth; none for 0.
-    recovery : Recovery, optional
+    fits : bool
+        Whether blocks or the model are fitted by gradient steps.
 
     Raises
     ------
@@ -115,7 +116,7 @@ def further_windows(
     count = max(1, calibration.samples // 8) if number is None else number
     if count < 0:
         raise MaskoptError(f"--held-out must be a number of windows, or 0 for none; got {count}.")
-    fitted = 0 if recovery is None else _FURTHER * calibration.samples
+    fitted = _FURTHER * calibration.samples if fits else 0
     if count + fitted == 0:
         return None, None
     others = calibration.apart(count + fitted)

@@ -118,7 +118,7 @@ def shrink(
         typer.Option(
             "--refit-epochs",
             metavar="N",
-            help="Passes over the calibration windows for each block, and for the model.",
+            help="Passes over further windows, twice --samples, for each block, and for the model.",
             show_default="4 for blocks, 2 for the model",
         ),
     ] = None,
@@ -205,7 +205,7 @@ def shrink(
     from maskopt import models, shrinking
     from maskopt.models.checks import is_causal
     from maskopt.shrinking.experts import check_fraction
-    from maskopt.shrinking.shrink import check_arguments
+    from maskopt.shrinking.shrink import STEPS, check_arguments
 
     if experts:
         check_fraction(experts)
@@ -222,8 +222,9 @@ def shrink(
     if heads and not (neurons or params or plan):
         check_unused({"--round-to": round_to != 1}, "is for numbers of neurons, and no neurons go")
     check_proof_time(time_limit, certify)
+    fitted = None
     if units:
-        check_arguments(
+        _, fitted = check_arguments(
             neurons,
             heads,
             params,
@@ -241,7 +242,7 @@ def shrink(
         network, tokenizer = models.load_model(model, device=device, offload=work.path)
         length = check_seqlen(network, tokenizer, seqlen)
         batches = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
-        others, _ = further_windows(batches, held_out, None)
+        others, further = further_windows(batches, held_out, fits=fitted in STEPS)
 
         size = sum(each.numel() * each.element_size() for each in network.parameters())
         measured = speed and (work.path is None or size <= working)
@@ -312,6 +313,7 @@ def shrink(
                 states=None if states is None else states.value,
                 progress=show if bar.visible else None,
                 held_out=others,
+                further=further,
             )
         if first:
             now = shrinking.cache_bytes(network)

@@ -41,10 +41,12 @@ from maskopt.shrinking.widths import free_widths
 from maskopt.solvers import Result, Solver
 from maskopt.structured import ExactSwaps, Structured, make_structured
 
-__all__ = ["Refit", "Widths", "check_arguments", "shrink"]
+__all__ = ["STEPS", "Refit", "Widths", "check_arguments", "shrink"]
 
 Widths = Literal["uniform", "free"]
 Refit = Literal["units", "layers", "block", "model"]
+STEPS: tuple[Literal["block"], Literal["model"]] = ("block", "model")
+"""What is fitted by gradient steps."""
 _BOTH: tuple[Widths, Widths] = ("uniform", "free")
 
 
@@ -69,6 +71,7 @@ def shrink(
     states: Place | None = None,
     progress: Callable[[Progress | AllocationProgress], object] | None = None,
     held_out: Iterable[Any] | None = None,
+    further: Iterable[Any] | None = None,
 ) -> ShrinkReport:
     """Remove neurons and attention heads from a model's blocks, in place, so that its matrices become smaller.
 
@@ -122,8 +125,8 @@ def shrink(
         As for `prune`.
     progress : callable, optional
         Called with an `AllocationProgress` while widths are chosen, and then with a `Progress`.
-    held_out : iterable of dict or Tensor, optional
-        As for `prune`.
+    held_out, further : iterable of dict or Tensor, optional
+        As for `prune`: what errors are measured on, and what blocks and the model are fitted to by gradient steps.
 
     Returns
     -------
@@ -162,6 +165,8 @@ def shrink(
     if device is not None:
         move_model(model, device)
     prepared = prepare_batches(model, batches)
+    measured = None if held_out is None else prepare_batches(model, held_out, "held-out")
+    fitted = None if further is None else prepare_batches(model, further, "further")
     with evaluation_mode(model):
         structure = usable(find_units(model, prepared[0].inputs), widths == "uniform")
         plan = widths if isinstance(widths, Plan) else None
@@ -195,7 +200,8 @@ def shrink(
                 memory=memory,
                 states=states,
                 progress=progress,
-                held_out=held_out,
+                held_out=measured,
+                further=fitted,
                 observe=_observing(*((prover,) if prover else ()), *((biases,) if solver.needs_mean else ())),
             )
         except BaseException:
@@ -206,7 +212,7 @@ def shrink(
     if plan is None or uniform is None or uniform == counts:
         done = attempt(counts)
     else:
-        judged = prepared[-max(1, len(prepared) // 8) :] if held_out is None else prepare_batches(model, held_out)
+        judged = prepared[-max(1, len(prepared) // 8) :] if measured is None else measured
         best, done, losses = better_of(model, judged, [partial(attempt, uniform), partial(attempt, counts)])
         plan = _made(plan, done, _BOTH[best], dict(zip(_BOTH, losses, strict=True)))
     report, prover, biases = done.report, done.prover, done.biases
@@ -281,7 +287,7 @@ def check_arguments(
         )
     found: Refit = refit or ("block" if isinstance(solver, ExactSwaps) else "units")
     if epochs is not None:
-        if found not in ("block", "model"):
+        if found not in STEPS:
             raise MaskoptError(
                 f"Epochs are passes of gradient steps, which fit blocks and models, not {found}; leave them out."
             )
@@ -297,6 +303,8 @@ def _pruned(
     refit: Refit,
     epochs: float | None,
     seed: int,
+    held_out: Sequence[Batch] | None,
+    further: Sequence[Batch] | None,
     **options: Any,
 ) -> PruneReport:
     """Choose the units and fit the weights; units that go have zeros in the layer that reads them."""
@@ -309,18 +317,24 @@ def _pruned(
         for layer in select_layers(model).layers:
             masks.setdefault(layer.name, everything)
     recover = None
-    if refit in ("block", "model"):
+    if refit in STEPS:
         recover = Recovery(refit, epochs=epochs, rule=FixedMasks(), seed=seed)
     return prune_layers(
         model,
-        [batch.inputs for batch in batches],
+        _inputs(batches),
         masks,
         solver,
         propagate="pruned" if refit == "units" else None,
         include=list(masks),
         recover=recover,
+        held_out=None if held_out is None else _inputs(held_out),
+        further=None if further is None else _inputs(further),
         **options,
     )
+
+
+def _inputs(batches: Sequence[Batch]) -> list[Mapping[str, Any]]:
+    return [batch.inputs for batch in batches]
 
 
 def _made(plan: Plan, done: Attempt, widths: Widths, losses: Mapping[str, float]) -> Plan:

@@ -11,7 +11,6 @@ from maskopt.cli.recover_options import further_windows
 from maskopt.models import calibration_batches, load_masks, load_model
 from maskopt.models.windows import divided
 from maskopt.oracles import NM, PerRow
-from maskopt.recovery import Recovery
 
 DATA = ("--samples", 24, "--seqlen", 32)
 
@@ -28,11 +27,11 @@ def pruned(run, model, text, tmp_path):
 def test_fits_have_windows_of_their_own(model, text, level):
     _, tokenizer = load_model(model)
     layers = calibration_batches(tokenizer, text, 6, 16)
-    held_out, further = further_windows(layers, None, Recovery(level))
+    held_out, further = further_windows(layers, None, fits=True)
     starts = [start for windows in (layers, held_out, further) for start in windows.starts.tolist()]
     assert [windows.samples for windows in (layers, held_out, further)] == [6, 1, 12]
     assert min(abs(one - other) for one in starts[6:] for other in starts[:6]) >= 16
-    assert further_windows(layers, 0, None) == (None, None)
+    assert further_windows(layers, 0, fits=False) == (None, None)
 
 
 def test_recover_draws_the_windows_that_prune_fits_to(run, model, text, pruned, tmp_path, read, monkeypatch):

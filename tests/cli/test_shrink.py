@@ -107,6 +107,29 @@ def test_speed_and_every_layer_are_shown_when_asked_for(
     assert "layers.1.mlp.down_proj" in result.stdout
 
 
+@pytest.mark.parametrize(("refit", "samples"), [("block", 16), ("units", None)])
+def test_blocks_are_fitted_to_twice_as_many_other_windows(
+    run: Any,
+    grouped: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refit: str,
+    samples: int | None,
+) -> None:
+    given: dict[str, Any] = {}
+
+    def seen(*args: Any, **options: Any) -> Any:
+        given.update(options)
+        return shrink(*args, **options)
+
+    monkeypatch.setattr(sys.modules["maskopt.shrinking"], "shrink", seen)
+    command = ("shrink", grouped, tmp_path / "out", "--calibration", text, "--neurons", 0.5, "--samples", 8)
+    run(*command, "--no-speed", "--refit", refit, "--seqlen", 8)
+    assert given["held_out"].samples == 1
+    assert (None if given["further"] is None else given["further"].samples) == samples
+
+
 WRONG = {
     "nothing": ((), "nothing to remove"),
     "too much": (("--neurons", 1.5), "neurons must be a fraction"),

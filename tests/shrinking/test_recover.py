@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import maskopt
 from maskopt.errors import MaskoptError
+from maskopt.models.objectives import BlockOutput
 from maskopt.recovery import Recovery
 from maskopt.shrinking import drop_experts, shrink
 from tests.models.conftest import VOCABULARY
@@ -65,6 +66,34 @@ def test_zeros_of_a_narrower_model_stay() -> None:
     for name, mask in report.masks.items():
         assert not bool(model.get_submodule(name).weight[~mask].any())
     assert report.sparsity == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("widths", ["uniform", "free"])
+def test_blocks_are_fitted_to_further_windows_and_units_chosen_without(
+    monkeypatch: pytest.MonkeyPatch, widths: Any
+) -> None:
+    squared: set[tuple[int, ...]] = set()
+    errors = BlockOutput._errors
+
+    def measured(self: BlockOutput, index: int) -> Tensor:
+        squared.update(rows(self._data.batches[index].inputs["input_ids"]))
+        return errors(self, index)
+
+    def rows(ids: Tensor) -> list[tuple[int, ...]]:
+        return [tuple(row) for row in ids.tolist()]
+
+    monkeypatch.setattr(BlockOutput, "_errors", measured)
+    own, further, held_out = windows()[:8], windows()[8:20], windows()[20:]
+    options: dict[str, Any] = {"neurons": 0.5, "widths": widths}
+    fitted = shrink(
+        made("llama"), own, refit="block", epochs=1, held_out=iter(held_out), further=iter(further), **options
+    )
+    assert squared == {row for ids in (*further, *held_out) for row in rows(ids)}
+    if widths == "uniform":  # others depend on the finished models
+        alone = shrink(made("llama"), own, refit="layers", held_out=held_out, **options)
+        name = "model.layers.0.mlp.down_proj"
+        assert torch.equal(fitted.kept[name], alone.kept[name])
+        assert fitted.pruning.layers[0].relative_error == alone.pruning.layers[0].relative_error
 
 
 @pytest.mark.parametrize("changes", [{"hidden_size": 8}, {"num_hidden_layers": 1}, {"intermediate_size": 96}], ids=str)
