@@ -18,6 +18,7 @@ from maskopt.errors import MaskoptError
 from maskopt.files import reason
 from maskopt.models.checks import check_tokenizer
 from maskopt.models.heap import trim
+from maskopt.models.pieces import token_ids
 
 __all__ = ["Text", "TokenStream", "read_text", "tokenize"]
 
@@ -141,7 +142,7 @@ def read_text(text: str | Path | Text) -> Text:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str | Path | Text) -> TokenStream:
-    """Tokenise a whole text at once, as the pruning literature does.
+    """Tokenise a text as a whole, as the pruning literature does; long ones in pieces, which have the same tokens.
 
     The tokenizer adds its default special tokens (most: one at the very beginning). Documents of JSON files (see
     `read_text`) are tokenised one by one and joined; where the tokenizer adds no special tokens, an end-of-text token
@@ -168,11 +169,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str | Path | Text) -> Tok
     end: list[int] = []
     if content.separate and not tokenizer.num_special_tokens_to_add() and tokenizer.eos_token_id is not None:
         end = [tokenizer.eos_token_id]
-    ids = torch.cat(
-        [torch.tensor(_ids(tokenizer, document) + end, dtype=torch.int64) for document in content.documents]
-    )
-    trim()  # a tokenizer takes a hundred times the memory of its text
-    return TokenStream(ids, content.source, content.sha256)
+    after = torch.tensor(end, dtype=torch.int64)
+    ids = [part for document in content.documents for part in (token_ids(tokenizer, document), after)]
+    trim()  # a tokenizer takes a hundred times the memory of what it is given
+    return TokenStream(torch.cat(ids), content.source, content.sha256)
 
 
 def _read(path: Path) -> bytes:
@@ -230,9 +230,3 @@ def _document(where: str, record: Any) -> str:
     except UnicodeEncodeError as error:
         raise MaskoptError(f"{where}: the text holds half of a surrogate pair, which is no character.") from error
     return text
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: the text is longer than the model's context on purpose.
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    return ids
