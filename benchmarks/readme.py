@@ -175,9 +175,14 @@ OURS = ("maskopt", "best", "auto", "--recover block", "--recover model")
 
 
 def table(first: str, columns: Mapping[str, str], form: str, rows: Rows) -> str:
-    """Return a table whose lowest figures, but for the dense model's, are bold; settings that heads name are shown."""
+    """Return a table whose lowest figures, but for the dense model's, are bold; settings that heads name are shown.
+
+    Rows in which not every method was run are left out.
+    """
     lines = []
     for row, values in rows.items():
+        if not values.keys() >= set(columns.values()):
+            continue
         lowest = min((name for name in columns if name != "dense"), key=lambda name: values[columns[name]][0])
         entries = {name: entry(*values[method], form, setting="(" in name) for name, method in columns.items()}
         lines.append([row, *(f"**{text}**" if name == lowest else text for name, text in entries.items())])
