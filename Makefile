@@ -68,12 +68,13 @@ SMOLLM_STUDY := --name smollm2 --only-models --solvers wanda --weights sparsegpt
 	--propagate default --tune sparsegpt --tune-once --sets per-row:0.5,per-row:0.6,2:4 --samples 32 --batch-size 2 \
 	--validation 8 --characters 250000
 ALLOCATION_STUDY := --methods best,wanda --sparsities 0.5,0.6,0.7,0.8 --characters 60000 --rules uniform,auto,owl,dlp
-SMOLLM_ALLOCATION := --name allocation-smollm2 --only-models --methods best --sparsities 0.6 --rules uniform,auto --samples 32 \
+SMOLLM_ALLOCATION := --name allocation-smollm2 --only-models --methods best --sparsities 0.5,0.6 --rules uniform,auto --samples 32 \
 	--batch-size 2 --characters 250000
 SMOLLM_SHRINKING := --name shrinking-smollm2 --only-models --characters 100000 --losses 0.3/0,0.3/0.25 \
 	--arms fasp,osscar,best:block
 CORRECTION_STUDY := --patterns per-row:0.6,2:4 --characters 60000
 RECOVERY_STUDY := --characters 60000
+SHRINKING_STUDY := --characters 60000 --arms fasp:units,osscar:units,best:units,fasp:block,best:block,best:block:free
 RULES_STUDY := --name mask-rules --only-models --samples 32 --characters 60000 \
 	--recoveries none,block:fixed,block,block:reselection,block:admm,block:drop-and-grow,block:frank-wolfe,block:bip,block:policy-gradient,block:gumbel,block:fixed:lora,ebft:0.0002,ebft:0.001,ebft:0.005,ebft:0.02,model:fixed,model:fixed:lora
 # SMOLLM names the folder that benchmarks/make_smollm2.py makes.
@@ -97,7 +98,7 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOL
 	$(BIN)/python benchmarks/correction.py $(MODELS) $(CORRECTION_STUDY)
 	$(BIN)/python benchmarks/recovery.py $(MODELS) $(RECOVERY_STUDY)
 	$(if $(MODELS),$(BIN)/python benchmarks/recovery.py $(MODELS) $(RULES_STUDY))
-	$(BIN)/python benchmarks/shrinking.py $(MODELS) --characters 60000 --seeds 0,1,2
+	$(BIN)/python benchmarks/shrinking.py $(MODELS) $(SHRINKING_STUDY)
 	$(BIN)/python benchmarks/speed.py $(FOLDERS)
 	$(BIN)/python benchmarks/checkpointing.py $(FOLDERS)
 	$(if $(SMOLLM),$(BIN)/python benchmarks/allocation.py $(SMOLLM) $(SMOLLM_ALLOCATION))
