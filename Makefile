@@ -75,6 +75,10 @@ SMOLLM_SHRINKING := --name shrinking-smollm2 --only-models --characters 100000 -
 CORRECTION_STUDY := --patterns per-row:0.6,2:4 --characters 60000
 RECOVERY_STUDY := --characters 60000
 SHRINKING_STUDY := --characters 60000 --arms fasp:units,osscar:units,best:units,fasp:block,best:block,best:block:free
+STARTS_STUDY := --name recovery-starts --only-models --samples 32 --characters 60000 --patterns per-row:0.6 \
+	--methods wanda,sparsegpt,alps,best --recoveries none,block,model
+WINDOWS_STUDY := --name recovery-windows --only-models --samples 16,64 --characters 60000 --patterns per-row:0.6 \
+	--recoveries none,block,model
 RULES_STUDY := --name mask-rules --only-models --samples 32 --characters 60000 \
 	--recoveries none,block:fixed,block,block:reselection,block:admm,block:drop-and-grow,block:frank-wolfe,block:bip,block:policy-gradient,block:gumbel,block:fixed:lora,ebft:0.0002,ebft:0.001,ebft:0.005,ebft:0.02,model:fixed,model:fixed:lora
 # SMOLLM names the folder that benchmarks/make_smollm2.py makes.
@@ -98,6 +102,8 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOL
 	$(BIN)/python benchmarks/correction.py $(MODELS) $(CORRECTION_STUDY)
 	$(BIN)/python benchmarks/recovery.py $(MODELS) $(RECOVERY_STUDY)
 	$(if $(MODELS),$(BIN)/python benchmarks/recovery.py $(MODELS) $(RULES_STUDY))
+	$(if $(MODELS),$(BIN)/python benchmarks/recovery.py $(MODELS) $(STARTS_STUDY))
+	$(if $(MODELS),$(BIN)/python benchmarks/recovery.py $(MODELS) $(WINDOWS_STUDY))
 	$(BIN)/python benchmarks/shrinking.py $(MODELS) $(SHRINKING_STUDY)
 	$(BIN)/python benchmarks/speed.py $(FOLDERS)
 	$(BIN)/python benchmarks/checkpointing.py $(FOLDERS)

@@ -384,6 +384,26 @@ def test_perplexities_after_recovery_are_those_of_the_results() -> None:
     assert "no fit is worse than before on held-out windows" in text
 
 
+def test_what_is_said_of_recovery_from_other_starts_is_what_was_measured() -> None:
+    records = _figures("recovery-starts")["records"]
+    found: dict[str, list[float]] = {}
+    for record in records:
+        (best,) = (
+            other["perplexity"]
+            for other in records
+            if other["method"] == "best" and all(other[key] == record[key] for key in ("model", "seed", "recovery"))
+        )
+        if record["method"] != "best":
+            found.setdefault(record["recovery"], []).append(record["perplexity"] / best)
+    text = " ".join(README.split())
+    for name, form in {
+        "none": "Layers by Wanda, SparseGPT and ALPS give {:.1f} to {:.1f} times the perplexity of those by `best`",
+        "block": "when the blocks are recovered it is {:.2f} to {:.2f} times",
+        "model": "when the model is, {:.2f} to {:.2f} times",
+    }.items():
+        assert form.format(min(found[name]), max(found[name])) in text, name
+
+
 def test_ratios_in_the_text_are_those_of_the_results() -> None:
     def rows(name: str, only: str = "") -> list[dict[str, Any]]:
         return [row["results"] for row in _figures(name)["rows"] if row["instance"].startswith(only)]
