@@ -78,10 +78,10 @@ SHRINKING_STUDY := --characters 60000 --arms fasp:units,osscar:units,best:units,
 STARTS_STUDY := --name recovery-starts --only-models --samples 32 --characters 60000 --patterns per-row:0.6 \
 	--methods wanda,sparsegpt,alps,best --recoveries none,block,model
 WINDOWS_STUDY := --name recovery-windows --only-models --samples 16,64 --characters 60000 --patterns per-row:0.6 \
-	--recoveries none,block,model
+	--recoveries none,block,model $(if $(FOREIGN),--foreign $(FOREIGN))
 RULES_STUDY := --name mask-rules --only-models --samples 32 --characters 60000 \
 	--recoveries none,block:fixed,block,block:reselection,block:admm,block:drop-and-grow,block:frank-wolfe,block:bip,block:policy-gradient,block:gumbel,block:fixed:lora,ebft:0.0002,ebft:0.001,ebft:0.005,ebft:0.02,model:fixed,model:fixed:lora
-# SMOLLM names the folder that benchmarks/make_smollm2.py makes.
+# SMOLLM names the folder that benchmarks/make_smollm2.py makes, FOREIGN a text of another kind than MODELS' texts.
 bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOLLM= add to them, see README)
 	$(BIN)/python benchmarks/layers.py $(LAYERS)
 	$(BIN)/python benchmarks/layers.py $(LAYERS) --name joint --solvers continuation $(JOINT)
