@@ -68,7 +68,7 @@ SMOLLM_STUDY := --name smollm2 --only-models --solvers wanda --weights sparsegpt
 	--propagate default --tune sparsegpt --tune-once --sets per-row:0.5,per-row:0.6,2:4 --samples 32 --batch-size 2 \
 	--validation 8 --characters 250000
 ALLOCATION_STUDY := --methods best,wanda --sparsities 0.5,0.6,0.7,0.8 --characters 60000 --rules uniform,auto,owl,dlp
-SMOLLM_ALLOCATION := --name allocation-smollm2 --only-models --methods best --sparsities 0.5,0.6 --rules uniform,auto --samples 32 \
+SMOLLM_ALLOCATION := --name allocation-smollm2 --only-models --methods best --sparsities 0.6 --rules uniform,auto --samples 32 \
 	--batch-size 2 --characters 250000
 SMOLLM_SHRINKING := --name shrinking-smollm2 --only-models --characters 100000 --losses 0.3/0,0.3/0.25 \
 	--arms fasp,osscar,best:block
