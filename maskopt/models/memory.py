@@ -16,10 +16,11 @@ from maskopt.models.checks import check_model
 from maskopt.models.experts import StackedLayer
 from maskopt.models.heap import resident_bytes
 from maskopt.models.layers import Layer
-from maskopt.models.recovery import Recoverer, divided
+from maskopt.models.recovery import Recoverer
 from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.selection import select_layers
 from maskopt.models.states import first_tensor, stays
+from maskopt.models.windows import divided
 from maskopt.oracles import Unstructured
 from maskopt.recovery import MaskRule, Recovery
 

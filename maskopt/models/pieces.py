@@ -86,14 +86,13 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]
 
 def _joined(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Tensor] | None:
     """Return the ids of the pieces, each without what the one before it has; None where that cannot be found."""
-    first, begin, edge, size, found = 0, 0, _PIECE, _PIECE, list[Tensor]()
+    first, begin, edge, found = 0, 0, _PIECE, list[Tensor]()
     piece = _Piece.of(tokenizer, text, first, edge + _MARGIN)
     while edge < len(text) - _MARGIN:
         after = _Piece.of(tokenizer, text, edge - _MARGIN, min(len(text), edge + _PIECE + _MARGIN))
         joints = _joints(piece, after, edge)
         if joints is None:  # a long run of one character, for instance: there is no edge here
-            size *= 2
-            edge = min(len(text), first + size)
+            edge += edge - first
             longer = _Piece.of(tokenizer, text, first, min(len(text), edge + _MARGIN))
             if begin and not longer.agrees(begin, piece, begin):
                 return None
@@ -101,16 +100,15 @@ def _joined(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Tensor] | Non
         else:
             found.append(piece.ids[begin : joints[0]])
             first, piece, begin = edge - _MARGIN, after, joints[1]
-            edge, size = edge + _PIECE, _PIECE
+            edge += _PIECE
     return [*found, piece.ids[begin:]]
 
 
 def _joints(one: _Piece, two: _Piece, edge: int) -> tuple[int, int] | None:
     """Return the numbers of a token in both pieces around which they agree, as near to the edge as there is one."""
-    places = {start: number for number, start in reversed(list(enumerate(two.starts.tolist())))}
-    near = ((one.starts - edge).abs() < _MARGIN // 2).nonzero().flatten()
-    for joint in near[(one.starts[near] - edge).abs().argsort(stable=True)].tolist():
-        other = places.get(int(one.starts[joint]))
-        if other is not None and one.agrees(joint, two, other):
-            return joint, other
-    return None
+    distance = (one.starts - edge).abs()
+    near = (distance < _MARGIN // 2).nonzero().flatten()
+    near = near[distance[near].argsort(stable=True)]
+    others = torch.searchsorted(two.starts, one.starts[near])
+    pairs = zip(near.tolist(), others.tolist(), strict=True)
+    return next(((joint, other) for joint, other in pairs if one.agrees(joint, two, other)), None)

@@ -39,13 +39,13 @@ from maskopt.models.preparation import (
 from maskopt.models.proofs import Prover
 from maskopt.models.ranks import current
 from maskopt.models.recovering import RecoveryOfRun
-from maskopt.models.recovery import divided
 from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.report import PruneReport, circumstances
 from maskopt.models.residual import Target
 from maskopt.models.selection import select_layers
 from maskopt.models.solving import Observer, Progress, Work
 from maskopt.models.states import Place, Storage
+from maskopt.models.windows import divided
 from maskopt.oracles import MaskSet
 from maskopt.recovery import Recovery
 from maskopt.solvers import ContinuationFrankWolfe, Solver

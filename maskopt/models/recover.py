@@ -19,10 +19,11 @@ from maskopt.models.calls import CallOrder
 from maskopt.models.checks import check_model
 from maskopt.models.experts import eager_experts
 from maskopt.models.layers import Layer
-from maskopt.models.recovery import Recoverer, divided, predictions
+from maskopt.models.recovery import Recoverer, predictions
 from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.report import RecoveryReport, circumstances
 from maskopt.models.selection import select_layers
+from maskopt.models.windows import divided
 from maskopt.oracles import NM, MaskSet, PerRow, Unstructured
 from maskopt.recovery import Recovery
 from maskopt.solvers.arguments import check_memory

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from maskopt.models.edits import Edits
 from maskopt.models.propagation import Stage
-from maskopt.models.recovery import Data, Recoverer, predictions
+from maskopt.models.recovery import Recoverer, predictions
 from maskopt.models.replay import Replay
 from maskopt.models.solving import Work
+from maskopt.models.windows import Data
 from maskopt.recovery import Recovery
 
 __all__ = ["RecoveryOfRun"]

@@ -18,13 +18,13 @@ from maskopt.models.masked import masked_weights
 from maskopt.models.objectives import BlockOutput, Predictions
 from maskopt.models.replay import Replay
 from maskopt.models.report import RecoveryRecord
-from maskopt.models.windows import Data, divided
+from maskopt.models.windows import Data
 from maskopt.oracles import MaskSet
 from maskopt.recovery import Level, Masked, Objective, Recovery, fit
 from maskopt.threads import sized_threads
 from maskopt.weights import conditional_deviations
 
-__all__ = ["Data", "Recoverer", "divided", "predictions"]
+__all__ = ["Recoverer", "predictions"]
 
 _LEAST, _BYTES = 32, 8  # likely tokens of a position that are told apart, at least, and bytes for each
 _LARGEST: dict[Level, float] = {"block": 0.5, "model": 0.24}  # step sizes that are tried

@@ -23,8 +23,7 @@ def pruned(run, model, text, tmp_path):
     return out
 
 
-@pytest.mark.parametrize("level", ["block", "model"])
-def test_fits_have_windows_of_their_own(model, text, level):
+def test_fits_have_windows_of_their_own(model, text):
     _, tokenizer = load_model(model)
     layers = calibration_batches(tokenizer, text, 6, 16)
     held_out, further = further_windows(layers, None, fits=True)

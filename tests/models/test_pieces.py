@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +33,26 @@ def around(text: str) -> Any:
     return processors.TemplateProcessing(single=text, special_tokens=[("<s>", 1), ("</s>", 2)])
 
 
-TOKENIZERS: dict[str, PreTrainedTokenizerBase] = {
-    "the demo model's": AutoTokenizer.from_pretrained(MODEL),
-    "bytes": trained(models.BPE(), trainers.BpeTrainer, pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False)),
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
+    "the demo model's": lambda: AutoTokenizer.from_pretrained(MODEL),
+    "bytes": lambda: trained(
+        models.BPE(), trainers.BpeTrainer, pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ),
     # As Llama's: a space is put in front, and merges may go across words.
-    "the text as one word": trained(
+    "the text as one word": lambda: trained(
         models.BPE(unk_token="<unk>"),
         trainers.BpeTrainer,
         normalizer=normalizers.Sequence([normalizers.Prepend("_"), normalizers.Replace(" ", "_")]),
         pre_tokenizer=pre_tokenizers.Split("\n", "merged_with_previous"),
         post_processor=around("<s> $A"),
     ),
-    "unigrams": trained(
+    "unigrams": lambda: trained(
         models.Unigram(),
         lambda **options: trainers.UnigramTrainer(unk_token="<unk>", **options),
         pre_tokenizer=pre_tokenizers.Metaspace(),
         post_processor=around("$A </s>"),
     ),
-    "words": trained(
+    "words": lambda: trained(
         models.WordPiece(unk_token="<unk>"),
         trainers.WordPieceTrainer,
         normalizer=normalizers.BertNormalizer(),
@@ -57,6 +60,14 @@ TOKENIZERS: dict[str, PreTrainedTokenizerBase] = {
         post_processor=around("<s> $A </s>"),
     ),
 }
+
+
+@cache
+def made(name: str) -> PreTrainedTokenizerBase:
+    """Not before a test needs it: the trainers take a second."""
+    return TOKENIZERS[name]()
+
+
 LETTERS = st.sampled_from([" ", "\n", "-", "a", "0", "é", "漢", "🙂"])
 WORDS = st.one_of(
     st.sampled_from(CORPUS[0].split(" ")),
@@ -77,13 +88,13 @@ def short() -> Iterator[None]:
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(words=st.lists(WORDS, max_size=400), between=st.sampled_from([" ", "", "\n"]))
 def test_pieces_have_the_tokens_of_the_whole_text(name: str, words: list[str], between: str) -> None:
-    tokenizer, text = TOKENIZERS[name], between.join(words)
+    tokenizer, text = made(name), between.join(words)
     assert pieces.token_ids(tokenizer, text).tolist() == tokenizer(text)["input_ids"]
 
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "unigrams"])
 def test_only_pieces_are_tokenised(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, text, sizes = TOKENIZERS[name], "\n".join(CORPUS), list[int]()
+    tokenizer, text, sizes = made(name), "\n".join(CORPUS), list[int]()
     whole = tokenizer(text)["input_ids"]
     call = type(tokenizer).__call__
 
@@ -98,7 +109,7 @@ def test_only_pieces_are_tokenised(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_run_without_an_edge_is_one_piece() -> None:
-    tokenizer = TOKENIZERS["bytes"]
+    tokenizer = made("bytes")
     text = "a b " * 200 + "=" * 5000 + " c d" * 300
     assert tokenize(tokenizer, text).ids.tolist() == tokenizer(text)["input_ids"]
 

@@ -13,8 +13,8 @@ from maskopt.models.batches import Batch, prepare_batches
 from maskopt.models.divergence import Divergence
 from maskopt.models.gram import GramCollector
 from maskopt.models.objectives import BlockOutput, Predictions
-from maskopt.models.recovery import divided
 from maskopt.models.replay import evaluation_mode
+from maskopt.models.windows import divided
 from maskopt.oracles import NM, Columns, PerRow, Unstructured
 from maskopt.recovery import Continuation, FixedMasks, GumbelMasks, Recovery, Reselection
 from maskopt.solvers import Wanda
