@@ -28,6 +28,7 @@ from maskopt.models.batches import prepare_batches
 from maskopt.models.context import context_length
 from maskopt.models.divergence import Divergence
 from maskopt.models.objectives import Predictions
+from maskopt.models.ranks import Ranks
 from maskopt.models.replay import evaluation_mode
 from maskopt.models.windows import Data
 
@@ -43,7 +44,9 @@ def measured(model: str, sequences: int, length: int, checkpoint: bool) -> dict[
     batches = prepare_batches(network, [ids])
     blocks = [block.module for block in select_layers(network).blocks] if checkpoint else []
     with evaluation_mode(network):
-        objective = Predictions(network, Divergence(network, batches), Data(batches, range(1), range(1)), blocks)
+        objective = Predictions(
+            network, Divergence(network, batches), Data(batches, range(1), range(1)), Ranks(), blocks
+        )
         for parameter in network.parameters():
             parameter.requires_grad_(True)
         before, began = resident_bytes(resource.getrusage(resource.RUSAGE_SELF)), time.process_time()

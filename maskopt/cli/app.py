@@ -31,6 +31,7 @@ from maskopt.cli.solve import solve
 from maskopt.cli.trace import trace
 from maskopt.cli.verify import verify
 from maskopt.errors import MaskoptError, RankLostError, is_memory_failure
+from maskopt.launch import launched
 
 __all__ = ["app"]
 
@@ -190,14 +191,24 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+_TOGETHER = ("prune", "recover")
+"""Commands that several processes carry out together."""
+
+
 @app.callback()
 def _common(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
 ) -> None:
     """Prune neural networks: choose the weights to remove so that the layers' outputs change as little as possible."""
+    if launched() > 1 and context.invoked_subcommand not in _TOGETHER:
+        raise MaskoptError(
+            f"The command {context.invoked_subcommand} runs in one process, and torchrun has started "
+            f"{launched()}; start it without torchrun, which serves {' and '.join(_TOGETHER)}."
+        )
 
 
 _INSTANCE = "layer.safetensors"

@@ -86,6 +86,7 @@ from maskopt.cli.solvers import parse_weights
 from maskopt.cli.words import masks_words, solver_words
 from maskopt.cli.work_folder import WorkFolder, tell_complete
 from maskopt.errors import MaskoptError
+from maskopt.launch import launched
 
 if TYPE_CHECKING:
     from maskopt.models import PruneReport
@@ -247,7 +248,7 @@ def prune(
     from maskopt import models
     from maskopt.models import ranks as several
 
-    _check_ranks(several.launched(), uniform and recovery is None and certify is None)
+    _check_ranks(launched(), uniform and certify is None)
     place = several.local_device(device)
 
     with several.joined(place, check_device) as ranks, work.among(ranks):
@@ -402,6 +403,6 @@ def _check_ranks(ranks: int, apart: bool) -> None:
     """
     if ranks > 1 and not apart:
         raise MaskoptError(
-            "Several ranks prune layer by layer; --certify, --recover and allocating sparsities need one process, "
-            "without torchrun."
+            "Several ranks prune layer by layer; --certify and allocating sparsities need one process, without "
+            "torchrun."
         )

@@ -124,15 +124,19 @@ def recover(
     require_file("calibration text", calibration)
     if evaluate is not None:
         require_file("evaluation text", evaluate)
-    check_device(device)
     require_transformers()
     from maskopt import models
+    from maskopt.models import ranks as several
 
-    with Bar(quiet, "loading the models") as bar:
+    place = several.local_device(device)
+    with (
+        several.joined(place, check_device) as ranks,
+        Bar(quiet or not ranks.first, "loading the models") as bar,
+    ):
         corpus = models.read_text(calibration)
         text = None if evaluate is None else models.read_text(evaluate)
-        network, tokenizer = models.load_model(pruned, device=device)
-        dense, _ = models.load_model(against, device=device)
+        network, tokenizer = models.load_model(pruned, device=place)
+        dense, _ = models.load_model(against, device=place)
         length = check_seqlen(network, tokenizer, seqlen)
         # Not those on which prune solves layers with the same text and seed, where these look better than they are.
         windows = models.calibration_batches(tokenizer, corpus, samples, length, batch_size, seed)
@@ -171,6 +175,8 @@ def recover(
             progress=show,
             held_out=others,
         )
+        if not ranks.first:
+            return
         measure("after", network)
     extra: dict[str, Any] = {
         "calibration": batches.to_json(),

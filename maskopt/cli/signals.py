@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from maskopt.launch import launched
+
 __all__ = [
     "CODES",
     "Ended",
@@ -93,7 +95,7 @@ def _leave_at_once(number: int) -> None:
 
 def first_rank() -> bool:
     """Return whether this process is the only one, or the first of those that torchrun has started."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    return launched() == 1 or os.environ["RANK"] == "0"
 
 
 def speaks() -> bool:

@@ -153,15 +153,24 @@ def in_parts(batches: Sequence[Batch]) -> list[Batch]:
 def share(batches: Sequence[Batch], rank: int, ranks: int) -> list[int]:
     """Return the indices of the batches that one of several processes runs: those of consecutive whole parts.
 
+    Batches to fit a recovery to are shared apart from the others, with which no sum has them.
+
     Parameters
     ----------
     batches : sequence of Batch
         With their parts.
     rank, ranks : int
     """
-    parts = max(batch.part for batch in batches) + 1
-    first, last = (parts * edge // ranks for edge in (rank, rank + 1))
-    return [index for index, batch in enumerate(batches) if first <= batch.part < last]
+    parts: dict[bool, int] = {}
+    for batch in batches:
+        fitted = batch.purpose == "recovery"
+        parts[fitted] = max(parts.get(fitted, 0), batch.part + 1)
+
+    def own(batch: Batch) -> bool:
+        first, last = (parts[batch.purpose == "recovery"] * edge // ranks for edge in (rank, rank + 1))
+        return first <= batch.part < last
+
+    return [index for index, batch in enumerate(batches) if own(batch)]
 
 
 def _prepare(model: PreTrainedModel, where: str, item: Any) -> Batch:

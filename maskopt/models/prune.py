@@ -265,8 +265,8 @@ def prune_layers(
     check_arguments(masks, solver, propagate, correction, target, on_error, progress, memory, recover, states)
     check_model(model)
     ranks = current()
-    if ranks.count > 1 and (certify is not None or recover is not None or observe is not None):
-        raise MaskoptError("Several ranks prune layer by layer; certify and recover need one process.")
+    if ranks.count > 1 and (certify is not None or observe is not None):
+        raise MaskoptError("Several ranks prune layer by layer; certify needs one process.")
     if certify is not None:
         if isinstance(solver, Joint):
             raise MaskoptError("certify proves bounds on masks whose weights stay; choose a solver that updates none.")
@@ -284,8 +284,9 @@ def prune_layers(
     check_fit({layer: each for layer, each in sets.items() if not isinstance(layer, StackedLayer)})
     starts = starting_masks(sets, {} if start is None else start)
     prepared = prepare_all(model, batches, held_out, None if recover is None else further)
-    data = None if recover is None else divided(prepared)
-    prepared = in_parts(prepared if data is None else data.batches)
+    data = None if recover is None else divided(prepared, ranks.count)
+    prepared = in_parts(prepared) if data is None else data.batches
+    own = share(prepared, ranks.number, ranks.count)
     with evaluation_mode(model), eager_experts(model, selection.layers), Storage(memory, states) as storage:
         began = time.perf_counter()
         order = CallOrder(selection.blocks, selection.outside)
@@ -296,7 +297,7 @@ def prune_layers(
                 list(selection.blocks),
                 prepared,
                 storage,
-                share(prepared, ranks.number, ranks.count),
+                own,
                 writing=corrects and target == "stream",
             )
             selection = selection.without(order.elsewise)
@@ -319,7 +320,7 @@ def prune_layers(
             "solver": repr(solver),
             "propagate": propagate,
             **({"correction": correction, "target": target} if propagate == "corrected" else {}),
-            **({} if recover is None else {"recover": repr(recover)}),
+            **({} if recover is None else {"recover": repr(recover), "ranks": ranks.count}),
             **({} if data is None or further is None else {"further_tokens": data.tokens}),
             "include": list(include),
             "exclude": list(exclude),
@@ -347,7 +348,7 @@ def prune_layers(
         )
         after = None
         if recover is not None and data is not None:
-            after = RecoveryOfRun(model, replay, data, recover, work, edits, memory)
+            after = RecoveryOfRun(model, replay, data.among(own), recover, work, edits, memory)
             work.recover = after.block if by_block else None
         report.calibration_seconds = time.perf_counter() - began
         keeping.begin(

@@ -20,8 +20,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from maskopt.errors import MaskoptError, RankLostError
 from maskopt.files import first_line
+from maskopt.launch import launched
 
-__all__ = ["SECONDS", "Ranks", "current", "first_to_tell", "joined", "launched", "local_device"]
+__all__ = ["SECONDS", "Ranks", "current", "first_to_tell", "joined", "local_device"]
 
 SECONDS = "MASKOPT_RANK_SECONDS"
 """Environment variable: seconds that a rank waits for another one, by default half an hour.
@@ -106,6 +107,24 @@ class Ranks:
         assert tensor is not None, "the only rank is the source"
         return tensor
 
+    def averaged(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return means of tensors over all ranks, the same bits everywhere; where there is one rank, the tensors.
+
+        Parameters
+        ----------
+        tensors : sequence of Tensor or None
+            Floating-point; may be changed in place. None counts as zeros, and where it is None at all ranks, so is the
+            mean.
+        like : sequence of Tensor
+            Of the same shapes and on the same device.
+
+        Returns
+        -------
+        list of Tensor or None
+            Of several ranks in float32, or float64.
+        """
+        return list(tensors)
+
     def spoken(self, value: T, source: int) -> T:
         """Return one rank's value at all of them: tuples, lists and dicts of tensors and what can be pickled.
 
@@ -176,6 +195,22 @@ class _Joined(Ranks):
             dist.broadcast(value, source)
         return value
 
+    def averaged(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+        sums = []
+        with _answering():
+            present = torch.tensor([tensor is not None for tensor in tensors], dtype=torch.int32, device=like[0].device)
+            dist.all_reduce(present)
+            for tensor, each, count in zip(tensors, like, present.tolist(), strict=True):
+                kind = torch.promote_types(each.dtype, torch.float32)
+                total = torch.zeros_like(each, dtype=kind) if tensor is None else tensor.to(kind).contiguous()
+                found.append(total if count else None)
+                if count:
+                    sums.append(dist.all_reduce(total, async_op=True))
+            for one in sums:
+                one.wait()
+        return [None if total is None else total.div_(self.count) for total in found]
+
     def spoken(self, value: T, source: int) -> T:
         tensors: list[Tensor] = []
         held: list[Any] = [_taken(value, tensors) if self.number == source else None]
@@ -234,11 +269,6 @@ _store: Any = None  # a Store; some versions of torch do not export the type
 def current() -> Ranks:
     """Return the ranks of this process: those of `joined` inside its block, else itself alone."""
     return _current
-
-
-def launched() -> int:
-    """Return the number of ranks that torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 @contextmanager

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from maskopt.checks import shown
 from maskopt.errors import MaskoptError
-from maskopt.models.batches import data_settings, prepare_all
+from maskopt.models.batches import data_settings, prepare_all, share
 from maskopt.models.blocks import find_blocks
 from maskopt.models.calls import CallOrder
 from maskopt.models.checks import check_model
 from maskopt.models.experts import eager_experts
 from maskopt.models.layers import Layer
+from maskopt.models.ranks import current
 from maskopt.models.recovery import Recoverer, predictions
 from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.report import RecoveryReport, circumstances
@@ -104,17 +105,20 @@ def recover(
     narrower = _is_narrower(model, dense)
     selection = select_layers(model, include, exclude)
     chosen = _masks({layer.name: layer for layer in selection.layers}, masks, needed=not narrower)
-    data = divided(prepare_all(model, batches, held_out))
+    ranks = current()
+    data = divided(prepare_all(model, batches, held_out), ranks.count)
+    own = share(data.batches, ranks.number, ranks.count)
+    mine = data.among(own)
     report = RecoveryReport(masks=chosen)
     began = time.perf_counter()
     with evaluation_mode(model), evaluation_mode(dense), eager_experts(model, selection.layers):
         with CallOrder(selection.blocks, selection.outside) as order:  # shows how stacked matrices are oriented
-            replay = Replay(model, list(selection.blocks), data.batches)
+            replay = Replay(model, list(selection.blocks), data.batches, own=own)
         selection = selection.without(order.elsewise)
         layers = [layer for layer in selection.layers if layer.name in chosen]
         sets = {layer: recognised(layer.oriented(chosen[layer.name])) for layer in layers}
-        beside = Replay(dense, list(select_layers(dense, include, exclude).blocks), data.batches)
-        target = predictions(dense, data, memory) if settings.level == "model" else None
+        beside = Replay(dense, list(select_layers(dense, include, exclude).blocks), data.batches, own=own)
+        target = predictions(dense, mine, memory) if settings.level == "model" else None
         by_block = replay.shortcut and beside.shortcut
         if target is None and not by_block:
             raise MaskoptError(
@@ -130,7 +134,7 @@ def recover(
             if progress is not None:
                 progress(name, (done + weight * fraction) / parts)
 
-        recoverer = Recoverer(model, replay, data, settings, sets, chosen, tell)
+        recoverer = Recoverer(model, replay, mine, settings, sets, chosen, tell, ranks)
         for position, block in enumerate(replay.order if by_block else ()):
             beside.run(position, store=True)
             inner = [layer for layer in selection.blocks[block] if layer in sets]
@@ -143,9 +147,11 @@ def recover(
             done += 1
         if target is not None:
             report.recovery += recoverer.fit_model(target)
+        ranks.end()
     report.seconds = time.perf_counter() - began
     report.settings = {
         "recover": repr(settings),
+        "ranks": ranks.count,
         **data_settings(data.batches),
         **circumstances(model),
     }

@@ -47,7 +47,7 @@ class RecoveryOfRun:
     ) -> None:
         self._replay, self._work, self._edits = replay, work, edits
         tell = None if work.progress is None else work.recovering
-        self._recoverer = Recoverer(model, replay, data, settings, work.masks, work.report.masks, tell)
+        self._recoverer = Recoverer(model, replay, data, settings, work.masks, work.report.masks, tell, work.ranks)
         self._dense = predictions(model, data, memory) if settings.level == "model" else None
         self._records = work.report.recovery
 

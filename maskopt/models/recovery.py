@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,6 +17,7 @@ from maskopt.models.gram import GramCollector
 from maskopt.models.layers import Layer
 from maskopt.models.masked import masked_weights
 from maskopt.models.objectives import BlockOutput, Predictions
+from maskopt.models.ranks import Ranks
 from maskopt.models.replay import Replay
 from maskopt.models.report import RecoveryRecord
 from maskopt.models.windows import Data
@@ -40,7 +42,7 @@ class Recoverer:
     replay : Replay
         Of the model on the micro-batches.
     data : Data
-        To fit.
+        To fit in this process.
     recovery : Recovery
     sets : mapping of Layer to MaskSet
         The sets in which masks may move.
@@ -48,6 +50,8 @@ class Recoverer:
         Masks by the name of the layer, as in ``PruneReport.masks``; replaced where they move.
     progress : callable, optional
         Called with what is fitted and the fraction done.
+    ranks : Ranks, optional
+        Processes that fit together, each with data of its own; this one alone by default.
 
     Raises
     ------
@@ -64,9 +68,12 @@ class Recoverer:
         sets: Mapping[Layer, MaskSet],
         masks: MutableMapping[str, Tensor],
         progress: Callable[[str, float], object] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._model, self._replay, self._data, self._recovery = model, replay, data, recovery
         self._sets, self._masks, self._progress = sets, masks, progress
+        self._ranks = Ranks() if ranks is None else ranks
+        self._tokens = sum(self._ranks.gathered(data.tokens))
         self._size = sum(parameter.numel() for parameter in model.parameters())
         for level in ("block", "model") if recovery.level == "model" else ("block",):
             rule = recovery.rule_for(level)
@@ -129,7 +136,7 @@ class Recoverer:
             return []
         deviations = self._deviations(position, layers) if self._recovery.rule_for("block").moves else {}
         masked = masked_weights(layers, parameters, self._masks, self._sets, deviations)
-        objective = BlockOutput(self._replay, position, targets, self._data)
+        objective = BlockOutput(self._replay, position, targets, self._data, self._ranks)
         return [self._fit("block", block.name, objective, masked, parameters)]
 
     def fit_model(self, divergence: Divergence) -> list[RecoveryRecord]:
@@ -157,7 +164,7 @@ class Recoverer:
                 self._replay.run(position, store=True, indices=self._data.fitted)
         masked = masked_weights(layers, parameters, self._masks, self._sets, deviations)
         blocks = [block.module for block in self._replay.order] if self._recovery.checkpoint else []
-        objective = Predictions(self._model, divergence, self._data.alone, blocks)
+        objective = Predictions(self._model, divergence, self._data.alone, self._ranks, blocks)
         return [self._fit("model", "model", objective, masked, parameters)]
 
     def _wanted(self, parameter: nn.Parameter, those: set[int]) -> bool:
@@ -165,10 +172,20 @@ class Recoverer:
         return {"all": True, "pruned": pruned, "vectors": vector, "lora": pruned or vector}[self._recovery.parameters]
 
     def _deviations(self, position: int, layers: Sequence[Layer]) -> dict[Layer, Tensor]:
-        """Return the deviations of a block's inputs given each other."""
-        with GramCollector(layers) as grams:
+        """Return the deviations of a block's inputs given each other, from the data of all ranks."""
+        parts = [self._data.batches[index].part for index in self._data.fitted]
+        with GramCollector(layers, parts=range(min(parts), max(parts) + 1)) as grams:
             self._replay.run(position, before=grams.begin, indices=self._data.fitted)
-        return {layer: conditional_deviations(grams[layer].matrix) for layer in layers}
+        grams.agree(self._ranks)
+        leaders = {layer: grams.leader(layer) for layer in layers}
+        several = list(dict.fromkeys(leaders.values()))
+        places = self._ranks.spread([float(leader.shape[1]) ** 3 for leader in several])  # each is factorised
+        grams.gather(self._ranks, {leader: [place] for leader, place in zip(several, places, strict=True)})
+        found: dict[Layer, Tensor] = {}
+        for leader, place in zip(several, places, strict=True):
+            own = conditional_deviations(grams[leader].matrix) if place == self._ranks.number else torch.empty(0)
+            found[leader] = self._ranks.spoken(own, place).to(leader.weight.device)
+        return {layer: found[leader] for layer, leader in leaders.items()}
 
     def _fit(
         self,
@@ -196,7 +213,7 @@ class Recoverer:
                     weights,
                     others,
                     settings.rule_for(level),
-                    settings.steps(level, objective.batches, self._data.tokens),
+                    settings.steps(level, objective.batches, self._tokens),
                     step_size=settings.step_size,
                     largest=_LARGEST[level],
                     seed=settings.seed,

@@ -223,8 +223,8 @@ class Replay:
 
     @property
     def parts(self) -> range:
-        """The parts of this process's batches."""
-        parts = [self._batches[index].part for index in self.own]
+        """The parts of this process's batches that are `seen`."""
+        parts = [self._batches[index].part for index in self.seen]
         return range(min(parts), max(parts) + 1) if parts else range(0)
 
     def purpose(self, index: int) -> Purpose:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from maskopt.errors import MaskoptError
-from maskopt.models.batches import Batch, Purpose, gathered, sequences
+from maskopt.models.batches import Batch, Purpose, gathered, in_parts, sequences
+from maskopt.models.sums import PARTS
 
 __all__ = ["Data", "divided"]
 
@@ -23,14 +24,14 @@ class Data:
     Attributes
     ----------
     batches : list of Batch
-        Those that only layers are solved on, if any, then those that are fitted, then those that are held out.
-    fitted, held_out : range
+        In parts; those that only layers are solved on, if any, then those that are fitted, then those held out.
+    fitted, held_out : sequence of int
         Indices of the micro-batches to fit and of those that are held out.
     """
 
     batches: list[Batch]
-    fitted: range
-    held_out: range
+    fitted: Sequence[int]
+    held_out: Sequence[int]
 
     @property
     def tokens(self) -> int:
@@ -39,13 +40,24 @@ class Data:
 
     @property
     def alone(self) -> Data:
-        """The same windows without those that only layers are solved on."""
-        first = self.fitted.start
-        fitted, held_out = (range(each.start - first, each.stop - first) for each in (self.fitted, self.held_out))
-        return Data(self.batches[first:], fitted, held_out)
+        """The windows that are fitted or held out, without others."""
+        number, count = len(self.fitted), len(self.fitted) + len(self.held_out)
+        batches = [self.batches[index] for index in (*self.fitted, *self.held_out)]
+        return Data(batches, range(number), range(number, count))
+
+    def among(self, own: Collection[int]) -> Data:
+        """Return what one of several processes fits and measures.
+
+        Parameters
+        ----------
+        own : collection of int
+            Indices of the micro-batches that it runs, of all the same ones.
+        """
+        fitted, held_out = ([index for index in each if index in own] for each in (self.fitted, self.held_out))
+        return Data(self.batches, fitted, held_out)
 
 
-def divided(batches: Sequence[Batch]) -> Data:
+def divided(batches: Sequence[Batch], ranks: int = 1) -> Data:
     """Divide calibration windows into micro-batches: to fit are those for the recovery, or all where there are none.
 
     Unless batches are held out already, an eighth of the windows to fit is: those that have the fewest tokens in common
@@ -54,6 +66,9 @@ def divided(batches: Sequence[Batch]) -> Data:
     Parameters
     ----------
     batches : sequence of Batch
+    ranks : int
+        Processes that fit together. Each step takes a micro-batch of every one of them, so that these are smaller where
+        they have several windows.
 
     Returns
     -------
@@ -62,7 +77,7 @@ def divided(batches: Sequence[Batch]) -> Data:
     Raises
     ------
     MaskoptError
-        If there is a single window.
+        If there is a single window, or a process would have no micro-batch to fit.
     """
     single = sequences(batches)
     purpose: Purpose = "recovery" if any(batch.purpose == "recovery" for batch in single) else "layers"
@@ -79,9 +94,17 @@ def divided(batches: Sequence[Batch]) -> Data:
     held = [replace(batch, purpose="held out") for index, batch in enumerate(single) if index in out]
     size = max(1, min(_TOKENS // single[0].shape[1], number // _STEPS))
     parts = [others, [batch for index, batch in enumerate(single) if index not in out], held]
-    before, fitted, measured = (gathered(part, size) for part in parts)
+    sizes = size, max(1, size // ranks), size
+    before, fitted, measured = (gathered(part, each) for part, each in zip(parts, sizes, strict=True))
+    most = min(len(fitted), PARTS)
+    if most < ranks:
+        raise MaskoptError(
+            f"Recovery on {ranks} ranks needs a window to fit for each of them, and {PARTS} ranks can have some; with "
+            f"{len(fitted)} windows to fit use {most} ranks or fewer."
+        )
     first, last = len(before), len(before) + len(fitted)
-    return Data([*before, *fitted, *measured], range(first, last), range(last, last + len(measured)))
+    batches = in_parts([*before, *fitted, *measured])
+    return Data(batches, range(first, last), range(last, len(batches)))
 
 
 def _overlaps(single: Sequence[Batch]) -> list[int]:

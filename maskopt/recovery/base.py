@@ -21,13 +21,31 @@ __all__ = ["MaskRule", "MaskState", "Masked", "MovingRule", "MovingState", "Obje
 class Objective(ABC):
     """A loss of a module, in micro-batches, and the same loss on data that is held out.
 
-    The module computes with its own parameters, which `fit` changes.
+    The module computes with its own parameters, which `fit` changes. Several processes may fit one module together,
+    each with micro-batches of its own: then all of them call the same methods in the same order.
     """
 
     @property
     @abstractmethod
     def batches(self) -> int:
-        """Number of micro-batches to fit."""
+        """Number of micro-batches to fit; of several processes, the largest one."""
+
+    @property
+    def spread(self) -> bool:
+        """Whether several processes have micro-batches, so that gradients are means over them (`averaged`)."""
+        return False
+
+    def averaged(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return means of tensors over all processes, which may change them in place; here the tensors themselves.
+
+        Parameters
+        ----------
+        tensors : sequence of Tensor or None
+            None counts as zeros; where it is None everywhere, so is the mean.
+        like : sequence of Tensor
+            Of the same shapes, and on the same device.
+        """
+        return list(tensors)
 
     @abstractmethod
     def loss(self, index: int) -> Tensor:
@@ -35,7 +53,7 @@ class Objective(ABC):
 
     @abstractmethod
     def held_out(self) -> Tensor:
-        """Return the loss of each sequence that is held out, float64, shape (sequences,)."""
+        """Return the loss of each sequence that is held out, of all processes, float64, shape (sequences,)."""
 
 
 class Masked:

@@ -139,8 +139,8 @@ def fit(
     Notes
     -----
     Memory beside the module, in bytes per entry of a float32 parameter: 8 of Adam, 4 for the best state, 4 for the
-    values of pruned entries where masks move, and the largest parameter's gradient. With `rank` the first three are
-    those of the factors, and there is a copy of the parameter.
+    values of pruned entries where masks move, and the largest parameter's gradient (with several processes, all
+    gradients: another 4). With `rank` the first three are those of the factors, and there is a copy of the parameter.
     """
     for weight in weights:
         rule.check(weight.masks)
@@ -277,7 +277,7 @@ class _Fit:
             rate = step_size * min(1.0, (step + 1) / warm) * (1.0 - step / steps)
             with torch.enable_grad():
                 loss = self._objective.loss(next(order))
-            value = float(loss.detach())
+            value = self._mean(loss)
             if not math.isfinite(value):
                 return
             state.observed(value)
@@ -302,27 +302,54 @@ class _Fit:
         A parameter's gradient is complete only when the backward pass no longer needs the parameter. One without a
         gradient, such as that of an expert that no token chose, stays.
         """
+
+        def change(index: int, gradient: Tensor) -> None:
+            trained = self._trained[index]
+            trained.receive(gradient)
+            if index < self._moving:
+                state.gradient(self._weights[index], step)
+            for group, size in zip(optimizers[index].param_groups, trained.sizes, strict=True):
+                group["lr"] = rate * size
+            with torch.no_grad():
+                optimizers[index].step()
+            optimizers[index].zero_grad()
+
+        if self._objective.spread:
+            yield
+            self._change_together(change)
+            return
         hooks = []
-        for index, trained in enumerate(self._trained):
+        for index, parameter in enumerate(self._parameters):
 
-            def change(parameter: Tensor, index: int = index, trained: Trained = trained) -> None:
-                assert parameter.grad is not None
-                trained.receive(parameter.grad)
-                parameter.grad = None
-                if index < self._moving:
-                    state.gradient(self._weights[index], step)
-                for group, size in zip(optimizers[index].param_groups, trained.sizes, strict=True):
-                    group["lr"] = rate * size
-                with torch.no_grad():
-                    optimizers[index].step()
-                optimizers[index].zero_grad()
+            def take(parameter: Tensor, index: int = index) -> None:
+                gradient, parameter.grad = parameter.grad, None
+                assert gradient is not None
+                change(index, gradient)
 
-            hooks.append(trained.parameter.register_post_accumulate_grad_hook(change))  # type: ignore[no-untyped-call]
+            hooks.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _change_together(self, change: Callable[[int, Tensor], None]) -> None:
+        """Change parameters by the mean gradient of several processes, once each of them has all of its own.
+
+        In the order of gradients processes might wait for each other in vain: an expert may have tokens in one only.
+        """
+        own = [parameter.grad for parameter in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None
+        for index, gradient in enumerate(self._objective.averaged(own, self._parameters)):
+            if gradient is not None:
+                change(index, gradient)
+
+    def _mean(self, loss: Tensor) -> float:
+        """Return a loss, or its mean over several processes."""
+        (mean,) = self._objective.averaged([loss.detach().clone()], [loss])
+        assert mean is not None, "there is a loss"
+        return float(mean)
 
     def _write(self) -> None:
         for trained in self._trained:

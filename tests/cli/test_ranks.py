@@ -54,16 +54,12 @@ def test_a_killed_rank_ends_the_run_which_another_number_of_ranks_resumes(run, r
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out"]
 
 
-@pytest.mark.parametrize(
-    "more", [["--recover", "block"], ["--certify", "shift", "--solver", "wanda"], ["--allocation", "owl"]]
-)
+@pytest.mark.parametrize("more", [["--certify", "shift", "--solver", "wanda"], ["--allocation", "owl"]])
 def test_ranks_refuse_what_needs_one_process(run, fails, model, arguments, tmp_path, monkeypatch, more):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = fails("prune", model, tmp_path / "out", *arguments, *more)
-    assert said.startswith(
-        "Several ranks prune layer by layer; --certify, --recover and allocating sparsities need one"
-    )
+    assert said.startswith("Several ranks prune layer by layer; --certify and allocating sparsities need one process")
     monkeypatch.setenv("RANK", "1")
     assert run("prune", model, tmp_path / "out", *arguments, *more, code=2).output == ""  # only the first rank says so
 
@@ -76,3 +72,32 @@ def test_a_rank_without_a_device_says_so(model, arguments, tmp_path):
     said = [line for line in failed.stderr.splitlines() if line.startswith("The device 'cuda:")]
     assert len(said) == 1
     assert not list(tmp_path.glob("out*"))
+
+
+def test_other_commands_are_refused_under_torchrun(fails, model, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = fails("shrink", model, tmp_path / "out", "--calibration", text, "--neurons", "0.5")
+    assert said.strip() == (
+        "The command shrink runs in one process, and torchrun has started 2; start it without torchrun, which serves "
+        "prune and recover."
+    )
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.slow
+def test_ranks_recover_one_model(run, read, model, arguments, tmp_path):
+    pruned, out = tmp_path / "pruned", tmp_path / "out"
+    run("prune", model, pruned, *arguments)
+    options = arguments[: arguments.index("--pattern")]
+    done = start(2, "recover", pruned, out, "--against", model, *options, "--json", tmp_path / "json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved in") == 1
+    found = read(tmp_path / "json")
+    assert found["settings"]["ranks"] == 2
+    assert [record["name"] for record in found["recovery"]][-1] == "model"
+    assert all(record["after"] <= record["before"] for record in found["recovery"])
+    few = start(3, "recover", pruned, tmp_path / "none", "--against", model, "--samples", 1, *options[:2])
+    assert few.returncode != 0
+    assert "with 2 windows to fit use 2 ranks or fewer" in few.stderr
+    assert not (tmp_path / "none").exists()

@@ -36,7 +36,7 @@ def test_fits_have_windows_of_their_own(model, text):
 def test_recover_draws_the_windows_that_prune_fits_to(run, model, text, pruned, tmp_path, read, monkeypatch):
     fitted = []
 
-    def divided_and_seen(batches):
+    def divided_and_seen(batches, ranks):
         data = divided(batches)
         fitted.append(torch.cat([data.batches[index].inputs["input_ids"] for index in data.fitted]))
         return data

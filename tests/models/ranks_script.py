@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from maskopt import NM, PerRow, Unstructured, Wanda
+from maskopt import NM, PerRow, Recovery, Unstructured, Wanda
 from maskopt.models import jobs
 from maskopt.models.prune import prune
 from maskopt.models.ranks import joined
@@ -45,7 +45,41 @@ def outcomes():
     return found
 
 
+RECOVERIES = {
+    "blocks": ("llama", NM(keep=2, group=4), Recovery("block", epochs=3)),
+    "model": ("llama", PerRow(0.4), Recovery("model", epochs=2)),
+    "experts": ("mixtral", PerRow(0.5), Recovery("block", epochs=1)),
+}
+"""By name: model, masks and recovery."""
+FITTED = 64
+
+
+def windows(count, seed):
+    """Return batches of a window each."""
+    ids = torch.randint(1, VOCABULARY, (count, 10), generator=torch.Generator().manual_seed(seed))
+    return list(ids.split(1))
+
+
+def recovered(between=1):
+    """Prune models, recover them, and return weights, masks and records by name.
+
+    Two ranks have the first and the second half of the windows to fit. With `between` = 2 one process has them in an
+    order in which its micro-batches, of two windows, are those that two ranks have at a time.
+    """
+    found = {}
+    for name, (kind, masks, recovery) in RECOVERIES.items():
+        model = {**ARCHITECTURES, **MIXTURES}[kind].build(num_hidden_layers=2)
+        fitted = windows(FITTED, 1)
+        half = len(fitted) // between
+        fitted = [fitted[index + part * half] for index in range(half) for part in range(between)]
+        report = prune(model, windows(4, 2), masks, Wanda(), recover=recovery, further=fitted, held_out=windows(5, 3))
+        records = [vars(record) | {"seconds": 0} for record in report.recovery]
+        found[name] = {"masks": dict(report.masks), "weights": model.state_dict(), "records": records}
+    return found
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with joined() as ranks:
-        torch.save(outcomes(), f"{sys.argv[1]}-{ranks.number}")
+        what = {"outcomes": outcomes, "recovered": recovered}[sys.argv[1]]
+        torch.save(what(), f"{sys.argv[2]}-{ranks.number}")

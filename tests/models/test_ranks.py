@@ -163,7 +163,7 @@ def expected():
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3] if "MASKOPT_EXPLORE" in os.environ else [3])
 def test_ranks_choose_what_one_process_chooses(count, expected, tmp_path):
-    run = launched(count, ranks_script.__file__, tmp_path / "found")
+    run = launched(count, ranks_script.__file__, "outcomes", tmp_path / "found")
     assert run.returncode == 0, run.stderr
     for rank in range(count):
         found = torch.load(tmp_path / f"found-{rank}", weights_only=False)
@@ -173,3 +173,24 @@ def test_ranks_choose_what_one_process_chooses(count, expected, tmp_path):
                 assert all(torch.equal(found[name][kind][key], one[kind][key]) for key in one[kind]), (name, kind)
             assert found[name]["records"] == one["records"], name
     assert any(record["pooled"] for record in expected["experts with few tokens"]["records"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_recover_together(count, tmp_path):
+    run = launched(count, ranks_script.__file__, "recovered", tmp_path / "found")
+    assert run.returncode == 0, run.stderr
+    first, *others = [torch.load(tmp_path / f"found-{rank}", weights_only=False) for rank in range(count)]
+    for name, outcome in first.items():
+        assert any(record["accepted"] for record in outcome["records"]), name
+        for other in others:
+            for kind in ("masks", "weights"):
+                assert all(torch.equal(other[name][kind][key], outcome[kind][key]) for key in outcome[kind])
+            assert other[name]["records"] == outcome["records"]
+    if count == 2:
+        # The same steps as of one process whose micro-batches are those of both ranks, up to rounding.
+        alone = ranks_script.recovered(between=2)
+        for name, outcome in first.items():
+            for record, expected in zip(outcome["records"], alone[name]["records"], strict=True):
+                assert record["after"] == pytest.approx(expected["after"], rel=1e-4), name
+                assert (record["steps"], record["step_size"]) == (expected["steps"], expected["step_size"])
