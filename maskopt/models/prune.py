@@ -320,7 +320,7 @@ def prune_layers(
             "solver": repr(solver),
             "propagate": propagate,
             **({"correction": correction, "target": target} if propagate == "corrected" else {}),
-            **({} if recover is None else {"recover": repr(recover), "ranks": ranks.count}),
+            **({} if recover is None else {"recover": repr(recover), "number_of_ranks": ranks.count}),
             **({} if data is None or further is None else {"further_tokens": data.tokens}),
             "include": list(include),
             "exclude": list(exclude),

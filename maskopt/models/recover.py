@@ -151,7 +151,7 @@ def recover(
     report.seconds = time.perf_counter() - began
     report.settings = {
         "recover": repr(settings),
-        "ranks": ranks.count,
+        "number_of_ranks": ranks.count,
         **data_settings(data.batches),
         **circumstances(model),
     }

@@ -94,7 +94,7 @@ def test_ranks_recover_one_model(run, read, model, arguments, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("saved in") == 1
     found = read(tmp_path / "json")
-    assert found["settings"]["ranks"] == 2
+    assert found["settings"]["number_of_ranks"] == 2
     assert [record["name"] for record in found["recovery"]][-1] == "model"
     assert all(record["after"] <= record["before"] for record in found["recovery"])
     few = start(3, "recover", pruned, tmp_path / "none", "--against", model, "--samples", 1, *options[:2])
