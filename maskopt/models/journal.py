@@ -105,8 +105,9 @@ class Journal:
         elif known != wanted:
             name = first_difference(known, wanted)
             before, now = (_shortened(values.get(name)) for values in (known, wanted))
+            said = name.replace("_", " ")
             raise MaskoptError(
-                f"The interrupted run in {self.folder} had another {name.replace("_", " ")} ({before} instead of {now}); repeat its "
+                f"The interrupted run in {self.folder} had another {said} ({before} instead of {now}); repeat its "
                 f"command to go on, or remove the folder to start anew."
             )
 

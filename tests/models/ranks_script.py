@@ -1,6 +1,9 @@
-"""What several processes prune in tests of ranks; run by torch.distributed.run, or in the test's own process."""
+"""What several processes prune in tests of ranks, and one process to compare them with."""
 
+import os
+import socket
 import sys
+import traceback
 
 import torch
 
@@ -78,8 +81,36 @@ def recovered(between=1):
     return found
 
 
+def run(what, count, place):
+    """Let forked processes do the same together, and save what each of them finds; return whether all went well.
+
+    Forked, because each would otherwise import torch for seconds; before anything was computed, as torch demands.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+        try:
+            with joined():
+                torch.save(what(), f"{place}-{what.__name__}-{count}-{rank}")
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return not any(codes)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with joined() as ranks:
-        what = {"outcomes": outcomes, "recovered": recovered}[sys.argv[1]]
-        torch.save(what(), f"{sys.argv[2]}-{ranks.number}")
+    for task in sys.argv[2:]:
+        name, number = task.split(":")
+        if not run({"outcomes": outcomes, "recovered": recovered}[name], int(number), sys.argv[1]):
+            sys.exit(1)

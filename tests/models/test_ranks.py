@@ -142,55 +142,53 @@ def test_settings_of_ranks_are_checked(monkeypatch):
         assert (ranks.number, ranks.count, ranks.first) == (0, 1, True)
 
 
-def launched(count, *arguments, **changes):
-    """Run a script, or a module after -m, in processes that torch starts."""
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), **changes}
-    return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300
-    )
+COUNTS = [2, 3] if "MASKOPT_EXPLORE" in os.environ else [3]
 
 
 @pytest.fixture(scope="module")
-def expected():
-    """What one process chooses."""
-    before = jobs._LEAST
-    yield ranks_script.outcomes()
-    jobs._LEAST = before
+def found(tmp_path_factory):
+    """What several processes found, by task and number of ranks."""
+    place = tmp_path_factory.mktemp("ranks") / "found"
+    tasks = [*(("outcomes", count) for count in COUNTS), ("recovered", 2)]
+    done = subprocess.run(
+        [sys.executable, ranks_script.__file__, str(place), *(f"{name}:{count}" for name, count in tasks)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return {
+        (name, count): [torch.load(f"{place}-{name}-{count}-{rank}", weights_only=False) for rank in range(count)]
+        for name, count in tasks
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3] if "MASKOPT_EXPLORE" in os.environ else [3])
-def test_ranks_choose_what_one_process_chooses(count, expected, tmp_path):
-    run = launched(count, ranks_script.__file__, "outcomes", tmp_path / "found")
-    assert run.returncode == 0, run.stderr
-    for rank in range(count):
-        found = torch.load(tmp_path / f"found-{rank}", weights_only=False)
+@pytest.mark.parametrize("count", COUNTS)
+def test_ranks_choose_what_one_process_chooses(count, found, monkeypatch):
+    monkeypatch.setattr(jobs, "_LEAST", jobs._LEAST)  # which `outcomes` changes
+    expected = ranks_script.outcomes()
+    for outcome in found["outcomes", count]:
         for name, one in expected.items():
             for kind in ("masks", "weights"):
-                assert one[kind].keys() == found[name][kind].keys()
-                assert all(torch.equal(found[name][kind][key], one[kind][key]) for key in one[kind]), (name, kind)
-            assert found[name]["records"] == one["records"], name
+                assert one[kind].keys() == outcome[name][kind].keys()
+                assert all(torch.equal(outcome[name][kind][key], one[kind][key]) for key in one[kind]), (name, kind)
+            assert outcome[name]["records"] == one["records"], name
     assert any(record["pooled"] for record in expected["experts with few tokens"]["records"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3])
-def test_ranks_recover_together(count, tmp_path):
-    run = launched(count, ranks_script.__file__, "recovered", tmp_path / "found")
-    assert run.returncode == 0, run.stderr
-    first, *others = [torch.load(tmp_path / f"found-{rank}", weights_only=False) for rank in range(count)]
+def test_ranks_recover_together(found):
+    # The same steps as of one process whose micro-batches are those of both ranks, up to rounding.
+    alone = ranks_script.recovered(between=2)
+    first, second = found["recovered", 2]
     for name, outcome in first.items():
         assert any(record["accepted"] for record in outcome["records"]), name
-        for other in others:
-            for kind in ("masks", "weights"):
-                assert all(torch.equal(other[name][kind][key], outcome[kind][key]) for key in outcome[kind])
-            assert other[name]["records"] == outcome["records"]
-    if count == 2:
-        # The same steps as of one process whose micro-batches are those of both ranks, up to rounding.
-        alone = ranks_script.recovered(between=2)
-        for name, outcome in first.items():
-            for record, expected in zip(outcome["records"], alone[name]["records"], strict=True):
-                assert record["after"] == pytest.approx(expected["after"], rel=1e-4), name
-                assert (record["steps"], record["step_size"]) == (expected["steps"], expected["step_size"])
+        assert second[name]["records"] == outcome["records"]
+        for kind in ("masks", "weights"):
+            assert all(torch.equal(second[name][kind][key], outcome[kind][key]) for key in outcome[kind])
+        for record, expected in zip(outcome["records"], alone[name]["records"], strict=True):
+            assert record["after"] == pytest.approx(expected["after"], rel=1e-4), name
+            assert (record["steps"], record["step_size"]) == (expected["steps"], expected["step_size"])
