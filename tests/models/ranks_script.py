@@ -1,9 +1,6 @@
 """What several processes prune in tests of ranks, and one process to compare them with."""
 
-import os
-import socket
 import sys
-import traceback
 
 import torch
 
@@ -13,6 +10,7 @@ from maskopt.models.prune import prune
 from maskopt.models.ranks import joined
 from maskopt.weights import ConditionalADMM
 from tests.models.conftest import ARCHITECTURES, MIXTURES, VOCABULARY
+from tests.processes import forked_ranks
 
 RUNS = {
     "corrected": ("llama", PerRow(0.5), ConditionalADMM(), "corrected", 5),
@@ -81,36 +79,16 @@ def recovered(between=1):
     return found
 
 
-def run(what, count, place):
-    """Let forked processes do the same together, and save what each of them finds; return whether all went well.
-
-    Forked, because each would otherwise import torch for seconds; before anything was computed, as torch demands.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
-        try:
-            with joined():
-                torch.save(what(), f"{place}-{what.__name__}-{count}-{rank}")
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return not any(codes)
+def save(what, place):
+    """Save what one of several processes finds."""
+    with joined() as ranks:
+        torch.save(what(), f"{place}-{what.__name__}-{ranks.count}-{ranks.number}")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for task in sys.argv[2:]:
         name, number = task.split(":")
-        if not run({"outcomes": outcomes, "recovered": recovered}[name], int(number), sys.argv[1]):
+        what = {"outcomes": outcomes, "recovered": recovered}[name]
+        if any(forked_ranks(int(number), lambda what=what: save(what, sys.argv[1]))):
             sys.exit(1)
