@@ -104,6 +104,7 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOL
 	$(if $(MODELS),$(BIN)/python benchmarks/recovery.py $(MODELS) $(RULES_STUDY))
 	$(if $(MODELS),$(BIN)/python benchmarks/recovery.py $(MODELS) $(STARTS_STUDY))
 	$(if $(MODELS),$(BIN)/python benchmarks/recovery.py $(MODELS) $(WINDOWS_STUDY))
+	$(if $(MODELS),$(BIN)/python benchmarks/recovery_ranks.py $(MODELS) --characters 60000)
 	$(BIN)/python benchmarks/shrinking.py $(MODELS) $(SHRINKING_STUDY)
 	$(BIN)/python benchmarks/speed.py $(FOLDERS)
 	$(BIN)/python benchmarks/checkpointing.py $(FOLDERS)

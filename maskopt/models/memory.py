@@ -16,6 +16,7 @@ from maskopt.models.checks import check_model
 from maskopt.models.experts import StackedLayer
 from maskopt.models.heap import resident_bytes
 from maskopt.models.layers import Layer
+from maskopt.models.ranks import current
 from maskopt.models.recovery import Recoverer
 from maskopt.models.replay import Replay, evaluation_mode
 from maskopt.models.selection import select_layers
@@ -48,8 +49,9 @@ def recovery_bytes(
     """Return about how many bytes a recovery takes at its peak, beside the model and the states of all windows.
 
     Counted are the optimizer's two moments, the best state, and what masks that move and half precision need, for the
-    parameters of the largest block or of the model, or for the factors of a change of low rank; the largest gradient;
-    and the activations of a micro-batch, which are measured on the first block.
+    parameters of the largest block or of the model, or for the factors of a change of low rank; the largest gradient,
+    or all of them where several ranks fit together; and the activations of a micro-batch, which are measured on the
+    first block.
 
     Parameters
     ----------
@@ -79,7 +81,7 @@ def recovery_bytes(
     """
     check_model(model)
     selection = select_layers(model, include, exclude)
-    data = divided(prepare_all(model, batches, held_out, further))
+    data = divided(prepare_all(model, batches, held_out, further), current().count)
     batch = data.batches[data.fitted[0]]
     with evaluation_mode(model):
         replay = Replay(model, list(selection.blocks), [batch])
@@ -102,10 +104,11 @@ def recovery_bytes(
 
 
 def _fit_bytes(recoverer: Recoverer, parameters: Sequence[nn.Parameter], rule: MaskRule) -> int:
-    """Return the bytes of a fit: the optimizer's, copies of what it changes, what the rule keeps, and one gradient."""
-    total, largest = 0, 0
+    """Return the bytes of a fit: the optimizer's, copies of what it changes, what the rule keeps, and gradients."""
+    total, largest, gradients = 0, 0, 0
     for parameter in parameters:
         numbers, entries = recoverer.trained(parameter), parameter.numel()
+        gradients += _GRADIENT * entries
         size = parameter.element_size()
         if numbers != entries:
             # Factors and the best of them, a copy of the weight; its change beside the gradient.
@@ -116,7 +119,7 @@ def _fit_bytes(recoverer: Recoverer, parameters: Sequence[nn.Parameter], rule: M
         beside = max(rule.numbers if parameter.ndim > 1 else min(1.0, rule.numbers), 0.0 if exact else 1.0)
         total += int((_ADAM + size + _MASTER * beside) * entries)
         largest = max(largest, _GRADIENT * entries)
-    return total + largest
+    return total + (largest if current().count == 1 else max(largest, gradients))
 
 
 def _saved_bytes(replay: Replay) -> tuple[int, int]:
