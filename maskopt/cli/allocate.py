@@ -36,6 +36,7 @@ from maskopt.cli.options import (
     SparsityOption,
     Target,
     TargetOption,
+    TogetherOption,
     WeightsOption,
     check_correction,
     check_device,
@@ -43,6 +44,7 @@ from maskopt.cli.options import (
     parse_fixed,
     parse_masks,
     parse_memory,
+    parse_together,
     require_file,
     require_transformers,
 )
@@ -70,6 +72,7 @@ def allocate(
         str, typer.Option("--allocation", metavar="RULE", help=f"One of {', '.join(RULE_NAMES)}.")
     ] = "auto",
     sparsity_of: FixedOption = None,
+    together: TogetherOption = None,
     solver: SolverOption = None,
     weights: WeightsOption = None,
     option: SettingsOption = None,
@@ -99,6 +102,7 @@ def allocate(
     method = parse_weights(weights or ("best" if solver is None else "keep"), solver, option or ())
     check_correction(propagate, method.corrects, correction, target)
     mean, fixed, working = mean_sparsity(pattern, sparsity), parse_fixed(sparsity_of), parse_memory(memory)
+    groups = parse_together(together)
     require_file("calibration text", calibration)
     check_device(device)
     require_transformers()
@@ -120,6 +124,7 @@ def allocate(
             method,
             rule=allocation,  # type: ignore[arg-type]  # checked above
             fixed=fixed,
+            together=groups,
             propagate=None if propagate is None else propagate.value,
             correction=correction,
             target=target.value,

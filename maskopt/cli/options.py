@@ -63,6 +63,7 @@ __all__ = [
     "parse_fixed",
     "parse_masks",
     "parse_memory",
+    "parse_together",
     "require_file",
     "require_transformers",
 ]
@@ -187,6 +188,15 @@ FixedOption = Annotated[
         "of all others together. May be repeated; the last one that matches decides.",
     ),
 ]
+TogetherOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--together",
+        metavar="GLOB,GLOB",
+        help="Layers of a block whose full names match one of these patterns get the same sparsity, such as "
+        "'*.q_proj,*.k_proj,*.v_proj' for kernels that fuse them. May be repeated.",
+    ),
+]
 PlotOption = Annotated[
     Path | None,
     typer.Option("--plot", metavar="FILE", help="Draw the sparsity by depth and kind of layer: .png, .svg or .pdf."),
@@ -273,6 +283,24 @@ def parse_masks(pattern: str, sparsity: float | None) -> "MaskSet":
     from maskopt.oracles import parse_masks as parse  # takes seconds, too long for --help
 
     return parse(pattern, sparsity)
+
+
+def parse_together(items: list[str] | None) -> list[list[str]]:
+    """Return groups of patterns of names, from "GLOB,GLOB".
+
+    Raises
+    ------
+    MaskoptError
+        If a pattern is empty.
+    """
+    groups = [item.split(",") for item in items or ()]
+    for item, group in zip(items or (), groups, strict=True):
+        if not all(group):
+            raise MaskoptError(
+                "--together takes patterns of names with commas between them, such as '*.q_proj,*.k_proj'; "
+                f"got {item!r}."
+            )
+    return groups
 
 
 def parse_fixed(items: list[str] | None) -> dict[str, float]:

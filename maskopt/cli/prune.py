@@ -41,6 +41,7 @@ from maskopt.cli.options import (
     StatesOption,
     Target,
     TargetOption,
+    TogetherOption,
     WeightsOption,
     check_correction,
     check_device,
@@ -50,6 +51,7 @@ from maskopt.cli.options import (
     parse_fixed,
     parse_masks,
     parse_memory,
+    parse_together,
     require_file,
     require_transformers,
 )
@@ -123,6 +125,7 @@ def prune(
         ),
     ] = "uniform",
     sparsity_of: FixedOption = None,
+    together: TogetherOption = None,
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = None,
     batch_size: BatchOption = 8,
@@ -185,7 +188,7 @@ def prune(
     """Prune a language model and save it."""
     began = time.perf_counter()
     treatment = weights or ("best" if solver is None and certify is None else "keep")
-    fixed, working = parse_fixed(sparsity_of), parse_memory(memory)
+    fixed, groups, working = parse_fixed(sparsity_of), parse_together(together), parse_memory(memory)
     command: dict[str, Any] = {
         "model": model,
         "out": str(out),
@@ -206,6 +209,7 @@ def prune(
         "exclude": list(exclude or ()),
         "allocation": allocation,
         "sparsity_of": fixed,
+        "together": groups,
         "batch_size": batch_size,
         "time_limit": time_limit,
         "recover": recover,
@@ -243,6 +247,7 @@ def prune(
         check_unused(
             {"--cache": cache is not None}, "keeps what a rule of --allocation measures, and none is asked for"
         )
+        check_unused({"--together": bool(groups)}, "is for the rules of --allocation, and none is asked for")
     _check_files(calibration, evaluate, plot)
     require_transformers()
     from maskopt import models
@@ -272,6 +277,7 @@ def prune(
                     method,
                     rule=allocation,  # type: ignore[arg-type]  # checked by read_plan
                     fixed=fixed,
+                    together=groups,
                     propagate=None if propagate is None else propagate.value,
                     correction=correction,
                     target=target.value,

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from maskopt.allocation import Plan, allocate_levels, overridden
 from maskopt.allocation.attenuation import attenuation
 from maskopt.allocation.budget import interpolated, levels_of, separable_levels
+from maskopt.allocation.separable import joined
 from maskopt.checks import SEEDS, choice, real, shown, whole
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import prepare_batches
@@ -59,6 +60,7 @@ def allocate(
     *,
     rule: Rule = "auto",
     fixed: Mapping[str, float] | None = None,
+    together: Sequence[str | Sequence[str]] = (),
     propagate: Propagate | None = None,
     correction: float = CORRECTION,
     target: Target = "stream",
@@ -96,6 +98,10 @@ def allocate(
         (2502.14770), "evo" (EvoPress, 2410.14649).
     fixed : mapping of str to float, optional
         Sparsity by pattern of `fnmatch` on layer names; `sparsity` is then the mean of all other layers.
+    together : sequence of str or sequence of str
+        Patterns of `fnmatch`; layers of one block that match one of an entry get the same sparsity, as kernels that
+        fuse queries, keys and values may need: [["*.q_proj", "*.k_proj", "*.v_proj"]]. They must have equal numbers of
+        choices: of inputs per row, or m of "n:m".
     propagate, correction, target, include, exclude, device, memory
         As for `prune`.
     seed : int
@@ -146,6 +152,7 @@ def allocate(
     pinned = overridden(list(layers), fixed or {})
     if len(pinned) == len(layers):
         return Plan(pattern, pinned, "by hand")
+    groups = [[entry] if isinstance(entry, str) else list(entry) for entry in together]
     options = {
         "propagate": propagate,
         "correction": correction,
@@ -156,7 +163,9 @@ def allocate(
     }
     prepared = prepare_batches(model, batches)
     with evaluation_mode(model):
-        work = Trials(model, selection, prepared, pattern, float(sparsity), solver, pinned, options, progress)
+        work = Trials(
+            model, selection, prepared, pattern, float(sparsity), solver, pinned, options, progress, together=groups
+        )
         if cache is not None:
             work.store = Store(cache, {**work.identity(), "rule": rule, "seed": seed})
         return _planned(work, rule, seed)
@@ -340,19 +349,22 @@ def _measured(
 
 def _separable(work: Trials, losses: Curves) -> Candidate:
     """Return the counts of least total loss within the budget."""
-    layers, grids = [], []
-    for name, counts in work.counts.items():
-        curve = losses[work.layers[name]]
-        solved = sorted(curve)
-        grid = levels_of(solved[0], solved[-1])
-        values = interpolated(solved, [curve[count] for count in solved], grid, positive=True)
-        layers.append(separable_levels(name, counts, grid, values))
+    units, grids = [], []
+    for unit, names in work.members.items():
+        parts = []
+        for name in names:
+            curve = losses[work.layers[name]]
+            solved = sorted(curve)
+            grid = levels_of(solved[0], solved[-1])  # that of all layers of a unit
+            values = interpolated(solved, [curve[count] for count in solved], grid, positive=True)
+            parts.append(separable_levels(name, work.counts[name], grid, values))
+        units.append(joined(unit, parts))
         grids.append(grid)
     # Levels may not reach down to the budget where they are few.
-    budget = max(work.budget, sum(min(layer.costs) for layer in layers))
-    choice = allocate_levels(layers, budget)
-    found = {name: int(grid[i]) for name, grid, i in zip(work.counts, grids, choice.levels, strict=True)}
-    return Candidate(work.within(found), separable=(choice.loss, choice.lower_bound))
+    budget = max(work.budget, sum(min(unit.costs) for unit in units))
+    choice = allocate_levels(units, budget)
+    found = {unit: int(grid[i]) for unit, grid, i in zip(work.units, grids, choice.levels, strict=True)}
+    return Candidate(work.within(work.of_layers(found)), separable=(choice.loss, choice.lower_bound))
 
 
 def _between(work: Trials, solution: Candidate, fraction: float) -> Candidate:
@@ -413,16 +425,17 @@ def _improve_in_context(work: Trials, database: Database, seed: int) -> None:
 
 def _within_region(work: Trials, near: Mapping[str, Sequence[int]], curves: Curves) -> dict[str, int] | None:
     """Return the counts of least expanded loss among some; None where none of them meet the budget."""
-    layers = [
-        separable_levels(
+    layers = {
+        name: separable_levels(
             name, counts, np.array(near[name]), np.array([curves[work.layers[name]][count] for count in near[name]])
         )
         for name, counts in work.counts.items()
-    ]
-    if sum(min(layer.costs) for layer in layers) > work.budget:
+    }
+    units = [joined(unit, [layers[name] for name in names]) for unit, names in work.members.items()]
+    if sum(min(unit.costs) for unit in units) > work.budget:
         return None
-    chosen = allocate_levels(layers, work.budget).levels
-    return {name: near[name][level] for name, level in zip(work.counts, chosen, strict=True)}
+    chosen = allocate_levels(units, work.budget).levels
+    return work.of_layers({unit: near[unit][level] for unit, level in zip(work.units, chosen, strict=True)})
 
 
 def _composed_loss(work: Trials, database: Database, counts: Mapping[str, int]) -> float:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from maskopt.allocation.budget import apportioned
 from maskopt.allocation.evolution import evolve
 from maskopt.allocation.rules import alpha_pruning, atp, atp_slopes, dlp, hill_exponent, lsa, outlier_share, owl
 from maskopt.models.layers import Layer
@@ -86,7 +85,7 @@ def atp_counts(work: Trials) -> dict[str, int]:
 def evolved_counts(work: Trials, seed: int) -> dict[str, int]:
     """Search the levels of solved layers by evolution, on models composed of them."""
     work.expect(2)
-    names = list(work.counts)
+    names = list(work.units)
     database = work.database(_even_levels(work))
     grid = [database.measured(work.layers[name]) for name in names]
     steps = [work.few(size) for size in _STEPS] + [work.singles]
@@ -94,15 +93,15 @@ def evolved_counts(work: Trials, seed: int) -> dict[str, int]:
     def evaluate(candidates: Sequence[Sequence[int]], step: int) -> list[float]:
         found = []
         for candidate in candidates:
-            levels = {work.layers[name]: grid[i][candidate[i]] for i, name in enumerate(names)}
-            with database.composed(levels):
+            levels = work.of_layers({name: grid[i][candidate[i]] for i, name in enumerate(names)})
+            with database.composed({work.layers[name]: count for name, count in levels.items()}):
                 found.append(float(steps[min(step, len(_STEPS))].each(work.model).mean()))
         return found
 
     tell = work.part("evolution")
     evolved = evolve(
         [len(levels) for levels in grid],
-        [work.counts[name].cost * work.counts[name].most for name in names],
+        [work.units[name].cost * work.units[name].most for name in names],
         [levels.index(nearest(levels, work.uniform[name])) for name, levels in zip(names, grid, strict=True)],
         evaluate,
         generations=_GENERATIONS,
@@ -110,7 +109,7 @@ def evolved_counts(work: Trials, seed: int) -> dict[str, int]:
         seed=seed,
         progress=lambda done, total: tell(done / total),
     )
-    return work.within({name: grid[i][evolved.choice[i]] for i, name in enumerate(names)})
+    return work.within(work.of_layers({name: grid[i][evolved.choice[i]] for i, name in enumerate(names)}))
 
 
 def _even_levels(work: Trials) -> dict[str, list[int]]:
@@ -130,4 +129,4 @@ def _sizes(work: Trials) -> list[int]:
 def _by_block(work: Trials, sparsities: Sequence[float]) -> dict[str, int]:
     pairs = zip(blocks_of(work), sparsities, strict=True)
     wished = {layer.name: value for layers, value in pairs for layer in layers}
-    return apportioned(work.counts, wished, work.budget)
+    return work.wished(wished)

@@ -8,7 +8,8 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from maskopt.allocation import Plan
-from maskopt.allocation.budget import budget_of, filled
+from maskopt.allocation.budget import apportioned, budget_of, filled
 from maskopt.allocation.plan import fitting, pattern_of
 from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch, gathered, sequences
@@ -113,6 +114,8 @@ class Trials:
         Counts that others are compared with, in place of those at the mean sparsity; they set the budget.
     costs : mapping of str to int, optional
         What a unit of each layer's count costs in the budget, by default its weights.
+    together : sequence of sequence of str
+        Patterns of `fnmatch` on layer names: the free layers of a block that match one of a sequence have equal counts.
 
     Attributes
     ----------
@@ -120,6 +123,10 @@ class Trials:
         All layers to prune.
     counts : dict of str to Counts
         Of the free ones.
+    units : dict of str to Counts
+        Of layers whose counts are chosen together, by the name of the first one; most are single layers.
+    members : dict of str to list of str
+        The layers of each unit.
     budget : int
         What the free layers may cost: the weights that they may keep, unless other costs are given.
     uniform : dict of str to int
@@ -132,6 +139,11 @@ class Trials:
         More that the details of a plan tell.
     store : Store or None
         Where measurements are kept for the next call.
+
+    Raises
+    ------
+    MaskoptError
+        If layers that belong together have other numbers of choices, or patterns match no two layers of a block.
     """
 
     def __init__(
@@ -147,6 +159,7 @@ class Trials:
         progress: Callable[[AllocationProgress], object] | None,
         uniform: Mapping[str, int] | None = None,
         costs: Mapping[str, int] | None = None,
+        together: Sequence[Sequence[str]] = (),
     ) -> None:
         self.model, self.selection, self.solver = model, selection, solver
         self.pattern, self.sparsity, self.fixed = pattern, sparsity, dict(fixed)
@@ -158,6 +171,12 @@ class Trials:
         # A layer that can only keep all or nothing, such as one with a single input, keeps all.
         self.fixed |= {name: 0.0 for name, each in self._every.items() if each.most < 2 and name not in fixed}
         self.counts = {name: each for name, each in self._every.items() if name not in self.fixed}
+        self._together = [list(patterns) for patterns in together]
+        self.members = {names[0]: names for names in self._grouped()}
+        self.units = {
+            name: replace(self.counts[name], cost=sum(self.counts[each].cost for each in names))
+            for name, names in self.members.items()
+        }
         if uniform is None:
             self.budget = budget_of(self.counts, sparsity)
             self.uniform = {name: each.of(sparsity) for name, each in self.counts.items()}
@@ -306,6 +325,7 @@ class Trials:
             "sparsity": self.sparsity,
             "solver": repr(self.solver),
             "fixed": self.fixed,
+            "together": sorted(names for names in self.members.values() if len(names) > 1),
             "layers": sorted(self.counts),
             "propagate": self._options["propagate"],
             "correction": self._options["correction"],
@@ -356,12 +376,67 @@ class Trials:
         return sum(self.counts[name].cost * count for name, count in counts.items())
 
     def within(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Return counts, changed as little as meets the budget."""
-        found = dict(counts)
-        while self.kept(found) > self.budget:
-            densest = max(found, key=lambda name: found[name] / self.counts[name].most)
+        """Return counts of layers, changed as little as meets the budget; those of a unit have their mean."""
+        found = {name: round(self._mean(counts, name)) for name in self.units}
+
+        def left() -> int:
+            return self.budget - sum(self.units[name].cost * count for name, count in found.items())
+
+        while left() < 0:
+            densest = max(found, key=lambda name: found[name] / self.units[name].most)
             found[densest] -= 1
-        return filled(self.counts, found, self.budget - self.kept(found))
+        return self.of_layers(filled(self.units, found, left()))
+
+    def wished(self, sparsities: Mapping[str, float]) -> dict[str, int]:
+        """Return counts of layers near to wished sparsities of all of them, within the budget."""
+        return self.of_layers(apportioned(self.units, {n: self._mean(sparsities, n) for n in self.units}, self.budget))
+
+    def of_layers(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Return the counts of layers, from those of units."""
+        of = {layer: counts[name] for name, names in self.members.items() for layer in names}
+        return {name: of[name] for name in self.counts}
+
+    def _mean(self, values: Mapping[str, float], unit: str) -> float:
+        """Return the mean of values of a unit's layers, each in proportion to what a unit of its count costs."""
+        first, *others = self.members[unit]
+        if not others:
+            return values[first]
+        costs = [self.counts[name].cost for name in self.members[unit]]
+        pairs = zip(costs, self.members[unit], strict=True)
+        return math.fsum(cost * values[name] for cost, name in pairs) / sum(costs)
+
+    def _grouped(self) -> list[list[str]]:
+        """Return the names of the free layers in groups that have equal counts, in the order of their first ones."""
+        blocks = [[layer.name for layer in layers] for layers in self.selection.blocks.values()]
+        leader = {name: name for name in self.counts}
+        for patterns in self._together:
+            matched = [
+                [name for name in block if name in self.counts and any(fnmatchcase(name, each) for each in patterns)]
+                for block in blocks
+            ]
+            if all(len(names) < 2 for names in matched):
+                raise MaskoptError(
+                    f"The patterns {', '.join(map(repr, patterns))} match no two layers of a block whose sparsity is "
+                    f"chosen, so there is nothing to keep together; names look like {next(iter(self.layers))!r}."
+                )
+            for names in filter(None, matched):
+                first, *others = names
+                for name in others:
+                    self._check_equal(first, name)
+                same = {leader[name] for name in names}
+                leader |= {name: leader[first] for name, before in leader.items() if before in same}
+        groups: dict[str, list[str]] = {}
+        for name in self.counts:
+            groups.setdefault(leader[name], []).append(name)
+        return list(groups.values())
+
+    def _check_equal(self, one: str, other: str) -> None:
+        first, second = self.counts[one], self.counts[other]
+        if (first.pattern, first.most) != (second.pattern, second.most):
+            raise MaskoptError(
+                f"The layers {one} and {other} cannot have one sparsity: they have {first.most} and {second.most} "
+                f"choices; keep layers with equal numbers of inputs together, or use a pattern such as n:m."
+            )
 
     def plan(self, rule: str, counts: Mapping[str, int], chosen: str | None = None) -> Plan:
         """Return the plan of counts of the free layers.
@@ -382,6 +457,7 @@ class Trials:
             "budget": self.budget,
             "kept": self.kept(counts),
             "fixed": self.fixed,
+            **({"together": self._together} if self._together else {}),
             "seconds": time.perf_counter() - self._began,
             **self.notes,
         }

@@ -252,6 +252,55 @@ def test_every_rule_meets_the_budget_and_leaves_the_model_as_it_was(rule, solver
     assert report.to_json()["plan"]["rule"] == rule
 
 
+FUSED = [["*.q_proj", "*.k_proj", "*.v_proj"], ["*.gate_proj", "*.up_proj"]]
+
+
+@combinations(2, rule=[rule for rule in RULES if rule != "uniform"], solver=[Wanda(), FAST], ids=str)
+def test_layers_that_belong_together_get_one_sparsity(rule, solver):
+    model = ARCHITECTURES["llama"].build()
+    plan = allocate(model, windows(), "per-row", 0.6, solver, rule=rule, together=FUSED)
+    shapes = shapes_of(model)
+    for block in range(2):
+        for kinds in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            names = [name for name in shapes if f"layers.{block}." in name and name.endswith(kinds)]
+            assert len({plan.sparsities[name] for name in names}) == 1
+    if plan.details.get("chosen") != "uniform":
+        least = min(rows for name, (rows, _) in shapes.items() if name.endswith(("o_proj", "down_proj")))
+        assert plan.details["budget"] - least < plan.kept(shapes) <= plan.details["budget"]
+    assert plan.details["together"] == FUSED
+
+
+def test_what_belongs_together_can_only_lose_more():
+    model = ARCHITECTURES["llama"].build()
+    free, bound = (
+        allocate(model, windows(), "per-row", 0.6, Wanda(), rule="kl", together=together).details["separable"]["kl"]
+        for together in ((), FUSED)
+    )
+    assert bound["loss"] >= free["lower_bound"]
+    assert free["loss"] < bound["loss"]
+
+
+def test_groups_that_overlap_are_one_and_others_are_refused():
+    model = ARCHITECTURES["llama"].build()
+    layers = [name for name in shapes_of(model) if "layers.0.self_attn" in name]
+    plan = allocate(
+        model, windows(), "2:4", 0.5, Wanda(), rule="kl", together=[["*.q_proj", "*.k_proj"], ["*.k_proj", "*.o_proj"]]
+    )
+    q, k, _, o = (plan.sparsities[name] for name in layers)
+    assert q == k == o
+    for together, sentence in (
+        (["*.gate_proj", "*.down_proj"], "have 16 and 24 choices"),
+        (["*.q_proj"], "match no two layers of a block"),
+        (["*.none", "*.other"], "match no two layers of a block"),
+    ):
+        with pytest.raises(MaskoptError, match=sentence):
+            allocate(model, windows(), "per-row", 0.5, Wanda(), rule="owl", together=[together])
+    # Those whose sparsity is fixed do not belong to any group.
+    plan = allocate(model, windows(), "per-row", 0.5, Wanda(), rule="owl", fixed={"*.q_proj": 0.25}, together=FUSED[:1])
+    q, k, v, _ = (plan.sparsities[name] for name in layers)
+    assert (q, k) == (0.25, v)
+
+
 @pytest.mark.parametrize("name", [name for name in CAUSAL if name != "llama"])
 def test_other_architectures(name):
     model = ARCHITECTURES[name].build()
