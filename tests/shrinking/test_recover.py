@@ -73,7 +73,7 @@ def test_blocks_are_fitted_to_further_windows_and_units_chosen_without(
     monkeypatch: pytest.MonkeyPatch, widths: Any
 ) -> None:
     squared: set[tuple[int, ...]] = set()
-    errors = BlockOutput._errors
+    errors = BlockOutput._losses
 
     def measured(self: BlockOutput, index: int) -> Tensor:
         squared.update(rows(self._data.batches[index].inputs["input_ids"]))
@@ -82,7 +82,7 @@ def test_blocks_are_fitted_to_further_windows_and_units_chosen_without(
     def rows(ids: Tensor) -> list[tuple[int, ...]]:
         return [tuple(row) for row in ids.tolist()]
 
-    monkeypatch.setattr(BlockOutput, "_errors", measured)
+    monkeypatch.setattr(BlockOutput, "_losses", measured)
     own, further, held_out = windows()[:8], windows()[8:20], windows()[20:]
     options: dict[str, Any] = {"neurons": 0.5, "widths": widths}
     fitted = shrink(
