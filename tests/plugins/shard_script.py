@@ -1,4 +1,4 @@
-"""Fine-tunes a pruned model whose weights FSDP divides among processes; run by torch.distributed.run."""
+"""Fine-tunes a pruned model whose weights FSDP divides among two processes."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, TrainingArguments
 
 from maskopt.errors import MaskoptError
 from maskopt.plugins.trainer import KeepMasks, keeping_masks
+from tests.processes import forked_ranks
 
 
 def whole(model):
@@ -68,8 +69,8 @@ def refused(model, masks=None):
         return str(error)
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def main(folder):
+    """Train as one of the processes."""
     dist.init_process_group("gloo")
     model = divided(folder)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -104,3 +105,7 @@ if __name__ == "__main__":
     dist.destroy_process_group()
     # FSDP of version 1 leaves threads that now and then abort the end of the interpreter; nothing is left to be done.
     os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(any(forked_ranks(2, lambda: main(Path(sys.argv[1])))))

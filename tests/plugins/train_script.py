@@ -1,4 +1,4 @@
-"""Fine-tunes a pruned model in several processes; run by torch.distributed.run."""
+"""Fine-tunes a pruned model in two processes."""
 
 import sys
 from pathlib import Path
@@ -7,9 +7,11 @@ import torch
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from maskopt.plugins.trainer import KeepMasks
+from tests.processes import forked_ranks
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+
+def main(folder):
+    """Train as one of the processes."""
     model = LlamaForCausalLM.from_pretrained(folder / "pruned")
     windows = torch.randint(3, 64, (8, 24), generator=torch.Generator().manual_seed(0))
     arguments = TrainingArguments(
@@ -26,3 +28,7 @@ if __name__ == "__main__":
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[KeepMasks()])
     trainer.train()
     trainer.save_model(str(folder / "trained"))
+
+
+if __name__ == "__main__":
+    sys.exit(any(forked_ranks(2, lambda: main(Path(sys.argv[1])))))
