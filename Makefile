@@ -77,6 +77,8 @@ RECOVERY_STUDY := --characters 60000
 SHRINKING_STUDY := --characters 60000 --arms fasp:units,osscar:units,best:units,fasp:block,best:block,best:block:free
 STARTS_STUDY := --name recovery-starts --only-models --samples 32 --characters 60000 --patterns per-row:0.6 \
 	--methods wanda,sparsegpt,alps,best --recoveries none,block,model
+SPARSITIES_STUDY := --name recovery-sparsities --only-models --samples 32 --characters 60000 \
+	--patterns per-row:0.5,per-row:0.7,per-row:0.8 --recoveries none,block,model
 WINDOWS_STUDY := --name recovery-windows --only-models --samples 16,64 --characters 60000 --patterns per-row:0.6 \
 	--recoveries none,block,model $(if $(FOREIGN),--foreign $(FOREIGN))
 RULES_STUDY := --name mask-rules --only-models --samples 32 --characters 60000 \
@@ -103,6 +105,7 @@ bench: $(VENV)/dev.stamp  ## Write benchmarks/results (LAYERS=, MODELS= and SMOL
 	$(BIN)/python benchmarks/recovery.py $(MODELS) $(RECOVERY_STUDY)
 	$(if $(MODELS),$(BIN)/python benchmarks/recovery.py $(MODELS) $(RULES_STUDY))
 	$(if $(MODELS),$(BIN)/python benchmarks/recovery.py $(MODELS) $(STARTS_STUDY))
+	$(if $(MODELS),$(BIN)/python benchmarks/recovery.py $(MODELS) $(SPARSITIES_STUDY))
 	$(if $(MODELS),$(BIN)/python benchmarks/recovery.py $(MODELS) $(WINDOWS_STUDY))
 	$(if $(MODELS),$(BIN)/python benchmarks/recovery_ranks.py $(MODELS) --characters 60000)
 	$(BIN)/python benchmarks/shrinking.py $(MODELS) $(SHRINKING_STUDY)

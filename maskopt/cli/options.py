@@ -293,7 +293,7 @@ def parse_together(items: list[str] | None) -> list[list[str]]:
     MaskoptError
         If a pattern is empty.
     """
-    groups = [item.split(",") for item in items or ()]
+    groups = [[part.strip() for part in item.split(",")] for item in items or ()]
     for item, group in zip(items or (), groups, strict=True):
         if not all(group):
             raise MaskoptError(

@@ -143,7 +143,8 @@ class Trials:
     Raises
     ------
     MaskoptError
-        If layers that belong together have other numbers of choices, or patterns match no two layers of a block.
+        If layers that belong together have other numbers of choices, a pattern of them matches no layer, or all of a
+        sequence match no two layers of a block.
     """
 
     def __init__(
@@ -410,6 +411,12 @@ class Trials:
         blocks = [[layer.name for layer in layers] for layers in self.selection.blocks.values()]
         leader = {name: name for name in self.counts}
         for patterns in self._together:
+            for each in patterns:
+                if not any(fnmatchcase(name, each) for name in self.layers):
+                    raise MaskoptError(
+                        f"The pattern {each!r} of layers to keep together matches no layer to prune; names look like "
+                        f"{next(iter(self.layers))!r}."
+                    )
             matched = [
                 [name for name in block if name in self.counts and any(fnmatchcase(name, each) for each in patterns)]
                 for block in blocks
