@@ -27,7 +27,6 @@ __all__ = [
 
 RANK = 16
 """Of the changes of --recover-parameters lora, by default."""
-_FURTHER = 2  # windows to fit blocks and the model to, for each of a calibration
 
 RecoverEpochsOption = Annotated[
     float | None,
@@ -116,7 +115,9 @@ def further_windows(
     count = max(1, calibration.samples // 8) if number is None else number
     if count < 0:
         raise MaskoptError(f"--held-out must be a number of windows, or 0 for none; got {count}.")
-    fitted = _FURTHER * calibration.samples if fits else 0
+    from maskopt.models.windows import FURTHER
+
+    fitted = FURTHER * calibration.samples if fits else 0
     if count + fitted == 0:
         return None, None
     others = calibration.apart(count + fitted)
@@ -128,11 +129,11 @@ def further_windows(
 
 def parse_recovery(
     level: str,
-    epochs: float | None,
-    tokens: int | None,
-    masks: str | None,
-    parameters: str,
-    seed: int,
+    epochs: float | None = None,
+    tokens: int | None = None,
+    masks: str | None = None,
+    parameters: str = "all",
+    seed: int = 0,
     rank: int = RANK,
     checkpointing: bool = False,
 ) -> "Recovery | None":

@@ -9,7 +9,10 @@ from maskopt.errors import MaskoptError
 from maskopt.models.batches import Batch, Purpose, gathered, in_parts, sequences
 from maskopt.models.sums import PARTS
 
-__all__ = ["Data", "divided"]
+__all__ = ["FURTHER", "Data", "divided"]
+
+FURTHER = 2
+"""Windows that the commands draw to fit blocks and the model to, for each that layers are solved on."""
 
 _TOKENS = 2048  # of a micro-batch, at most, unless a window is longer
 _STEPS = 32  # micro-batches in a pass, at least, where there are so many windows

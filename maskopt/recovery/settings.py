@@ -94,6 +94,19 @@ class Recovery:
         """
         return self.rank if weight and self.parameters == "lora" else None
 
+    def passes(self, level: Level, tokens: int) -> float:
+        """Return how often a fit at a level sees its windows.
+
+        Parameters
+        ----------
+        level : {"block", "model"}
+        tokens : int
+            In all of them together.
+        """
+        if self.tokens is not None:
+            return self.tokens / max(1, tokens)
+        return (4.0 if level == "block" else 2.0) if self.epochs is None else self.epochs
+
     def steps(self, level: Level, batches: int, tokens: int) -> int:
         """Return the number of optimizer steps of a fit at a level.
 
@@ -105,7 +118,4 @@ class Recovery:
         tokens : int
             In all of them together.
         """
-        passes = (4.0 if level == "block" else 2.0) if self.epochs is None else self.epochs
-        if self.tokens is not None:
-            passes = self.tokens / max(1, tokens)
-        return max(1, round(passes * batches))
+        return max(1, round(self.passes(level, tokens) * batches))

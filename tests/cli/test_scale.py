@@ -17,6 +17,13 @@ def test_it_needs_no_weights(run, model, tmp_path, read):
     assert figures["operations"] == sum(figures[name] for name in ("running", "grams", "targets", "solving"))
     assert figures["seconds_at_speed"]["running"] == figures["running"] / 1e9
     assert "in all" in out
+    more = run(
+        "scale", folder, "--samples", 8, "--speed", "1e9", "--recover", "block", "--json", tmp_path / "more.json"
+    )
+    assert "recovery" in more.stdout
+    with_recovery = read(tmp_path / "more.json")
+    assert with_recovery["operations"] == figures["operations"] + with_recovery["fitting"]
+    assert with_recovery["fitting"] > figures["running"]
     same = run("scale", folder / "config.json", "--samples", 8, "--speed", "1e9", "--json", "-").stdout
     assert '"tokens": 256' in same
 

@@ -1,13 +1,16 @@
 """Counted costs against what torch counts while a model is pruned."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from maskopt import PerRow, Wanda, prune
+from maskopt import PerRow, Recovery, Wanda, prune
 from maskopt.errors import MaskoptError
 from maskopt.models import product_speed, pruning_cost
+from maskopt.recovery import FixedMasks
 
 SHAPE = {
     "vocab_size": 32,
@@ -40,6 +43,36 @@ def test_operations_of_blocks_and_gram_matrices_are_those_of_a_run():
     assert cost.solving > 0
     assert cost.pruned == sum(p.numel() for p in weights)
     assert cost.parameters == model.num_parameters()
+
+
+@pytest.mark.parametrize("level", ["block", "model"])
+def test_operations_of_a_recovery_are_those_of_a_run(level):
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE)
+    model = LlamaForCausalLM(config)
+    windows = torch.randint(0, 32, (50, 64))
+    data = {"held_out": [windows[:2]], "further": list(windows[2:34].split(4))}
+    fixed = Recovery(level, rule=FixedMasks(), step_size=0.01)  # one attempt
+    counts = []
+    for recover in (None, fixed):
+        with FlopCounterMode(display=False) as counter:
+            report = prune(model, list(windows[34:].split(4)), PerRow(0.5), Wanda(), recover=recover, **data)
+        counts.append(counter.get_total_flops())
+
+    def fitting(recovery):
+        return pruning_cost(LlamaForCausalLM, config, samples=16, seqlen=64, recovery=recovery).fitting
+
+    # A fit that gains nothing ends early; there are 32 micro-batches.
+    expected = fitting(replace(fixed, level="block", epochs=report.recovery[0].steps / 32))
+    assert report.recovery[0].steps == report.recovery[1].steps
+    if level == "model":
+        passes = report.recovery[2].steps / 32
+        expected += fitting(replace(fixed, epochs=passes)) - fitting(replace(fixed, level="block", epochs=passes))
+    assert counts[1] - counts[0] == pytest.approx(expected, rel=0.1)
+    # Trials, and what masks that move need, are more.
+    assert fitting(Recovery(level)) > fitting(Recovery(level, step_size=0.01)) > fitting(fixed)
+    cost = pruning_cost(LlamaForCausalLM, config, samples=16, seqlen=64, recovery=fixed)
+    assert cost.device_bytes(2**10) >= cost.fit_bytes > 0
 
 
 def test_work_grows_with_tokens_and_blocks_only_where_it_does():
