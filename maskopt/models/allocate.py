@@ -100,8 +100,8 @@ def allocate(
         Sparsity by pattern of `fnmatch` on layer names; `sparsity` is then the mean of all other layers.
     together : sequence of str or sequence of str
         Patterns of `fnmatch`; layers of one block that match one of an entry get the same sparsity, as kernels that
-        fuse queries, keys and values may need: [["*.q_proj", "*.k_proj", "*.v_proj"]]. They must have equal numbers of
-        choices: of inputs per row, or m of "n:m".
+        fuse queries, keys and values may need: ``[["*.q_proj", "*.k_proj", "*.v_proj"]]``. They must have equal
+        numbers of choices: of inputs per row, or m of "n:m".
     propagate, correction, target, include, exclude, device, memory
         As for `prune`.
     seed : int
