@@ -11,14 +11,13 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from maskopt.launch import launched
+from maskopt.launch import first_rank
 
 __all__ = [
     "CODES",
     "Ended",
     "begin",
     "finish",
-    "first_rank",
     "handled",
     "open_standard_streams",
     "outcome",
@@ -91,11 +90,6 @@ def _leave_at_once(number: int) -> None:
         cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar may have hidden it
         os.write(2, f"{cursor}{outcome(number)}\n".encode(errors="backslashreplace"))
     os._exit(CODES.get(number, 128 + number))
-
-
-def first_rank() -> bool:
-    """Return whether this process is the only one, or the first of those that torchrun has started."""
-    return launched() == 1 or os.environ["RANK"] == "0"
 
 
 def speaks() -> bool:

@@ -12,8 +12,8 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from maskopt import files
 from maskopt.cli.output import json_output, stderr
-from maskopt.cli.signals import first_rank
 from maskopt.errors import MaskoptError
+from maskopt.launch import first_rank
 
 if TYPE_CHECKING:
     from maskopt.models.ranks import Ranks

@@ -24,6 +24,7 @@ from maskopt.models.selection import Selection, select_layers
 from maskopt.models.states import stays
 from maskopt.models.windows import FURTHER
 from maskopt.recovery import Level, Recovery
+from maskopt.recovery.fit import TRIAL
 from maskopt.weights import ConditionalADMM
 
 __all__ = ["Cost", "product_speed", "pruning_cost"]
@@ -31,7 +32,6 @@ __all__ = ["Cost", "product_speed", "pruning_cost"]
 _HELD_OUT = 8  # calibration windows for each one that is held out
 _RUNS = 2  # of a block: in the dense and in the pruned model, whose parts run once
 _PASS = 3  # forwards that a forward and a backward pass cost
-_TRIALS = 1 / 12  # steps of a trial for each of a fit
 _FIT = 16  # bytes for each parameter that is fitted, at most
 _HALF = 0.625  # of a symmetric product that is computed, in four panels
 _DOUBLE = 2.0  # cost of a float64 operation, in float32 ones, where they are vectorised
@@ -215,7 +215,7 @@ def pruning_cost(
 def _fitting(recovery: Recovery, level: Level, running: float, fitted: int, held_out: int) -> float:
     """Return the operations of fits at a level, where a forward pass needs `running` for each token."""
     passes = recovery.passes(level, fitted)
-    trials = _TRIALS if recovery.step_size is None else 0.0
+    trials = 1 / TRIAL if recovery.step_size is None else 0.0
     again = 1 if recovery.checkpoint and level == "model" else 0
     measured = passes + 1 + (1 if trials else 0)  # on windows that are held out
     return running * ((_PASS + again) * passes * (1 + trials) * fitted + measured * held_out)

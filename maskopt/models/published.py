@@ -90,11 +90,13 @@ def evolved_counts(work: Trials, seed: int) -> dict[str, int]:
     grid = [database.measured(work.layers[name]) for name in names]
     steps = [work.few(size) for size in _STEPS] + [work.singles]
 
+    def counts_of(choice: Sequence[int]) -> dict[str, int]:
+        return work.of_layers({name: counts[one] for name, counts, one in zip(names, grid, choice, strict=True)})
+
     def evaluate(candidates: Sequence[Sequence[int]], step: int) -> list[float]:
         found = []
         for candidate in candidates:
-            levels = work.of_layers({name: grid[i][candidate[i]] for i, name in enumerate(names)})
-            with database.composed({work.layers[name]: count for name, count in levels.items()}):
+            with database.composed({work.layers[name]: count for name, count in counts_of(candidate).items()}):
                 found.append(float(steps[min(step, len(_STEPS))].each(work.model).mean()))
         return found
 
@@ -109,7 +111,7 @@ def evolved_counts(work: Trials, seed: int) -> dict[str, int]:
         seed=seed,
         progress=lambda done, total: tell(done / total),
     )
-    return work.within(work.of_layers({name: grid[i][evolved.choice[i]] for i, name in enumerate(names)}))
+    return work.within(counts_of(evolved.choice))
 
 
 def _even_levels(work: Trials) -> dict[str, list[int]]:

@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from maskopt.errors import MaskoptError, RankLostError
 from maskopt.files import first_line
-from maskopt.launch import launched
+from maskopt.launch import first_rank, launched
 
 __all__ = ["SECONDS", "Ranks", "current", "first_to_tell", "joined", "local_device"]
 
@@ -321,7 +321,7 @@ def joined(device: str = "cpu", check: Callable[[str], object] | None = None) ->
 def first_to_tell() -> bool:
     """Return whether this process tells of a failure: of all ranks, the one that first asks; alone, always."""
     if _store is None:
-        return launched() == 1 or os.environ["RANK"] == "0"
+        return first_rank()
     try:
         _store.set_timeout(timedelta(seconds=10))
         return int(_store.add("maskopt: failures told", 1)) == 1

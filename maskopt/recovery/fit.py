@@ -15,12 +15,14 @@ from maskopt.recovery.base import Masked, MaskRule, MaskState, Objective
 from maskopt.recovery.fixed import FixedMasks
 from maskopt.recovery.trained import Product, Trained, Values
 
-__all__ = ["Fitted", "clearly_smaller", "fit"]
+__all__ = ["TRIAL", "Fitted", "clearly_smaller", "fit"]
+
+TRIAL = 12
+"""A trial of a step size has one step for so many of the fit."""
 
 _BETAS = (0.9, 0.95)
 _ZERO = 1e-12  # of a gradient, relative to loss and weight
 _SIZES = (0.5, 0.24, 0.08, 0.027, 0.009)  # step sizes that are tried, the largest first
-_TRIAL = 12  # a trial has one step for so many of the fit
 # Short trials choose too small a size: for a block of SmolLM2-135M 10 steps chose .24 and 21 steps .5, which is better
 # after 128 steps, too.
 _SHORTEST = 24  # steps of a trial, or all of the fit
@@ -149,7 +151,7 @@ def fit(
             f"A fit of low rank needs fixed masks; {type(rule).__name__} moves them, so use FixedMasks()."
         )
     run = _Fit(objective, weights, others, seed, rank)
-    trial = max(min(_SHORTEST, steps), steps // _TRIAL)
+    trial = max(min(_SHORTEST, steps), steps // TRIAL)
     total, done, told = steps + (trial if step_size is None else 0), 0, 0.0
 
     def tell() -> None:
